@@ -1,0 +1,60 @@
+"""What every source of weights offers: a configuration, and tensors by their names in the whole model."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedConfig
+
+from fedsea.checkpoints.fingerprint import Fingerprint
+
+
+class Checkpoint(ABC):
+    """A model's configuration and weights, read tensor by tensor.
+
+    Attributes
+    ----------
+    name
+        The name that the user gave.
+    config
+        The whole model's transformers configuration, with `architectures` set.
+    generation_config
+        What `generate` needs to know: end-of-text tokens, defaults.
+    """
+
+    name: str
+    config: PreTrainedConfig
+    generation_config: GenerationConfig
+
+    @abstractmethod
+    def tensor_names(self) -> frozenset[str]:
+        """Names of all weights of the whole model that the checkpoint stores (a tied head is not stored)."""
+
+    @abstractmethod
+    def load(
+        self, names: Iterable[str], *, dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the named tensors, one after another, cast to `dtype` on `device`.
+
+        Nothing else is read from disk, and no second copy of more than one tensor is alive at a time.
+
+        Raises
+        ------
+        ModelNotFoundError
+            If a tensor is not in the checkpoint, or its file is damaged.
+        """
+
+    @abstractmethod
+    def fingerprint(self, layers: Iterable[int] | None = None) -> Fingerprint:
+        """Digests of the configuration and of the weights that this machine has (`layers`: only these layers)."""
+
+    @abstractmethod
+    def tokenizer(self) -> Any:
+        """The model's tokenizer, as transformers loads it.
+
+        Raises
+        ------
+        ModelNotFoundError
+            If the checkpoint has none (the random configurations have none).
+        """

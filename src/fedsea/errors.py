@@ -1,0 +1,83 @@
+"""The errors that FedSEA raises: one clear line each, that says what to do.
+
+Every error has a `code`. A block server sends the code and the message to the client that caused the error; the client
+raises the same class again, so that both sides speak of one thing.
+"""
+
+from typing import ClassVar
+
+
+class FedSEAError(Exception):
+    """Base of all errors that FedSEA raises on purpose. `str(error)` is one line for a person."""
+
+    code: ClassVar[str] = "error"
+
+
+class UsageError(FedSEAError):
+    """A value given by the user cannot be used: an empty prompt, a negative noise, an unknown dtype."""
+
+    code = "usage"
+
+
+class ModelNotFoundError(FedSEAError):
+    """No model is found under this name, or its files are incomplete."""
+
+    code = "model_not_found"
+
+
+class ModelMismatchError(FedSEAError):
+    """Client and server hold different models or weights."""
+
+    code = "model_mismatch"
+
+
+class PartitionError(FedSEAError):
+    """The partition does not fit the model, or asks for layers that the server does not hold."""
+
+    code = "partition"
+
+
+class LimitExceededError(FedSEAError):
+    """A limit of the server or of the model is reached; the message names it and its value."""
+
+    code = "limit"
+
+
+class ProtocolError(FedSEAError):
+    """A peer sent something that the wire protocol does not allow."""
+
+    code = "protocol"
+
+
+class CredentialsError(FedSEAError):
+    """A certificate is missing, expired, unreadable or of another authority."""
+
+    code = "credentials"
+
+
+class ServerUnavailableError(FedSEAError):
+    """No block server answers at the address, or it went away and did not come back within the bound."""
+
+    code = "unavailable"
+
+
+class ServerError(FedSEAError):
+    """The block server failed at a step through no fault of the client; its log has the cause."""
+
+    code = "server"
+
+
+BY_CODE: dict[str, type[FedSEAError]] = {
+    kind.code: kind
+    for kind in (
+        UsageError,
+        ModelNotFoundError,
+        ModelMismatchError,
+        PartitionError,
+        LimitExceededError,
+        ProtocolError,
+        CredentialsError,
+        ServerUnavailableError,
+        ServerError,
+    )
+}

@@ -1,0 +1,79 @@
+"""Where the two cuts are, and which weights of the whole model live on which side of them."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from fedsea.errors import PartitionError
+
+EMBEDDING = "model.embed_tokens."
+NORM = "model.norm."
+HEAD = "lm_head."
+
+
+def layer_prefix(layer: int) -> str:
+    """Prefix of every weight of decoder layer `layer` (counted from 0 in the whole model)."""
+    return f"model.layers.{layer}."
+
+
+def layer_of(name: str) -> int | None:
+    """The decoder layer that a weight of the whole model belongs to; None for embedding, final norm and head."""
+    parts = name.split(".")
+    if len(parts) > 3 and parts[:2] == ["model", "layers"] and parts[2].isdecimal():
+        return int(parts[2])
+    return None
+
+
+@dataclass(frozen=True)
+class Partition:
+    """The two cuts of a model.
+
+    Parameters
+    ----------
+    input_layers
+        `p`, the decoder layers that the client runs after the embedding. 0 means the embedding only.
+    output_layers
+        `q`, the decoder layers that the client runs before the final norm and the head.
+
+    Raises
+    ------
+    PartitionError
+        If a count is negative.
+    """
+
+    input_layers: int = 1
+    output_layers: int = 1
+
+    def __post_init__(self) -> None:
+        for name, count in (("input_layers", self.input_layers), ("output_layers", self.output_layers)):
+            if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+                raise PartitionError(f"{name} must be a whole number of layers, 0 or more; got {count!r}")
+
+    def middle(self, num_layers: int) -> range:
+        """The decoder layers of the middle blocks, of a model with `num_layers` layers.
+
+        Raises
+        ------
+        PartitionError
+            If input and output layers together are more than the model has.
+        """
+        if self.input_layers + self.output_layers > num_layers:
+            raise PartitionError(
+                f"{self.input_layers} input and {self.output_layers} output layers are more than the model's {num_layers}"
+            )
+        return range(self.input_layers, num_layers - self.output_layers)
+
+    def input(self, num_layers: int) -> range:
+        """The decoder layers of the input blocks."""
+        return range(self.middle(num_layers).start)
+
+    def output(self, num_layers: int) -> range:
+        """The decoder layers of the output blocks."""
+        return range(self.middle(num_layers).stop, num_layers)
+
+
+def weight_names(
+    names: Iterable[str], layers: range, *, embedding: bool = False, norm: bool = False, head: bool = False
+) -> list[str]:
+    """Those of a whole model's weight `names` that belong to the given layers and ends, in sorted order."""
+    ends = tuple(prefix for prefix, wanted in ((EMBEDDING, embedding), (NORM, norm), (HEAD, head)) if wanted)
+    return sorted(name for name in names if name.startswith(ends) or layer_of(name) in layers)
