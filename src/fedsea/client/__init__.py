@@ -1,0 +1,1 @@
+"""The client: both ends of the model, and the connection to its middle."""

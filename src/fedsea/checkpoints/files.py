@@ -1,0 +1,119 @@
+"""Where the files of a checkpoint come from: a folder, or a repository of the Hugging Face hub fetched file by file."""
+
+from pathlib import Path
+from typing import Protocol
+
+from fedsea.errors import ModelNotFoundError
+
+HUB_TIMEOUT = 10.0  # seconds
+
+
+class ModelFiles(Protocol):
+    """The files of one checkpoint.
+
+    Attributes
+    ----------
+    where
+        What to call the place in a message.
+    """
+
+    where: str
+
+    def has(self, filename: str) -> bool:
+        """Whether the checkpoint has such a file, here or at the hub."""
+
+    def on_disk(self, filename: str) -> bool:
+        """Whether the file is on this machine."""
+
+    def path(self, filename: str) -> Path | None:
+        """The file on this machine, fetched if need be; None if the checkpoint has no such file.
+
+        Raises
+        ------
+        ModelNotFoundError
+            If it has to be fetched and cannot be.
+        """
+
+
+class FolderFiles:
+    """The files of a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.where = str(folder)
+        self._folder = folder
+
+    def has(self, filename: str) -> bool:
+        return (self._folder / filename).is_file()
+
+    def on_disk(self, filename: str) -> bool:
+        return self.has(filename)
+
+    def path(self, filename: str) -> Path | None:
+        return self._folder / filename if self.has(filename) else None
+
+
+class HubFiles:
+    """The files of a repository of the Hugging Face hub, all of the commit that was newest when this object was made.
+
+    Where the hub cannot be reached, it is the commit that the local hub cache has.
+
+    Raises
+    ------
+    ModelNotFoundError
+        If there is no such repository, it may not be read, or the hub is out of reach and nothing is cached.
+    """
+
+    def __init__(self, repository: str) -> None:
+        # Imported here: a folder or a packaged model needs nothing of the hub.
+        from huggingface_hub import HfApi, errors, try_to_load_from_cache
+
+        self.where = f"hub repository {repository}"
+        self._repository = repository
+        self._revision: str | None = None
+        self._names: frozenset[str] = frozenset()
+        try:
+            # One request without retries; a download of a missing file would retry for half a minute when offline.
+            info = HfApi().model_info(repository, timeout=HUB_TIMEOUT)
+        except errors.GatedRepoError:
+            raise ModelNotFoundError(
+                f"{self.where} is gated: accept its terms on its page, then log in with `hf auth login`"
+            ) from None
+        except (errors.RepositoryNotFoundError, errors.HFValidationError):
+            raise ModelNotFoundError(
+                f"there is no {self.where}, or it is private: log in with `hf auth login`"
+            ) from None
+        except (errors.HTTPError, OSError) as error:  # of whichever HTTP library this hub client was built on
+            cached = try_to_load_from_cache(repository, "config.json")
+            if not isinstance(cached, str):
+                raise ModelNotFoundError(
+                    f"the Hugging Face hub could not be reached for {repository} ({type(error).__name__}), and nothing of "
+                    "it is cached here: check the connection, or give a folder that holds the model"
+                ) from None
+            self._cached: FolderFiles | None = FolderFiles(Path(cached).parent)
+            return
+        self._cached = None
+        self._revision = info.sha
+        self._names = frozenset(file.rfilename for file in info.siblings or ())
+
+    def has(self, filename: str) -> bool:
+        return self._cached.has(filename) if self._cached else filename in self._names
+
+    def on_disk(self, filename: str) -> bool:
+        if self._cached:
+            return self._cached.has(filename)
+        from huggingface_hub import try_to_load_from_cache
+
+        return isinstance(try_to_load_from_cache(self._repository, filename, revision=self._revision), str)
+
+    def path(self, filename: str) -> Path | None:
+        if self._cached:
+            return self._cached.path(filename)
+        if filename not in self._names:
+            return None
+        from huggingface_hub import errors, hf_hub_download
+
+        try:
+            return Path(hf_hub_download(self._repository, filename, revision=self._revision))
+        except (errors.HTTPError, OSError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ModelNotFoundError(f"{filename} of {self.where} could not be fetched: {reason}") from None

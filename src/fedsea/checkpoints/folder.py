@@ -1,0 +1,212 @@
+"""Checkpoints in the Hugging Face layout, in a folder or at a hub."""
+
+import json
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from fedsea.checkpoints.base import Checkpoint
+from fedsea.checkpoints.files import ModelFiles
+from fedsea.checkpoints.fingerprint import Fingerprint, config_digest, group_digests, group_of, sample_bytes
+from fedsea.checkpoints.quiet import quiet_transformers
+from fedsea.checkpoints.tensorfile import TensorFile
+from fedsea.errors import ModelNotFoundError
+
+CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+)
+
+_EMBEDDING_WEIGHT = "model.embed_tokens.weight"
+_HEAD_WEIGHT = "lm_head.weight"
+
+
+class FolderCheckpoint(Checkpoint):
+    """A model stored as `config.json` and one or several safetensors files.
+
+    Parameters
+    ----------
+    name
+        The name that the user gave.
+    files
+        Where its files are.
+
+    Raises
+    ------
+    ModelNotFoundError
+        If the configuration or the weights are missing, damaged, or of a kind that FedSEA refuses.
+    """
+
+    def __init__(self, name: str, files: ModelFiles) -> None:
+        self.name = name
+        self._files = files
+        self._opened: dict[str, TensorFile] = {}
+        self.config = self._read_config()
+        self.generation_config = self._read_generation_config()
+        self._file_of = self._locate()
+        if self.config.tie_word_embeddings and {_EMBEDDING_WEIGHT, _HEAD_WEIGHT} <= self._file_of.keys():
+            self._settle_stored_tied_head()
+
+    def tensor_names(self) -> frozenset[str]:
+        return frozenset(self._file_of)
+
+    def load(
+        self, names: Iterable[str], *, dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        names = list(names)
+        unknown = sorted(set(names) - self._file_of.keys())
+        if unknown:
+            raise ModelNotFoundError(f"{self._files.where} has no weight {unknown[0]}")
+        for name in names:
+            yield name, self._open(self._file_of[name]).read(name, dtype=dtype, device=device)
+
+    def fingerprint(self, layers: Iterable[int] | None = None) -> Fingerprint:
+        wanted = None if layers is None else {str(layer) for layer in layers}
+        groups: dict[str, list[str]] = {}
+        for name in self._file_of:
+            group = group_of(name)
+            if group is not None and (wanted is None or group in wanted):
+                groups.setdefault(group, []).append(name)
+        return Fingerprint(
+            config_digest(self.config),
+            group_digests(
+                (name, self._open(self._file_of[name]).shape(name), self._sample(name))
+                for names in groups.values()
+                # A fingerprint is no reason to fetch a file: a group is left out unless all of it is on this machine.
+                if all(self._files.on_disk(self._file_of[name]) for name in names)
+                for name in names
+            ),
+        )
+
+    def tokenizer(self) -> Any:
+        return self._tokenizer
+
+    def whole_folder(self) -> Path:
+        """A folder with all files of the model, fetched if need be, for transformers' own `from_pretrained`."""
+        for filename in {CONFIG, *self._file_of.values()}:
+            self._required(filename)
+        for filename in (GENERATION_CONFIG, INDEX):
+            self._files.path(filename)
+        return self._required(CONFIG).parent
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        found = [path for path in map(self._files.path, TOKENIZER_FILES) if path is not None]
+        if not found:
+            raise ModelNotFoundError(f"{self._files.where} has no tokenizer (no tokenizer.json)")
+        try:
+            with quiet_transformers():
+                return AutoTokenizer.from_pretrained(found[0].parent, trust_remote_code=False, local_files_only=True)
+        except (OSError, ValueError, KeyError) as error:
+            raise ModelNotFoundError(
+                f"the tokenizer of {self._files.where} cannot be loaded: {_line(error)}"
+            ) from error
+
+    def _read_config(self) -> PreTrainedConfig:
+        path = self._required(CONFIG)
+        try:
+            config: PreTrainedConfig = AutoConfig.from_pretrained(
+                path.parent, trust_remote_code=False, local_files_only=True
+            )
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ModelNotFoundError(f"{CONFIG} of {self._files.where} cannot be used: {_line(error)}") from error
+        if getattr(config, "quantization_config", None) is not None:
+            raise ModelNotFoundError(
+                f"{self._files.where} stores quantised weights; use the original checkpoint instead"
+            )
+        if not config.architectures:
+            known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+            if known is None:
+                raise ModelNotFoundError(
+                    f"{self._files.where} is a {config.model_type!r} model, not a causal language model"
+                )
+            config.architectures = [known]
+        return config
+
+    def _read_generation_config(self) -> GenerationConfig:
+        path = self._files.path(GENERATION_CONFIG)
+        if path is None:
+            return GenerationConfig.from_model_config(self.config)
+        try:
+            return GenerationConfig.from_pretrained(path.parent, local_files_only=True)
+        except (OSError, ValueError, TypeError) as error:
+            raise ModelNotFoundError(f"{GENERATION_CONFIG} of {self._files.where}: {_line(error)}") from error
+
+    def _locate(self) -> dict[str, str]:
+        """The file that holds each weight, without weights that are computed (rotary frequencies)."""
+        if self._files.has(SINGLE):
+            file_of = dict.fromkeys(self._open(SINGLE).names(), SINGLE)
+        elif self._files.has(INDEX):
+            file_of = self._read_index()
+        else:
+            raise self._without_safetensors()
+        return {name: filename for name, filename in file_of.items() if not name.endswith("rotary_emb.inv_freq")}
+
+    def _read_index(self) -> dict[str, str]:
+        try:
+            file_of = json.loads(self._required(INDEX).read_text())["weight_map"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ModelNotFoundError(f"{INDEX} of {self._files.where} is damaged: {error!r}") from None
+        # The index may come from a stranger: it names files beside it and nothing else.
+        if not isinstance(file_of, dict) or not all(
+            isinstance(filename, str) and Path(filename).name == filename for filename in file_of.values()
+        ):
+            raise ModelNotFoundError(f"{INDEX} of {self._files.where} names files outside its folder")
+        missing = sorted(filename for filename in set(file_of.values()) if not self._files.has(filename))
+        if missing:
+            raise ModelNotFoundError(
+                f"{self._files.where} lacks {missing[0]}, which {INDEX} names; copy or fetch it again"
+            )
+        return file_of
+
+    def _without_safetensors(self) -> ModelNotFoundError:
+        if any(self._files.has(pickle) for pickle in ("pytorch_model.bin", "pytorch_model.bin.index.json")):
+            return ModelNotFoundError(
+                f"{self._files.where} has pickle weights only (pytorch_model.bin), which can run code and are refused; "
+                "load them with transformers where you trust them and call save_pretrained to get safetensors"
+            )
+        return ModelNotFoundError(f"{self._files.where} has no weights: neither {SINGLE} nor {INDEX}")
+
+    def _settle_stored_tied_head(self) -> None:
+        """Decide what counts where a head is stored though the configuration ties it: as in transformers, the weights."""
+        if self._sample(_HEAD_WEIGHT) == self._sample(_EMBEDDING_WEIGHT):
+            del self._file_of[_HEAD_WEIGHT]
+        else:
+            self.config.tie_word_embeddings = False
+
+    def _sample(self, name: str) -> bytes:
+        return sample_bytes(self._open(self._file_of[name]).sampled_rows(name))
+
+    def _open(self, filename: str) -> TensorFile:
+        if filename not in self._opened:
+            self._opened[filename] = TensorFile(self._required(filename))
+        return self._opened[filename]
+
+    def _required(self, filename: str) -> Path:
+        path = self._files.path(filename)
+        if path is None:
+            raise ModelNotFoundError(
+                f"{self._files.where} has no {filename}; it is not a checkpoint in Hugging Face layout"
+            )
+        return path
+
+
+def _line(error: Exception) -> str:
+    """The first line of a library's error message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

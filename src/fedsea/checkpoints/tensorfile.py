@@ -1,0 +1,149 @@
+"""Reads single tensors of a safetensors file straight into the memory where they stay.
+
+The library checks the file; the bytes are read here. A memory-mapped tensor counts every page that was ever touched
+until its file is closed, so that a cast would keep each weight twice, and a file that is cut short under a running
+process would kill it. A plain read costs one copy out of the page cache and has neither fault: peak memory is that of
+the tensors asked for, plus one buffer of a few MB.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from fedsea.errors import ModelNotFoundError
+
+BUFFER_BYTES = 4 * 2**20
+SAMPLED_ROWS = 8
+MAX_ROW_VALUES = 2**16
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class _Entry:
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int  # bytes from the start of the file
+
+
+class TensorFile:
+    """One safetensors file.
+
+    Parameters
+    ----------
+    path
+        The file. Only its header is read until a tensor is asked for.
+
+    Raises
+    ------
+    ModelNotFoundError
+        If the file is missing, damaged, cut short, or holds a dtype that no model is stored in.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with safe_open(path, framework="numpy"):  # checks the header, its offsets, and the length of the file
+                pass
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(length))
+        except (OSError, SafetensorError, ValueError) as error:
+            raise self._damaged(str(error)) from None
+        header.pop("__metadata__", None)
+        self._entries: dict[str, _Entry] = {}
+        for name, entry in header.items():
+            if entry["dtype"] not in _DTYPES:
+                raise ModelNotFoundError(
+                    f"{path}: weight {name} is stored as {entry['dtype']}, which FedSEA cannot read"
+                )
+            start = 8 + length + entry["data_offsets"][0]
+            self._entries[name] = _Entry(_DTYPES[entry["dtype"]], tuple(entry["shape"]), start)
+
+    def names(self) -> list[str]:
+        """Names of the tensors in the file."""
+        return list(self._entries)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, from the header."""
+        return self._entries[name].shape
+
+    def read(self, name: str, *, dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
+        """The tensor `name` on `device`; cast to `dtype` if it is of floating point.
+
+        Raises
+        ------
+        ModelNotFoundError
+            If the file has no such tensor, or ends before it.
+        """
+        if name not in self._entries:
+            raise self._damaged(f"it has no weight {name}")
+        entry = self._entries[name]
+        wanted = dtype if entry.dtype.is_floating_point else entry.dtype
+        target = torch.empty(entry.shape, dtype=wanted, device=device)
+        flat = target.view(-1)
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                file.seek(entry.offset)
+                if wanted == entry.dtype and target.device.type == "cpu":
+                    self._fill(file, flat)
+                    return target
+                step = BUFFER_BYTES // entry.dtype.itemsize
+                buffer = torch.empty(min(step, flat.numel()), dtype=entry.dtype)
+                for start in range(0, flat.numel(), step):
+                    piece = buffer[: min(step, flat.numel() - start)]
+                    self._fill(file, piece)
+                    flat[start : start + piece.numel()].copy_(piece)
+        except OSError as error:
+            raise self._damaged(str(error)) from None
+        return target
+
+    def sampled_rows(self, name: str) -> Iterator[torch.Tensor]:
+        """A few evenly spaced rows of a tensor, in its stored dtype: what a fingerprint looks at.
+
+        Raises
+        ------
+        ModelNotFoundError
+            If the file ends before the tensor does.
+        """
+        entry = self._entries[name]
+        rows = entry.shape[0] if len(entry.shape) > 1 else 1
+        total = torch.Size(entry.shape).numel()
+        width = total // rows if rows else 0
+        count = min(SAMPLED_ROWS, rows)
+        row = torch.empty(min(width, MAX_ROW_VALUES), dtype=entry.dtype)
+        with self.path.open("rb", buffering=0) as file:
+            for index in range(count):
+                at = index * (rows - 1) // max(count - 1, 1)
+                file.seek(entry.offset + at * width * entry.dtype.itemsize)
+                self._fill(file, row)
+                yield row
+
+    def _fill(self, file: BinaryIO, target: torch.Tensor) -> None:
+        """Read exactly the bytes of `target` (one-dimensional, contiguous, on the CPU)."""
+        bytes_view: Any = target.view(torch.uint8).numpy()  # numpy's stubs do not declare the buffer protocol
+        left = memoryview(bytes_view)
+        while left:
+            read = file.readinto(left)  # type: ignore[attr-defined]
+            if not read:
+                raise self._damaged("the file is cut short")
+            left = left[read:]
+
+    def _damaged(self, reason: str) -> ModelNotFoundError:
+        return ModelNotFoundError(f"{self.path} cannot be read as safetensors ({reason}); fetch or convert it again")

@@ -1,0 +1,48 @@
+"""The whole model in one process: the independent reference of benches and tests."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from fedsea.checkpoints.base import Checkpoint
+from fedsea.checkpoints.folder import FolderCheckpoint
+from fedsea.checkpoints.quiet import quiet_transformers
+from fedsea.errors import ModelNotFoundError
+
+
+def whole_model(checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> Any:
+    """The whole model of a checkpoint as transformers' own module, in evaluation mode.
+
+    Stored checkpoints go through transformers' `from_pretrained`, so that nothing of FedSEA's reading is involved.
+
+    Raises
+    ------
+    ModelNotFoundError
+        If the checkpoint's files are incomplete or do not fill the model.
+    """
+    if isinstance(checkpoint, FolderCheckpoint):
+        with quiet_transformers():
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                checkpoint.whole_folder(), dtype=dtype, local_files_only=True, trust_remote_code=False
+            )
+        return model.to(device).eval()
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(checkpoint.config, dtype=dtype)
+    # The rotary frequencies are computed, not stored: made again off the meta device.
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=checkpoint.config).to(device)
+    model.load_state_dict(
+        dict(checkpoint.load(checkpoint.tensor_names(), dtype=dtype, device=device)), strict=False, assign=True
+    )
+    model.tie_weights()
+    model.generation_config = checkpoint.generation_config
+    _require_filled(model, checkpoint.name)
+    return model.eval()
+
+
+def _require_filled(model: nn.Module, name: str) -> None:
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    empty = [tensor_name for tensor_name, tensor in tensors if tensor.is_meta]
+    if empty:
+        raise ModelNotFoundError(f"{name} does not fill the model: {', '.join(empty[:3])} stayed empty")

@@ -1,0 +1,138 @@
+"""The cache that `generate` sees: the client's own KV caches, and the session that holds the middle's.
+
+transformers works on it as on its own caches (crop, reorder, select); what concerns the middle is remembered and sent
+with the next step, as its start positions and row map.
+"""
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+from fedsea.client.session import Session
+from fedsea.parts import RowCache
+from fedsea.parts.rows import gather_rows
+
+
+class SplitCache(Cache):
+    """State of one generation or conversation, at the client.
+
+    Attributes
+    ----------
+    input_cache, output_cache
+        KV caches of the input and the output blocks.
+    session
+        The conversation with the middle; None if the middle is empty.
+    mask
+        Which columns of the batch, as transformers counts them, are tokens and not padding: bool, `[rows, columns]`.
+    digests
+        Of each row, the digest of every prefix of its text (what its noise depends on); empty lists without noise.
+    row_map
+        What rows became of which since the last step, to be told to the middle; None if they stayed.
+    """
+
+    def __init__(self, input_cache: RowCache, output_cache: RowCache, session: Session | None) -> None:
+        super().__init__(layers=[])
+        self.input_cache, self.output_cache, self.session = input_cache, output_cache, session
+        self.mask: Tensor | None = None
+        self.digests: list[list[bytes]] = []
+        self.row_map: list[int] | None = None
+        if session is not None:
+            # Nobody closes the caches that `generate` makes by itself.
+            self._finalizer = weakref.finalize(self, session.close)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each row, without padding; empty before the first step."""
+        return [] if self.mask is None else [int(count) for count in self.mask.sum(1).tolist()]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns of the batch that have been computed, padding included, as transformers counts."""
+        return 0 if self.mask is None else self.mask.shape[1]
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """No limit of its own."""
+        return -1
+
+    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
+        """No limit of its own (the older name)."""
+        return -1
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop columns at the end: `-n` drops n of them; a positive number is the number of columns to keep."""
+        columns = self.get_seq_length()
+        keep = tokens_to_remove if tokens_to_remove > 0 else columns + tokens_to_remove
+        if self.mask is None or tokens_to_remove == 0 or keep >= columns:
+            return
+        self.mask = self.mask[:, : max(keep, 0)]
+        lengths = self.lengths
+        self.input_cache.crop_rows(lengths)
+        self.output_cache.crop_rows(lengths)
+        self.digests = [digests[:length] for digests, length in zip(self.digests, lengths, strict=True)]
+
+    def select(self, chosen: Sequence[int]) -> None:
+        """Row `i` becomes a copy of what row `chosen[i]` was."""
+        if self.mask is None or list(chosen) == list(range(len(self.mask))):
+            return
+        self.input_cache.select(chosen)
+        self.output_cache.select(chosen)
+        self.digests = [list(self.digests[row]) for row in chosen]
+        self.mask = self.mask[list(chosen)]
+        self.row_map = gather_rows(self.row_map, chosen) if self.row_map is not None else list(chosen)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Beam search: row `i` goes on from what row `beam_idx[i]` was."""
+        self.select(beam_idx.tolist())
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows only."""
+        self.select(torch.arange(0 if self.mask is None else len(self.mask))[indices.cpu()].tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row `repeats` times."""
+        self.select([row for row in range(0 if self.mask is None else len(self.mask)) for _ in range(repeats)])
+
+    def reset(self) -> None:
+        """Forget the text. The session goes on from position 0."""
+        self.crop(-self.get_seq_length())
+
+    def activate_past_recording(self) -> None:
+        """Nothing to do: everything can be cropped."""
+
+    @property
+    def is_compileable(self) -> bool:
+        """No: steps have their own shapes."""
+        return False
+
+    @property
+    def is_croppable(self) -> bool:
+        """Yes, to any length."""
+        return True
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether anything was computed."""
+        return self.mask is not None
+
+    @property
+    def batch_size(self) -> int:
+        """Number of rows."""
+        return 0 if self.mask is None else len(self.mask)
+
+    def close(self) -> None:
+        """End the session."""
+        if self.session is not None:
+            self.session.close()
+
+    def __repr__(self) -> str:
+        return f"SplitCache(rows={self.batch_size}, columns={self.get_seq_length()})"
+
+    def __len__(self) -> int:
+        return 1
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Not used: the parts update their own caches."""
+        raise NotImplementedError("a split cache is updated by the model's parts")

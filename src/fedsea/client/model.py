@@ -1,0 +1,387 @@
+"""The client's model: transformers on the outside, input and output blocks on the inside, the middle elsewhere."""
+
+import sys
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from fedsea.checkpoints import Checkpoint, open_checkpoint
+from fedsea.client.cache import SplitCache
+from fedsea.client.connection import Endpoint
+from fedsea.client.session import Session, SessionSettings
+from fedsea.client.traffic import Traffic
+from fedsea.errors import LimitExceededError, UsageError
+from fedsea.partition import Partition
+from fedsea.parts import InputBlocks, OutputBlocks, Rows
+from fedsea.privacy import GaussianNoise, Noise, NoiseSource
+from fedsea.privacy.calibrate import measure_magnitude
+from fedsea.wire.address import is_loopback, parse_address
+from fedsea.wire.credentials import Credentials
+from fedsea.wire.frames import to_wire, wire_dtype
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def compute_dtype(name: str | torch.dtype) -> torch.dtype:
+    """The torch dtype of a compute dtype's name.
+
+    Raises
+    ------
+    UsageError
+        If there is no such dtype.
+    """
+    dtype = DTYPES.get(str(name).removeprefix("torch."))
+    if dtype is None:
+        raise UsageError(f"the dtype must be one of {', '.join(DTYPES)}; got {name!r}")
+    return dtype
+
+
+def tell(message: str) -> None:
+    """Default notice: one line on standard error."""
+    print(f"fedsea: {message}", file=sys.stderr, flush=True)
+
+
+class SplitModelForCausalLM(PreTrainedModel, GenerationMixin):
+    """A causal language model whose middle blocks are run by a block server.
+
+    A transformers `PreTrainedModel`: `generate` in all its modes, streamers, stopping criteria, assisted decoding. Text,
+    token ids, logits and sampling stay here; noised hidden states go out, hidden states come back. Built by
+    `from_pretrained`. A context manager: leaving it closes its sessions.
+
+    Attributes
+    ----------
+    traffic
+        Application bytes up and down, round trips.
+    partition
+        Where the cuts are.
+    noise
+        The mechanism that is applied to every hidden state that leaves.
+    """
+
+    main_input_name = "input_ids"
+    base_model_prefix = "model"
+    _supports_sdpa = True
+    _no_split_modules: list[str] = []  # noqa: RUF012 - transformers' own attribute
+
+    def __init__(
+        self,
+        input_blocks: InputBlocks,
+        output_blocks: OutputBlocks,
+        partition: Partition,
+        noise: Noise,
+        endpoint: Endpoint | None,
+        settings: SessionSettings,
+    ) -> None:
+        super().__init__(input_blocks.config)
+        self.model = nn.Module()
+        self.model.embed_tokens = input_blocks.model.embed_tokens
+        self.model.layers = nn.ModuleDict({**input_blocks.model.layers, **output_blocks.model.layers})
+        self.model.norm = output_blocks.model.norm
+        self.lm_head = output_blocks.lm_head
+        # The parts share these modules; registered once, each weight has one name, the whole model's.
+        self.__dict__["input_blocks"], self.__dict__["output_blocks"] = input_blocks, output_blocks
+        self.partition, self.traffic = partition, Traffic()
+        self.noise = noise
+        self.max_tokens: int = self.config.max_position_embeddings
+        self._source = NoiseSource(noise)
+        self._endpoint, self._settings = endpoint, settings
+        self._caches: weakref.WeakSet[SplitCache] = weakref.WeakSet()
+        self.eval()
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        name: str | Path | Checkpoint,
+        *,
+        server: str,
+        credentials: str | Path | Credentials | None = None,
+        insecure: bool = False,
+        partition: Partition = Partition(),
+        noise: Noise = GaussianNoise(0.0),
+        dtype: str | torch.dtype = "float32",
+        wire_dtype: str | None = None,
+        device: str | torch.device = "cpu",
+        reconnect_seconds: float = 60.0,
+        notice: Callable[[str], None] = tell,
+    ) -> Self:
+        """Load the client's parts and meet the block server.
+
+        Parameters
+        ----------
+        name
+            What `open_checkpoint` takes: a hub id, a folder, a `.gguf` file, `smollm2-135m`, `random:<config>`.
+        server
+            The block server's `HOST:PORT`.
+        credentials
+            The client's folder of `fedsea credentials init`.
+        insecure
+            Connect without TLS. Only to a loopback address.
+        partition
+            Input and output layers to keep here.
+        noise
+            What to add to the hidden states that leave.
+        dtype
+            Compute dtype: float32, bfloat16 or float16.
+        wire_dtype
+            Dtype of hidden states on the wire. By default 16 bits: bfloat16 if computed in it, else float16.
+        device
+            Where to compute.
+        reconnect_seconds
+            How long to try to reach the server again after a connection is lost.
+        notice
+            Called with one line when a connection is lost and when it is back.
+
+        Raises
+        ------
+        FedSEAError
+            Whatever is wrong with the model, the partition, the credentials or the server, in one line.
+        """
+        checkpoint = name if isinstance(name, Checkpoint) else open_checkpoint(name)
+        computed = compute_dtype(dtype)
+        sent = wire_dtype_for(wire_dtype, computed)
+        middle = partition.middle(checkpoint.config.num_hidden_layers)
+        endpoint = Endpoint(server, client_credentials(server, credentials, insecure)) if middle else None
+        settings = SessionSettings(
+            partition=partition,
+            fingerprint=checkpoint.fingerprint(),
+            wire_dtype=sent,
+            hidden_size=checkpoint.config.hidden_size,
+            reconnect_seconds=reconnect_seconds,
+            notice=notice,
+        )
+        max_tokens = checkpoint.config.max_position_embeddings
+        if endpoint is not None:
+            # Before any weight is loaded: a wrong address, certificate, model or partition shows at once.
+            first = Session(endpoint, settings, Traffic())
+            max_tokens = min(max_tokens, first.open().max_tokens)
+            first.close()
+        input_blocks = InputBlocks.from_checkpoint(checkpoint, partition, dtype=computed, device=device)
+        output_blocks = OutputBlocks.from_checkpoint(checkpoint, partition, dtype=computed, device=device)
+        if checkpoint.config.tie_word_embeddings:
+            output_blocks.lm_head.weight = input_blocks.model.embed_tokens.weight
+        noise = noise.calibrated(lambda: measure_magnitude(input_blocks))
+        model = cls(input_blocks, output_blocks, partition, noise, endpoint, settings)
+        model.generation_config = checkpoint.generation_config
+        model.max_tokens = max_tokens
+        return model
+
+    def new_cache(self) -> SplitCache:
+        """An empty cache, with a session of its own; pass it to `generate` or `forward` as `past_key_values`."""
+        session = Session(self._endpoint, self._settings, self.traffic) if self._endpoint is not None else None
+        cache = SplitCache(self.input_blocks.new_cache(), self.output_blocks.new_cache(), session)
+        self._caches.add(cache)
+        return cache
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: SplitCache | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As transformers' causal language models; a batch may be padded at either side, given its `attention_mask`.
+
+        Parameters
+        ----------
+        input_ids
+            New tokens, `[rows, tokens]`, int64.
+        attention_mask
+            1 for tokens and 0 for padding, `[rows, cached + tokens]` or `[rows, tokens]`.
+        past_key_values
+            A `SplitCache` to go on from; None for a new one.
+        labels
+            As in transformers, -100 is left out; gives `loss`.
+        use_cache
+            False to keep nothing after the call.
+        logits_to_keep
+            Compute logits of the last so many columns only (or of the given columns); 0 for all.
+
+        Returns
+        -------
+        CausalLMOutputWithPast
+            `logits` `[rows, columns, vocabulary]`; those at padding mean nothing.
+
+        Raises
+        ------
+        UsageError
+            If there are no tokens, or an argument is not supported.
+        LimitExceededError
+            If a row would be longer than the model or the server allows.
+        """
+        if input_ids is None or input_ids.numel() == 0:
+            raise UsageError("the prompt is empty; the model needs at least one token")
+        unsupported = [key for key, value in kwargs.items() if value is not None and value is not False]
+        if unsupported:
+            raise UsageError(f"a split model does not take {', '.join(sorted(unsupported))}")
+        cache = past_key_values if past_key_values is not None else self.new_cache()
+        if not isinstance(cache, SplitCache):
+            raise UsageError("past_key_values of a split model come from its own new_cache()")
+        with torch.no_grad():
+            logits = self._forward_unique(input_ids, attention_mask, cache, logits_to_keep)
+        keep = use_cache is not False
+        if not keep and past_key_values is None:
+            cache.close()
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache if keep else None)
+        return output if return_dict is not False else output.to_tuple()
+
+    def _forward_unique(
+        self, ids: Tensor, attention_mask: Tensor | None, cache: SplitCache, logits_to_keep: int | Tensor
+    ) -> Tensor:
+        """Compute equal rows of a new batch once: beams and several samples of a prompt start as copies of one row."""
+        mask = _new_mask(ids, attention_mask, cache)
+        if cache.mask is None and len(ids) > 1:
+            real = torch.where(mask, ids, -1)
+            unique, twin = torch.unique(real, dim=0, return_inverse=True)
+            if len(unique) < len(ids):
+                twins = twin.tolist()
+                first = [twins.index(row) for row in range(len(unique))]
+                logits = self._forward(ids[first], mask[first], cache, logits_to_keep)
+                cache.select(twins)
+                return logits[twins]
+        return self._forward(ids, mask, cache, logits_to_keep)
+
+    def _forward(self, ids: Tensor, mask: Tensor, cache: SplitCache, logits_to_keep: int | Tensor) -> Tensor:
+        before = cache.lengths or [0] * len(ids)
+        if len(before) != len(ids):
+            raise UsageError(f"the cache holds {len(before)} rows, the batch has {len(ids)}")
+        rows = Rows(tuple(before), tuple(mask.sum(1).tolist()))
+        self._check_lengths(rows)
+        padded = mask.shape[1] != rows.width or not rows.same_count
+        packed_ids = ids[mask]
+        tokens = rows.unpack(packed_ids.unsqueeze(1)).squeeze(2) if padded else ids
+        noised = not (isinstance(self.noise, GaussianNoise) and self.noise.std == 0)
+        if noised:
+            self._extend_digests(packed_ids, rows, cache)
+
+        def leaving(chunk: Rows) -> Tensor:
+            return self._leaving(tokens, rows, chunk, cache, noised=noised)
+
+        if cache.session is None:
+            hidden = rows.unpack(rows.pack(self.input_blocks(tokens, rows, cache.input_cache)))
+        else:
+            row_map, cache.row_map = cache.row_map, None
+            packed = cache.session.forward(leaving, rows, row_map)
+            hidden = rows.unpack(packed.to(device=self.device, dtype=self.dtype))
+        hidden = self.output_blocks(hidden, rows, cache.output_cache)
+        cache.mask = mask if cache.mask is None else torch.cat([cache.mask, mask], dim=1)
+        if padded:
+            aligned = hidden.new_zeros(*mask.shape, hidden.shape[2])
+            aligned[mask] = rows.pack(hidden)
+            hidden = aligned
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
+        return self.output_blocks.logits(hidden[:, kept] if not isinstance(kept, int) else hidden)
+
+    def _leaving(self, tokens: Tensor, rows: Rows, chunk: Rows, cache: SplitCache, *, noised: bool) -> Tensor:
+        """`h_A` of some of the step's places, noised, in the wire dtype: what leaves the client."""
+        done = [start - first for start, first in zip(chunk.starts, rows.starts, strict=True)]
+        first = max(done)
+        hidden = chunk.pack(self.input_blocks(tokens[:, first : first + chunk.width], chunk, cache.input_cache))
+        if noised:
+            digests = [
+                digest
+                for row, (start, end) in enumerate(zip(chunk.starts, chunk.ends, strict=True))
+                for digest in cache.digests[row][start:end]
+            ]
+            hidden = self.noise.apply(hidden, lambda: self._source.normals(digests, hidden.shape[1]))
+        return to_wire(hidden, self._settings.wire_dtype)
+
+    def _extend_digests(self, packed_ids: Tensor, rows: Rows, cache: SplitCache) -> None:
+        if not cache.digests:
+            cache.digests = [[] for _ in range(len(rows))]
+        for digests, tokens in zip(cache.digests, packed_ids.split(rows.counts), strict=True):
+            digests.extend(self._source.extend(digests[-1] if digests else b"", tokens.tolist()))
+
+    def _check_lengths(self, rows: Rows) -> None:
+        if min(rows.counts) == 0:
+            raise UsageError("a prompt of the batch is empty; each needs at least one token")
+        longest = max(rows.ends)
+        if longest > self.max_tokens:
+            raise LimitExceededError(
+                f"the text would have {longest} tokens; the model and the server allow {self.max_tokens}"
+            )
+
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *_args: Any) -> None:
+        """`generate` asks for a cache: a split one, unless the user brings one or wants none."""
+        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+            model_kwargs["past_key_values"] = self.new_cache()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the client computes."""
+        return self.input_blocks.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Compute dtype."""
+        dtype: torch.dtype = self.lm_head.weight.dtype
+        return dtype
+
+    def close(self) -> None:
+        """Close all sessions, and wait a moment until the server knows."""
+        for cache in list(self._caches):
+            if cache.session is not None:
+                cache.session.close(wait_seconds=2.0)
+        if self._endpoint is not None:
+            self._endpoint.reset()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _new_mask(ids: Tensor, attention_mask: Tensor | None, cache: SplitCache) -> Tensor:
+    """Which of the new columns are tokens: bool, `[rows, tokens]`."""
+    columns = ids.shape[1]
+    if attention_mask is None:
+        return torch.ones(ids.shape, dtype=torch.bool, device=ids.device)
+    if attention_mask.dim() != 2 or attention_mask.shape[1] not in (columns, columns + cache.get_seq_length()):
+        raise UsageError(
+            f"the attention mask has shape {tuple(attention_mask.shape)}; for {columns} new tokens after "
+            f"{cache.get_seq_length()} it must be [rows, {columns + cache.get_seq_length()}]"
+        )
+    return attention_mask[:, -columns:].bool().to(ids.device)
+
+
+def wire_dtype_for(name: str | None, computed: torch.dtype) -> torch.dtype:
+    """The wire dtype: the named one, or 16 bits of the kind that the model computes in."""
+    if name is not None:
+        return wire_dtype(name)
+    return torch.bfloat16 if computed is torch.bfloat16 else torch.float16
+
+
+def client_credentials(server: str, credentials: str | Path | Credentials | None, insecure: bool) -> Credentials | None:
+    """Load the client's certificate, or accept that there is none.
+
+    Raises
+    ------
+    UsageError
+        If neither or both are given, or plaintext would leave this machine.
+    """
+    host, _port = parse_address(server)
+    if (credentials is None) != insecure:
+        raise UsageError("give either credentials (a folder made by: fedsea credentials init DIR) or insecure=True")
+    if isinstance(credentials, Credentials):
+        return credentials
+    if credentials is not None:
+        return Credentials.load(credentials, role="client")
+    if not is_loopback(host):
+        raise UsageError(f"insecure connections stay on this machine; {host} is another one, so give credentials")
+    return None

@@ -1,0 +1,301 @@
+"""A session with the middle blocks: hidden states in, hidden states out, whatever happens to the connection.
+
+What was sent is kept (`Journal`), noise included, so that a lost connection costs time and nothing else: the session is
+taken up where the server still has it, or built anew from the journal, and the interrupted step is done again.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fedsea.checkpoints import Fingerprint
+from fedsea.client.connection import Connection, ConnectionLost, Endpoint
+from fedsea.client.traffic import Traffic
+from fedsea.errors import ProtocolError, ServerUnavailableError
+from fedsea.partition import Partition
+from fedsea.parts import Rows
+from fedsea.parts.rows import gather_rows
+from fedsea.wire.frames import Kind, Message, Result, Step
+from fedsea.wire.handshake import Open, Opened
+
+CHUNK_TOKENS = 512  # of a long prompt, so that client, link and server work on different chunks at once
+BACKOFF_SECONDS = (0.1, 0.2, 0.5, 1.0, 2.0)
+
+
+class Journal:
+    """The states that a session has sent, `[rows, positions, hidden]` in the wire dtype, exactly as they left."""
+
+    def __init__(self, hidden_size: int, dtype: torch.dtype) -> None:
+        self._states = torch.empty(0, 0, hidden_size, dtype=dtype)
+        self.lengths: list[int] = []
+
+    def select(self, chosen: Sequence[int]) -> None:
+        """Row `i` becomes a copy of what row `chosen[i]` was."""
+        self._states = self._states[list(chosen)]
+        self.lengths = gather_rows(self.lengths, chosen)
+
+    def write(self, rows: Rows, states: Tensor) -> None:
+        """Keep a step's states `[rows.total, hidden]`; what a row held from its start position on is dropped."""
+        if not self.lengths:
+            self._states = self._states.new_empty(len(rows), 0, self._states.shape[2])
+        if self._states.shape[1] < rows.reach:
+            capacity = max(rows.reach, min(2 * self._states.shape[1], self._states.shape[1] + 4096))
+            grown = self._states.new_empty(len(rows), capacity, self._states.shape[2])
+            grown[:, : self._states.shape[1]] = self._states
+            self._states = grown
+        padded = rows.unpack(states)
+        for row, (start, count) in enumerate(zip(rows.starts, rows.counts, strict=True)):
+            self._states[row, start : start + count] = padded[row, :count]
+        self.lengths = list(rows.ends)
+
+    def read(self, rows: Rows) -> Tensor:
+        """The states at these places, `[rows.total, hidden]`."""
+        return torch.cat(
+            [
+                self._states[row, start : start + count]
+                for row, (start, count) in enumerate(zip(rows.starts, rows.counts, strict=True))
+            ]
+        )
+
+
+@dataclass(frozen=True)
+class SessionSettings:
+    """What all sessions of a model have in common.
+
+    Parameters
+    ----------
+    reconnect_seconds
+        How long a lost connection is tried again before it is an error.
+    notice
+        Told one line when a connection is lost and when it is back.
+    """
+
+    partition: Partition
+    fingerprint: Fingerprint
+    wire_dtype: torch.dtype
+    hidden_size: int
+    reconnect_seconds: float
+    notice: Callable[[str], None]
+
+
+class Session:
+    """One KV-cached conversation with the middle blocks. Not for several threads at once."""
+
+    def __init__(self, endpoint: Endpoint, settings: SessionSettings, traffic: Traffic) -> None:
+        self._endpoint, self._settings, self._traffic = endpoint, settings, traffic
+        self._journal = Journal(settings.hidden_size, settings.wire_dtype)
+        self._connection: Connection | None = None
+        self._name: str | None = None  # the server's name for it; None until OPENED came
+        self._awaits_opened = False
+        self._step = 0  # the last step sent to the server's session
+        self._closed = False
+
+    def open(self) -> Opened:
+        """Open the session and wait for the server's answer; tried once, so that a wrong address shows at once.
+
+        Raises
+        ------
+        FedSEAError
+            Why the server cannot be reached, or why it refuses.
+        """
+        try:
+            self._connect(resume=None)
+            return self._await_opened()
+        except ConnectionLost as lost:
+            self.close()
+            raise self._endpoint.explain(str(lost)) from None
+
+    def forward(self, states: Callable[[Rows], Tensor], rows: Rows, row_map: Sequence[int] | None = None) -> Tensor:
+        """Exchange new tokens' `h_A` for their `h_B`.
+
+        Parameters
+        ----------
+        states
+            Gives `h_A` of some of the step's places, `[tokens, hidden]`, ready to leave, in the wire dtype. It is
+            asked chunk by chunk, each place once: while the server works on one, the client prepares the next.
+        rows
+            All places of the step.
+        row_map
+            Applied before the step: row `i` continues what row `row_map[i]` was.
+
+        Returns
+        -------
+        Tensor
+            `h_B`, `[rows.total, hidden]`, in the wire dtype.
+
+        Raises
+        ------
+        ServerUnavailableError
+            If the connection is lost and does not come back within the bound.
+        FedSEAError
+            What the server refuses.
+        """
+        if self._closed:
+            raise ServerUnavailableError("the session is closed; start a new one")
+        if row_map is not None:
+            self._journal.select(row_map)
+        exchange = _Exchange(rows.chunks(CHUNK_TOKENS), row_map)
+        patience = _Patience(self._settings.reconnect_seconds)
+        while True:
+            try:
+                if patience.reconnecting:
+                    self._restore(exchange)
+                    self._settings.notice("the connection to the block server is back; going on")
+                return self._run(exchange, states)
+            except ConnectionLost as lost:
+                self._drop()
+                if patience.begin(progressed=exchange.progressed):
+                    self._traffic.reconnections += 1
+                    self._settings.notice("the connection to the block server is lost; reconnecting")
+                exchange.progressed = False
+                if not patience.wait():
+                    self.close()
+                    why = self._endpoint.explain(str(lost))
+                    bound = self._settings.reconnect_seconds
+                    raise ServerUnavailableError(f"{why} (tried again for {bound:g} s)") from None
+            except BaseException:
+                # Refused, interrupted, or no noise to be had: the two sides may differ now, so the session is over.
+                self.close()
+                raise
+
+    def _run(self, exchange: "_Exchange", states: Callable[[Rows], Tensor]) -> Tensor:
+        """Send the chunks that have no result yet; collect the results."""
+        if self._connection is None:
+            self._connect(resume=None)
+        numbers = []
+        for index in range(len(exchange.results), len(exchange.chunks)):
+            chunk = exchange.chunks[index]
+            if index == exchange.prepared:
+                self._journal.write(chunk, states(chunk))
+                exchange.prepared += 1
+            row_map = None if index or exchange.map_done else exchange.row_map
+            numbers.append(self._send(chunk, row_map))
+            if row_map is not None:
+                exchange.map_step = numbers[-1]
+        if self._awaits_opened:
+            self._await_opened()
+        for number, chunk in zip(numbers, exchange.chunks[len(exchange.results) :], strict=True):
+            result = self._result(number)
+            if result is None or result.shape != (chunk.total, self._settings.hidden_size):
+                raise ProtocolError("the block server answered with states of another shape")
+            exchange.results.append(result)
+            exchange.progressed = True
+        self._traffic.round_trips += 1
+        return _join(exchange.chunks, exchange.results)
+
+    def _restore(self, exchange: "_Exchange") -> None:
+        """Connect anew and bring the server to where the exchange was interrupted."""
+        self._endpoint.reset()
+        lost = self._name
+        self._connect(resume=lost)
+        opened = self._await_opened()
+        if opened.session == lost:
+            # It still has the session. What it did of the exchange without our knowing is done again: the frames say
+            # where they start. Only moving rows twice would be wrong.
+            exchange.map_done |= exchange.map_step is not None and opened.step >= exchange.map_step
+            self._step = opened.step
+            return
+        exchange.map_done = True  # the journal has moved its rows already
+        before = exchange.chunks[len(exchange.results)].starts
+        if not any(before):
+            return
+        for chunk in Rows((0,) * len(before), before).chunks(CHUNK_TOKENS):
+            self._result(self._send(chunk, None, want_result=False))
+
+    def _connect(self, resume: str | None) -> None:
+        settings = self._settings
+        self._connection = self._endpoint.stream(self._traffic)
+        self._awaits_opened = True
+        self._name, self._step = None, 0
+        wire_name = str(settings.wire_dtype).removeprefix("torch.")
+        wish = Open(settings.partition, settings.fingerprint, wire_name, resume)
+        self._connection.send(Message(Kind.OPEN, wish.to_body()))
+
+    def _await_opened(self) -> Opened:
+        assert self._connection is not None
+        frame = self._connection.receive()
+        if not isinstance(frame, Message) or frame.kind is not Kind.OPENED:
+            raise ProtocolError("the block server did not answer OPEN with OPENED")
+        opened = Opened.from_body(frame.body)
+        self._name, self._awaits_opened = opened.session, False
+        return opened
+
+    def _send(self, rows: Rows, row_map: Sequence[int] | None, *, want_result: bool = True) -> int:
+        assert self._connection is not None
+        self._step += 1
+        mapping = tuple(row_map) if row_map is not None else None
+        self._connection.send(Step(self._step, rows, self._journal.read(rows), mapping, want_result))
+        return self._step
+
+    def _result(self, number: int) -> Tensor | None:
+        assert self._connection is not None
+        frame = self._connection.receive()
+        if not isinstance(frame, Result) or frame.number != number:
+            raise ProtocolError(f"the block server did not answer step {number} with its result")
+        return frame.states
+
+    def _drop(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def close(self, *, wait_seconds: float = 0.0) -> None:
+        """End the session; the server frees its cache. Safe to call twice."""
+        self._closed = True
+        if self._connection is not None:
+            self._connection.close(Message(Kind.CLOSE, {}), wait_seconds=wait_seconds)
+            self._connection = None
+
+
+@dataclass
+class _Exchange:
+    """How far a step, possibly in several chunks, has come."""
+
+    chunks: list[Rows]
+    row_map: Sequence[int] | None
+    results: list[Tensor] = field(default_factory=list)
+    prepared: int = 0  # chunks that are in the journal
+    map_step: int | None = None  # the step that carried the row map to the server's session
+    map_done: bool = False  # the server's session has moved its rows
+    progressed: bool = False  # something came back since the last loss
+
+
+class _Patience:
+    """Back-off with a bound; the bound begins anew after each progress."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._deadline: float | None = None
+        self._attempt = 0
+
+    @property
+    def reconnecting(self) -> bool:
+        return self._deadline is not None
+
+    def begin(self, *, progressed: bool) -> bool:
+        """A loss happened; returns whether it is a new one."""
+        if self._deadline is not None and not progressed:
+            return False
+        self._deadline, self._attempt = time.monotonic() + self._seconds, 0
+        return True
+
+    def wait(self) -> bool:
+        """Sleep before the next try; False if the time is up."""
+        assert self._deadline is not None
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            return False
+        time.sleep(min(BACKOFF_SECONDS[min(self._attempt, len(BACKOFF_SECONDS) - 1)], left))
+        self._attempt += 1
+        return True
+
+
+def _join(chunks: list[Rows], results: list[Tensor]) -> Tensor:
+    """Results of chunks, each row after row, as one tensor, row after row."""
+    if len(results) == 1:
+        return results[0]
+    pieces = [result.split(chunk.counts) for chunk, result in zip(chunks, results, strict=True)]
+    return torch.cat([of_chunk[row] for row in range(len(chunks[0])) for of_chunk in pieces])

@@ -1,0 +1,198 @@
+"""The three parts of a split model: input blocks (A), middle blocks (B) and output blocks (C).
+
+Each is built from transformers' own modules, holds only its own weights, and calls every weight by its name in the whole
+model, so that `state_dict()` of a part is a slice of the whole model's.
+"""
+
+import copy
+from typing import Any, Self, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from fedsea.checkpoints.base import Checkpoint
+from fedsea.errors import PartitionError
+from fedsea.partition import Partition, weight_names
+from fedsea.parts.cache import RowCache
+from fedsea.parts.families import family_of
+from fedsea.parts.rows import Rows, attention_mask
+
+
+class Part(nn.Module):
+    """Some decoder layers of a model, with or without its ends; the base of the three parts.
+
+    Built by `from_checkpoint`, with real weights; the constructor alone gives modules on the meta device.
+    """
+
+    model: Any
+    lm_head: nn.Linear
+
+    def __init__(self, config: PreTrainedConfig, layers: range, *, embedding: bool = False, head: bool = False) -> None:
+        super().__init__()
+        self.config = copy.deepcopy(config)
+        self.config._attn_implementation = "sdpa"
+        self.layers = layers
+        family = family_of(config)
+        self.windows = {layer: family.window(config, layer) for layer in layers}
+        with torch.device("meta"):
+            self.model = nn.Module()
+            if embedding:
+                self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+            self.model.layers = nn.ModuleDict({str(layer): family.layer(self.config, layer) for layer in layers})
+            if head:
+                self.model.norm = family.norm(config.hidden_size, eps=config.rms_norm_eps)
+                self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.rotary = family.rotary(self.config)
+        self.eval()
+
+    def new_cache(self) -> RowCache:
+        """An empty KV cache for this part's layers."""
+        return RowCache(self.rotary)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the part computes."""
+        return cast(Tensor, self.rotary.inv_freq).device
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the part's weights."""
+        return sum(weight.numel() * weight.element_size() for weight in self.parameters())
+
+    def cache_bytes_per_token(self, dtype: torch.dtype, layers: range | None = None) -> int:
+        """Bytes that one cached token of one row takes, over all layers (or the given ones)."""
+        config: Any = self.config
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        count = len(self.layers if layers is None else layers)
+        return 2 * count * config.num_key_value_heads * int(head_dim) * dtype.itemsize
+
+    def run_layers(self, hidden: Tensor, rows: Rows, cache: RowCache, layers: range) -> Tensor:
+        """Run decoder layers on new tokens.
+
+        Parameters
+        ----------
+        hidden
+            `[rows, width, hidden]`, padded at the right where rows differ in length.
+        rows
+            Start and number of new tokens of each row.
+        cache
+            Holds what came before; gets the new tokens' keys and values.
+        layers
+            Which of this part's layers, by their numbers in the whole model.
+
+        Returns
+        -------
+        Tensor
+            `[rows, width, hidden]`; what stands at padded places means nothing.
+        """
+        if not layers:
+            return hidden
+        cache.begin(rows)
+        positions = rows.positions(hidden.device)
+        # Padded places must not make a length-dependent rotary embedding believe in a longer text.
+        rotary = cache.rotary(hidden, positions.clamp(max=max(rows.ends) - 1))
+        masks = {
+            window: attention_mask(rows, window, hidden.device) for window in {self.windows[layer] for layer in layers}
+        }
+        blocks = self.model.layers
+        for layer in layers:
+            hidden = blocks[str(layer)](
+                hidden,
+                attention_mask=masks[self.windows[layer]],
+                position_embeddings=rotary,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+            )
+        cache.finish()
+        return hidden
+
+    def _load(self, checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device | str) -> Self:
+        """Give every module its weights from the checkpoint; read no others."""
+        stored = checkpoint.tensor_names()
+        wanted = set(self.state_dict())
+        tied = "lm_head.weight" in wanted and "lm_head.weight" not in stored
+        names = weight_names(
+            stored,
+            self.layers,
+            embedding=hasattr(self.model, "embed_tokens") or tied,
+            norm=hasattr(self.model, "norm"),
+            head=hasattr(self, "lm_head"),
+        )
+        weights = {}
+        for name, tensor in checkpoint.load(names, dtype=dtype, device=device):
+            if name in wanted:
+                weights[name] = tensor
+            if tied and name == "model.embed_tokens.weight":
+                weights["lm_head.weight"] = tensor
+        self.load_state_dict(weights, strict=True, assign=True)
+        self.requires_grad_(False)
+        self.rotary.to(device)
+        return self
+
+
+class InputBlocks(Part):
+    """A: the embedding and the first `p` decoder layers. Runs at the client."""
+
+    @classmethod
+    def from_checkpoint(
+        cls, checkpoint: Checkpoint, partition: Partition, *, dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> Self:
+        """Read this part's weights, and no others, from a checkpoint."""
+        layers = partition.input(checkpoint.config.num_hidden_layers)
+        return cls(checkpoint.config, layers, embedding=True)._load(checkpoint, dtype=dtype, device=device)
+
+    def forward(self, input_ids: Tensor, rows: Rows, cache: RowCache) -> Tensor:
+        """Token ids `[rows, width]` -> hidden states `h_A` `[rows, width, hidden]`, without noise."""
+        return self.run_layers(self.model.embed_tokens(input_ids), rows, cache, self.layers)
+
+
+class MiddleBlocks(Part):
+    """B: decoder layers between the cuts. Runs at the block server, for every partition that its layers cover."""
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        checkpoint: Checkpoint,
+        layers: range,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> Self:
+        """Read these layers, and no others, from a checkpoint.
+
+        Raises
+        ------
+        PartitionError
+            If the model does not have them.
+        """
+        count = checkpoint.config.num_hidden_layers
+        if not layers or layers.start < 0 or layers.stop > count:
+            raise PartitionError(f"layers {layers.start}:{layers.stop} are not in the model, which has 0:{count}")
+        return cls(checkpoint.config, layers)._load(checkpoint, dtype=dtype, device=device)
+
+    def forward(self, hidden: Tensor, rows: Rows, cache: RowCache, layers: range) -> Tensor:
+        """Hidden states `h_A` `[rows, width, hidden]` -> `h_B`, the same shape, through `layers`."""
+        return self.run_layers(hidden, rows, cache, layers)
+
+
+class OutputBlocks(Part):
+    """C: the last `q` decoder layers, the final norm and the head. Runs at the client."""
+
+    @classmethod
+    def from_checkpoint(
+        cls, checkpoint: Checkpoint, partition: Partition, *, dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> Self:
+        """Read this part's weights, and no others, from a checkpoint."""
+        layers = partition.output(checkpoint.config.num_hidden_layers)
+        return cls(checkpoint.config, layers, head=True)._load(checkpoint, dtype=dtype, device=device)
+
+    def forward(self, hidden: Tensor, rows: Rows, cache: RowCache) -> Tensor:
+        """Hidden states `h_B` `[rows, width, hidden]` -> hidden states before the final norm, the same shape."""
+        return self.run_layers(hidden, rows, cache, self.layers)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Final norm and head: `[..., hidden]` -> logits `[..., vocabulary]`."""
+        logits: Tensor = self.lm_head(self.model.norm(hidden))
+        return logits

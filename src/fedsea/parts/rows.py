@@ -1,0 +1,144 @@
+"""Which positions of which rows a tensor of hidden states covers.
+
+A batch of texts of different lengths is sent and computed without padding: all tokens of row 0, then all of row 1, and
+so on, `[tokens, hidden]`. `Rows` says how to read that: for each row the position of its first token and the number of
+its tokens. It is all that a peer needs to rebuild attention masks and position ids, so neither crosses the wire
+(FedSEA-LLaMA, section on attention-mask compression).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Start position and number of new tokens of each row.
+
+    Parameters
+    ----------
+    starts
+        Position of each row's first new token: the number of tokens of that row that came before.
+    counts
+        Number of new tokens of each row; not all 0.
+    """
+
+    starts: tuple[int, ...]
+    counts: tuple[int, ...]
+
+    @classmethod
+    def uniform(cls, rows: int, start: int, count: int) -> "Rows":
+        """Rows that all start at the same position and have the same number of tokens."""
+        return cls((start,) * rows, (count,) * rows)
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    @cached_property
+    def width(self) -> int:
+        """Tokens of the longest row."""
+        return max(self.counts)
+
+    @cached_property
+    def total(self) -> int:
+        """Tokens of all rows together."""
+        return sum(self.counts)
+
+    @cached_property
+    def ends(self) -> tuple[int, ...]:
+        """Each row's number of tokens after this step."""
+        return tuple(start + count for start, count in zip(self.starts, self.counts, strict=True))
+
+    @cached_property
+    def reach(self) -> int:
+        """Columns that a padded step touches: the furthest start and the width together."""
+        return max(self.starts) + self.width
+
+    @cached_property
+    def same_start(self) -> bool:
+        """Whether all rows start at one position."""
+        return len(set(self.starts)) == 1
+
+    @cached_property
+    def same_count(self) -> bool:
+        """Whether all rows have the same number of tokens, so that nothing is padded."""
+        return len(set(self.counts)) == 1
+
+    def positions(self, device: torch.device) -> Tensor:
+        """Position of every token, `[rows or 1, width]`, int64; a padded place continues its row's count."""
+        steps = torch.arange(self.width, device=device)
+        if self.same_start:
+            return steps.unsqueeze(0) + self.starts[0]
+        return torch.tensor(self.starts, device=device).unsqueeze(1) + steps
+
+    def places(self, device: torch.device) -> Tensor:
+        """Where the real tokens are in a padded `[rows, width]`: bool, `[rows, width]`."""
+        counts = torch.tensor(self.counts, device=device).unsqueeze(1)
+        return torch.arange(self.width, device=device) < counts
+
+    def pack(self, padded: Tensor) -> Tensor:
+        """`[rows, width, hidden]` with padding at the right -> `[total, hidden]` without."""
+        if self.same_count:
+            return padded.reshape(-1, padded.shape[-1])
+        return padded[self.places(padded.device)]
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        """`[total, hidden]` -> `[rows, width, hidden]`, zeros at the right of the shorter rows."""
+        if self.same_count:
+            return packed.view(len(self), self.width, packed.shape[-1])
+        padded = packed.new_zeros(len(self), self.width, packed.shape[-1])
+        padded[self.places(packed.device)] = packed
+        return padded
+
+    def chunks(self, tokens: int) -> list["Rows"]:
+        """Split into steps of at most `tokens` tokens in all (at least one a row), each continuing the one before.
+
+        All chunks have the same rows; one that has run out of tokens has a count of 0.
+        """
+        if self.total <= tokens:
+            return [self]
+        size = max(1, tokens // len(self))
+        return [
+            Rows(
+                tuple(start + min(done, count) for start, count in zip(self.starts, self.counts, strict=True)),
+                tuple(min(max(count - done, 0), size) for count in self.counts),
+            )
+            for done in range(0, self.width, size)
+        ]
+
+
+def attention_mask(rows: Rows, window: int | None, device: torch.device) -> Tensor | None:
+    """The mask of a causal model whose caches keep position `i` of a row at column `i`.
+
+    Parameters
+    ----------
+    rows
+        The tokens that ask (queries); the columns are positions 0 up to the furthest end.
+    window
+        Tokens that a layer may look back on, itself included; None for all of them.
+
+    Returns
+    -------
+    Tensor or None
+        bool, `[rows or 1, 1, width, columns]`, True where a token may look; None where "each token sees all before it"
+        is what scaled-dot-product attention does by itself, which is its fastest form.
+    """
+    columns = rows.reach
+    limited = window is not None and columns > window
+    if not limited and rows.same_start and (rows.width == 1 or rows.starts[0] == 0):
+        return None
+    positions = rows.positions(device).unsqueeze(-1)
+    column = torch.arange(columns, device=device)
+    mask = column <= positions
+    if limited:
+        assert window is not None
+        mask &= column > positions - window
+    return mask.unsqueeze(1)
+
+
+def gather_rows(items: Sequence[int], chosen: Sequence[int]) -> list[int]:
+    """`items[i]` for every i of `chosen`."""
+    return [items[index] for index in chosen]

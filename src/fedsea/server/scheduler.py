@@ -1,0 +1,73 @@
+"""Who computes next: one step at a time on the device, sessions in turn.
+
+Torch runs in one worker thread, so that the event loop stays free for the network. Each session has its own queue and
+the sessions take turns, so a long prompt (which comes in several steps) does not keep others from their next token.
+"""
+
+import asyncio
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class Turns(Generic[T]):
+    """A queue for each owner; `next` serves the owners in turn, each in the order of its own items."""
+
+    def __init__(self) -> None:
+        self._queues: OrderedDict[str, deque[T]] = OrderedDict()
+
+    def add(self, owner: str, item: T) -> None:
+        """Put an item at the end of its owner's queue."""
+        self._queues.setdefault(owner, deque()).append(item)
+
+    def next(self) -> T | None:
+        """Take the first item of the owner whose turn it is; None if there is nothing."""
+        if not self._queues:
+            return None
+        owner, queue = self._queues.popitem(last=False)
+        item = queue.popleft()
+        if queue:
+            self._queues[owner] = queue
+        return item
+
+
+class Scheduler:
+    """Runs work in the one worker thread, fairly between sessions."""
+
+    def __init__(self) -> None:
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="fedsea-torch")
+        self._waiting: Turns[tuple[Callable[[], Any], asyncio.Future[Any]]] = Turns()
+        self._busy = False
+
+    async def run(self, session: str, work: Callable[[], T]) -> T:
+        """Do `work` when it is the session's turn; return or raise what it does."""
+        done: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._waiting.add(session, (work, done))
+        self._start_next()
+        return await done
+
+    def _start_next(self) -> None:
+        while not self._busy and (item := self._waiting.next()) is not None:
+            work, done = item
+            if done.cancelled():
+                continue
+            self._busy = True
+            running = asyncio.get_running_loop().run_in_executor(self._worker, work)
+            running.add_done_callback(lambda finished, done=done: self._finish(finished, done))
+
+    def _finish(self, finished: "asyncio.Future[Any]", done: "asyncio.Future[Any]") -> None:
+        self._busy = False
+        error = finished.exception()
+        if not done.cancelled():
+            if error is not None:
+                done.set_exception(error)
+            else:
+                done.set_result(finished.result())
+        self._start_next()
+
+    def shutdown(self) -> None:
+        """Let the step that runs finish; start no more."""
+        self._worker.shutdown(wait=True)

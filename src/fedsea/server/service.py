@@ -1,0 +1,270 @@
+"""The block server: the gRPC service around the sessions, and its life from start to SIGTERM."""
+
+import asyncio
+import hashlib
+import logging
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import grpc
+import torch
+
+from fedsea.checkpoints import Checkpoint
+from fedsea.errors import (
+    FedSEAError,
+    LimitExceededError,
+    ModelMismatchError,
+    ProtocolError,
+    ServerError,
+    ServerUnavailableError,
+    UsageError,
+)
+from fedsea.parts import MiddleBlocks
+from fedsea.server.limits import Limits, half_of_free_memory
+from fedsea.server.scheduler import Scheduler
+from fedsea.server.sessions import Session, SessionTable, State
+from fedsea.wire import contract
+from fedsea.wire.address import format_address, is_loopback, parse_address
+from fedsea.wire.credentials import Credentials, server_credentials
+from fedsea.wire.frames import Kind, Message, Step, decode, encode, wire_dtype
+from fedsea.wire.handshake import Open, Opened
+
+log = logging.getLogger("fedsea.server")
+SWEEP_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """How a block server is run.
+
+    Parameters
+    ----------
+    listen
+        `HOST:PORT`; port 0 takes a free one.
+    layers
+        The layers to hold, by their numbers in the whole model; None for all.
+    credentials
+        The server's certificate; None only on a loopback address.
+    """
+
+    listen: str = "127.0.0.1:7070"
+    layers: range | None = None
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    credentials: Credentials | None = None
+    limits: Limits = Limits()
+
+
+class BlockServer:
+    """A server for the middle blocks of one model.
+
+    `start` binds and begins to serve, `wait` returns when `stop` was called. Loading the weights (the constructor) and
+    serving are apart, so that a port that is taken is found before and a health check says SERVING only after.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, options: ServerOptions) -> None:
+        self.options = options
+        self.host, self.port = parse_address(options.listen, allow_port_zero=True)
+        if options.credentials is None and not is_loopback(self.host):
+            raise UsageError(
+                f"without credentials the server listens on loopback addresses only, not on {self.host}; "
+                "make some with: fedsea credentials init DIR"
+            )
+        config: Any = checkpoint.config
+        layers = options.layers if options.layers is not None else range(config.num_hidden_layers)
+        self.num_layers: int = config.num_hidden_layers
+        self.middle = MiddleBlocks.from_checkpoint(checkpoint, layers, dtype=options.dtype, device=options.device)
+        self.fingerprint = checkpoint.fingerprint()
+        limits = options.limits
+        if limits.cache_bytes is None:
+            limits = replace(limits, cache_bytes=half_of_free_memory(torch.device(options.device)))
+        self.table = SessionTable(
+            self.middle,
+            limits,
+            max_tokens=config.max_position_embeddings,
+            dtype=options.dtype,
+            clock=time.monotonic,
+        )
+        self.scheduler = Scheduler()
+        self._server: grpc.aio.Server | None = None
+        self._stopping = False
+        self._done = asyncio.Event()
+
+    async def start(self) -> str:
+        """Bind and serve; returns the address.
+
+        Raises
+        ------
+        UsageError
+            If the address is taken or is not this machine's.
+        """
+        # One listener for one port: without this, a second server on the port would silently share it.
+        settings = [*contract.channel_options(self.table.limits.frame_bytes + 4096), ("grpc.so_reuseport", 0)]
+        server = grpc.aio.server(options=settings)
+        handler = grpc.stream_stream_rpc_method_handler(self._session)
+        server.add_generic_rpc_handlers(
+            (grpc.method_handlers_generic_handler(contract.SERVICE, {contract.METHOD: handler}),)
+        )
+        self._add_health(server)
+        try:
+            self.port = self._bind(server)
+        except RuntimeError as error:
+            raise UsageError(
+                f"cannot listen on {self.options.listen}: the address is taken or not this machine's"
+            ) from error
+        await server.start()
+        self._server = server
+        self._sweeper = asyncio.create_task(self._sweep())
+        return format_address(self.host, self.port)
+
+    def _bind(self, server: grpc.aio.Server) -> int:
+        address = format_address(self.host, self.port)
+        if self.options.credentials is None:
+            return int(server.add_insecure_port(address))
+        return int(server.add_secure_port(address, server_credentials(self.options.credentials)))
+
+    def _add_health(self, server: grpc.aio.Server) -> None:
+        from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+        self._health = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        self._health_status = health_pb2.HealthCheckResponse
+        self._health._server_status[contract.SERVICE] = health_pb2.HealthCheckResponse.SERVING
+
+    async def wait(self) -> None:
+        """Wait until the server has stopped."""
+        await self._done.wait()
+
+    async def stop(self) -> None:
+        """Tell the sessions, let the running step finish, and stop."""
+        if self._stopping or self._server is None:
+            return
+        self._stopping = True
+        await self._health.enter_graceful_shutdown()
+        self._sweeper.cancel()
+        for session in self.table.attached():
+            session.end(ServerUnavailableError("the block server is stopping"))
+        await self._server.stop(grace=5.0)
+        self.scheduler.shutdown()
+        self._done.set()
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(SWEEP_SECONDS)
+            for session in self.table.expire():
+                log.info("session ended session=%s client=%s reason=expired", short(session), session.client)
+
+    async def _session(self, _requests: Any, context: Any) -> None:
+        """One stream: OPEN, then steps until CLOSE, an error, or the loss of the connection."""
+        client = client_identity(context)
+        session: Session | None = None
+        ended: list[Exception] = []
+        try:
+            session = await self._open(await context.read(), client)
+            if session is None:
+                return
+            task = asyncio.current_task()
+            assert task is not None
+
+            def end(reason: Exception) -> None:
+                ended.append(reason)
+                task.cancel()
+
+            session.end = end
+            log.info("session opened session=%s client=%s step=%d", short(session), client, session.step)
+            await context.write(encode(Message(Kind.OPENED, self._opened(session).to_body())))
+            while (data := await context.read()) is not grpc.aio.EOF:
+                frame = decode(data, max_bytes=self.table.limits.frame_bytes)
+                if isinstance(frame, Message) and frame.kind is Kind.CLOSE:
+                    self._close(session, "closed")
+                    return
+                if not isinstance(frame, Step):
+                    raise ProtocolError("a step or CLOSE was expected")
+                await context.write(await self.scheduler.run(session.name, self._work(session, frame)))
+            # The stream ended without CLOSE (a killed client looks like this too): the session may be taken up again.
+            self._lose(session, end)
+        except FedSEAError as error:
+            await self._refuse(context, session, error)
+        except asyncio.CancelledError:
+            if ended:
+                reason = ended[0]
+                assert isinstance(reason, FedSEAError)
+                log.info("session told session=%s reason=%s", short(session), reason)
+                await context.abort(contract.status_of(reason), str(reason), contract.trailing_metadata(reason))
+            if session is not None:
+                self._lose(session, session.end)
+            raise
+        except grpc.aio.AbortError:
+            raise
+        except Exception as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                known: FedSEAError = LimitExceededError(
+                    "the server's device is out of memory; try a shorter text or later"
+                )
+            else:
+                known = ServerError("the server failed at this step; its log says why")
+                log.exception("step failed session=%s client=%s", short(session), client)
+            await self._refuse(context, session, known)
+
+    def _work(self, session: Session, step: Step) -> Any:
+        return lambda: encode(self.table.run(session, step))
+
+    async def _open(self, data: Any, client: str) -> Session | None:
+        if data is grpc.aio.EOF:
+            return None
+        frame = decode(data, max_bytes=self.table.limits.frame_bytes)
+        if not isinstance(frame, Message) or frame.kind is not Kind.OPEN:
+            raise ProtocolError("a stream begins with OPEN")
+        wish = Open.from_body(frame.body)
+        if self._stopping:
+            raise ServerUnavailableError("the block server is stopping")
+        different = self.fingerprint.mismatches(wish.fingerprint)
+        if different:
+            raise ModelMismatchError(
+                f"client and server hold different models: {', '.join(different[:4])}"
+                f"{' and more' if len(different) > 4 else ''} differ; load the same checkpoint on both sides"
+            )
+        if wish.resume is not None:
+            session = self.table.attach(wish.resume, client)
+            if session is not None:
+                return session
+        return self.table.open(client, wish.partition.middle(self.num_layers), wire_dtype(wish.wire_dtype))
+
+    def _opened(self, session: Session) -> Opened:
+        held, limits = self.middle.layers, self.table.limits
+        return Opened(
+            session.name,
+            session.step,
+            min(self.table.max_tokens, limits.session_tokens),
+            limits.frame_bytes,
+            (held.start, held.stop),
+        )
+
+    def _close(self, session: Session, reason: str) -> None:
+        if session.state is not State.ENDED:
+            self.table.close(session)
+            log.info("session ended session=%s client=%s reason=%s", short(session), session.client, reason)
+
+    def _lose(self, session: Session, end: Any) -> None:
+        if session.end is end and session.state is State.ATTACHED:
+            self.table.detach(session)
+            log.info("connection lost session=%s client=%s", short(session), session.client)
+
+    async def _refuse(self, context: Any, session: Session | None, error: FedSEAError) -> None:
+        """End the stream, and the session with it, with a typed error to its client."""
+        log.warning("refused session=%s error=%s message=%r", short(session), error.code, str(error))
+        if session is not None:
+            self._close(session, error.code)
+        await context.abort(contract.status_of(error), str(error), contract.trailing_metadata(error))
+
+
+def short(session: Session | None) -> str:
+    """What the log calls a session: enough to tell two apart, too little to resume one."""
+    return hashlib.sha256(session.name.encode()).hexdigest()[:8] if session else "-"
+
+
+def client_identity(context: Any) -> str:
+    """The name in the client's certificate; without certificates all clients are one."""
+    names = context.auth_context().get("x509_common_name")
+    return names[0].decode(errors="replace") if names else "anonymous"

@@ -1,0 +1,237 @@
+"""Sessions: whose they are, what they hold, and when they end. No network and no clock of its own in here.
+
+    open()                 attach()
+      |        +-------------------------------+
+      v        v                               |
+    ATTACHED --+--> connection lost: DETACHED -+--> resume_seconds pass: ENDED
+      |
+      +--> CLOSE, an error, idle_seconds without a step: ENDED
+
+An attached session has a connection that serves it. A detached one keeps its cache for the client to come back to; it
+still counts against the limits, but gives way when its own client opens a new one and is at its limit.
+"""
+
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+
+import torch
+
+from fedsea.errors import LimitExceededError, PartitionError, ProtocolError
+from fedsea.parts import MiddleBlocks, RowCache
+from fedsea.server.limits import MIB, Limits
+from fedsea.wire.frames import Result, Step, to_wire
+
+
+class State(Enum):
+    """Where a session is in its life."""
+
+    ATTACHED = "attached"
+    DETACHED = "detached"
+    ENDED = "ended"
+
+
+@dataclass(eq=False)
+class Session:
+    """One client's KV-cached conversation with the middle.
+
+    Attributes
+    ----------
+    name
+        Unguessable name.
+    client
+        Whose it is.
+    layers
+        The middle layers of its partition.
+    step
+        The last step done.
+    changed
+        When the state or the step last changed, in the table's clock.
+    """
+
+    name: str
+    client: str
+    layers: range
+    wire_dtype: torch.dtype
+    cache: RowCache
+    changed: float
+    state: State = State.ATTACHED
+    step: int = 0
+    cache_bytes: int = 0
+    end: Callable[[Exception], None] = field(default=lambda _reason: None)
+
+
+class SessionTable:
+    """All sessions of a server, and the limits on them.
+
+    Parameters
+    ----------
+    middle
+        The middle blocks that they share.
+    limits
+        What is allowed; `cache_bytes` must be a number here.
+    max_tokens
+        Tokens that a row may have: the model's positions.
+    clock
+        Seconds, monotonic.
+    """
+
+    def __init__(
+        self, middle: MiddleBlocks, limits: Limits, *, max_tokens: int, dtype: torch.dtype, clock: Callable[[], float]
+    ) -> None:
+        assert limits.cache_bytes is not None
+        self.middle, self.limits, self.max_tokens, self.dtype, self.clock = middle, limits, max_tokens, dtype, clock
+        self._sessions: dict[str, Session] = {}
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Memory that the sessions' caches take now."""
+        return sum(session.cache_bytes for session in self._sessions.values())
+
+    def attached(self) -> list[Session]:
+        """Sessions that a connection serves."""
+        return [session for session in self._sessions.values() if session.state is State.ATTACHED]
+
+    def open(self, client: str, layers: range, wire_dtype: torch.dtype) -> Session:
+        """A new session.
+
+        Raises
+        ------
+        PartitionError
+            If the server does not hold the layers.
+        LimitExceededError
+            If there are too many sessions, in all or of this client.
+        """
+        held = self.middle.layers
+        if layers and not (held.start <= layers.start and layers.stop <= held.stop):
+            raise PartitionError(
+                f"the server holds layers {held.start}:{held.stop}, the partition's middle is {layers.start}:{layers.stop}"
+            )
+        self._make_room(client)
+        name = secrets.token_hex(16)
+        session = Session(name, client, layers, wire_dtype, self.middle.new_cache(), self.clock())
+        self._sessions[name] = session
+        return session
+
+    def _make_room(self, client: str) -> None:
+        own = [session for session in self._sessions.values() if session.client == client]
+        everyone, limits = len(self._sessions), self.limits
+        if len(own) < limits.client_sessions and everyone < limits.sessions:
+            return
+        lost = [session for session in own if session.state is State.DETACHED]
+        if lost:
+            self.close(min(lost, key=lambda session: session.changed))
+        elif len(own) >= limits.client_sessions:
+            raise LimitExceededError(
+                f"client {client!r} has {len(own)} sessions open, the limit of sessions per client; close one first"
+            )
+        else:
+            raise LimitExceededError(f"the server has {everyone} sessions open, its limit; try again later")
+
+    def attach(self, name: str, client: str) -> Session | None:
+        """Take a lost session up again; None if it is gone, or another's.
+
+        A session whose old connection has not been missed yet is taken from it.
+        """
+        session = self._sessions.get(name)
+        if session is None or session.client != client:
+            return None
+        if session.state is State.ATTACHED:
+            session.end(ProtocolError("another connection has taken the session up"))
+        session.state, session.changed = State.ATTACHED, self.clock()
+        return session
+
+    def detach(self, session: Session) -> None:
+        """The session's connection is lost; keep it for a while."""
+        if session.state is State.ATTACHED:
+            session.state, session.changed = State.DETACHED, self.clock()
+
+    def close(self, session: Session) -> None:
+        """End a session and free its cache."""
+        session.state = State.ENDED
+        session.cache_bytes = 0
+        self._sessions.pop(session.name, None)
+        session.cache.reset()
+
+    def expire(self) -> list[Session]:
+        """End the sessions whose time is up; returns them."""
+        now, over = self.clock(), []
+        for session in list(self._sessions.values()):
+            age = now - session.changed
+            if session.state is State.ATTACHED and age > self.limits.idle_seconds:
+                session.end(LimitExceededError(f"the session was idle for {self.limits.idle_seconds:.0f} s, the limit"))
+            elif not (session.state is State.DETACHED and age > self.limits.resume_seconds):
+                continue
+            self.close(session)
+            over.append(session)
+        return over
+
+    @torch.no_grad()
+    def run(self, session: Session, step: Step) -> Result:
+        """Do a step of a session. Runs in the worker thread.
+
+        Raises
+        ------
+        ProtocolError
+            If the step does not follow from the session's state; nothing is changed then.
+        LimitExceededError
+            If the step would make the session or the caches larger than allowed.
+        """
+        if session.state is State.ENDED:
+            raise ProtocolError("the session has ended")
+        cache = session.cache
+        self._check(session, step)
+        if step.row_map is not None:
+            cache.select(step.row_map)
+        hidden = step.rows.unpack(step.states.to(device=self.middle.device, dtype=self.dtype))
+        hidden = step.rows.pack(self.middle(hidden, step.rows, cache, session.layers))
+        if not session.layers:
+            cache.lengths = list(step.rows.ends)
+        session.step, session.changed = step.number, self.clock()
+        if session.state is State.ENDED:  # it expired meanwhile; do not hold the memory
+            cache.reset()
+        return Result(step.number, to_wire(hidden, session.wire_dtype) if step.want_result else None)
+
+    def _check(self, session: Session, step: Step) -> None:
+        rows, limits = step.rows, self.limits
+        if step.number != session.step + 1:
+            raise ProtocolError(f"step {step.number} came after step {session.step}; {session.step + 1} was expected")
+        if step.states.dtype != session.wire_dtype:
+            raise ProtocolError(f"the session's wire dtype is {session.wire_dtype}, the step has {step.states.dtype}")
+        size = self.middle.config.hidden_size
+        if step.states.shape[1] != size:
+            raise ProtocolError(f"the model's hidden size is {size}, the step has {step.states.shape[1]}")
+        before = session.cache.lengths
+        if step.row_map is not None:
+            if any(row >= len(before) for row in step.row_map):
+                raise ProtocolError(f"the session has {len(before)} rows, the row map names row {max(step.row_map)}")
+            before = [before[row] for row in step.row_map]
+        if before and len(before) != len(rows):
+            raise ProtocolError(f"the session has {len(before)} rows, the step has {len(rows)}")
+        for start, length in zip(rows.starts, before or [0] * len(rows), strict=True):
+            if start > length:
+                raise ProtocolError(f"a row holds {length} tokens, the step would go on at {start}")
+        longest = max(rows.ends)
+        if longest > self.max_tokens:
+            raise LimitExceededError(
+                f"a row of {longest} tokens is longer than the model's {self.max_tokens} positions"
+            )
+        if sum(rows.ends) > limits.session_tokens:
+            raise LimitExceededError(
+                f"the session would hold {sum(rows.ends)} tokens, more than the server's limit of {limits.session_tokens}"
+            )
+        self._reserve(session, step)
+
+    def _reserve(self, session: Session, step: Step) -> None:
+        per_token = self.middle.cache_bytes_per_token(self.dtype, session.layers)
+        wanted = per_token * len(step.rows) * session.cache.capacity_for(step.rows)
+        allowed = self.limits.cache_bytes or 0
+        if self.cache_bytes - session.cache_bytes + wanted > allowed:
+            raise LimitExceededError(
+                f"the server's memory for caches ({allowed // MIB} MiB) is used up: the session needs {wanted // MIB} MiB"
+            )
+        session.cache_bytes = wanted

@@ -1,0 +1,67 @@
+"""Addresses of block servers: `HOST:PORT`, or `[HOST]:PORT` for IPv6."""
+
+import ipaddress
+
+from fedsea.errors import UsageError
+
+
+def parse_address(text: str, *, allow_port_zero: bool = False) -> tuple[str, int]:
+    """Split an address into host and port.
+
+    Parameters
+    ----------
+    text
+        `HOST:PORT`; an IPv6 host stands in brackets, `[::1]:7070`.
+    allow_port_zero
+        Accept port 0, which lets a listener take any free port. Nobody can connect to it.
+
+    Returns
+    -------
+    tuple of str and int
+        The host without brackets, and the port.
+
+    Raises
+    ------
+    UsageError
+        If the text is not such an address.
+    """
+    host, colon, port_text = text.strip().rpartition(":")
+    if not colon or not host:
+        raise UsageError(f"{text!r} is no address: write HOST:PORT, such as localhost:7070")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+        if not _is_ipv6(host):
+            raise UsageError(f"{text!r} is no address: between the brackets stands no IPv6 address")
+    elif ":" in host:
+        raise UsageError(f"{text!r} is no address: write an IPv6 host in brackets, such as [::1]:7070")
+    if "/" in host or any(character.isspace() for character in host):
+        raise UsageError(f"{text!r} is no address: write HOST:PORT alone, without a scheme or a path")
+    lowest = 0 if allow_port_zero else 1
+    if not (port_text.isascii() and port_text.isdecimal() and lowest <= int(port_text[:6]) <= 65535):
+        raise UsageError(f"{text!r} is no address: the port is a number from {lowest} to 65535")
+    return host, int(port_text)
+
+
+def format_address(host: str, port: int) -> str:
+    """Write host and port as one address, the reverse of `parse_address`."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether the host names this machine only, so that nothing sent to it passes a network."""
+    if host.lower().rstrip(".") == "localhost":
+        return True
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return (mapped or address).is_loopback
+
+
+def _is_ipv6(host: str) -> bool:
+    try:
+        ipaddress.IPv6Address(host)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,73 @@
+"""The service contract: the gRPC method, its options, and how an error travels from server to client.
+
+The method is a bidirectional stream of frames, without protobuf: requests and responses are raw bytes. A stream carries
+one session: OPEN and OPENED, then a RESULT for each STEP, and CLOSE. A stream that ends without CLOSE is a lost
+connection; the server keeps the session for a while, and OPEN with its name takes it up again.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import grpc
+
+from fedsea.errors import (
+    BY_CODE,
+    CredentialsError,
+    FedSEAError,
+    LimitExceededError,
+    ProtocolError,
+    ServerError,
+    ServerUnavailableError,
+)
+
+SERVICE = "fedsea.BlockServer"
+METHOD = "Session"
+PATH = f"/{SERVICE}/{METHOD}"
+ERROR_KEY = "fedsea-error"
+
+_STATUS: dict[type[FedSEAError], grpc.StatusCode] = {
+    LimitExceededError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    ProtocolError: grpc.StatusCode.INVALID_ARGUMENT,
+    CredentialsError: grpc.StatusCode.PERMISSION_DENIED,
+    ServerUnavailableError: grpc.StatusCode.UNAVAILABLE,
+    ServerError: grpc.StatusCode.INTERNAL,
+}
+
+
+def channel_options(frame_bytes: int) -> list[tuple[str, int]]:
+    """Options that client and server share.
+
+    Frames may have `frame_bytes` bytes. Nagle-like probes of the link's bandwidth are off: they cost bytes at every
+    token. Keepalive notices a peer that went away without a word.
+    """
+    return [
+        ("grpc.max_receive_message_length", frame_bytes),
+        ("grpc.max_send_message_length", frame_bytes),
+        ("grpc.http2.bdp_probe", 0),
+        # Without probing the windows do not grow by themselves: start where a long prompt is not throttled.
+        ("grpc.http2.lookahead_bytes", 8 << 20),
+        ("grpc.keepalive_time_ms", 20_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+        ("grpc.http2.max_ping_strikes", 0),
+    ]
+
+
+def status_of(error: FedSEAError) -> grpc.StatusCode:
+    """The gRPC status that an error travels under."""
+    return _STATUS.get(type(error), grpc.StatusCode.FAILED_PRECONDITION)
+
+
+def error_from(details: str | None, metadata: Iterable[tuple[str, Any]] | None) -> FedSEAError | None:
+    """The error that a server sent with a stream's status; None if the status is not one of FedSEA's."""
+    for key, value in metadata or ():
+        if key == ERROR_KEY:
+            return BY_CODE.get(str(value), ServerError)(details or "the server gave no reason")
+    return None
+
+
+def trailing_metadata(error: FedSEAError) -> Sequence[tuple[str, str]]:
+    """What goes with an error's status, so that the client can raise the same class."""
+    return ((ERROR_KEY, error.code),)

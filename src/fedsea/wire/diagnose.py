@@ -1,0 +1,244 @@
+"""Why a block server cannot be reached, in one clear line.
+
+gRPC reports a wrong port, an expired certificate and a server without TLS as one and the same `UNAVAILABLE`. After such
+a failure this module looks for itself, with plain sockets and the standard library's TLS.
+"""
+
+import datetime
+import socket
+import ssl
+import tempfile
+from pathlib import Path
+from typing import NoReturn
+
+from fedsea.errors import CredentialsError, FedSEAError, ServerUnavailableError
+from fedsea.wire.address import format_address, parse_address
+from fedsea.wire.credentials import Credentials
+
+_CONNECT_SECONDS = 3.0
+_ANSWER_SECONDS = 2.0
+
+# RFC 9113, section 3.4: what a client says first in HTTP/2, with an empty SETTINGS frame after it. A gRPC server does
+# not wait for it; a server of another protocol shows by its reply what it is.
+_HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+
+# Verification results of OpenSSL (x509_vfy.h).
+_NOT_YET_VALID, _EXPIRED = 9, 10
+_OTHER_AUTHORITY = frozenset({2, 7, 18, 19, 20, 21, 24, 30})
+_WRONG_PURPOSE = 26
+_OTHER_HOST = frozenset({62, 64})
+
+# TLS alerts (RFC 8446, section 6.2) by which a server rejects the client's certificate, as OpenSSL names them.
+_REFUSALS = {
+    "UNKNOWN_CA": "it is of another authority",
+    "CERTIFICATE_EXPIRED": "it has expired",
+    "CERTIFICATE_REVOKED": "it is revoked",
+    "CERTIFICATE_REQUIRED": "it takes none but its own authority's",
+    "BAD_CERTIFICATE": "it is of another authority or damaged",
+    "CERTIFICATE_UNKNOWN": "it is of another authority",
+    "UNSUPPORTED_CERTIFICATE": "it is not for a client",
+    "DECRYPT_ERROR": "it is of another authority or damaged",
+    "ACCESS_DENIED": "it is of another authority",
+}
+
+
+def explain_unreachable(address: str, credentials: Credentials | None, detail: str = "") -> FedSEAError:
+    """Find out why a connection failed.
+
+    Opens a few short connections of its own, and takes up to about ten seconds where nothing answers.
+
+    Parameters
+    ----------
+    address
+        Where the client wanted to connect to, `HOST:PORT`.
+    credentials
+        What the client connected with; None stands for a connection without TLS.
+    detail
+        What gRPC said, for the case that no cause is found.
+
+    Returns
+    -------
+    FedSEAError
+        `CredentialsError` if TLS or a certificate is the cause, `UsageError` if the address is none, else
+        `ServerUnavailableError`. It is returned, for the caller to raise.
+    """
+    try:
+        host, port = parse_address(address)
+        _connect(host, port).close()
+        if credentials is None:
+            _check_without_tls(host, port)
+        else:
+            _check_with_tls(host, port, credentials)
+    except FedSEAError as error:
+        return error
+    except TimeoutError:
+        return ServerUnavailableError(f"{address} takes connections but does not answer: it may be stuck or overloaded")
+    except OSError as error:
+        detail = detail or str(error)
+    reason = f": {' '.join(detail.split())}" if detail.strip() else ""
+    return ServerUnavailableError(f"the block server at {address} answers, but the connection failed{reason}")
+
+
+def _connect(host: str, port: int) -> socket.socket:
+    """Open a TCP connection, or raise the error that says why there is none."""
+    where = format_address(host, port)
+    try:
+        connection = socket.create_connection((host, port), _CONNECT_SECONDS)
+    except (socket.gaierror, UnicodeError):
+        raise ServerUnavailableError(f"no machine is known by the name {host!r}: check the address {where}") from None
+    except ConnectionRefusedError:
+        raise ServerUnavailableError(
+            f"no block server at {where}: start one with `fedsea serve MODEL`, or check the address"
+        ) from None
+    except TimeoutError:
+        raise ServerUnavailableError(
+            f"{where} does not answer: check the address, the network, and firewalls on the way"
+        ) from None
+    except OSError as error:
+        raise ServerUnavailableError(f"{where} cannot be reached: {error.strerror or error}") from error
+    connection.settimeout(_ANSWER_SECONDS)
+    return connection
+
+
+def _check_without_tls(host: str, port: int) -> None:
+    """Raise why a client without credentials cannot use this server; return if it speaks HTTP/2 in plain text."""
+    # The certificate is not looked at: the question is only whether there is TLS at all.
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    try:
+        context.wrap_socket(_connect(host, port), server_hostname=host).close()
+    except ssl.SSLError as error:
+        if "ALERT" not in _reason(error):
+            _check_http2(host, port)
+            return
+    except ConnectionError:
+        _check_http2(host, port)
+        return
+    raise CredentialsError(
+        f"the server at {format_address(host, port)} asks for TLS: give this client's credentials (`--credentials DIR`)"
+    )
+
+
+def _check_with_tls(host: str, port: int, credentials: Credentials) -> None:
+    """Raise why a client with these credentials cannot use this server; return if both sides accept each other."""
+    where = format_address(host, port)
+    if credentials.expires <= datetime.datetime.now(datetime.UTC):
+        raise CredentialsError(
+            f"this client's certificate expired on {credentials.expires:%Y-%m-%d}: "
+            "run `fedsea credentials init DIR` where the authority is, and copy the client's folder here"
+        )
+    try:
+        connection = _client_context(credentials).wrap_socket(_connect(host, port), server_hostname=host)
+    except ssl.SSLCertVerificationError as error:
+        raise _server_refused(host, where, error) from None
+    except ssl.SSLError as error:
+        _raise_if_alert(where, error)
+        _raise_other_protocol(host, port)
+    except ConnectionError:
+        _raise_other_protocol(host, port)
+    with connection:
+        # In TLS 1.3 the client's handshake ends before the server has seen its certificate. A gRPC server speaks
+        # first once it accepts; when it refuses, it closes, and a TLS alert may come before that.
+        try:
+            accepted = connection.recv(1)
+        except TimeoutError:
+            return
+        except ssl.SSLError as error:
+            _raise_if_alert(where, error)
+            raise
+        except ConnectionError:
+            accepted = b""
+    if not accepted:
+        raise CredentialsError(
+            f"the server at {where} closed the connection on seeing this client's certificate: it is of another "
+            "authority, or expired by the server's clock; copy the client's folder from the server again"
+        )
+
+
+def _server_refused(host: str, where: str, error: ssl.SSLCertVerificationError) -> CredentialsError:
+    code = error.verify_code
+    if code == _EXPIRED:
+        return CredentialsError(
+            f"the certificate of the server at {where} has expired: its operator renews it with "
+            "`fedsea credentials init DIR` and restarts the server"
+        )
+    if code == _NOT_YET_VALID:
+        return CredentialsError(
+            f"the certificate of the server at {where} is not valid yet: check both machines' clocks"
+        )
+    if code in _OTHER_AUTHORITY:
+        return CredentialsError(
+            f"the server at {where} is of another authority: check the address, or copy the client's folder from "
+            "this server again"
+        )
+    if code in _OTHER_HOST:
+        return CredentialsError(
+            f"the certificate of the server at {where} is not for the name {host!r}: its operator adds it with "
+            f"`fedsea credentials init DIR --host {host}` and restarts the server"
+        )
+    if code == _WRONG_PURPOSE:
+        return CredentialsError(
+            f"the server at {where} shows a certificate that is not for a server: check the address"
+        )
+    return CredentialsError(f"the certificate of the server at {where} is refused: {error.verify_message}")
+
+
+def _raise_if_alert(where: str, error: ssl.SSLError) -> None:
+    """Raise what a TLS alert of the server means; return if the error is none."""
+    _, alert, name = _reason(error).partition("ALERT_")
+    if not alert:
+        return
+    if name in _REFUSALS:
+        raise CredentialsError(
+            f"the server at {where} refuses this client's certificate: {_REFUSALS[name]}; "
+            "copy the client's folder from this server again"
+        ) from None
+    raise CredentialsError(f"TLS with {where} failed: the server says {name.lower().replace('_', ' ')}") from None
+
+
+def _raise_other_protocol(host: str, port: int) -> NoReturn:
+    """Raise what it means for a client with credentials that the server speaks no TLS."""
+    _check_http2(host, port)
+    raise CredentialsError(
+        f"the server at {format_address(host, port)} runs without TLS, and this client has credentials: "
+        "start the server with `--credentials DIR`"
+    )
+
+
+def _check_http2(host: str, port: int) -> None:
+    """Return if a plain HTTP/2 server listens, which a gRPC server without TLS is; else raise what is known."""
+    where = format_address(host, port)
+    with _connect(host, port) as connection:
+        try:
+            connection.sendall(_HTTP2_PREFACE)
+            answer = connection.recv(16)
+        except ConnectionError:
+            answer = b""
+    # A frame of HTTP/2 (RFC 9113, section 4.1): 3 bytes of length, the type, 1 byte of flags, the stream.
+    if len(answer) >= 9 and answer[3] == 4 and answer[5:9] == bytes(4):
+        return
+    if answer.startswith(b"HTTP/"):
+        raise ServerUnavailableError(f"at {where} is a web server, not a block server: check the address")
+    if answer:
+        raise ServerUnavailableError(f"at {where} is not a block server but another program: check the address")
+    raise ServerUnavailableError(f"{where} takes connections and closes them: it is another program, or shutting down")
+
+
+def _client_context(credentials: Credentials) -> ssl.SSLContext:
+    from fedsea.wire.credential_files import write_private
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.set_alpn_protocols(["h2"])
+    context.load_verify_locations(cadata=credentials.authority.decode())
+    # The ssl module takes a key only from a file: this one is readable by its owner alone, and gone at once.
+    with tempfile.TemporaryDirectory() as folder:
+        certificate, key = Path(folder, "certificate.pem"), Path(folder, "key.pem")
+        write_private(certificate, credentials.certificate)
+        write_private(key, credentials.key)
+        context.load_cert_chain(certificate, key)
+    return context
+
+
+def _reason(error: ssl.SSLError) -> str:
+    return str(error.reason or "")

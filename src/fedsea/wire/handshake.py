@@ -1,0 +1,112 @@
+"""What client and server tell each other when a session opens."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from fedsea.checkpoints.fingerprint import Fingerprint
+from fedsea.errors import ProtocolError
+from fedsea.partition import Partition
+from fedsea.wire.frames import WIRE_DTYPES
+
+
+@dataclass(frozen=True)
+class Open:
+    """The client's wish: this model, this partition, this wire dtype; or the session `resume` that it lost."""
+
+    partition: Partition
+    fingerprint: Fingerprint
+    wire_dtype: str
+    resume: str | None = None
+
+    def to_body(self) -> dict[str, Any]:
+        """As the JSON object of an OPEN frame."""
+        return {
+            "input_layers": self.partition.input_layers,
+            "output_layers": self.partition.output_layers,
+            "fingerprint": self.fingerprint.to_json(),
+            "wire_dtype": self.wire_dtype,
+            "resume": self.resume,
+        }
+
+    @classmethod
+    def from_body(cls, body: dict[str, Any]) -> "Open":
+        """Check and read the JSON object of an OPEN frame.
+
+        Raises
+        ------
+        ProtocolError, PartitionError
+            If a field is missing or not what it should be.
+        """
+        wire_dtype, resume = body.get("wire_dtype"), body.get("resume")
+        if wire_dtype not in WIRE_DTYPES:
+            raise ProtocolError(f"the wire dtype must be one of {', '.join(WIRE_DTYPES)}")
+        if resume is not None and not isinstance(resume, str):
+            raise ProtocolError("the session to resume must be a text")
+        fingerprint = body.get("fingerprint")
+        if not isinstance(fingerprint, str):
+            raise ProtocolError("the fingerprint must be a text")
+        partition = Partition(_count(body, "input_layers"), _count(body, "output_layers"))
+        return cls(partition, Fingerprint.from_json(fingerprint), wire_dtype, resume)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """The server's answer.
+
+    Attributes
+    ----------
+    session
+        The session's name, unguessable; who knows it (and has the same identity) may resume the session.
+    step
+        The last step that the session has done; 0 in a new one, so a client that wished to resume sees that it cannot.
+    max_tokens
+        Tokens that one row may have.
+    frame_bytes
+        The longest frame that the server takes.
+    layers
+        The layers that the server holds, as (first, end).
+    """
+
+    session: str
+    step: int
+    max_tokens: int
+    frame_bytes: int
+    layers: tuple[int, int]
+
+    def to_body(self) -> dict[str, Any]:
+        """As the JSON object of an OPENED frame."""
+        return {
+            "session": self.session,
+            "step": self.step,
+            "max_tokens": self.max_tokens,
+            "frame_bytes": self.frame_bytes,
+            "layers": list(self.layers),
+        }
+
+    @classmethod
+    def from_body(cls, body: dict[str, Any]) -> "Opened":
+        """Check and read the JSON object of an OPENED frame.
+
+        Raises
+        ------
+        ProtocolError
+            If a field is missing or not what it should be.
+        """
+        session, layers = body.get("session"), body.get("layers")
+        if not isinstance(session, str) or not isinstance(layers, list) or len(layers) != 2:
+            raise ProtocolError("the server's answer to OPEN is incomplete")
+        ends = {"first": layers[0], "end": layers[1]}
+        return cls(
+            session,
+            _count(body, "step"),
+            _count(body, "max_tokens"),
+            _count(body, "frame_bytes"),
+            (_count(ends, "first"), _count(ends, "end")),
+        )
+
+
+def _count(body: dict[str, Any], field: str) -> int:
+    value = body.get(field)
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 53:
+        raise ProtocolError(f"the field {field!r} must be a whole number, 0 or more")
+    return value

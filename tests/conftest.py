@@ -1,0 +1,85 @@
+"""Block servers and models that many tests share."""
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from fedsea import SplitModelForCausalLM
+from fedsea.checkpoints import load_whole_model, open_checkpoint
+from fedsea.server.service import BlockServer, ServerOptions
+
+torch.set_num_threads(2)
+
+
+class RunningServer:
+    """A real block server in a thread of its own, on a free port."""
+
+    def __init__(self, name: str, options: ServerOptions) -> None:
+        self._started = threading.Event()
+        self._loop = asyncio.new_event_loop()
+        self.server: BlockServer
+        self.address = ""
+        self.failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._main, args=(name, options), daemon=True)
+        self._thread.start()
+        self._started.wait(60)
+        if self.failure is not None:
+            raise self.failure
+
+    def _main(self, name: str, options: ServerOptions) -> None:
+        async def live() -> None:
+            try:
+                self.server = BlockServer(open_checkpoint(name), options)
+                self.address = await self.server.start()
+            except BaseException as error:  # noqa: BLE001
+                self.failure = error
+            finally:
+                self._started.set()
+            if self.failure is None:
+                await self.server.wait()
+
+        self._loop.run_until_complete(live())
+
+    def stop(self) -> None:
+        if self._thread.is_alive():
+            asyncio.run_coroutine_threadsafe(self.server.stop(), self._loop).result(30)
+            self._thread.join(30)
+
+
+@pytest.fixture(scope="session")
+def start_server() -> Iterator[Callable[..., RunningServer]]:
+    """Start block servers; all are stopped at the end."""
+    running: list[RunningServer] = []
+
+    def start(name: str = "random:tiny", **options: object) -> RunningServer:
+        options.setdefault("listen", "127.0.0.1:0")
+        server = RunningServer(name, ServerOptions(**options))  # type: ignore[arg-type]
+        running.append(server)
+        return server
+
+    yield start
+    for server in running:
+        server.stop()
+
+
+@pytest.fixture(scope="session")
+def tiny_server(start_server: Callable[..., RunningServer]) -> RunningServer:
+    """A server of the tiny random model, all layers, without TLS."""
+    return start_server("random:tiny")
+
+
+@pytest.fixture(scope="session")
+def whole_tiny() -> torch.nn.Module:
+    """The tiny random model, whole, in transformers: the reference."""
+    return load_whole_model("random:tiny", dtype=torch.float32, device="cpu")
+
+
+def connect(server: RunningServer, name: str = "random:tiny", **options: object) -> SplitModelForCausalLM:
+    """A split model at a test server, exact on the wire unless asked otherwise."""
+    options.setdefault("wire_dtype", "float32")
+    if "credentials" not in options:
+        options.setdefault("insecure", True)
+    return SplitModelForCausalLM.from_pretrained(name, server=server.address, **options)  # type: ignore[arg-type]
