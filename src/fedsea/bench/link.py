@@ -5,6 +5,7 @@ on request. It needs no privileges and no kernel support.
 """
 
 import asyncio
+import contextlib
 import json
 import os
 import selectors
@@ -238,7 +239,8 @@ class LinkProcess(_Link):
     def close(self) -> None:
         # The end of its input ends the process.
         if self._process.stdin and not self._process.stdin.closed:
-            self._process.stdin.close()
+            with contextlib.suppress(BrokenPipeError):  # it died with a request unread
+                self._process.stdin.close()
         try:
             self._process.wait(timeout=5)
         except subprocess.TimeoutExpired:

@@ -22,9 +22,9 @@ def convert(source: Path, folder: Path) -> None:
         "gguf_file": source.name,
         "local_files_only": True,
     }
-    tokenizer = AutoTokenizer.from_pretrained(**where)
+    tokenizer = AutoTokenizer.from_pretrained(source.parent, **where)
     model = AutoModelForCausalLM.from_pretrained(
-        **where, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+        source.parent, **where, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
     )
     for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if getattr(tokenizer, token) is not None:

@@ -82,12 +82,12 @@ class HubFiles:
             raise ModelNotFoundError(
                 f"there is no {self.where}, or it is private: log in with `hf auth login`"
             ) from None
-        except (errors.HTTPError, OSError) as error:  # of whichever HTTP library this hub client was built on
+        except (_http_error(), OSError) as error:
             cached = try_to_load_from_cache(repository, "config.json")
             if not isinstance(cached, str):
                 raise ModelNotFoundError(
-                    f"the Hugging Face hub could not be reached for {repository} ({type(error).__name__}), and nothing of "
-                    "it is cached here: check the connection, or give a folder that holds the model"
+                    f"the Hugging Face hub could not be reached for {repository} ({type(error).__name__}), and nothing "
+                    "of it is cached here: check the connection, or give a folder that holds the model"
                 ) from None
             self._cached: FolderFiles | None = FolderFiles(Path(cached).parent)
             return
@@ -110,10 +110,18 @@ class HubFiles:
             return self._cached.path(filename)
         if filename not in self._names:
             return None
-        from huggingface_hub import errors, hf_hub_download
+        from huggingface_hub import hf_hub_download
 
         try:
             return Path(hf_hub_download(self._repository, filename, revision=self._revision))
-        except (errors.HTTPError, OSError) as error:
+        except (_http_error(), OSError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ModelNotFoundError(f"{filename} of {self.where} could not be fetched: {reason}") from None
+
+
+def _http_error() -> type[Exception]:
+    """The base error of the HTTP library that the installed hub client was built on, which changes with its version."""
+    from huggingface_hub import errors
+
+    kind: type[Exception] = vars(errors)["HTTPError"]
+    return kind

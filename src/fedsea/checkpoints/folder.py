@@ -184,7 +184,7 @@ class FolderCheckpoint(Checkpoint):
         return ModelNotFoundError(f"{self._files.where} has no weights: neither {SINGLE} nor {INDEX}")
 
     def _settle_stored_tied_head(self) -> None:
-        """Decide what counts where a head is stored though the configuration ties it: as in transformers, the weights."""
+        """A head is stored though the configuration ties it: as in transformers, the weights decide which is right."""
         if self._sample(_HEAD_WEIGHT) == self._sample(_EMBEDDING_WEIGHT):
             del self._file_of[_HEAD_WEIGHT]
         else:

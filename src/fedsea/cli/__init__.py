@@ -1,0 +1,69 @@
+"""The `fedsea` command: what goes for all its subcommands. Each of them has a file of its own."""
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from fedsea.errors import FedSEAError, UsageError
+from fedsea.threads import let_idle_threads_sleep
+
+DEBUG = "FEDSEA_DEBUG"
+
+
+def main() -> int:
+    """Run the command that `sys.argv` names; returns the exit code."""
+    let_idle_threads_sleep()
+    # What these libraries print about themselves is nothing that a user can act upon.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    return run(sys.argv[1:])
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command.
+
+    Parameters
+    ----------
+    arguments
+        What stands after `fedsea` on the command line.
+
+    Returns
+    -------
+    int
+        Exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted. An error has been told in one line on standard
+        error; the environment variable FEDSEA_DEBUG adds its traceback.
+    """
+    import click
+
+    from fedsea.cli.app import app
+
+    try:
+        outcome = app(list(arguments), prog_name="fedsea", standalone_mode=False)
+    except click.ClickException as error:
+        return _fail(_usage(error), error, error.exit_code)
+    except FedSEAError as error:
+        return _fail(str(error), error, 2 if isinstance(error, UsageError) else 1)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # Whoever reads the output has gone (`fedsea … | head`); spare Python's complaint when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        hint = "" if os.environ.get(DEBUG) else f"; {DEBUG}=1 shows where"
+        return _fail(f"unexpected {type(error).__name__}: {error}{hint}", error, 1)
+    return outcome if isinstance(outcome, int) else 0
+
+
+def _usage(error: "click.ClickException") -> str:  # noqa: F821 - click is imported where it is used
+    context = getattr(error, "ctx", None)
+    help_line = f" (see: {context.command_path} --help)" if context is not None else ""
+    return error.format_message().rstrip(".") + help_line
+
+
+def _fail(message: str, error: Exception, code: int) -> int:
+    if os.environ.get(DEBUG):
+        traceback.print_exception(error)
+    print(f"fedsea: error: {' '.join(message.split())}", file=sys.stderr)
+    return code

@@ -29,7 +29,7 @@ class SplitCache(Cache):
     mask
         Which columns of the batch, as transformers counts them, are tokens and not padding: bool, `[rows, columns]`.
     digests
-        Of each row, the digest of every prefix of its text (what its noise depends on); empty lists without noise.
+        Of each row, the digest of every prefix of its text (what its noise depends on); empty without noise.
     row_map
         What rows became of which since the last step, to be told to the middle; None if they stayed.
     """
@@ -71,7 +71,8 @@ class SplitCache(Cache):
         lengths = self.lengths
         self.input_cache.crop_rows(lengths)
         self.output_cache.crop_rows(lengths)
-        self.digests = [digests[:length] for digests, length in zip(self.digests, lengths, strict=True)]
+        if self.digests:
+            self.digests = [digests[:length] for digests, length in zip(self.digests, lengths, strict=True)]
 
     def select(self, chosen: Sequence[int]) -> None:
         """Row `i` becomes a copy of what row `chosen[i]` was."""
@@ -79,7 +80,7 @@ class SplitCache(Cache):
             return
         self.input_cache.select(chosen)
         self.output_cache.select(chosen)
-        self.digests = [list(self.digests[row]) for row in chosen]
+        self.digests = [list(self.digests[row]) for row in chosen] if self.digests else []
         self.mask = self.mask[list(chosen)]
         self.row_map = gather_rows(self.row_map, chosen) if self.row_map is not None else list(chosen)
 

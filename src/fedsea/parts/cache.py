@@ -128,6 +128,8 @@ class RowCache(Cache):
 
     def crop_rows(self, lengths: Sequence[int]) -> None:
         """Drop what each row holds behind the given length."""
+        if not self.lengths:
+            return
         self.lengths = [min(old, new) for old, new in zip(self.lengths, lengths, strict=True)]
 
     def reset(self) -> None:

@@ -37,7 +37,8 @@ def parse_address(text: str, *, allow_port_zero: bool = False) -> tuple[str, int
     if "/" in host or any(character.isspace() for character in host):
         raise UsageError(f"{text!r} is no address: write HOST:PORT alone, without a scheme or a path")
     lowest = 0 if allow_port_zero else 1
-    if not (port_text.isascii() and port_text.isdecimal() and lowest <= int(port_text[:6]) <= 65535):
+    digits = port_text.isascii() and port_text.isdecimal() and len(port_text) <= 5
+    if not (digits and lowest <= int(port_text) <= 65535):
         raise UsageError(f"{text!r} is no address: the port is a number from {lowest} to 65535")
     return host, int(port_text)
 

@@ -1,0 +1,165 @@
+"""Processes of their own for benches: a block server, and measurements that need a fresh interpreter.
+
+A measurement that runs in a process of its own is a function `name(**arguments)` of JSON values that returns JSON
+values, called by `run_fresh`. This module is what that process starts with, so it imports nothing heavy.
+"""
+
+import contextlib
+import importlib
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+from fedsea.errors import FedSEAError
+
+START_SECONDS = 600.0  # a large model is drawn or read first
+STOP_SECONDS = 20.0
+
+
+def environment(threads: int) -> dict[str, str]:
+    """Environment of a process that computes on `threads` threads beside others."""
+    # A waiting OpenMP thread that spins takes the core that the other process needs.
+    return os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+
+
+class ServerProcess:
+    """`fedsea serve` in a process of its own, on a free loopback port. Ready when constructed; a context manager.
+
+    Parameters
+    ----------
+    model
+        Name of the model; the server holds all its layers.
+    threads
+        Its OpenMP threads.
+    secure
+        Mutual TLS, with credentials made for this server alone; else plaintext.
+    options
+        Further options of `fedsea serve`.
+
+    Attributes
+    ----------
+    address
+        `HOST:PORT`.
+
+    Raises
+    ------
+    FedSEAError
+        If the server does not start; the message has what it said.
+    """
+
+    def __init__(self, model: str, *, threads: int, secure: bool = True, options: tuple[str, ...] = ()) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="fedsea-bench-")
+        self._client: Path | None = None
+        security = "--insecure"
+        command = [sys.executable, "-m", "fedsea", "serve", model, "--listen", "127.0.0.1:0", "--json", *options]
+        if secure:
+            # Imported here: a bench without TLS runs where `cryptography` is not installed.
+            from fedsea.wire.credentials import create_credentials
+
+            create_credentials(Path(self._folder.name), clients=["bench"])
+            self._client = Path(self._folder.name) / "bench"
+            security = f"--credentials={self._folder.name}"
+        self._log = Path(self._folder.name) / "server.log"
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                [*command, security],
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env=environment(threads),
+                start_new_session=True,  # an interrupt typed at the terminal is for the bench, which then stops it
+            )
+        try:
+            self.address = self._await_ready()
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def connection(self) -> dict[str, Any]:
+        """What a client gives to `SplitModelForCausalLM.from_pretrained` to connect, as JSON values."""
+        if self._client is None:
+            return {"server": self.address, "insecure": True}
+        return {"server": self.address, "credentials": str(self._client)}
+
+    def _await_ready(self) -> str:
+        assert self._process.stdout is not None
+        for line in _lines_within(self._process.stdout, START_SECONDS):
+            with contextlib.suppress(ValueError):
+                ready = json.loads(line)
+                if isinstance(ready, dict) and "address" in ready:
+                    return str(ready["address"])
+        said = self._log.read_text(errors="replace").strip()[-2000:]
+        raise FedSEAError(f"the block server did not start: {said or 'it said nothing'}")
+
+    def close(self) -> None:
+        """Stop the server and remove its credentials. Safe to call twice."""
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+            try:
+                self._process.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+        if self._process.stdout is not None:
+            self._process.stdout.close()
+        self._folder.cleanup()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _lines_within(stream: IO[str], seconds: float) -> list[str]:
+    """The stream's first line that is a JSON object, or nothing if it ends or the time is up."""
+    first: queue.SimpleQueue[list[str]] = queue.SimpleQueue()
+
+    def read() -> None:
+        first.put([line] if (line := next((text for text in stream if text.startswith("{")), "")) else [])
+
+    threading.Thread(target=read, daemon=True).start()
+    try:
+        return first.get(timeout=seconds)
+    except queue.Empty:
+        return []
+
+
+def run_fresh(function: Callable[..., Any], *, threads: int, **arguments: Any) -> Any:
+    """Call a module's function in a new Python process and return its result.
+
+    The process is executed, not forked: its memory peak is its own.
+
+    Raises
+    ------
+    FedSEAError
+        If it fails; its own message is on standard error.
+    """
+    name = f"{function.__module__}:{function.__qualname__}"
+    command = [sys.executable, "-m", "fedsea.bench.processes", name, json.dumps(arguments)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment(threads), check=False)
+    if done.returncode != 0:
+        raise FedSEAError(f"the measurement {name} failed in its process (exit status {done.returncode})")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _main() -> None:
+    module, _colon, function = sys.argv[1].partition(":")
+    result = getattr(importlib.import_module(module), function)(**json.loads(sys.argv[2]))
+    print(json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    _main()

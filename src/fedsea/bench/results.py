@@ -1,0 +1,174 @@
+"""What a bench prints and writes: lines, each with a figure, its target, and whether it holds.
+
+The JSON form of a run is a list of lines; it serves every bench.
+"""
+
+import json
+import operator
+import re
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Self
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from fedsea.errors import UsageError
+
+_COMPARISONS: dict[str, Callable[[float, float], bool]] = {
+    ">=": operator.ge,
+    "<=": operator.le,
+    "==": operator.eq,
+}
+_TARGET = re.compile(r"(>=|<=|==) (\S+)")
+_MARKS = {True: "[green]holds[/]", False: "[red]FAILS[/]"}
+
+
+def meets(measured: float, target: str) -> bool:
+    """Whether a figure meets a target, which is written as a comparison with one number: ">= 0.95".
+
+    Raises
+    ------
+    UsageError
+        If the target is not of that form.
+    """
+    match = _TARGET.fullmatch(target)
+    try:
+        if match is not None:
+            return _COMPARISONS[match[1]](measured, float(match[2]))
+    except ValueError:
+        pass
+    raise UsageError(f"a target is written like '>= 0.95'; got {target!r}")
+
+
+@dataclass(frozen=True)
+class Line:
+    """One figure of a bench.
+
+    Parameters
+    ----------
+    name
+        What was measured, as "topic: figure".
+    measured
+        The figure; None if it was not measured here.
+    unit
+        Its unit: "s", "bytes", "x" for a ratio.
+    target
+        What it must reach, such as ">= 0.95"; empty for a figure that is only reported.
+    holds
+        Whether it does; None if it was not measured, or has no target.
+    samples
+        The single values behind the figure, in the order they were taken.
+    conditions
+        What a reader must know to repeat or to judge it; why it was skipped, if it was.
+    """
+
+    name: str
+    measured: float | None
+    unit: str
+    target: str
+    holds: bool | None
+    samples: tuple[float, ...]
+    conditions: str
+
+    @classmethod
+    def of(
+        cls, name: str, measured: float, unit: str, *, target: str = "", samples: Sequence[float] = (), conditions: str
+    ) -> Self:
+        """A figure, compared with its target if it has one."""
+        holds = meets(measured, target) if target else None
+        return cls(name, measured, unit, target, holds, tuple(samples) or (measured,), conditions)
+
+    @classmethod
+    def median(
+        cls, name: str, samples: Sequence[float], unit: str, *, target: str = "", conditions: str
+    ) -> Self:
+        """The median of repeated measurements."""
+        return cls.of(
+            name, statistics.median(samples), unit, target=target, samples=samples, conditions=conditions
+        )
+
+    @classmethod
+    def skipped(cls, name: str, unit: str, *, target: str = "", reason: str) -> Self:
+        """A figure that was not measured, and why."""
+        return cls(name, None, unit, target, None, (), f"skipped: {reason}")
+
+    @property
+    def verdict(self) -> str:
+        """One word: holds, FAILS, skipped or reported."""
+        if self.holds is not None:
+            return "holds" if self.holds else "FAILS"
+        return "skipped" if self.measured is None else "reported"
+
+    @property
+    def spread(self) -> str:
+        """Lowest and highest sample, and how many there are; empty for a single one."""
+        if len(self.samples) < 2:
+            return ""
+        return f"{number(min(self.samples))} … {number(max(self.samples))} (n = {len(self.samples)})"
+
+
+def number(value: float) -> str:
+    """A figure for people: four significant digits, no exponent where it can be helped."""
+    if value == int(value) and abs(value) < 1e15:
+        return f"{int(value):,}"
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.4g}" if abs(value) >= 1e-3 else f"{value:.2e}"
+
+
+class Report:
+    """Collects a bench's lines and prints each as it comes in, as a row of a table.
+
+    Parameters
+    ----------
+    console
+        Where to print; the table is as wide as the console.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.lines: list[Line] = []
+
+    def add(self, line: Line) -> None:
+        """Keep a line and print it."""
+        # A table that grows needs a terminal. One small table a line, of fixed widths, reads the same in a log.
+        table = Table(box=None, show_header=not self.lines, pad_edge=False, expand=True)
+        for title, ratio in (("", 2), ("figure", 11), ("measured", 6), ("target", 4), ("spread", 7)):
+            table.add_column(title, ratio=ratio)
+        self.lines.append(line)
+        measured = "–" if line.measured is None else f"[bold]{number(line.measured)}[/] {escape(line.unit)}"
+        mark = _MARKS[line.holds] if line.holds is not None else f"[dim]{line.verdict}[/]"
+        table.add_row(mark, escape(line.name), measured, escape(line.target) or "–", escape(line.spread))
+        self.console.print(table)
+        self.console.print(f"   {line.conditions}", style="dim", markup=False, highlight=False)
+
+    def summary(self) -> str:
+        """How many lines hold, fail, were skipped, and are only reported."""
+        counts = {word: 0 for word in ("holds", "FAILS", "skipped", "reported")}
+        for line in self.lines:
+            counts[line.verdict] += 1
+        return ", ".join(f"{count} {word}" for word, count in counts.items() if count) or "nothing measured"
+
+    @property
+    def failed(self) -> bool:
+        """Whether a target was measured and missed."""
+        return any(line.holds is False for line in self.lines)
+
+
+def write_json(lines: Iterable[Line], path: Path) -> None:
+    """Write lines as a JSON list of objects with the fields of `Line`."""
+    path.write_text(json.dumps([asdict(line) for line in lines], indent=2, ensure_ascii=False) + "\n")
+
+
+def markdown_table(lines: Iterable[Line]) -> str:
+    """Lines as a Markdown table."""
+    rows = ["| figure | measured | target | | spread | conditions |", "| --- | --- | --- | --- | --- | --- |"]
+    for line in lines:
+        measured = "–" if line.measured is None else f"{number(line.measured)} {line.unit}"
+        cells = (line.name, measured, line.target or "–", line.verdict, line.spread or "–", line.conditions)
+        rows.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
+    return "\n".join(rows) + "\n"

@@ -1,0 +1,32 @@
+"""The tree of commands. Their modules import torch and gRPC only once they run, so that help comes at once."""
+
+from typing import Annotated
+
+import typer
+
+import fedsea
+from fedsea.cli import credentials
+from fedsea.cli.chat import chat
+from fedsea.cli.demo import demo
+from fedsea.cli.generate import generate
+from fedsea.cli.serve import serve
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+@app.callback(invoke_without_command=True)
+def _fedsea(
+    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
+) -> None:
+    """Use a large language model whose middle is run by somebody else, on text that never leaves you."""
+    if version:
+        print(f"fedsea {fedsea.__version__}")
+    elif context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+app.command()(demo)
+app.command()(chat)
+app.command()(generate)
+app.command()(serve)
+app.add_typer(credentials.app, name="credentials")

@@ -1,0 +1,185 @@
+"""Options that several commands share: each is declared once, in a dataclass that a command takes as one argument."""
+
+import dataclasses
+import functools
+import inspect
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from fedsea.errors import UsageError
+from fedsea.partition import Partition
+
+if TYPE_CHECKING:  # a command's --help needs no torch
+    from fedsea.client.decode import Sampling
+    from fedsea.client.model import SplitModelForCausalLM
+    from fedsea.privacy import Noise
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="smollm2-135m, a folder, a .gguf file, organisation/model at the Hugging Face hub, or random:CONFIG.",
+        show_default=False,
+    ),
+]
+ComputeDtype = Annotated[Dtype, typer.Option(help="What to compute in.")]
+Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1.")]
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="CPU threads to compute with.", show_default="as many as there are cores")
+]
+Credentials = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Folder of this side's certificate, made by: fedsea credentials init."),
+]
+Insecure = Annotated[bool, typer.Option("--insecure", help="No TLS. On loopback addresses only.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")]
+
+
+@dataclasses.dataclass(frozen=True)
+class ClientOptions:
+    """Which model, split where, at which block server, with what noise."""
+
+    model: Model
+    server: Annotated[str, typer.Option(metavar="HOST:PORT", help="The block server.", show_default=False)]
+    credentials: Credentials = None
+    insecure: Insecure = False
+    input_layers: Annotated[int, typer.Option(min=0, help="Decoder layers to run here, after the embedding.")] = 1
+    output_layers: Annotated[int, typer.Option(min=0, help="Decoder layers to run here, before the head.")] = 1
+    noise_std: Annotated[
+        float | None, typer.Option(help="Standard deviation of the noise on what leaves.", show_default="no noise")
+    ] = None
+    noise_level: Annotated[
+        float | None, typer.Option(help="The same, as a multiple of the mean |h_A|.", show_default="no noise")
+    ] = None
+    dtype: ComputeDtype = "float32"
+    wire_dtype: Annotated[
+        Dtype | None, typer.Option(help="What to send hidden states in.", show_default="16 bits")
+    ] = None
+    device: Device = "cpu"
+    threads: Threads = None
+    reconnect_seconds: Annotated[
+        float, typer.Option(min=0.0, help="How long to try again after the connection is lost.")
+    ] = 60.0
+
+    def connect(self) -> "SplitModelForCausalLM":
+        """Load the client's parts and meet the block server.
+
+        Raises
+        ------
+        FedSEAError
+            Whatever is wrong with the options, the model or the server.
+        """
+        require_one_security(self.credentials, self.insecure)
+        noise = self._noise()
+        set_threads(self.threads)
+        from fedsea.client.model import SplitModelForCausalLM
+
+        return SplitModelForCausalLM.from_pretrained(
+            self.model,
+            server=self.server,
+            credentials=self.credentials,
+            insecure=self.insecure,
+            partition=Partition(self.input_layers, self.output_layers),
+            noise=noise,
+            dtype=self.dtype,
+            wire_dtype=self.wire_dtype,
+            device=self.device,
+            reconnect_seconds=self.reconnect_seconds,
+        )
+
+    def _noise(self) -> "Noise":
+        from fedsea.privacy import GaussianNoise, RelativeGaussianNoise
+
+        if self.noise_std is not None and self.noise_level is not None:
+            raise UsageError("give --noise-std or --noise-level, not both: each sets the noise's standard deviation")
+        if self.noise_level is not None:
+            return RelativeGaussianNoise(self.noise_level)
+        return GaussianNoise(self.noise_std or 0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class AnswerOptions:
+    """How long an answer may be, and how its tokens are chosen."""
+
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; above 0 tokens are drawn.")] = 0.0
+    top_k: Annotated[
+        int | None, typer.Option(help="Draw from the K likeliest tokens only.", show_default="all")
+    ] = None
+    top_p: Annotated[
+        float | None, typer.Option(help="Draw from the likeliest tokens of total probability P only.", show_default="1")
+    ] = None
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1, tokens that were there are less likely.")] = 1.0
+    seed: Annotated[int | None, typer.Option(help="Draw the same tokens again.", show_default="a new one")] = None
+
+    def sampling(self) -> "Sampling":
+        """The same as the decode loop takes it.
+
+        Raises
+        ------
+        UsageError
+            If a value cannot be used.
+        """
+        from fedsea.client.decode import Sampling
+
+        return Sampling(
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            repetition_penalty=self.repetition_penalty,
+            seed=self.seed,
+        )
+
+
+def spread(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the fields of its dataclass parameters as options of its own.
+
+    typer reads options from a function's signature. A parameter whose type is a dataclass is replaced by the
+    dataclass's fields there, and filled from them when the command is called.
+    """
+    hints = typing.get_type_hints(command, include_extras=True)
+    groups = {name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
+    parameters = []
+    for name, parameter in inspect.signature(command).parameters.items():
+        fields = inspect.signature(hints[name]).parameters.values() if name in groups else [parameter]
+        parameters += [field.replace(kind=inspect.Parameter.KEYWORD_ONLY) for field in fields]
+
+    @functools.wraps(command)
+    def call(**values: Any) -> Any:
+        for name, group in groups.items():
+            fields = {field.name: values.pop(field.name) for field in dataclasses.fields(group)}  # type: ignore[arg-type]
+            values[name] = group(**fields)
+        return command(**values)
+
+    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return call
+
+
+def require_one_security(credentials: Path | None, insecure: bool) -> None:
+    """Check that TLS was either set up or declined.
+
+    Raises
+    ------
+    UsageError
+        If neither or both were given.
+    """
+    if credentials is not None and insecure:
+        raise UsageError("give --credentials DIR or --insecure, not both")
+    if credentials is None and not insecure:
+        raise UsageError(
+            "give --credentials DIR (made by: fedsea credentials init DIR), or --insecure on a loopback address"
+        )
+
+
+def set_threads(threads: int | None) -> None:
+    """Compute with so many CPU threads; None leaves torch's own choice."""
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)

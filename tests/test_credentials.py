@@ -1,0 +1,283 @@
+"""Making and loading the credentials of mutual TLS."""
+
+import datetime
+import json
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from concurrent import futures
+from pathlib import Path
+
+import grpc
+import pytest
+from cryptography import x509
+from cryptography.x509.oid import ExtendedKeyUsageOID
+from typer.testing import CliRunner
+
+from fedsea.cli.credentials import app
+from fedsea.errors import CredentialsError, UsageError
+from fedsea.wire import credential_files
+from fedsea.wire.address import format_address, is_loopback, parse_address
+from fedsea.wire.credentials import Credentials, channel_credentials, create_credentials, server_credentials
+
+DAY = datetime.timedelta(days=1)
+EXPIRED = datetime.timedelta(minutes=-1)
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Path:
+    create_credentials(tmp_path / "made", clients=["alice", "bob"])
+    return tmp_path / "made"
+
+
+def certificate(folder: Path) -> x509.Certificate:
+    return x509.load_pem_x509_certificate((folder / "certificate.pem").read_bytes())
+
+
+def test_certificates_allow_one_role_each_and_expire(made: Path) -> None:
+    authority, server, alice = (certificate(made / name) for name in ("authority", "server", "alice"))
+    constraints = authority.extensions.get_extension_for_class(x509.BasicConstraints)
+    assert constraints.critical
+    assert constraints.value.ca
+    assert authority.extensions.get_extension_for_class(x509.KeyUsage).value.key_cert_sign
+    for leaf, usage in ((server, ExtendedKeyUsageOID.SERVER_AUTH), (alice, ExtendedKeyUsageOID.CLIENT_AUTH)):
+        assert list(leaf.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value) == [usage]
+        assert not leaf.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+        now = datetime.datetime.now(datetime.UTC)
+        assert leaf.not_valid_before_utc < now - datetime.timedelta(minutes=1)
+        assert 364 * DAY < leaf.not_valid_after_utc - now <= 365 * DAY
+        leaf.verify_directly_issued_by(authority)
+    names = server.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert names.get_values_for_type(x509.DNSName) == ["localhost"]
+    assert [str(ip) for ip in names.get_values_for_type(x509.IPAddress)] == ["127.0.0.1", "::1"]
+
+
+def test_nothing_is_readable_by_others_even_under_an_open_umask(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modes: list[int] = []
+    real_open = os.open
+
+    def recording_open(path: Path, flags: int, mode: int) -> int:
+        descriptor = real_open(path, flags, mode)
+        modes.append(stat.S_IMODE(os.fstat(descriptor).st_mode))
+        return descriptor
+
+    monkeypatch.setattr(credential_files.os, "open", recording_open)
+    old = os.umask(0)
+    try:
+        create_credentials(tmp_path / "made")
+    finally:
+        os.umask(old)
+    assert set(modes) == {0o600}
+    assert len(modes) == 8
+    for path in (tmp_path / "made").rglob("*"):
+        assert stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600), path
+
+
+def test_a_second_run_keeps_everything_and_adds_new_clients(made: Path) -> None:
+    before = {path: path.read_bytes() for path in made.rglob("*.pem")}
+    summary = create_credentials(made, clients=["alice", "carol"])
+    assert summary.names("kept") == ("authority", "server", "alice")
+    assert summary.names("created") == ("carol",)
+    assert all(path.read_bytes() == content for path, content in before.items())
+    assert create_credentials(made).names("kept") == ("authority", "server", "alice", "bob", "carol")
+
+
+def test_server_is_reissued_for_a_new_host_and_keeps_its_old_ones(made: Path) -> None:
+    assert create_credentials(made, hosts=["GPU.example.org"]).names("re-issued") == ("server",)
+    summary = create_credentials(made, hosts=["10.0.0.7"])
+    assert summary.names("re-issued") == ("server",)
+    assert set(summary.hosts) == {"localhost", "127.0.0.1", "::1", "gpu.example.org", "10.0.0.7"}
+    assert create_credentials(made, hosts=["gpu.example.org"]).names("re-issued") == ()
+
+
+@pytest.mark.parametrize("lifetime", [EXPIRED, 29 * DAY])
+def test_certificates_near_their_end_are_reissued(tmp_path: Path, lifetime: datetime.timedelta) -> None:
+    create_credentials(tmp_path, hosts=["gpu.example.org"], lifetime=lifetime)
+    summary = create_credentials(tmp_path)
+    assert summary.names("re-issued") == ("server", "client-a")
+    assert "gpu.example.org" in summary.hosts
+    Credentials.load(tmp_path / "client-a", "client")
+
+
+def test_damaged_or_foreign_certificates_are_reissued(made: Path, tmp_path: Path) -> None:
+    create_credentials(tmp_path / "other")
+    shutil.copytree(tmp_path / "other" / "client-a", made / "alice", dirs_exist_ok=True)
+    (made / "bob" / "key.pem").unlink()
+    assert create_credentials(made).names("re-issued") == ("alice", "bob")
+    assert Credentials.load(made / "alice", "client").name == "alice"
+
+
+def test_an_authority_that_lost_its_key_is_not_replaced(made: Path) -> None:
+    (made / "authority" / "key.pem").unlink()
+    with pytest.raises(CredentialsError, match=r"authority/key.pem is missing: restore it"):
+        create_credentials(made, clients=["carol"])
+
+
+def test_an_expired_authority_issues_nothing(tmp_path: Path) -> None:
+    with pytest.raises(CredentialsError, match=r"authority expired on .*new folder"):
+        create_credentials(tmp_path, authority_lifetime=EXPIRED)
+
+
+@pytest.mark.parametrize("name", ["authority", "server", "", "Alice", "../x", ".hidden", "a b", "x" * 64])
+def test_client_names_that_are_no_safe_folder_are_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UsageError, match="client"):
+        create_credentials(tmp_path, clients=[name])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "host:7070", "http://x", "", "a..b", "1.2.3", "fe80::1%eth0"])
+def test_hosts_that_nobody_can_connect_to_are_refused(tmp_path: Path, host: str) -> None:
+    with pytest.raises(UsageError, match="clients"):
+        create_credentials(tmp_path, hosts=[host])
+
+
+def test_load_tells_name_and_expiry_and_hides_the_key(made: Path) -> None:
+    alice = Credentials.load(made / "alice", "client")
+    assert alice.name == "alice"
+    assert alice.expires == certificate(made / "alice").not_valid_after_utc
+    assert "PRIVATE" not in repr(alice)
+    assert Credentials.load(made, "server") == Credentials.load(made / "server", "server")
+    assert Credentials.load(made, "server").name == "server"
+
+
+def test_load_says_what_is_missing(made: Path, tmp_path: Path) -> None:
+    with pytest.raises(CredentialsError, match=r"there is no folder .*credentials init"):
+        Credentials.load(tmp_path / "nowhere", "server")
+    with pytest.raises(CredentialsError, match=r"give the folder of one client, such as .*/alice"):
+        Credentials.load(made, "client")
+    (made / "alice" / "authority.pem").unlink()
+    with pytest.raises(CredentialsError, match=r"authority.pem is missing: run `fedsea credentials init"):
+        Credentials.load(made / "alice", "client")
+
+
+def test_load_refuses_the_other_roles_folder(made: Path) -> None:
+    with pytest.raises(CredentialsError, match="not for a server: it is a client's"):
+        Credentials.load(made / "alice", "server")
+    with pytest.raises(CredentialsError, match="not for a client: it is a server's"):
+        Credentials.load(made / "server", "client")
+
+
+def test_load_refuses_a_key_of_another_certificate(made: Path) -> None:
+    shutil.copy(made / "bob" / "key.pem", made / "alice" / "key.pem")
+    with pytest.raises(CredentialsError, match=r"key.pem does not belong to certificate.pem"):
+        Credentials.load(made / "alice", "client")
+
+
+def test_load_refuses_another_authority(made: Path, tmp_path: Path) -> None:
+    create_credentials(tmp_path / "other")
+    shutil.copy(tmp_path / "other" / "server" / "authority.pem", made / "alice" / "authority.pem")
+    with pytest.raises(CredentialsError, match="was not issued by authority"):
+        Credentials.load(made / "alice", "client")
+
+
+@pytest.mark.parametrize("name", ["authority.pem", "certificate.pem", "key.pem"])
+def test_load_refuses_damaged_files(made: Path, name: str) -> None:
+    (made / "alice" / name).write_bytes(b"-----BEGIN NOTHING-----")
+    with pytest.raises(CredentialsError, match=f"{name} is not a readable"):
+        Credentials.load(made / "alice", "client")
+
+
+def test_load_refuses_a_key_that_others_can_read(made: Path) -> None:
+    (made / "alice" / "key.pem").chmod(0o640)
+    with pytest.raises(CredentialsError, match=r"run `chmod 600 .*/alice/key.pem`"):
+        Credentials.load(made / "alice", "client")
+
+
+def test_load_refuses_expired_and_not_yet_valid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    create_credentials(tmp_path / "old", lifetime=EXPIRED)
+    with pytest.raises(CredentialsError, match=r"expired on .*credentials init"):
+        Credentials.load(tmp_path / "old" / "client-a", "client")
+    monkeypatch.setattr("fedsea.wire.certificates.CLOCK_SKEW", -DAY)
+    create_credentials(tmp_path / "new")
+    with pytest.raises(CredentialsError, match=r"not valid before .*clock"):
+        Credentials.load(tmp_path / "new" / "client-a", "client")
+
+
+def test_grpc_server_sees_the_clients_name_and_refuses_strangers(made: Path, tmp_path: Path) -> None:
+    def name(request: bytes, context: grpc.ServicerContext) -> bytes:
+        return context.auth_context()["x509_common_name"][0]
+
+    server = grpc.server(futures.ThreadPoolExecutor(1))
+    handlers = {"Name": grpc.unary_unary_rpc_method_handler(name)}
+    server.add_registered_method_handlers("test.Test", handlers)
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("test.Test", handlers),))
+    port = server.add_secure_port("127.0.0.1:0", server_credentials(Credentials.load(made, "server")))
+    server.start()
+    create_credentials(tmp_path / "other")
+    anyone = grpc.ssl_channel_credentials((made / "alice" / "authority.pem").read_bytes())
+    stranger = channel_credentials(Credentials.load(tmp_path / "other" / "client-a", "client"))
+    try:
+        with grpc.secure_channel(
+            f"localhost:{port}", channel_credentials(Credentials.load(made / "alice", "client"))
+        ) as channel:
+            assert channel.unary_unary("/test.Test/Name")(b"", timeout=5) == b"alice"
+        for refused in (anyone, stranger):
+            with (
+                grpc.secure_channel(f"localhost:{port}", refused) as channel,
+                pytest.raises(grpc.RpcError) as caught,
+            ):
+                channel.unary_unary("/test.Test/Name")(b"", timeout=5)
+            assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+    finally:
+        server.stop(None)
+
+
+def test_use_without_tls_does_not_import_cryptography() -> None:
+    code = "import sys, fedsea.wire.credentials, fedsea.wire.diagnose; sys.exit('cryptography' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_command_prints_what_to_do_next(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["init", str(tmp_path / "c"), "--host", "gpu.example.org", "--client", "clinic"])
+    assert result.exit_code == 0, result.output
+    assert f"fedsea serve MODEL --credentials {tmp_path / 'c'}" in result.output
+    assert f"{tmp_path / 'c' / 'clinic'}\n" in result.output
+    assert f"Never copy {tmp_path / 'c' / 'authority'}" in result.output
+    again = CliRunner().invoke(app, ["init", str(tmp_path / "c"), "--json"])
+    summary = json.loads(again.output)
+    assert [(entry["name"], entry["outcome"]) for entry in summary["entries"]] == [
+        ("authority", "kept"),
+        ("server", "kept"),
+        ("clinic", "kept"),
+    ]
+    assert isinstance(CliRunner().invoke(app, ["init", str(tmp_path), "--client", "server"]).exception, UsageError)
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [("localhost:7070", ("localhost", 7070)), ("[::1]:1", ("::1", 1)), ("10.0.0.1:65535", ("10.0.0.1", 65535))],
+)
+def test_addresses_read_and_write_the_same(text: str, parts: tuple[str, int]) -> None:
+    assert parse_address(text) == parts
+    assert format_address(*parts) == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "host", ":80", "host:", "host:x", "host:0", "host:65536", "host:-1", "::1:80", "[::1]", "[x]:80"),
+        *("http://host:80", "host/x:80", "a b:80", "host:٣", "host:00708012345", "host:" + "9" * 5000),
+    ],
+)
+def test_bad_addresses_are_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="is no address"):
+        parse_address(text)
+
+
+def test_port_zero_is_for_listening_only() -> None:
+    assert parse_address("127.0.0.1:0", allow_port_zero=True) == ("127.0.0.1", 0)
+
+
+@pytest.mark.parametrize(
+    ("host", "loopback"),
+    [
+        *((host, True) for host in ("localhost", "LOCALHOST.", "127.3.2.1", "::1", "::ffff:127.0.0.1")),
+        *((host, False) for host in ("0.0.0.0", "::", "10.0.0.1", "localhost.example.org", "")),
+    ],
+)
+def test_loopback_is_this_machine_only(host: str, loopback: bool) -> None:
+    assert is_loopback(host) is loopback

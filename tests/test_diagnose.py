@@ -1,0 +1,259 @@
+"""Each cause of an unreachable server gets its own error, found against real servers."""
+
+import datetime
+import socket
+import ssl
+import threading
+from collections.abc import Callable, Iterator
+from concurrent import futures
+from pathlib import Path
+
+import grpc
+import pytest
+
+from fedsea.errors import CredentialsError, FedSEAError, ServerUnavailableError, UsageError
+from fedsea.wire import certificates, diagnose
+from fedsea.wire.credentials import Credentials, channel_credentials, create_credentials, server_credentials
+from fedsea.wire.diagnose import explain_unreachable
+
+EXPIRED = datetime.timedelta(minutes=-1)
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(diagnose, "_ANSWER_SECONDS", 0.5)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("made")
+    create_credentials(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def client(made: Path) -> Credentials:
+    return Credentials.load(made / "client-a", "client")
+
+
+@pytest.fixture(scope="module")
+def other_client(tmp_path_factory: pytest.TempPathFactory) -> Credentials:
+    folder = tmp_path_factory.mktemp("other")
+    create_credentials(folder)
+    return Credentials.load(folder / "client-a", "client")
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[[grpc.ServerCredentials | None], str]]:
+    """Start gRPC servers; each call returns the port's address."""
+    servers = []
+
+    def start(credentials: grpc.ServerCredentials | None) -> str:
+        server = grpc.server(futures.ThreadPoolExecutor(1))
+        servers.append(server)
+        listen = "127.0.0.1:0"
+        port = server.add_secure_port(listen, credentials) if credentials else server.add_insecure_port(listen)
+        server.start()
+        return f"127.0.0.1:{port}"
+
+    yield start
+    for server in servers:
+        server.stop(None)
+
+
+@pytest.fixture
+def answer() -> Iterator[Callable[[Callable[[socket.socket], None]], str]]:
+    """Start plain TCP servers that hand each connection to a function."""
+    listeners: list[socket.socket] = []
+
+    def start(handle: Callable[[socket.socket], None]) -> str:
+        listener = socket.create_server(("127.0.0.1", 0))
+        listeners.append(listener)
+
+        def run() -> None:
+            while True:
+                try:
+                    connection = listener.accept()[0]
+                except OSError:
+                    return
+                with connection:
+                    try:
+                        connection.settimeout(5)
+                        handle(connection)
+                    except OSError:
+                        continue
+
+        threading.Thread(target=run, daemon=True).start()
+        return f"127.0.0.1:{listener.getsockname()[1]}"
+
+    yield start
+    for listener in listeners:
+        listener.shutdown(socket.SHUT_RDWR)
+        listener.close()
+
+
+def issue(made: Path, **changes: object) -> Credentials:
+    """Server credentials of the same authority that `Credentials.load` would refuse."""
+    authority = certificates.Pair(
+        (made / "authority" / "certificate.pem").read_bytes(), (made / "authority" / "key.pem").read_bytes()
+    )
+    wanted = {
+        "name": "server",
+        "role": "server",
+        "lifetime": datetime.timedelta(days=1),
+        "hosts": ("127.0.0.1", "localhost"),
+    } | changes
+    pair, expires = certificates.issue(authority, **wanted)  # type: ignore[arg-type]
+    return Credentials(authority.certificate, pair.certificate, pair.key, "server", expires)
+
+
+def check(error: FedSEAError, kind: type[FedSEAError], *words: str) -> None:
+    assert type(error) is kind, error
+    for word in words:
+        assert word in str(error)
+    assert "\n" not in str(error)
+
+
+def test_nothing_listens(client: Credentials) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+    for credentials in (None, client):
+        error = explain_unreachable(address, credentials)
+        check(error, ServerUnavailableError, f"no block server at {address}", "`fedsea serve")
+
+
+def test_the_name_is_unknown() -> None:
+    check(explain_unreachable("no-such-host.invalid:7070", None), ServerUnavailableError, "'no-such-host.invalid'")
+    check(explain_unreachable("x" * 70 + ".invalid:7070", None), ServerUnavailableError, "no machine is known")
+
+
+def test_the_address_is_none(client: Credentials) -> None:
+    check(explain_unreachable("localhost", client), UsageError, "HOST:PORT")
+
+
+def test_the_connection_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def silent(*arguments: object) -> socket.socket:
+        raise TimeoutError("timed out")
+
+    monkeypatch.setattr(socket, "create_connection", silent)
+    check(
+        explain_unreachable("10.0.0.1:7070", None), ServerUnavailableError, "10.0.0.1:7070 does not answer", "firewall"
+    )
+
+
+def test_server_without_tls(serve: Callable[..., str], client: Credentials) -> None:
+    check(explain_unreachable(serve(None), client), CredentialsError, "runs without TLS", "--credentials DIR")
+
+
+def test_client_without_credentials(serve: Callable[..., str], made: Path) -> None:
+    address = serve(server_credentials(Credentials.load(made, "server")))
+    check(explain_unreachable(address, None), CredentialsError, "asks for TLS", "--credentials DIR")
+
+
+def test_server_of_another_authority(serve: Callable[..., str], made: Path, other_client: Credentials) -> None:
+    address = serve(server_credentials(Credentials.load(made, "server")))
+    check(explain_unreachable(address, other_client), CredentialsError, "is of another authority", "copy")
+
+
+def test_server_certificate_has_expired(serve: Callable[..., str], made: Path, client: Credentials) -> None:
+    address = serve(server_credentials(issue(made, lifetime=EXPIRED)))
+    check(explain_unreachable(address, client), CredentialsError, "certificate of the server", "has expired")
+
+
+def test_server_certificate_is_not_valid_yet(
+    serve: Callable[..., str], made: Path, client: Credentials, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(certificates, "CLOCK_SKEW", datetime.timedelta(hours=-1))
+    address = serve(server_credentials(issue(made)))
+    check(explain_unreachable(address, client), CredentialsError, "not valid yet", "clock")
+
+
+def test_server_certificate_is_for_other_hosts(serve: Callable[..., str], made: Path, client: Credentials) -> None:
+    address = serve(server_credentials(issue(made, hosts=("gpu.example.org",))))
+    check(explain_unreachable(address, client), CredentialsError, "'127.0.0.1'", "--host 127.0.0.1")
+    port = address.rpartition(":")[2]
+    check(explain_unreachable(f"localhost:{port}", client), CredentialsError, "'localhost'", "--host localhost")
+
+
+def test_server_shows_a_clients_certificate(serve: Callable[..., str], made: Path, client: Credentials) -> None:
+    address = serve(server_credentials(issue(made, role="client")))
+    check(explain_unreachable(address, client), CredentialsError, "not for a server")
+
+
+def test_our_certificate_has_expired(serve: Callable[..., str], made: Path) -> None:
+    address = serve(server_credentials(Credentials.load(made, "server")))
+    expired = issue(made, role="client", lifetime=EXPIRED, hosts=())
+    check(explain_unreachable(address, expired), CredentialsError, "this client's certificate expired")
+
+
+def test_grpc_server_refuses_our_certificate(
+    serve: Callable[..., str], made: Path, client: Credentials, other_client: Credentials
+) -> None:
+    # The client trusts the server, the server not the client.
+    mixed = Credentials(
+        client.authority, other_client.certificate, other_client.key, other_client.name, other_client.expires
+    )
+    address = serve(server_credentials(Credentials.load(made, "server")))
+    with grpc.secure_channel(address, channel_credentials(mixed)) as channel, pytest.raises(grpc.RpcError) as caught:
+        channel.unary_unary("/test.Test/Any")(b"", timeout=5)
+    assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+    error = explain_unreachable(address, mixed, caught.value.details())
+    check(error, CredentialsError, "on seeing this client's certificate", "another authority")
+
+
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+@pytest.mark.parametrize("case", ["other authority", "expired"])
+def test_server_refuses_our_certificate_with_an_alert(
+    answer: Callable[..., str],
+    made: Path,
+    client: Credentials,
+    other_client: Credentials,
+    version: ssl.TLSVersion,
+    case: str,
+) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = context.maximum_version = version
+    context.load_cert_chain(made / "server" / "certificate.pem", made / "server" / "key.pem")
+    context.load_verify_locations(made / "server" / "authority.pem")
+    context.verify_mode = ssl.CERT_REQUIRED
+    shown = other_client if case == "other authority" else issue(made, role="client", lifetime=EXPIRED, hosts=())
+    # Expired by the server's clock alone.
+    mixed = Credentials(client.authority, shown.certificate, shown.key, shown.name, client.expires)
+    error = explain_unreachable(answer(lambda one: context.wrap_socket(one, server_side=True).close()), mixed)
+    reason = "it is of another authority" if case == "other authority" else "it has expired"
+    check(error, CredentialsError, "refuses this client's certificate", reason)
+
+
+@pytest.mark.parametrize("with_tls", [False, True])
+@pytest.mark.parametrize(
+    ("reply", "words"),
+    [
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "a web server"),
+        (b"220 mail.example.org ESMTP\r\n", "another program"),
+        (b"", "closes them"),
+    ],
+)
+def test_another_program_listens(
+    answer: Callable[..., str], client: Credentials, with_tls: bool, reply: bytes, words: str
+) -> None:
+    def handle(connection: socket.socket) -> None:
+        connection.recv(4096)
+        connection.sendall(reply)
+
+    check(explain_unreachable(answer(handle), client if with_tls else None), ServerUnavailableError, words)
+
+
+@pytest.mark.parametrize("with_tls", [False, True])
+def test_something_listens_and_stays_silent(answer: Callable[..., str], client: Credentials, with_tls: bool) -> None:
+    address = answer(lambda connection: connection.recv(1 << 20) and connection.recv(1))
+    error = explain_unreachable(address, client if with_tls else None)
+    check(error, ServerUnavailableError, "takes connections but does not answer")
+
+
+@pytest.mark.parametrize("with_tls", [False, True])
+def test_a_server_that_answers_leaves_grpcs_own_words(
+    serve: Callable[..., str], made: Path, client: Credentials, with_tls: bool
+) -> None:
+    address = serve(server_credentials(Credentials.load(made, "server")) if with_tls else None)
+    error = explain_unreachable(address, client if with_tls else None, "Socket\nclosed")
+    check(error, ServerUnavailableError, f"the block server at {address} answers", "failed: Socket closed")

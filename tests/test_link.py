@@ -1,0 +1,239 @@
+"""The TCP link that benches and tests measure over: delay, rate, counters and breaks."""
+
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from fedsea.bench.link import Link, LinkProcess
+from fedsea.errors import FedSEAError, UsageError
+
+LINKS = pytest.mark.parametrize("kind", [Link, LinkProcess])
+
+
+@pytest.fixture
+def echo() -> Iterator[str]:
+    """A server that sends back what it gets, and closes when the client has ended its side."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def serve(connection: socket.socket) -> None:
+        with connection:
+            try:
+                while data := connection.recv(1 << 16):
+                    connection.sendall(data)
+            except OSError:
+                return
+
+    def accept() -> None:
+        while True:
+            try:
+                connection = listener.accept()[0]
+            except OSError:
+                return
+            threading.Thread(target=serve, args=(connection,), daemon=True).start()
+
+    threading.Thread(target=accept, daemon=True).start()
+    yield f"127.0.0.1:{listener.getsockname()[1]}"
+    listener.shutdown(socket.SHUT_RDWR)
+    listener.close()
+
+
+def connect(address: str) -> socket.socket:
+    host, _, port = address.rpartition(":")
+    return socket.create_connection((host, int(port)), timeout=10)
+
+
+def receive(connection: socket.socket, size: int) -> bytes:
+    received = bytearray()
+    while len(received) < size:
+        data = connection.recv(size - len(received))
+        assert data, "the connection ended early"
+        received += data
+    return bytes(received)
+
+
+def exchange(connection: socket.socket, data: bytes) -> float:
+    """Seconds that it takes until the data has come back."""
+    start = time.perf_counter()
+    sender = threading.Thread(target=connection.sendall, args=(data,))
+    sender.start()
+    assert receive(connection, len(data)) == data
+    sender.join()
+    return time.perf_counter() - start
+
+
+@LINKS
+def test_delay_is_added_in_each_direction(echo: str, kind: type[Link | LinkProcess]) -> None:
+    with kind(echo, delay_ms=20) as link, connect(link.address) as connection:
+        assert exchange(connection, b"first") >= 0.08  # opening the connection takes a round trip too
+        assert all(exchange(connection, b"x" * 1000) >= 0.04 for _ in range(3))
+
+
+def test_delay_costs_no_bandwidth(echo: str) -> None:
+    data = os.urandom(8_000_000)
+    with Link(echo, delay_ms=100) as link, connect(link.address) as connection:
+        # One window at a time would take 0.2 s for each of the 122 pieces of 64 KiB.
+        assert 0.2 <= exchange(connection, data) < 10
+
+
+def test_rate_limits_each_direction_on_its_own(echo: str) -> None:
+    data = os.urandom(250_000)
+    with Link(echo, rate_mbit=10) as link, connect(link.address) as connection:
+        # 0.2 s a direction, and both at the same time.
+        assert exchange(connection, data) >= 0.2
+
+
+def test_rate_is_shared_by_all_connections(echo: str) -> None:
+    data = os.urandom(125_000)
+    with Link(echo, rate_mbit=10) as link, connect(link.address) as one, connect(link.address) as two:
+        start = time.perf_counter()
+        threads = [threading.Thread(target=exchange, args=(connection, data)) for connection in (one, two)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert time.perf_counter() - start >= 0.2
+
+
+def test_memory_is_bounded_when_the_receiver_does_not_read() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        target = f"127.0.0.1:{listener.getsockname()[1]}"
+        with Link(target, delay_ms=1, rate_mbit=1000) as link, connect(link.address) as connection:
+            connection.settimeout(0.3)
+            with pytest.raises(TimeoutError):
+                connection.sendall(bytes(100_000_000))
+            # The kernel's own buffers take some megabytes at each end.
+            assert link.bytes_up < 40_000_000
+            receiver = listener.accept()[0]
+            with receiver:
+                receiver.settimeout(10)
+                assert receive(receiver, link.bytes_up)
+
+
+@LINKS
+def test_counters_count_payload_by_direction(echo: str, kind: type[Link | LinkProcess]) -> None:
+    with kind(echo, delay_ms=1) as link:
+        with connect(link.address) as connection:
+            exchange(connection, b"x" * 1234)
+            assert (link.bytes_up, link.bytes_down, link.connections) == (1234, 1234, 1)
+            link.reset_counters()
+            exchange(connection, b"x" * 10)
+            counters = link.counters()
+            assert (counters.bytes_up, counters.bytes_down) == (10, 10)
+            assert (counters.accepted, counters.connections) == (0, 1)
+        wait_until_unconnected(link)
+
+
+def test_end_of_stream_passes_through_behind_the_data(echo: str) -> None:
+    with Link(echo, delay_ms=5) as link:
+        with connect(link.address) as connection:
+            connection.sendall(b"last words")
+            connection.shutdown(socket.SHUT_WR)
+            assert receive(connection, 10) == b"last words"
+            assert connection.recv(1) == b""
+        wait_until_unconnected(link)
+
+
+@LINKS
+def test_cut_resets_connections_and_takes_new_ones(echo: str, kind: type[Link | LinkProcess]) -> None:
+    with kind(echo) as link:
+        with connect(link.address) as connection:
+            exchange(connection, b"before")
+            link.cut()
+            assert link.connections == 0
+            with pytest.raises(ConnectionResetError):
+                connection.recv(1)
+        with connect(link.address) as connection:
+            exchange(connection, b"after")
+
+
+def test_cut_resets_the_target_too() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        target = f"127.0.0.1:{listener.getsockname()[1]}"
+        with Link(target) as link, connect(link.address) as connection, listener.accept()[0] as served:
+            connection.sendall(b"x")
+            receive(served, 1)
+            link.cut()
+            with pytest.raises(ConnectionResetError):
+                served.recv(1)
+
+
+@LINKS
+def test_refuse_keeps_open_connections_and_the_address(echo: str, kind: type[Link | LinkProcess]) -> None:
+    with kind(echo) as link, connect(link.address) as old:
+        exchange(old, b"before")
+        for _ in range(2):
+            link.refuse()
+            with pytest.raises(ConnectionRefusedError):
+                connect(link.address)
+            exchange(old, b"still open")
+            link.refuse(False)
+            with connect(link.address) as new:
+                exchange(new, b"accepted again")
+
+
+@LINKS
+def test_pause_goes_silent_and_loses_nothing(echo: str, kind: type[Link | LinkProcess]) -> None:
+    with kind(echo) as link, connect(link.address) as connection:
+        exchange(connection, b"before")
+        link.pause()
+        connection.sendall(b"held back")
+        connection.settimeout(0.1)
+        with pytest.raises(TimeoutError):
+            connection.recv(1)
+        link.resume()
+        connection.settimeout(10)
+        assert receive(connection, 9) == b"held back"
+
+
+def test_unreachable_target_resets_the_connection() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        target = f"127.0.0.1:{listener.getsockname()[1]}"
+    with Link(target) as link, connect(link.address) as connection, pytest.raises(ConnectionResetError):
+        connection.recv(1)
+
+
+@LINKS
+@pytest.mark.parametrize(
+    ("target", "options"),
+    [
+        ("nowhere", {}),
+        ("localhost:1", {"delay_ms": -1.0}),
+        ("localhost:1", {"delay_ms": float("nan")}),
+        ("localhost:1", {"rate_mbit": 0.0}),
+    ],
+)
+def test_bad_settings_are_refused(kind: type[Link | LinkProcess], target: str, options: dict[str, float]) -> None:
+    with pytest.raises(UsageError):
+        kind(target, **options)
+
+
+def test_close_frees_the_address_and_may_come_twice(echo: str) -> None:
+    link = Link(echo)
+    with connect(link.address) as connection:
+        exchange(connection, b"before")
+        link.close()
+        link.close()
+        with pytest.raises(ConnectionResetError):
+            connection.recv(1)
+    with pytest.raises(ConnectionRefusedError):
+        connect(link.address)
+
+
+def test_a_link_process_that_died_is_reported(echo: str) -> None:
+    with LinkProcess(echo) as link:
+        os.kill(link._process.pid, signal.SIGKILL)
+        link._process.wait()
+        with pytest.raises(FedSEAError, match="has ended"):
+            link.counters()
+
+
+def wait_until_unconnected(link: Link | LinkProcess) -> None:
+    deadline = time.monotonic() + 10
+    while link.connections:
+        assert time.monotonic() < deadline, "the connection was never closed"
+        time.sleep(0.005)
