@@ -20,15 +20,15 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 from fedsea.errors import FedSEAError
+from fedsea.threads import WAITING
 
 START_SECONDS = 600.0  # a large model is drawn or read first
 STOP_SECONDS = 20.0
 
 
 def environment(threads: int) -> dict[str, str]:
-    """Environment of a process that computes on `threads` threads beside others."""
-    # A waiting OpenMP thread that spins takes the core that the other process needs.
-    return os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+    """Environment of a process that computes on `threads` threads beside others; the user's own settings stay."""
+    return WAITING | os.environ | {"OMP_NUM_THREADS": str(threads)}
 
 
 class ServerProcess:

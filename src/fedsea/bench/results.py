@@ -83,13 +83,9 @@ class Line:
         return cls(name, measured, unit, target, holds, tuple(samples) or (measured,), conditions)
 
     @classmethod
-    def median(
-        cls, name: str, samples: Sequence[float], unit: str, *, target: str = "", conditions: str
-    ) -> Self:
+    def median(cls, name: str, samples: Sequence[float], unit: str, *, target: str = "", conditions: str) -> Self:
         """The median of repeated measurements."""
-        return cls.of(
-            name, statistics.median(samples), unit, target=target, samples=samples, conditions=conditions
-        )
+        return cls.of(name, statistics.median(samples), unit, target=target, samples=samples, conditions=conditions)
 
     @classmethod
     def skipped(cls, name: str, unit: str, *, target: str = "", reason: str) -> Self:
@@ -148,7 +144,7 @@ class Report:
 
     def summary(self) -> str:
         """How many lines hold, fail, were skipped, and are only reported."""
-        counts = {word: 0 for word in ("holds", "FAILS", "skipped", "reported")}
+        counts = dict.fromkeys(("holds", "FAILS", "skipped", "reported"), 0)
         for line in self.lines:
             counts[line.verdict] += 1
         return ", ".join(f"{count} {word}" for word, count in counts.items() if count) or "nothing measured"

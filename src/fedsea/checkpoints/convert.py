@@ -17,11 +17,7 @@ def convert(source: Path, folder: Path) -> None:
 
     The weights are in float32: float16 would not hold dequantised values exactly.
     """
-    where: dict[str, Any] = {
-        "pretrained_model_name_or_path": source.parent,
-        "gguf_file": source.name,
-        "local_files_only": True,
-    }
+    where: dict[str, Any] = {"gguf_file": source.name, "local_files_only": True}
     tokenizer = AutoTokenizer.from_pretrained(source.parent, **where)
     model = AutoModelForCausalLM.from_pretrained(
         source.parent, **where, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)

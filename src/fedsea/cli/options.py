@@ -58,9 +58,9 @@ class ClientOptions:
         float | None, typer.Option(help="The same, as a multiple of the mean |h_A|.", show_default="no noise")
     ] = None
     dtype: ComputeDtype = "float32"
-    wire_dtype: Annotated[
-        Dtype | None, typer.Option(help="What to send hidden states in.", show_default="16 bits")
-    ] = None
+    wire_dtype: Annotated[Dtype | None, typer.Option(help="What to send hidden states in.", show_default="16 bits")] = (
+        None
+    )
     device: Device = "cpu"
     threads: Threads = None
     reconnect_seconds: Annotated[
@@ -77,7 +77,7 @@ class ClientOptions:
         """
         require_one_security(self.credentials, self.insecure)
         noise = self._noise()
-        set_threads(self.threads)
+        prepare_torch(self.device, self.threads)
         from fedsea.client.model import SplitModelForCausalLM
 
         return SplitModelForCausalLM.from_pretrained(
@@ -109,9 +109,7 @@ class AnswerOptions:
 
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; above 0 tokens are drawn.")] = 0.0
-    top_k: Annotated[
-        int | None, typer.Option(help="Draw from the K likeliest tokens only.", show_default="all")
-    ] = None
+    top_k: Annotated[int | None, typer.Option(help="Draw from the K likeliest tokens only.", show_default="all")] = None
     top_p: Annotated[
         float | None, typer.Option(help="Draw from the likeliest tokens of total probability P only.", show_default="1")
     ] = None
@@ -177,9 +175,20 @@ def require_one_security(credentials: Path | None, insecure: bool) -> None:
         )
 
 
-def set_threads(threads: int | None) -> None:
-    """Compute with so many CPU threads; None leaves torch's own choice."""
-    if threads is not None:
-        import torch
+def prepare_torch(device: str, threads: int | None) -> None:
+    """Check that the device is there, and compute with so many CPU threads (None: torch's own choice).
 
+    Raises
+    ------
+    UsageError
+        If there is no such device here.
+    """
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        known = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+        raise UsageError(f"there is no device {device!r} here; there is {', '.join(known)}") from None
+    if threads is not None:
         torch.set_num_threads(threads)

@@ -1,6 +1,7 @@
 """`fedsea serve`: a block server, until it is told to stop."""
 
 import asyncio
+import errno
 import json
 import logging
 import re
@@ -8,9 +9,9 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,8 +23,8 @@ from fedsea.cli.options import (
     Insecure,
     Model,
     Threads,
+    prepare_torch,
     require_one_security,
-    set_threads,
     spread,
 )
 from fedsea.errors import UsageError
@@ -86,11 +87,117 @@ def serve(
     require_one_security(credentials, insecure)
     held = None if layers is None else parse_layers(layers)
     # While the weights load there is nothing to end gracefully yet.
-    signal.signal(signal.SIGTERM, _exit)
+    signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(0))
     log_to_stderr()
+    require_free(listen)
+    prepare_torch(device, threads)
+    import torch
+
+    from fedsea.checkpoints import open_checkpoint
+    from fedsea.server.service import BlockServer, ServerOptions
+    from fedsea.wire.credentials import Credentials as LoadedCredentials
+
+    options = ServerOptions(
+        listen=listen,
+        layers=held,
+        dtype=getattr(torch, dtype),
+        device=device,
+        credentials=None if credentials is None else LoadedCredentials.load(credentials, role="server"),
+        limits=limits.limits(),
+    )
+    server = BlockServer(open_checkpoint(model), options)
+    asyncio.run(_live(server, lambda address: print(_ready_line(server, model, address, as_json=as_json), flush=True)))
+
+
+async def _live(server: "BlockServer", ready: Callable[[str], None]) -> None:
+    """Serve from now until SIGTERM or SIGINT; `ready` is told the address."""
+    address = await server.start()
+    stopping: list[asyncio.Task[None]] = []
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, lambda: stopping.append(asyncio.create_task(server.stop())))
+    ready(address)
+    await server.wait()
+
+
+def _ready_line(server: "BlockServer", model: str, address: str, *, as_json: bool) -> str:
+    held, limits = server.middle.layers, server.table.limits
+    facts = {
+        "address": address,
+        "model": model,
+        "layers": [held.start, held.stop],
+        "weight_bytes": server.middle.weight_bytes,
+        "cache_bytes": limits.cache_bytes,
+        "tls": server.options.credentials is not None,
+        "dtype": str(server.options.dtype).removeprefix("torch."),
+        "device": server.options.device,
+    }
+    if as_json:
+        return json.dumps(facts)
+    return (
+        f"Serving layers {held.start}:{held.stop} of {model} at {address}, "
+        f"{'with mutual TLS' if facts['tls'] else 'without TLS'}: {server.middle.weight_bytes / 1e6:,.0f} MB of weights in "
+        f"{facts['dtype']} on {facts['device']}, up to {(limits.cache_bytes or 0) / 1e6:,.0f} MB for KV caches. "
+        "Ctrl-C stops it."
+    )
+
+
+def parse_layers(text: str) -> range:
+    """`LO:HI` as a range.
+
+    Raises
+    ------
+    UsageError
+        If the text is no range of at least one layer.
+    """
+    match = re.fullmatch(r"(\d+):(\d+)", text.strip())
+    if match is None or int(match[1]) >= int(match[2]):
+        raise UsageError(f"--layers is LO:HI, the first layer and the one after the last, such as 1:29; got {text!r}")
+    return range(int(match[1]), int(match[2]))
+
+
+def require_free(listen: str) -> None:
+    """Check that the address can be listened on, before minutes go into loading weights.
+
+    Raises
+    ------
+    UsageError
+        If it is taken, or not this machine's.
+    """
     from fedsea.wire.address import parse_address
 
-    require_free(*parse_address(listen, allow_port_zero=True))
-    set_threads(threads)
-    from fedsea.checkpoints import open_checkpoint
-    from fedsea.client.model import compute_dtype
+    host, port = parse_address(listen, allow_port_zero=True)
+    try:
+        family, kind, protocol, _name, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as gRPC: a port of a moment ago is free
+            probe.bind(where)
+    except socket.gaierror:
+        raise UsageError(f"cannot listen on {listen}: no machine is known by the name {host!r}") from None
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise UsageError(f"cannot listen on {listen}: port {port} is taken; choose another with --listen") from None
+        raise UsageError(f"cannot listen on {listen}: {error.strerror}") from None
+
+
+class _KeyValues(logging.Formatter):
+    """One line an event: `time=… level=… event="…" key=value …`. The messages bring their own keys and values."""
+
+    converter = time.gmtime
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record's line, with a traceback below if it has one."""
+        event, *pairs = re.split(r" (?=\w+=)", record.getMessage(), maxsplit=1)
+        time_text = self.formatTime(record, self.datefmt)
+        line = " ".join([f'time={time_text} level={record.levelname.lower()} event="{event}"', *pairs])
+        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
+
+
+def log_to_stderr() -> None:
+    """Send the server's log to standard error."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_KeyValues(datefmt="%Y-%m-%dT%H:%M:%SZ"))
+    logger = logging.getLogger("fedsea")
+    logger.handlers[:] = [handler]
+    logger.setLevel(logging.INFO)
+    logger.propagate = False

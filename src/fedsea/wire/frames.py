@@ -12,8 +12,8 @@
     ..      4n    STEP with flag 1: for each row, which of the rows before it continues
     ..            tensor [tokens, hidden], row after row; or JSON text
 
-All numbers are little-endian and unsigned. Nothing is read before it is checked; whatever does not fit is a
-`ProtocolError`.
+All numbers are little-endian and unsigned; what a kind has no use for is 0. Nothing is read before it is checked, and
+nothing is made that is larger than what came; whatever does not fit is a `ProtocolError`.
 """
 
 import json
@@ -25,13 +25,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedsea.errors import ProtocolError, UsageError
+from fedsea.errors import LimitExceededError, ProtocolError, UsageError
 from fedsea.parts.rows import Rows
 
 VERSION = 1
 HEADER = struct.Struct("<BBBBIII")
 MAX_JSON = 1 << 16
 MAX_ROWS = 4096
+MAX_PLACES = 4096  # rows x tokens of the longest row: what a step takes once it is padded to be computed
 ROW_MAP, NO_RESULT = 1, 2
 _DTYPES = {1: torch.float32, 2: torch.float16, 3: torch.bfloat16}
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
@@ -97,8 +98,8 @@ def encode(frame: Frame) -> bytes:
 
     Raises
     ------
-    UsageError
-        If a tensor holds values that its wire dtype cannot (infinite after the cast).
+    ProtocolError
+        If a message is longer than a peer accepts.
     """
     if isinstance(frame, Message):
         text = json.dumps(frame.body, separators=(",", ":")).encode()
@@ -129,18 +130,24 @@ def decode(data: bytes, *, max_bytes: int | None = None) -> Frame:
     ------
     ProtocolError
         If the bytes are not exactly one well-formed frame, or its tensor holds values that are not finite.
+    LimitExceededError
+        If they are more than `max_bytes`.
     """
     if max_bytes is not None and len(data) > max_bytes:
-        raise ProtocolError(f"a frame of {len(data)} bytes is over the limit of {max_bytes}")
+        raise LimitExceededError(f"a frame of {len(data)} bytes is over the limit of {max_bytes} bytes a frame")
     if len(data) < HEADER.size:
         raise ProtocolError(f"a frame of {len(data)} bytes is shorter than its header of {HEADER.size}")
     version, kind, code, flags, number, count, hidden = HEADER.unpack_from(data)
     if version != VERSION:
         raise ProtocolError(f"this side speaks version {VERSION} of the protocol, the peer sent version {version}")
     if kind in (Kind.OPEN, Kind.OPENED, Kind.CLOSE):
+        if code or flags or number or hidden:
+            raise ProtocolError("a message has header fields that only tensors have")
         return _decode_message(data, Kind(kind), count)
     if kind == Kind.RESULT:
-        if code == 0 and len(data) == HEADER.size:
+        if flags:
+            raise ProtocolError(f"a result has unknown flags ({flags})")
+        if code == count == hidden == 0 and len(data) == HEADER.size:
             return Result(number, None)
         return Result(number, _decode_tensor(data, HEADER.size, code, count, hidden))
     if kind != Kind.STEP:
@@ -173,6 +180,8 @@ def _decode_step(data: bytes, code: int, flags: int, number: int, count: int, hi
     rows = Rows(numbers[0::2], numbers[1::2])
     if rows.total == 0:
         raise ProtocolError("a step has no tokens")
+    if count * rows.width > MAX_PLACES:
+        raise ProtocolError(f"a step of {count} rows x {rows.width} tokens is over the {MAX_PLACES} places of a step")
     row_map = struct.unpack_from(f"<{count}I", data, HEADER.size + 8 * count) if mapped else None
     states = _decode_tensor(data, offset, code, rows.total, hidden)
     return Step(number, rows, states, row_map, want_result=not flags & NO_RESULT)

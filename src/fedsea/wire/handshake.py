@@ -38,7 +38,7 @@ class Open:
             If a field is missing or not what it should be.
         """
         wire_dtype, resume = body.get("wire_dtype"), body.get("resume")
-        if wire_dtype not in WIRE_DTYPES:
+        if not isinstance(wire_dtype, str) or wire_dtype not in WIRE_DTYPES:
             raise ProtocolError(f"the wire dtype must be one of {', '.join(WIRE_DTYPES)}")
         if resume is not None and not isinstance(resume, str):
             raise ProtocolError("the session to resume must be a text")

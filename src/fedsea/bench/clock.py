@@ -1,0 +1,62 @@
+"""When each token of a generation came, and the loops that are timed."""
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.generation.streamers import BaseStreamer
+
+
+class TokenClock(BaseStreamer):
+    """A streamer that notes when `generate` hands it each token.
+
+    Attributes
+    ----------
+    times
+        Seconds on the monotonic clock, one a token.
+    """
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+        self._prompt_came = False
+
+    def put(self, value: Tensor) -> None:  # noqa: ARG002 (transformers' signature)
+        """The prompt comes first, then one token a call."""
+        if self._prompt_came:
+            self.times.append(time.perf_counter())
+        self._prompt_came = True
+
+    def end(self) -> None:
+        """Nothing to do."""
+
+
+def times_of_generate(model: Any, prompt: Tensor, tokens: int, **options: Any) -> list[float]:
+    """When each of `tokens` new tokens of `model.generate` came, in seconds; greedy."""
+    clock = TokenClock()
+    mask = torch.ones_like(prompt)
+    model.generate(prompt, attention_mask=mask, max_new_tokens=tokens, streamer=clock, **options)
+    return clock.times
+
+
+def times_of(stream: Iterator[Any]) -> list[float]:
+    """When each item of a stream came, in seconds."""
+    return [time.perf_counter() for _item in stream]
+
+
+@torch.inference_mode()
+def bare_loop(model: Any, prompt: Tensor, tokens: int) -> Iterator[int]:
+    """The shortest KV-cached greedy loop over a whole transformers model: nothing but the model itself."""
+    cache = DynamicCache(config=model.config)
+    ids = prompt
+    for _ in range(tokens):
+        logits = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        ids = logits[:, -1].argmax(-1, keepdim=True)
+        yield int(ids)
+
+
+def decode_rate(times: list[float]) -> float:
+    """Tokens a second from the first to the last token: the prompt's own time is left out."""
+    return (len(times) - 1) / (times[-1] - times[0])

@@ -1,0 +1,97 @@
+"""How fast the split model decodes beside the whole model, on loopback and over a slow link."""
+
+import statistics
+from collections.abc import Callable, Iterator
+
+from fedsea.bench.clock import bare_loop, decode_rate, times_of, times_of_generate
+from fedsea.bench.link import LinkProcess
+from fedsea.bench.results import Line
+from fedsea.bench.workbench import Workbench
+from fedsea.client.decode import stream_tokens
+
+PROMPT_TOKENS = 32
+RTT_SECONDS = 0.020
+LINK_MBIT = 100.0
+
+
+def decode_speed(bench: Workbench) -> Iterator[Line]:
+    """Decode with the whole and the split model in turns: transformers' `generate`, and the shortest loop of each."""
+    rounds, tokens = (4, 12) if bench.settings.quick else (9, 48)
+    prompt = bench.prompt(PROMPT_TOKENS)
+    whole, split = bench.whole, bench.split
+
+    def chat_loop() -> list[float]:
+        cache = split.new_cache()
+        times = times_of(stream_tokens(split, prompt, cache=cache, max_new_tokens=tokens))
+        cache.close()
+        return times
+
+    contenders = {
+        "whole model, generate": lambda: times_of_generate(whole, prompt, tokens),
+        "split, generate": lambda: times_of_generate(split, prompt, tokens),
+        "whole model, bare loop": lambda: times_of(bare_loop(whole, prompt, tokens)),
+        "split, chat's loop": chat_loop,
+    }
+    with bench.step(f"decoding {tokens} tokens, {rounds} rounds of {len(contenders)} loops in turns"):
+        rates = _in_turns(contenders, rounds)
+    conditions = (
+        f"{bench.place}; client and server two processes, mutual TLS on loopback, partition (1, 1), 16-bit wire; "
+        f"{PROMPT_TOKENS} tokens of prompt, {tokens} new, from the first to the last; in turns after a warm-up, "
+        "the ratio of each round"
+    )
+    for name, one, other, target in (
+        ("generate, split / whole", "split, generate", "whole model, generate", 0.95),
+        ("chat's loop / bare loop of the whole model", "split, chat's loop", "whole model, bare loop", 0.9),
+        ("chat's loop / generate of the whole model", "split, chat's loop", "whole model, generate", 1.0),
+    ):
+        ratios = [mine / reference for mine, reference in zip(rates[one], rates[other], strict=True)]
+        yield Line.median(f"decode speed: {name}", ratios, "x", target=f">= {target}", conditions=conditions)
+    for name, samples in rates.items():
+        yield Line.median(f"decode speed: {name}", samples, "tokens/s", conditions="of the same rounds")
+
+
+def slow_link(bench: Workbench) -> Iterator[Line]:
+    """Decode over a link of 20 ms and 100 Mbit/s beside what the round trip and the computation leave possible."""
+    rounds, tokens = (3, 10) if bench.settings.quick else (7, 32)
+    prompt = bench.prompt(PROMPT_TOKENS)
+    near = bench.split
+    with (
+        LinkProcess(bench.server.address, delay_ms=RTT_SECONDS * 500, rate_mbit=LINK_MBIT) as link,
+        bench.connect(server=link.address) as far,
+        bench.step(f"decoding {tokens} tokens, {rounds} rounds of loopback and link in turns"),
+    ):
+        rates = _in_turns(
+            {
+                "near": lambda: times_of_generate(near, prompt, tokens),
+                "far": lambda: times_of_generate(far, prompt, tokens),
+            },
+            rounds,
+        )
+    shares = [slow * (RTT_SECONDS + 1 / fast) for slow, fast in zip(rates["far"], rates["near"], strict=True)]
+    yield Line.median(
+        "slow link: decode / (1 / (RTT + compute))",
+        shares,
+        "x",
+        target=">= 0.9",
+        conditions=(
+            f"{bench.place}; {RTT_SECONDS * 1000:g} ms RTT, {LINK_MBIT:g} Mbit/s, mutual TLS, generate on both; "
+            f"compute of one token is that of the same loop on plain loopback, in turns: "
+            f"{1000 / statistics.median(rates['near']):.1f} ms; {tokens} tokens a round"
+        ),
+    )
+    yield Line.median("slow link: decode", rates["far"], "tokens/s", conditions="of the same rounds")
+
+
+def _in_turns(contenders: dict[str, Callable[[], list[float]]], rounds: int) -> dict[str, list[float]]:
+    """Tokens a second of each contender in each round.
+
+    Rounds alternate in direction, so that none always comes first; each contender runs once before, unmeasured.
+    """
+    rates: dict[str, list[float]] = {name: [] for name in contenders}
+    for run in contenders.values():
+        run()
+    order = list(contenders)
+    for index in range(rounds):
+        for name in order if index % 2 == 0 else reversed(order):
+            rates[name].append(decode_rate(contenders[name]()))
+    return rates

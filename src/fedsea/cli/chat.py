@@ -1,0 +1,117 @@
+"""`fedsea chat`: a conversation in the terminal, or line by line from a pipe."""
+
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fedsea.cli.generate import stats_line
+from fedsea.cli.options import AnswerOptions, ClientOptions, spread
+from fedsea.errors import LimitExceededError, UsageError
+
+if TYPE_CHECKING:  # --help needs no torch
+    from fedsea.client.conversation import Conversation
+
+HELP = """\
+/reset   forget the conversation
+/stats   what the last answer cost
+/help    this
+/quit    end (or Ctrl-D)
+Ctrl-C stops an answer."""
+
+
+@spread
+def chat(
+    client: ClientOptions,
+    answers: AnswerOptions,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="The system message.")] = None,
+) -> None:
+    """Chat with MODEL, its middle at a block server. Reads standard input, so a pipe works as well."""
+    sampling = answers.sampling()
+    from fedsea.checkpoints import load_tokenizer
+    from fedsea.client.conversation import Conversation, require_chat_template
+
+    tokenizer = load_tokenizer(client.model)
+    require_chat_template(tokenizer)
+    interactive = sys.stdin.isatty()
+    if interactive:
+        import readline  # noqa: F401 - gives input() its editing and history
+    with client.connect() as model:
+        conversation = Conversation(model, tokenizer, system, sampling=sampling, max_new_tokens=answers.max_new_tokens)
+        if interactive:
+            print(f"Chatting with {client.model}, its middle at {client.server}. /help lists the commands.")
+        for line in _lines(interactive=interactive):
+            if line == "/quit":
+                break
+            if line.startswith("/"):
+                _command(conversation, line)
+            else:
+                _answer(conversation, line)
+
+
+def _lines(*, interactive: bool) -> Iterator[str]:
+    """What the user says, until there is no more."""
+    while True:
+        try:
+            line = input("\n> " if interactive else "").strip()
+        except EOFError:
+            if interactive:
+                print()
+            return
+        except KeyboardInterrupt:
+            if not interactive:
+                raise
+            print("\n(Ctrl-D or /quit ends)", end="")
+            continue
+        if line:
+            yield line
+
+
+def _command(conversation: "Conversation", line: str) -> None:
+    if line == "/reset":
+        conversation.reset()
+        print("The conversation is forgotten.")
+    elif line == "/stats":
+        print(stats_line(conversation.stats) if conversation.stats else "There is no answer yet.")
+    elif line == "/help":
+        print(HELP)
+    else:
+        print(f"There is no command {line}.\n{HELP}")
+
+
+def _answer(conversation: "Conversation", question: str) -> None:
+    """Print the answer as it comes. A limit or a wrong question is told, and the chat goes on."""
+    try:
+        with _stop_on_interrupt() as stopped:
+            pieces = conversation.ask(question)
+            for piece in pieces:
+                print(piece, end="", flush=True)
+                if stopped:
+                    pieces.close()
+                    print(" (stopped)", end="")
+                    break
+        print()
+    except KeyboardInterrupt:
+        print("\n(stopped)")
+    except (LimitExceededError, UsageError) as error:
+        print(f"\nfedsea: error: {error}", file=sys.stderr)
+
+
+@contextmanager
+def _stop_on_interrupt() -> Iterator[list[bool]]:
+    """Within the block the first Ctrl-C is only noted, so that it does not break a step; a second one interrupts."""
+    noted: list[bool] = []
+
+    def note(_number: int, _frame: Any) -> None:
+        if noted:
+            raise KeyboardInterrupt
+        noted.append(True)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,164 @@
+"""A chat of several turns, of which only what is new crosses the wire."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from fedsea.client.answer import Answer, AnswerStats
+from fedsea.client.cache import SplitCache
+from fedsea.client.decode import Sampling
+from fedsea.client.model import SplitModelForCausalLM
+from fedsea.errors import LimitExceededError, UsageError
+
+
+class Conversation:
+    """A chat with a split model. Not for several threads at once.
+
+    Each turn is written out with the model's chat template, from the beginning. What the session's cache holds of that
+    text stays there; the rest is cut off and the new tokens are sent.
+
+    Parameters
+    ----------
+    model, tokenizer
+        The split model and its tokenizer.
+    system
+        The system message; None for the template's own.
+    sampling
+        How tokens are chosen.
+    max_new_tokens
+        The longest answer.
+
+    Attributes
+    ----------
+    messages
+        The turns so far, as chat templates take them.
+    stats
+        What the last answer has cost; None before the first.
+
+    Raises
+    ------
+    UsageError
+        If the tokenizer has no chat template.
+    """
+
+    def __init__(
+        self,
+        model: SplitModelForCausalLM,
+        tokenizer: Any,
+        system: str | None = None,
+        *,
+        sampling: Sampling = Sampling(),
+        max_new_tokens: int = 512,
+    ) -> None:
+        require_chat_template(tokenizer)
+        self.model, self.tokenizer = model, tokenizer
+        self.sampling, self.max_new_tokens = sampling, max_new_tokens
+        self._opening = [] if system is None else [{"role": "system", "content": system}]
+        self.messages = list(self._opening)
+        self.stats: AnswerStats | None = None
+        self._cache: SplitCache | None = None
+        self._held: list[int] = []  # the tokens that the cache holds
+
+    def ask(self, text: str) -> Iterator[str]:
+        """Ask, and get the answer piece by piece.
+
+        To stop the answer, stop iterating: what came until then stays in the conversation. After an error, or an
+        interruption before the first token, the conversation is as it was before the question.
+
+        Yields
+        ------
+        str
+            Pieces of the answer's text, as soon as they are certain.
+
+        Raises
+        ------
+        UsageError
+            If the question is empty.
+        LimitExceededError
+            If the conversation has become longer than the model or the server allow.
+        FedSEAError
+            What a step meets, such as a server that is gone.
+        """
+        if not text.strip():
+            raise UsageError("the question is empty")
+        asked = [*self.messages, {"role": "user", "content": text}]
+        prompt = chat_tokens(self.tokenizer, asked)
+        room = self.model.max_tokens - len(prompt)
+        if room < 1:
+            raise LimitExceededError(
+                f"the conversation would have {len(prompt)} tokens; the model and the server allow "
+                f"{self.model.max_tokens}: start anew (/reset)"
+            )
+        answer = Answer(
+            self.model,
+            self.tokenizer,
+            prompt,
+            cache=self._reuse(prompt),
+            max_new_tokens=min(self.max_new_tokens, room),
+            sampling=self.sampling,
+        )
+        kept = False
+        try:
+            yield from answer
+            kept = True
+        except GeneratorExit:  # the caller has heard enough; that is between two steps
+            kept = True
+            raise
+        finally:
+            self.stats = answer.stats
+            if kept:
+                self.messages = [*asked, {"role": "assistant", "content": answer.text}]
+                self._held = [*prompt, *answer.tokens]
+            else:
+                self._drop_cache()
+
+    def reset(self) -> None:
+        """Forget all turns; the system message stays."""
+        self.messages = list(self._opening)
+        self._drop_cache()
+
+    def _reuse(self, prompt: Sequence[int]) -> SplitCache:
+        """The cache, cut to what it has in common with the prompt; at least one token is left to compute."""
+        if self._cache is None:
+            self._cache, self._held = self.model.new_cache(), []
+        computed = self._held[: self._cache.get_seq_length()]
+        common = min(common_prefix(computed, prompt), len(prompt) - 1)
+        if common:
+            self._cache.crop(common)
+        else:
+            self._cache.reset()
+        return self._cache
+
+    def _drop_cache(self) -> None:
+        """End the session: after a step that failed or was interrupted, both sides may hold different things."""
+        if self._cache is not None:
+            self._cache.close()
+            self._cache = None
+
+
+def require_chat_template(tokenizer: Any) -> None:
+    """Check that the tokenizer knows how to write a chat.
+
+    Raises
+    ------
+    UsageError
+        If it does not: the model was not trained for chats.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise UsageError(
+            "this model's tokenizer has no chat template, so it is no chat model: continue a text with "
+            "`fedsea generate --raw`"
+        )
+
+
+def chat_tokens(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int]:
+    """Token ids of a chat, written with the tokenizer's template up to where the next answer begins."""
+    tokens: list[int] = tokenizer.apply_chat_template(
+        list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
+    )
+    return tokens
+
+
+def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
+    """Number of tokens that two texts have in common at their beginnings."""
+    length = min(len(one), len(other))
+    return next((place for place in range(length) if one[place] != other[place]), length)
