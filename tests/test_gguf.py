@@ -19,8 +19,11 @@ from fedsea.errors import ModelNotFoundError
 gguf = pytest.importorskip("gguf")
 
 
-def write_gguf(model: LlamaForCausalLM, path: Path) -> None:
-    """Write a Llama as llama.cpp's converter does: its own names, rotary halves of q and k interleaved."""
+def write_gguf(model: LlamaForCausalLM, path: Path, without: str = "") -> None:
+    """Write a Llama as llama.cpp's converter does: its own names, rotary halves of q and k interleaved.
+
+    `without`: the name of a weight to leave out.
+    """
     config = model.config
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(config.num_hidden_layers)
@@ -44,10 +47,12 @@ def write_gguf(model: LlamaForCausalLM, path: Path) -> None:
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     for name, tensor in model.state_dict().items():
+        if name == without:
+            continue
         for projection, count in heads.items():
             if projection in name:
                 tensor = tensor.view(count, 2, -1, tensor.shape[-1]).transpose(1, 2).reshape(tensor.shape)
-        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)) + ".weight", tensor.numpy())
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), tensor.numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -130,7 +135,7 @@ def cut_weights(folder: Path) -> None:
 def edit_weights(folder: Path) -> None:
     with (folder / "model.safetensors").open("r+b") as file:
         file.seek(-4, os.SEEK_END)
-        file.write(b"\x00\x00\x80\x3f")
+        file.write(b"\x00\x00\x00\x40")
 
 
 def edit_manifest(folder: Path) -> None:
@@ -208,6 +213,15 @@ def test_file_that_is_no_gguf_is_refused(tmp_path: Path, cache: Path) -> None:
         open_checkpoint(tmp_path / "broken.gguf")
     assert "\n" not in str(raised.value)
     assert not [path for path in cache.iterdir() if path.is_dir()]
+
+
+def test_file_that_lacks_a_weight_is_refused(
+    model: LlamaForCausalLM, tmp_path: Path, cache: Path, conversions: list[Path]
+) -> None:
+    # transformers fills such a weight with random numbers and goes on.
+    write_gguf(model, tmp_path / "partial.gguf", without="model.layers.3.mlp.up_proj.weight")
+    with pytest.raises(ModelNotFoundError, match=r"lacks model\.layers\.3\.mlp\.up_proj\.weight"):
+        open_checkpoint(tmp_path / "partial.gguf")
 
 
 def test_missing_extra_is_named(source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,8 +80,8 @@ def client_memory(bench: Workbench) -> Iterator[Line]:
         target=f"<= {allowed:.1f}",
         conditions=(
             f"1.25 x the parts' {parts / MIB:.1f} MiB + 64 MiB; {bench.place}, partition {described(PARTITION)}, "
-            f"{context} tokens of prompt and {NEW_TOKENS} new; VmHWM of the client's process less the "
-            f"{found[0]['idle'] / MIB:.0f} MiB that are resident once everything is imported; the server is another process"
+            f"{context} tokens of prompt and {NEW_TOKENS} new; VmHWM of the client's process, the server's apart, less "
+            f"the {found[0]['idle'] / MIB:.0f} MiB that are resident once everything is imported"
         ),
     )
 

@@ -14,6 +14,7 @@ from typing import Self
 
 from rich.console import Console
 from rich.markup import escape
+from rich.padding import Padding
 from rich.table import Table
 
 from fedsea.errors import UsageError
@@ -133,14 +134,18 @@ class Report:
         """Keep a line and print it."""
         # A table that grows needs a terminal. One small table a line, of fixed widths, reads the same in a log.
         table = Table(box=None, show_header=not self.lines, pad_edge=False, expand=True)
-        for title, ratio in (("", 2), ("figure", 11), ("measured", 6), ("target", 4), ("spread", 7)):
+        table.add_column("", width=8)
+        for title, ratio in (("figure", 8), ("measured", 3), ("target", 2)):
             table.add_column(title, ratio=ratio)
-        self.lines.append(line)
         measured = "–" if line.measured is None else f"[bold]{number(line.measured)}[/] {escape(line.unit)}"
         mark = _MARKS[line.holds] if line.holds is not None else f"[dim]{line.verdict}[/]"
-        table.add_row(mark, escape(line.name), measured, escape(line.target) or "–", escape(line.spread))
+        table.add_row(mark, escape(line.name), measured, escape(line.target) or "–")
         self.console.print(table)
-        self.console.print(f"   {line.conditions}", style="dim", markup=False, highlight=False)
+        below = [line.spread, "" if self.lines and self.lines[-1].conditions == line.conditions else line.conditions]
+        if any(below):
+            note = Padding("; ".join(filter(None, below)), (0, 0, 0, 10))
+            self.console.print(note, style="dim", markup=False, highlight=False)
+        self.lines.append(line)
 
     def summary(self) -> str:
         """How many lines hold, fail, were skipped, and are only reported."""

@@ -10,30 +10,31 @@ from fedsea.bench.workbench import Workbench
 from fedsea.client.decode import stream_tokens
 
 PROMPT_TOKENS = 32
+WARM_UP_TOKENS = 4
 RTT_SECONDS = 0.020
 LINK_MBIT = 100.0
 
 
 def decode_speed(bench: Workbench) -> Iterator[Line]:
     """Decode with the whole and the split model in turns: transformers' `generate`, and the shortest loop of each."""
-    rounds, tokens = (4, 12) if bench.settings.quick else (9, 48)
+    rounds, tokens = (3, 8) if bench.settings.quick else (9, 48)
     prompt = bench.prompt(PROMPT_TOKENS)
     whole, split = bench.whole, bench.split
 
-    def chat_loop() -> list[float]:
+    def chat_loop(tokens: int) -> list[float]:
         cache = split.new_cache()
         times = times_of(stream_tokens(split, prompt, cache=cache, max_new_tokens=tokens))
         cache.close()
         return times
 
     contenders = {
-        "whole model, generate": lambda: times_of_generate(whole, prompt, tokens),
-        "split, generate": lambda: times_of_generate(split, prompt, tokens),
-        "whole model, bare loop": lambda: times_of(bare_loop(whole, prompt, tokens)),
+        "whole model, generate": lambda tokens: times_of_generate(whole, prompt, tokens),
+        "split, generate": lambda tokens: times_of_generate(split, prompt, tokens),
+        "whole model, bare loop": lambda tokens: times_of(bare_loop(whole, prompt, tokens)),
         "split, chat's loop": chat_loop,
     }
     with bench.step(f"decoding {tokens} tokens, {rounds} rounds of {len(contenders)} loops in turns"):
-        rates = _in_turns(contenders, rounds)
+        rates = _in_turns(contenders, rounds, tokens)
     conditions = (
         f"{bench.place}; client and server two processes, mutual TLS on loopback, partition (1, 1), 16-bit wire; "
         f"{PROMPT_TOKENS} tokens of prompt, {tokens} new, from the first to the last; in turns after a warm-up, "
@@ -52,7 +53,7 @@ def decode_speed(bench: Workbench) -> Iterator[Line]:
 
 def slow_link(bench: Workbench) -> Iterator[Line]:
     """Decode over a link of 20 ms and 100 Mbit/s beside what the round trip and the computation leave possible."""
-    rounds, tokens = (3, 10) if bench.settings.quick else (7, 32)
+    rounds, tokens = (3, 8) if bench.settings.quick else (7, 32)
     prompt = bench.prompt(PROMPT_TOKENS)
     near = bench.split
     with (
@@ -62,10 +63,11 @@ def slow_link(bench: Workbench) -> Iterator[Line]:
     ):
         rates = _in_turns(
             {
-                "near": lambda: times_of_generate(near, prompt, tokens),
-                "far": lambda: times_of_generate(far, prompt, tokens),
+                "near": lambda tokens: times_of_generate(near, prompt, tokens),
+                "far": lambda tokens: times_of_generate(far, prompt, tokens),
             },
             rounds,
+            tokens,
         )
     shares = [slow * (RTT_SECONDS + 1 / fast) for slow, fast in zip(rates["far"], rates["near"], strict=True)]
     yield Line.median(
@@ -82,16 +84,16 @@ def slow_link(bench: Workbench) -> Iterator[Line]:
     yield Line.median("slow link: decode", rates["far"], "tokens/s", conditions="of the same rounds")
 
 
-def _in_turns(contenders: dict[str, Callable[[], list[float]]], rounds: int) -> dict[str, list[float]]:
-    """Tokens a second of each contender in each round.
+def _in_turns(contenders: dict[str, Callable[[int], list[float]]], rounds: int, tokens: int) -> dict[str, list[float]]:
+    """Tokens a second of each contender in each round, over `tokens` new tokens.
 
     Rounds alternate in direction, so that none always comes first; each contender runs once before, unmeasured.
     """
     rates: dict[str, list[float]] = {name: [] for name in contenders}
     for run in contenders.values():
-        run()
+        run(WARM_UP_TOKENS)
     order = list(contenders)
     for index in range(rounds):
         for name in order if index % 2 == 0 else reversed(order):
-            rates[name].append(decode_rate(contenders[name]()))
+            rates[name].append(decode_rate(contenders[name](tokens)))
     return rates

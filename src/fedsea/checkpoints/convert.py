@@ -11,17 +11,32 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+from fedsea.errors import ModelNotFoundError
+
 
 def convert(source: Path, folder: Path) -> None:
     """Write configuration, weights, generation configuration and tokenizer of the GGUF file `source` into `folder`.
 
     The weights are in float32: float16 would not hold dequantised values exactly.
+
+    Raises
+    ------
+    ModelNotFoundError
+        If the file lacks weights. Whatever else transformers raises when it cannot read the file passes through.
     """
     where: dict[str, Any] = {"gguf_file": source.name, "local_files_only": True}
     tokenizer = AutoTokenizer.from_pretrained(source.parent, **where)
-    model = AutoModelForCausalLM.from_pretrained(
-        source.parent, **where, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        source.parent,
+        **where,
+        dtype=torch.float32,
+        quantization_config=GgufConfig(dequantize=True),
+        output_loading_info=True,
     )
+    model, report = loaded
+    # transformers gives such weights random numbers and goes on.
+    if report["missing_keys"]:
+        raise ModelNotFoundError(f"it lacks {', '.join(sorted(report['missing_keys'])[:3])}")
     for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if getattr(tokenizer, token) is not None:
             setattr(model.generation_config, token, getattr(tokenizer, token))
@@ -30,4 +45,7 @@ def convert(source: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    convert(Path(sys.argv[1]), Path(sys.argv[2]))
+    try:
+        convert(Path(sys.argv[1]), Path(sys.argv[2]))
+    except ModelNotFoundError as error:
+        sys.exit(str(error))

@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoModelForCausalLM
 
 from fedsea.checkpoints.base import Checkpoint
@@ -24,9 +23,16 @@ def whole_model(checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.dev
     """
     if isinstance(checkpoint, FolderCheckpoint):
         with quiet_transformers():
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                checkpoint.whole_folder(), dtype=dtype, local_files_only=True, trust_remote_code=False
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                checkpoint.whole_folder(),
+                dtype=dtype,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
             )
+        model, report = loaded
+        # transformers gives such weights random numbers and goes on.
+        _require_none_missing(sorted(report["missing_keys"]), checkpoint.name)
         return model.to(device).eval()
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(checkpoint.config, dtype=dtype)
@@ -37,12 +43,11 @@ def whole_model(checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.dev
     )
     model.tie_weights()
     model.generation_config = checkpoint.generation_config
-    _require_filled(model, checkpoint.name)
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    _require_none_missing([name for name, tensor in tensors if tensor.is_meta], checkpoint.name)
     return model.eval()
 
 
-def _require_filled(model: nn.Module, name: str) -> None:
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    empty = [tensor_name for tensor_name, tensor in tensors if tensor.is_meta]
-    if empty:
-        raise ModelNotFoundError(f"{name} does not fill the model: {', '.join(empty[:3])} stayed empty")
+def _require_none_missing(missing: list[str], name: str) -> None:
+    if missing:
+        raise ModelNotFoundError(f"{name} does not fill the model: it lacks {', '.join(missing[:3])}")

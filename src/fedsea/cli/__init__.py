@@ -4,9 +4,13 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from fedsea.errors import FedSEAError, UsageError
 from fedsea.threads import let_idle_threads_sleep
+
+if TYPE_CHECKING:
+    import click
 
 DEBUG = "FEDSEA_DEBUG"
 
@@ -40,6 +44,9 @@ def run(arguments: Sequence[str]) -> int:
 
     try:
         outcome = app(list(arguments), prog_name="fedsea", standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        print(error.format_message())
+        return error.exit_code
     except click.ClickException as error:
         return _fail(_usage(error), error, error.exit_code)
     except FedSEAError as error:
@@ -56,8 +63,8 @@ def run(arguments: Sequence[str]) -> int:
     return outcome if isinstance(outcome, int) else 0
 
 
-def _usage(error: "click.ClickException") -> str:  # noqa: F821 - click is imported where it is used
-    context = getattr(error, "ctx", None)
+def _usage(error: "click.ClickException") -> str:
+    context: click.Context | None = getattr(error, "ctx", None)
     help_line = f" (see: {context.command_path} --help)" if context is not None else ""
     return error.format_message().rstrip(".") + help_line
 

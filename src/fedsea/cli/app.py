@@ -11,7 +11,7 @@ from fedsea.cli.demo import demo
 from fedsea.cli.generate import generate
 from fedsea.cli.serve import serve
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.callback(invoke_without_command=True)
@@ -22,7 +22,7 @@ def _fedsea(
     if version:
         print(f"fedsea {fedsea.__version__}")
     elif context.invoked_subcommand is None:
-        print(context.get_help())
+        typer.echo(context.get_help())
 
 
 app.command()(demo)

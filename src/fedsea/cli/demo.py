@@ -1,5 +1,189 @@
-"""`fedsea demo`: split inference, shown on a real model."""
+"""`fedsea demo`: split inference on a real model, and what it shows."""
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from fedsea.cli.generate import stats_json
+from fedsea.cli.options import AsJson, Threads
+
+if TYPE_CHECKING:  # --help needs no torch
+    from fedsea.demo import DemoReport
+
+WIDTH = 96
 
 
-def demo() -> None:
-    """Show it all on this machine."""
+def demo(
+    model: Annotated[
+        str, typer.Option(help="A chat model, by any name that the other commands take.")
+    ] = "smollm2-135m",
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Watch it work: a server and a client on this machine, one question, everything measured."""
+    # A terminal that closes, or a `kill`, must not leave the block server behind: unwind as for Ctrl-C.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _end)
+    console = Console(stderr=as_json, highlight=False)
+    if console.width > WIDTH or not console.is_terminal:
+        console = Console(stderr=as_json, highlight=False, width=WIDTH)
+    console.print("[bold]FedSEA[/bold]: a language model whose middle runs in another process, over mutual TLS.\n")
+    audience = _Terminal(console)
+    with audience.step("Loading PyTorch and transformers"):
+        from fedsea.demo import run_demo
+    report = run_demo(model, audience, threads=threads or os.cpu_count() or 1)
+    if as_json:
+        print(json.dumps(_as_json(report), ensure_ascii=False))
+    else:
+        _show(report, console)
+
+
+def _end(_number: int, _frame: Any) -> None:
+    sys.exit(130)
+
+
+class _Terminal:
+    """The audience at a terminal: what goes on, how long it took, and the answer as it comes."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._mid_line = False
+
+    @contextmanager
+    def step(self, title: str) -> Iterator[None]:
+        started = time.perf_counter()
+        self._end_line()
+        with self._console.status(title):
+            yield
+        self._console.print(f"[green]done[/green] {time.perf_counter() - started:5.1f} s  {title}")
+
+    def ask(self, question: str) -> None:
+        self._console.print(f"\n[bold]Question[/bold]  {escape(question)}\n[bold]Answer[/bold]    ", end="")
+
+    def piece(self, text: str) -> None:
+        self._console.print(escape(text), end="", soft_wrap=True)
+        self._mid_line = True
+
+    def _end_line(self) -> None:
+        if self._mid_line:
+            self._console.print("\n")
+            self._mid_line = False
+
+
+def _show(report: "DemoReport", console: Console) -> None:
+    for table in (_holdings(report), _wire(report), _speeds(report)):
+        console.print()
+        console.print(table)
+    console.print()
+    same = sum(one == other for one, other in zip(report.tokens, report.whole_tokens, strict=False))
+    verdict = "[bold green]equal[/bold green]" if report.equal else "[bold red]different[/bold red]"
+    console.print(
+        f"Split and whole model, token for token: {verdict} ({same} of {len(report.whole_tokens)} tokens the same)."
+    )
+    console.print(
+        "What crosses is not the text, but it is not encryption either: whoever runs the middle can try to work back "
+        "from it. docs/trust.md says what each party can learn, and what noise changes."
+    )
+    console.print("\n[bold]The server is stopped, its certificates are gone. Next:[/bold]")
+    for command in (
+        "fedsea credentials init credentials",
+        f"fedsea serve {report.model} --credentials credentials",
+        f"fedsea chat {report.model} --server localhost:7070 --credentials credentials/client-a",
+    ):
+        console.print(f"  {escape(command)}", soft_wrap=True)
+
+
+def _holdings(report: "DemoReport") -> Table:
+    table = _table("Who holds what", "process", "layers", "weights", "sees")
+    first, last = report.server_layers.start, report.server_layers.stop
+    ends = f"embedding, {_layers(range(first))}, {_layers(range(last, report.num_layers))}, norm, head"
+    table.add_row("client (you)", ends, _mb(report.client_bytes), "text, tokens, logits")
+    table.add_row("block server", _layers(report.server_layers), _mb(report.server_bytes), "hidden states only")
+    table.add_row("[dim]whole model[/dim]", f"[dim]all {report.num_layers} layers[/dim]", _mb(report.whole_bytes), "")
+    return table
+
+
+def _wire(report: "DemoReport") -> Table:
+    token, stats = report.wire_token, report.stats
+    raw = token.text.encode()
+    table = _table("One token of the answer, at home and on the wire", "", "bytes", "")
+    table.add_row("the token's text", f"{len(raw)}", f"[bold]{escape(repr(token.text))}[/bold]  {raw.hex(' ')}")
+    for name, frame in (("what left for it", token.up), ("what came back", token.down)):
+        numbers = "  ".join(f"{number:+.4f}" for number in token.first_numbers(frame))
+        table.add_row(name, f"{len(frame):,}", f"{numbers}  …\n[dim]{token.first_bytes(frame).hex(' ')} …[/dim]")
+    table.add_row(
+        "the whole answer",
+        f"{stats.bytes_up + stats.bytes_down:,}",
+        f"{stats.bytes_up:,} up, {stats.bytes_down:,} down, {stats.round_trips} round trips for "
+        f"{stats.prompt_tokens} tokens asked and {stats.tokens} answered; 32-bit numbers here, 16-bit by default",
+    )
+    return table
+
+
+def _speeds(report: "DemoReport") -> Table:
+    table = _table("Speed on this machine", "", "tokens/s", "")
+    cached = report.stats.tokens_per_second
+    table.add_row("split, two processes", f"{cached:.1f}", f"first token after {report.stats.seconds_to_first:.2f} s")
+    whole = report.whole_tokens_per_second
+    table.add_row(
+        "whole model, one process", f"{whole:.1f}", f"transformers' generate; the split is {cached / whole:.2f} ×"
+    )
+    uncached = report.uncached_tokens_per_second
+    table.add_row(
+        "split, without the KV cache",
+        f"{uncached:.1f}",
+        f"{report.uncached_context} tokens of context; the cache gains {cached / uncached:.1f} ×, more in longer texts",
+    )
+    return table
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", show_header=any(columns), expand=True)
+    for column in columns:
+        table.add_column(column, justify="right" if column in ("bytes", "tokens/s", "weights") else "left")
+    return table
+
+
+def _layers(layers: range) -> str:
+    if not layers:
+        return "no layer"
+    return f"layer {layers.start}" if len(layers) == 1 else f"layers {layers.start} to {layers.stop - 1}"
+
+
+def _mb(size: int) -> str:
+    return f"{size / 1e6:,.0f} MB"
+
+
+def _as_json(report: "DemoReport") -> dict[str, Any]:
+    token = report.wire_token
+    return {
+        "model": report.model,
+        "question": report.question,
+        "answer": report.answer,
+        "client": {"weight_bytes": report.client_bytes},
+        "server": {
+            "weight_bytes": report.server_bytes,
+            "layers": [report.server_layers.start, report.server_layers.stop],
+        },
+        "whole": {
+            "weight_bytes": report.whole_bytes,
+            "layers": report.num_layers,
+            "tokens_per_second": report.whole_tokens_per_second,
+        },
+        "tokens": report.tokens,
+        "whole_tokens": report.whole_tokens,
+        "equal": report.equal,
+        "stats": stats_json(report.stats),
+        "uncached": {"context": report.uncached_context, "tokens_per_second": report.uncached_tokens_per_second},
+        "wire_token": {"text": token.text, "up": token.up.hex(), "down": token.down.hex()},
+    }

@@ -45,7 +45,7 @@ def generate(
         room = model.max_tokens - len(tokens)
         if room < 1:
             raise LimitExceededError(
-                f"the prompt has {len(tokens)} tokens; the model and the server allow {model.max_tokens}, answer included"
+                f"the prompt has {len(tokens)} tokens; the model and the server allow {model.max_tokens} in all"
             )
         length = min(answers.max_new_tokens, room)
         answer = Answer(model, tokenizer, tokens, cache=model.new_cache(), max_new_tokens=length, sampling=sampling)

@@ -141,18 +141,17 @@ def spread(command: Callable[..., Any]) -> Callable[..., Any]:
     typer reads options from a function's signature. A parameter whose type is a dataclass is replaced by the
     dataclass's fields there, and filled from them when the command is called.
     """
-    hints = typing.get_type_hints(command, include_extras=True)
-    groups = {name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
+    hints: dict[str, Any] = typing.get_type_hints(command, include_extras=True)
+    groups: dict[str, Any] = {name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
     parameters = []
     for name, parameter in inspect.signature(command).parameters.items():
-        fields = inspect.signature(hints[name]).parameters.values() if name in groups else [parameter]
+        fields = inspect.signature(groups[name]).parameters.values() if name in groups else [parameter]
         parameters += [field.replace(kind=inspect.Parameter.KEYWORD_ONLY) for field in fields]
 
     @functools.wraps(command)
     def call(**values: Any) -> Any:
         for name, group in groups.items():
-            fields = {field.name: values.pop(field.name) for field in dataclasses.fields(group)}  # type: ignore[arg-type]
-            values[name] = group(**fields)
+            values[name] = group(**{field.name: values.pop(field.name) for field in dataclasses.fields(group)})
         return command(**values)
 
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

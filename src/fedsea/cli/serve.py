@@ -86,10 +86,9 @@ def serve(
     """Run the middle blocks of MODEL, for many clients at once, until SIGTERM or Ctrl-C."""
     require_one_security(credentials, insecure)
     held = None if layers is None else parse_layers(layers)
+    require_free(listen)
     # While the weights load there is nothing to end gracefully yet.
     signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(0))
-    log_to_stderr()
-    require_free(listen)
     prepare_torch(device, threads)
     import torch
 
@@ -106,6 +105,7 @@ def serve(
         limits=limits.limits(),
     )
     server = BlockServer(open_checkpoint(model), options)
+    log_to_stderr()
     asyncio.run(_live(server, lambda address: print(_ready_line(server, model, address, as_json=as_json), flush=True)))
 
 
@@ -122,6 +122,7 @@ async def _live(server: "BlockServer", ready: Callable[[str], None]) -> None:
 
 def _ready_line(server: "BlockServer", model: str, address: str, *, as_json: bool) -> str:
     held, limits = server.middle.layers, server.table.limits
+    security = "without TLS" if server.options.credentials is None else "with mutual TLS"
     facts = {
         "address": address,
         "model": model,
@@ -135,10 +136,9 @@ def _ready_line(server: "BlockServer", model: str, address: str, *, as_json: boo
     if as_json:
         return json.dumps(facts)
     return (
-        f"Serving layers {held.start}:{held.stop} of {model} at {address}, "
-        f"{'with mutual TLS' if facts['tls'] else 'without TLS'}: {server.middle.weight_bytes / 1e6:,.0f} MB of weights in "
-        f"{facts['dtype']} on {facts['device']}, up to {(limits.cache_bytes or 0) / 1e6:,.0f} MB for KV caches. "
-        "Ctrl-C stops it."
+        f"Serving layers {held.start}:{held.stop} of {model} at {address} {security}: "
+        f"{server.middle.weight_bytes / 1e6:,.0f} MB of weights in {facts['dtype']} on {facts['device']}, "
+        f"up to {(limits.cache_bytes or 0) / 1e6:,.0f} MB for KV caches. Ctrl-C stops it."
     )
 
 
@@ -183,7 +183,7 @@ def require_free(listen: str) -> None:
 class _KeyValues(logging.Formatter):
     """One line an event: `time=… level=… event="…" key=value …`. The messages bring their own keys and values."""
 
-    converter = time.gmtime
+    converter = staticmethod(time.gmtime)
 
     def format(self, record: logging.LogRecord) -> str:
         """The record's line, with a traceback below if it has one."""

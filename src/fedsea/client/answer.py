@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from fedsea.client.cache import SplitCache
-from fedsea.client.decode import Sampling, stream_tokens
+from fedsea.client.decode import GREEDY, Sampling, stream_tokens
 from fedsea.client.model import SplitModelForCausalLM
 from fedsea.client.traffic import Traffic
 
@@ -81,7 +81,7 @@ class Answer:
         *,
         cache: SplitCache,
         max_new_tokens: int,
-        sampling: Sampling = Sampling(),
+        sampling: Sampling = GREEDY,
     ) -> None:
         self._model, self._tokenizer, self._prompt, self._cache = model, tokenizer, list(prompt), cache
         self._max_new_tokens, self._sampling = max_new_tokens, sampling

@@ -1,28 +1,45 @@
 """One gRPC stream to a block server: frames out, frames in, losses told apart from refusals. It does not reconnect."""
 
+import atexit
+import os
 import queue
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import grpc
 
 from fedsea.client.traffic import Traffic
-from fedsea.errors import FedSEAError, ProtocolError, ServerUnavailableError
+from fedsea.errors import FedSEAError, LimitExceededError, ServerUnavailableError, UsageError
 from fedsea.wire import contract
 from fedsea.wire.credentials import Credentials, channel_credentials
 from fedsea.wire.diagnose import explain_unreachable
-from fedsea.wire.frames import Frame, Message, Result, Step, decode, encode
+from fedsea.wire.frames import MAX_PLACES, Frame, Message, Result, Step, decode, encode
 
-FRAME_BYTES = 1 << 30  # the server's own limit, told at OPEN, is what counts
+# The longest result that is accepted: a full step of a hidden size of 16,384 in float32.
+FRAME_BYTES = MAX_PLACES * 16_384 * 4
+GOODBYE_SECONDS = 2.0
 
 
 class ConnectionLost(Exception):  # noqa: N818 - not an error for the user: the session reconnects
-    """The stream broke without the server refusing anything."""
+    """The stream broke without the server refusing anything.
+
+    Parameters
+    ----------
+    detail
+        What gRPC says.
+    farewell
+        What the server said itself, if it left on purpose.
+    """
+
+    def __init__(self, detail: str, farewell: str | None = None) -> None:
+        super().__init__(detail)
+        self.farewell = farewell
 
 
 class Endpoint:
-    """Where the block server is, and how to be recognised there; makes streams over one channel.
+    """Where the block server is, and how to be recognised there; makes streams over one channel. Safe across threads.
 
     Parameters
     ----------
@@ -30,42 +47,82 @@ class Endpoint:
         `HOST:PORT`.
     credentials
         The client's certificate; None for a plaintext connection (loopback only, or the server refuses).
+
+    Attributes
+    ----------
+    frame_bytes
+        The longest frame that the server takes; None until a session knows.
     """
 
     def __init__(self, address: str, credentials: Credentials | None) -> None:
         self.address, self.credentials = address, credentials
+        self.frame_bytes: int | None = None
+        self._lock = threading.Lock()
         self._channel: grpc.Channel | None = None
+        self._process = os.getpid()
 
     def stream(self, traffic: Traffic) -> "Connection":
-        """A new stream. Does not wait for the server."""
-        if self._channel is None:
-            options = contract.channel_options(FRAME_BYTES)
-            if self.credentials is None:
-                self._channel = grpc.insecure_channel(self.address, options)
-            else:
-                self._channel = grpc.secure_channel(self.address, channel_credentials(self.credentials), options)
-        return Connection(self._channel, traffic)
+        """A new stream. Does not wait for the server.
+
+        Raises
+        ------
+        UsageError
+            In a forked process, where gRPC's threads are missing and nothing would ever be sent.
+        """
+        if os.getpid() != self._process:
+            raise UsageError(
+                "a split model cannot be used in a forked process: load it there, or start processes with 'spawn'"
+            )
+        with self._lock:
+            if self._channel is None:
+                # With a pool of its own, a new channel does not wait out the back-off of one that failed.
+                options = [*contract.channel_options(FRAME_BYTES), ("grpc.use_local_subchannel_pool", 1)]
+                if self.credentials is None:
+                    self._channel = grpc.insecure_channel(self.address, options)
+                else:
+                    self._channel = grpc.secure_channel(self.address, channel_credentials(self.credentials), options)
+            return Connection(self._channel, traffic)
 
     def explain(self, detail: str) -> FedSEAError:
         """Why the server cannot be reached, in one line."""
         return explain_unreachable(self.address, self.credentials, detail)
 
-    def reset(self) -> None:
-        """Drop the channel, so that the next stream connects at once and not after gRPC's own back-off."""
-        if self._channel is not None:
-            self._channel.close()
-            self._channel = None
+    def lost(self, connection: "Connection") -> None:
+        """Have the next stream connect anew, unless another session has seen to that already.
+
+        The channel is not closed: other sessions may have streams on it that live. It goes with the last of them.
+        """
+        with self._lock:
+            if self._channel is connection.channel:
+                self._channel = None
+
+    def close(self) -> None:
+        """Close the channel, and whatever streams are left on it, once the goodbyes on it are said."""
+        with self._lock:
+            channel, self._channel = self._channel, None
+        if channel is not None and os.getpid() == self._process:
+            _wait_for_goodbyes(channel)
+            channel.close()
 
 
 class Connection:
-    """A stream of one session."""
+    """A stream of one session.
+
+    Attributes
+    ----------
+    channel
+        The channel that it goes over.
+    """
 
     def __init__(self, channel: grpc.Channel, traffic: Traffic) -> None:
+        self.channel = channel
         self._outgoing: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._traffic = traffic
         self._call: Any = channel.stream_stream(contract.PATH)(iter(self._outgoing.get, None))
         self._responses: Iterator[bytes] = iter(self._call)
+        self._process = os.getpid()
         self._open = True
+        self._over = threading.Event()
 
     def send(self, frame: Frame) -> None:
         """Put a frame on its way."""
@@ -102,16 +159,21 @@ class Connection:
         details, code = self._call.details() or "", self._call.code()
         refused = contract.error_from(details, self._call.trailing_metadata())
         if refused is None and code is grpc.StatusCode.RESOURCE_EXHAUSTED:
-            return ProtocolError(f"the block server refused a frame: {details}")
+            return LimitExceededError(f"a frame is longer than the peer takes: {details}")
         if refused is None and code is grpc.StatusCode.UNIMPLEMENTED:
             return ServerUnavailableError("what listens there speaks gRPC, but is not a FedSEA block server")
-        if refused is None or isinstance(refused, ServerUnavailableError):
+        if refused is None:
             return ConnectionLost(details)
+        if isinstance(refused, ServerUnavailableError):
+            return ConnectionLost(details, farewell=details)
         return refused
 
-    def close(self, goodbye: Message | None = None, *, wait_seconds: float = 0.0) -> None:
-        """End the stream: at once, or politely if there is a goodbye to send (which goes on in the background)."""
-        if not self._open:
+    def close(self, goodbye: Message | None = None) -> None:
+        """End the stream: at once, or politely if there is a goodbye to send (which goes on in the background).
+
+        Any thread may call it, in the middle of anything: the garbage collector does.
+        """
+        if not self._open or os.getpid() != self._process:
             return
         self._open = False
         if goodbye is None:
@@ -119,18 +181,31 @@ class Connection:
             self._call.cancel()
             return
         # A call that is forgotten is cancelled, and would take the goodbye with it: hold it until it is over.
-        over = threading.Event()
         _closing.add(self)
-
-        def finished() -> None:
-            _closing.discard(self)
-            over.set()
-
-        if not self._call.add_callback(finished):
-            finished()
+        if not self._call.add_callback(self._finished):
+            self._finished()
         self._outgoing.put(encode(goodbye))
         self._outgoing.put(None)
-        over.wait(wait_seconds)
+
+    def wait_until_over(self, seconds: float) -> None:
+        """Wait, after a goodbye, until the server has ended the stream."""
+        self._over.wait(seconds)
+
+    def _finished(self) -> None:
+        _closing.discard(self)
+        self._over.set()
 
 
 _closing: set[Connection] = set()
+
+
+def _wait_for_goodbyes(channel: grpc.Channel | None = None) -> None:
+    """Wait a moment for the streams that are being closed, on one channel or on all."""
+    deadline = time.monotonic() + GOODBYE_SECONDS
+    for connection in list(_closing):
+        if channel is None or connection.channel is channel:
+            connection.wait_until_over(max(0.0, deadline - time.monotonic()))
+
+
+# A script that ends without closing its model: finalizers close the sessions then, and the server should hear of it.
+atexit.register(_wait_for_goodbyes)

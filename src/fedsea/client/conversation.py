@@ -1,11 +1,11 @@
 """A chat of several turns, of which only what is new crosses the wire."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 from fedsea.client.answer import Answer, AnswerStats
 from fedsea.client.cache import SplitCache
-from fedsea.client.decode import Sampling
+from fedsea.client.decode import GREEDY, Sampling
 from fedsea.client.model import SplitModelForCausalLM
 from fedsea.errors import LimitExceededError, UsageError
 
@@ -46,7 +46,7 @@ class Conversation:
         tokenizer: Any,
         system: str | None = None,
         *,
-        sampling: Sampling = Sampling(),
+        sampling: Sampling = GREEDY,
         max_new_tokens: int = 512,
     ) -> None:
         require_chat_template(tokenizer)
@@ -58,7 +58,7 @@ class Conversation:
         self._cache: SplitCache | None = None
         self._held: list[int] = []  # the tokens that the cache holds
 
-    def ask(self, text: str) -> Iterator[str]:
+    def ask(self, text: str) -> Generator[str]:
         """Ask, and get the answer piece by piece.
 
         To stop the answer, stop iterating: what came until then stays in the conversation. After an error, or an

@@ -1,7 +1,7 @@
 """FedSEA's own decode loop: one text, one round trip a token, nothing else.
 
-transformers' `generate` works on the same model and can do more (beams, batches, assisted decoding); what it does beyond
-this loop costs about a tenth of a token's time on a small model.
+transformers' `generate` works on the same model and can do more (beams, batches, assisted decoding); what it does
+beyond this loop costs about a tenth of a token's time on a small model.
 """
 
 import math
@@ -93,13 +93,16 @@ class Sampling:
         return generator
 
 
+GREEDY = Sampling()
+
+
 def stream_tokens(
     model: SplitModelForCausalLM,
     input_ids: Tensor,
     *,
     cache: SplitCache,
     max_new_tokens: int,
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = GREEDY,
     stop_ids: Collection[int] = (),
 ) -> Iterator[int]:
     """Continue one text, token by token.
@@ -146,7 +149,7 @@ def stream_tokens(
     for _ in range(max_new_tokens):
         logits = model(text[:, held:], past_key_values=cache, logits_to_keep=1).logits[:, -1].float()
         held = text.shape[1]
-        scores = processors(text, logits)
+        scores: Tensor = processors(text, logits)  # type: ignore[arg-type]  # transformers names its dtype by an old class
         if generator is None:
             new = scores.argmax(dim=-1, keepdim=True)
         else:

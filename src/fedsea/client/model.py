@@ -166,7 +166,7 @@ class SplitModelForCausalLM(PreTrainedModel, GenerationMixin):
         output_blocks = OutputBlocks.from_checkpoint(checkpoint, partition, dtype=computed, device=device)
         if checkpoint.config.tie_word_embeddings:
             output_blocks.lm_head.weight = input_blocks.model.embed_tokens.weight
-        noise = noise.calibrated(lambda: measure_magnitude(input_blocks))
+        noise = noise.calibrated(lambda: measure_magnitude(input_blocks, checkpoint))
         model = cls(input_blocks, output_blocks, partition, noise, endpoint, settings)
         model.generation_config = checkpoint.generation_config
         model.max_tokens = max_tokens
@@ -334,9 +334,9 @@ class SplitModelForCausalLM(PreTrainedModel, GenerationMixin):
         """Close all sessions, and wait a moment until the server knows."""
         for cache in list(self._caches):
             if cache.session is not None:
-                cache.session.close(wait_seconds=2.0)
+                cache.session.close()
         if self._endpoint is not None:
-            self._endpoint.reset()
+            self._endpoint.close()
 
     def __enter__(self) -> Self:
         return self

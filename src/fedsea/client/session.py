@@ -13,52 +13,16 @@ from torch import Tensor
 
 from fedsea.checkpoints import Fingerprint
 from fedsea.client.connection import Connection, ConnectionLost, Endpoint
+from fedsea.client.journal import Journal
 from fedsea.client.traffic import Traffic
 from fedsea.errors import ProtocolError, ServerUnavailableError
 from fedsea.partition import Partition
 from fedsea.parts import Rows
-from fedsea.parts.rows import gather_rows
-from fedsea.wire.frames import Kind, Message, Result, Step
+from fedsea.wire.frames import HEADER, MAX_PLACES, Kind, Message, Result, Step
 from fedsea.wire.handshake import Open, Opened
 
 CHUNK_TOKENS = 512  # of a long prompt, so that client, link and server work on different chunks at once
 BACKOFF_SECONDS = (0.1, 0.2, 0.5, 1.0, 2.0)
-
-
-class Journal:
-    """The states that a session has sent, `[rows, positions, hidden]` in the wire dtype, exactly as they left."""
-
-    def __init__(self, hidden_size: int, dtype: torch.dtype) -> None:
-        self._states = torch.empty(0, 0, hidden_size, dtype=dtype)
-        self.lengths: list[int] = []
-
-    def select(self, chosen: Sequence[int]) -> None:
-        """Row `i` becomes a copy of what row `chosen[i]` was."""
-        self._states = self._states[list(chosen)]
-        self.lengths = gather_rows(self.lengths, chosen)
-
-    def write(self, rows: Rows, states: Tensor) -> None:
-        """Keep a step's states `[rows.total, hidden]`; what a row held from its start position on is dropped."""
-        if not self.lengths:
-            self._states = self._states.new_empty(len(rows), 0, self._states.shape[2])
-        if self._states.shape[1] < rows.reach:
-            capacity = max(rows.reach, min(2 * self._states.shape[1], self._states.shape[1] + 4096))
-            grown = self._states.new_empty(len(rows), capacity, self._states.shape[2])
-            grown[:, : self._states.shape[1]] = self._states
-            self._states = grown
-        padded = rows.unpack(states)
-        for row, (start, count) in enumerate(zip(rows.starts, rows.counts, strict=True)):
-            self._states[row, start : start + count] = padded[row, :count]
-        self.lengths = list(rows.ends)
-
-    def read(self, rows: Rows) -> Tensor:
-        """The states at these places, `[rows.total, hidden]`."""
-        return torch.cat(
-            [
-                self._states[row, start : start + count]
-                for row, (start, count) in enumerate(zip(rows.starts, rows.counts, strict=True))
-            ]
-        )
 
 
 @dataclass(frozen=True)
@@ -89,6 +53,7 @@ class Session:
         self._journal = Journal(settings.hidden_size, settings.wire_dtype)
         self._connection: Connection | None = None
         self._name: str | None = None  # the server's name for it; None until OPENED came
+        self._whole = True  # the server's session has all that came before the step that is under way
         self._awaits_opened = False
         self._step = 0  # the last step sent to the server's session
         self._closed = False
@@ -107,6 +72,9 @@ class Session:
         except ConnectionLost as lost:
             self.close()
             raise self._endpoint.explain(str(lost)) from None
+        except BaseException:
+            self.close()
+            raise
 
     def forward(self, states: Callable[[Rows], Tensor], rows: Rows, row_map: Sequence[int] | None = None) -> Tensor:
         """Exchange new tokens' `h_A` for their `h_B`.
@@ -134,10 +102,10 @@ class Session:
             What the server refuses.
         """
         if self._closed:
-            raise ServerUnavailableError("the session is closed; start a new one")
+            raise _closed()
         if row_map is not None:
             self._journal.select(row_map)
-        exchange = _Exchange(rows.chunks(CHUNK_TOKENS), row_map)
+        exchange = _Exchange(self._chunks(rows), row_map)
         patience = _Patience(self._settings.reconnect_seconds)
         while True:
             try:
@@ -146,10 +114,13 @@ class Session:
                     self._settings.notice("the connection to the block server is back; going on")
                 return self._run(exchange, states)
             except ConnectionLost as lost:
+                if self._closed:  # by another thread: that is no loss
+                    raise _closed() from None
                 self._drop()
                 if patience.begin(progressed=exchange.progressed):
                     self._traffic.reconnections += 1
-                    self._settings.notice("the connection to the block server is lost; reconnecting")
+                    what = lost.farewell or "the connection to the block server is lost"
+                    self._settings.notice(f"{what}; reconnecting")
                 exchange.progressed = False
                 if not patience.wait():
                     self.close()
@@ -188,66 +159,78 @@ class Session:
 
     def _restore(self, exchange: "_Exchange") -> None:
         """Connect anew and bring the server to where the exchange was interrupted."""
-        self._endpoint.reset()
         lost = self._name
         self._connect(resume=lost)
         opened = self._await_opened()
-        if opened.session == lost:
-            # It still has the session. What it did of the exchange without our knowing is done again: the frames say
-            # where they start. Only moving rows twice would be wrong.
-            exchange.map_done |= exchange.map_step is not None and opened.step >= exchange.map_step
-            self._step = opened.step
-            return
-        exchange.map_done = True  # the journal has moved its rows already
+        self._step = opened.step
+        if opened.session != lost:
+            self._whole = False
+            exchange.map_done = True  # the journal has moved its rows already
+        elif exchange.map_step is not None and opened.step >= exchange.map_step:
+            exchange.map_done = True
+        # What a session that is still there did of the exchange without our knowing is done again: the frames say where
+        # they start. Only moving rows twice would be wrong.
         before = exchange.chunks[len(exchange.results)].starts
-        if not any(before):
-            return
-        for chunk in Rows((0,) * len(before), before).chunks(CHUNK_TOKENS):
-            self._result(self._send(chunk, None, want_result=False))
+        if not self._whole and any(before):
+            for chunk in self._chunks(Rows((0,) * len(before), before)):
+                self._result(self._send(chunk, None, want_result=False))
+        self._whole = True
 
     def _connect(self, resume: str | None) -> None:
         settings = self._settings
         self._connection = self._endpoint.stream(self._traffic)
         self._awaits_opened = True
-        self._name, self._step = None, 0
         wire_name = str(settings.wire_dtype).removeprefix("torch.")
         wish = Open(settings.partition, settings.fingerprint, wire_name, resume)
         self._connection.send(Message(Kind.OPEN, wish.to_body()))
 
     def _await_opened(self) -> Opened:
-        assert self._connection is not None
-        frame = self._connection.receive()
+        frame = self._live().receive()
         if not isinstance(frame, Message) or frame.kind is not Kind.OPENED:
             raise ProtocolError("the block server did not answer OPEN with OPENED")
         opened = Opened.from_body(frame.body)
         self._name, self._awaits_opened = opened.session, False
+        self._endpoint.frame_bytes = opened.frame_bytes
         return opened
 
+    def _chunks(self, rows: Rows) -> list[Rows]:
+        """A step as frames that are short enough for the server."""
+        tokens, limit = CHUNK_TOKENS, self._endpoint.frame_bytes
+        if limit is not None:
+            a_token = self._settings.hidden_size * self._settings.wire_dtype.itemsize
+            tokens = max(1, min(tokens, (limit - HEADER.size - 12 * len(rows)) // a_token))
+        return rows.chunks(tokens, MAX_PLACES)
+
     def _send(self, rows: Rows, row_map: Sequence[int] | None, *, want_result: bool = True) -> int:
-        assert self._connection is not None
         self._step += 1
         mapping = tuple(row_map) if row_map is not None else None
-        self._connection.send(Step(self._step, rows, self._journal.read(rows), mapping, want_result))
+        self._live().send(Step(self._step, rows, self._journal.read(rows), mapping, want_result))
         return self._step
 
     def _result(self, number: int) -> Tensor | None:
-        assert self._connection is not None
-        frame = self._connection.receive()
+        frame = self._live().receive()
         if not isinstance(frame, Result) or frame.number != number:
             raise ProtocolError(f"the block server did not answer step {number} with its result")
         return frame.states
 
+    def _live(self) -> Connection:
+        if self._closed or self._connection is None:
+            raise _closed()
+        return self._connection
+
     def _drop(self) -> None:
         if self._connection is not None:
+            self._endpoint.lost(self._connection)
             self._connection.close()
             self._connection = None
 
     def close(self, *, wait_seconds: float = 0.0) -> None:
-        """End the session; the server frees its cache. Safe to call twice."""
+        """End the session; the server frees its cache, which is waited for so long. Safe to call twice."""
         self._closed = True
-        if self._connection is not None:
-            self._connection.close(Message(Kind.CLOSE, {}), wait_seconds=wait_seconds)
-            self._connection = None
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close(Message(Kind.CLOSE, {}))
+            connection.wait_until_over(wait_seconds)
 
 
 @dataclass
@@ -299,3 +282,7 @@ def _join(chunks: list[Rows], results: list[Tensor]) -> Tensor:
         return results[0]
     pieces = [result.split(chunk.counts) for chunk, result in zip(chunks, results, strict=True)]
     return torch.cat([of_chunk[row] for row in range(len(chunks[0])) for of_chunk in pieces])
+
+
+def _closed() -> ServerUnavailableError:
+    return ServerUnavailableError("the session is closed; start a new one")

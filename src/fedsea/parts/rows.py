@@ -93,14 +93,16 @@ class Rows:
         padded[self.places(packed.device)] = packed
         return padded
 
-    def chunks(self, tokens: int) -> list["Rows"]:
+    def chunks(self, tokens: int, places: int | None = None) -> list["Rows"]:
         """Split into steps of at most `tokens` tokens in all (at least one a row), each continuing the one before.
 
-        All chunks have the same rows; one that has run out of tokens has a count of 0.
+        All chunks have the same rows; one that has run out of tokens has a count of 0. With `places`, a chunk also has
+        at most so many once its rows are padded to the longest (again, at least one a row).
         """
-        if self.total <= tokens:
+        sparse = places is not None and len(self) * self.width > places
+        if self.total <= tokens and not sparse:
             return [self]
-        size = max(1, tokens // len(self))
+        size = max(1, (places if sparse and self.total <= tokens else tokens) // len(self))
         return [
             Rows(
                 tuple(start + min(done, count) for start, count in zip(self.starts, self.counts, strict=True)),

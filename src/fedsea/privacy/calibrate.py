@@ -1,21 +1,41 @@
 """How large the hidden states are that noise is measured against."""
 
 import torch
+from torch import Tensor
 
+from fedsea.checkpoints import Checkpoint
+from fedsea.errors import ModelNotFoundError
 from fedsea.parts import InputBlocks, Rows
 
-TOKENS = 512
+TEXT = """The patient, a woman of fifty-four, came to the clinic on Monday with pain in her left arm that had begun two
+days before. She had taken no medicine for it. Her blood pressure was 150 over 90, her pulse regular at 82 beats a minute,
+and she had no fever. "It is worse at night," she said, "and when I climb the stairs." The doctor asked for a blood test
+and an X-ray, and told her to come back within the week.
+
+Dear Mr. Olsen, thank you for your letter of 3 March about the account that you opened with our branch in 2019. We have
+looked at the payments you name and found that a fee of $45.20 was charged twice by mistake. The amount will be returned
+to you within five working days. If you have any question, please call us between 9 a.m. and 5 p.m.
+
+def mean(values): return sum(values) / len(values)"""
 
 
 @torch.no_grad()
-def measure_magnitude(input_blocks: InputBlocks) -> float:
-    """Mean |h_A| of a model's input blocks, on tokens drawn evenly from the vocabulary.
+def measure_magnitude(input_blocks: InputBlocks, checkpoint: Checkpoint) -> float:
+    """Mean |h_A| of a model's input blocks on a fixed public text.
 
-    The first position is left out: it is an outlier in most models. The tokens are the same every time (nothing secret
-    depends on them), so one model and partition has one magnitude.
+    The first position is left out: it is an outlier in most models. The user's own text has no part in it, so one model
+    and partition has one magnitude. A model without a tokenizer (the random ones) is measured on draws from its
+    vocabulary.
     """
-    vocabulary = input_blocks.config.vocab_size
-    count = min(TOKENS, input_blocks.config.max_position_embeddings)
-    drawn = torch.randint(vocabulary, (1, count), generator=torch.Generator().manual_seed(0))
-    hidden = input_blocks(drawn.to(input_blocks.device), Rows.uniform(1, 0, count), input_blocks.new_cache())
+    ids = _token_ids(checkpoint)[:, : checkpoint.config.max_position_embeddings].to(input_blocks.device)
+    hidden = input_blocks(ids, Rows.uniform(1, 0, ids.shape[1]), input_blocks.new_cache())
     return float(hidden[:, 1:].float().abs().mean())
+
+
+def _token_ids(checkpoint: Checkpoint) -> Tensor:
+    try:
+        tokenizer = checkpoint.tokenizer()
+    except ModelNotFoundError:
+        return torch.randint(checkpoint.config.vocab_size, (1, 512), generator=torch.Generator().manual_seed(0))
+    ids: Tensor = tokenizer(TEXT, return_tensors="pt").input_ids
+    return ids

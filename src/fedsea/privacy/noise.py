@@ -92,8 +92,8 @@ class GaussianNoise(Noise):
 class RelativeGaussianNoise(Noise):
     """Gaussian noise whose standard deviation is `level` times the mean |h_A| of the model at hand.
 
-    The mean is measured once, when the model is loaded, on tokens drawn from the vocabulary (`measure_magnitude`), so
-    the same level gives the same standard deviation for the same model and partition, whatever the text.
+    The mean is measured once, when the model is loaded, on a fixed public text (`measure_magnitude`), so the same level
+    gives the same standard deviation for the same model and partition, whatever is said later.
 
     Raises
     ------

@@ -8,6 +8,7 @@ import asyncio
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
@@ -35,30 +36,37 @@ class Turns(Generic[T]):
 
 
 class Scheduler:
-    """Runs work in the one worker thread, fairly between sessions."""
+    """Runs work in the one worker thread, fairly between sessions. Used from one event loop."""
 
     def __init__(self) -> None:
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="fedsea-torch")
         self._waiting: Turns[tuple[Callable[[], Any], asyncio.Future[Any]]] = Turns()
-        self._busy = False
+        self._busy = self._stopped = False
 
     async def run(self, session: str, work: Callable[[], T]) -> T:
-        """Do `work` when it is the session's turn; return or raise what it does."""
+        """Do `work` when it is the session's turn; return or raise what it does.
+
+        Cancelled while it waits, the work is not done; cancelled later, it is done to the end, unheard.
+        """
         done: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         self._waiting.add(session, (work, done))
         self._start_next()
         return await done
 
+    async def settled(self, session: str) -> None:
+        """Wait until nothing that was started for the session is still being done."""
+        await self.run(session, _nothing)
+
     def _start_next(self) -> None:
-        while not self._busy and (item := self._waiting.next()) is not None:
+        while not (self._busy or self._stopped) and (item := self._waiting.next()) is not None:
             work, done = item
             if done.cancelled():
                 continue
             self._busy = True
             running = asyncio.get_running_loop().run_in_executor(self._worker, work)
-            running.add_done_callback(lambda finished, done=done: self._finish(finished, done))
+            running.add_done_callback(partial(self._finish, done))
 
-    def _finish(self, finished: "asyncio.Future[Any]", done: "asyncio.Future[Any]") -> None:
+    def _finish(self, done: "asyncio.Future[Any]", finished: "asyncio.Future[Any]") -> None:
         self._busy = False
         error = finished.exception()
         if not done.cancelled():
@@ -68,6 +76,11 @@ class Scheduler:
                 done.set_result(finished.result())
         self._start_next()
 
-    def shutdown(self) -> None:
+    async def shutdown(self) -> None:
         """Let the step that runs finish; start no more."""
-        self._worker.shutdown(wait=True)
+        self._stopped = True
+        await asyncio.to_thread(self._worker.shutdown)
+
+
+def _nothing() -> None:
+    """The work of a session that only waits for its turn."""

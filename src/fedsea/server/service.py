@@ -4,7 +4,8 @@ import asyncio
 import hashlib
 import logging
 import time
-from dataclasses import dataclass, replace
+from collections import Counter
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import grpc
@@ -24,14 +25,17 @@ from fedsea.parts import MiddleBlocks
 from fedsea.server.limits import Limits, half_of_free_memory
 from fedsea.server.scheduler import Scheduler
 from fedsea.server.sessions import Session, SessionTable, State
+from fedsea.server.stream import Stream
 from fedsea.wire import contract
 from fedsea.wire.address import format_address, is_loopback, parse_address
 from fedsea.wire.credentials import Credentials, server_credentials
-from fedsea.wire.frames import Kind, Message, Step, decode, encode, wire_dtype
+from fedsea.wire.frames import Kind, Message, Step, encode, wire_dtype
 from fedsea.wire.handshake import Open, Opened
 
 log = logging.getLogger("fedsea.server")
 SWEEP_SECONDS = 1.0
+OPEN_SECONDS = 30.0  # for a new stream to say what it wants
+STOP_SECONDS = 5.0  # for the clients to take note that the server stops
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ class ServerOptions:
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
     credentials: Credentials | None = None
-    limits: Limits = Limits()
+    limits: Limits = field(default_factory=Limits)
 
 
 class BlockServer:
@@ -89,6 +93,7 @@ class BlockServer:
         self.scheduler = Scheduler()
         self._server: grpc.aio.Server | None = None
         self._stopping = False
+        self._streams: set[Stream] = set()
         self._done = asyncio.Event()
 
     async def start(self) -> str:
@@ -106,7 +111,7 @@ class BlockServer:
         server.add_generic_rpc_handlers(
             (grpc.method_handlers_generic_handler(contract.SERVICE, {contract.METHOD: handler}),)
         )
-        self._add_health(server)
+        await self._add_health(server)
         try:
             self.port = self._bind(server)
         except RuntimeError as error:
@@ -124,13 +129,12 @@ class BlockServer:
             return int(server.add_insecure_port(address))
         return int(server.add_secure_port(address, server_credentials(self.options.credentials)))
 
-    def _add_health(self, server: grpc.aio.Server) -> None:
+    async def _add_health(self, server: grpc.aio.Server) -> None:
         from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        self._health_status = health_pb2.HealthCheckResponse
-        self._health._server_status[contract.SERVICE] = health_pb2.HealthCheckResponse.SERVING
+        await self._health.set(contract.SERVICE, health_pb2.HealthCheckResponse.SERVING)
 
     async def wait(self) -> None:
         """Wait until the server has stopped."""
@@ -143,10 +147,10 @@ class BlockServer:
         self._stopping = True
         await self._health.enter_graceful_shutdown()
         self._sweeper.cancel()
-        for session in self.table.attached():
-            session.end(ServerUnavailableError("the block server is stopping"))
-        await self._server.stop(grace=5.0)
-        self.scheduler.shutdown()
+        for stream in list(self._streams):
+            stream.end(ServerUnavailableError("the block server is stopping"))
+        await self._server.stop(grace=STOP_SECONDS)
+        await self.scheduler.shutdown()
         self._done.set()
 
     async def _sweep(self) -> None:
@@ -156,64 +160,72 @@ class BlockServer:
                 log.info("session ended session=%s client=%s reason=expired", short(session), session.client)
 
     async def _session(self, _requests: Any, context: Any) -> None:
-        """One stream: OPEN, then steps until CLOSE, an error, or the loss of the connection."""
-        client = client_identity(context)
-        session: Session | None = None
-        ended: list[Exception] = []
+        """One call: a stream that is in the server's list while it lasts."""
+        stream = Stream(context, self.table.limits.frame_bytes)
         try:
-            session = await self._open(await context.read(), client)
+            self._count(stream)
+            await self._serve(stream)
+        except FedSEAError as error:
+            await self._refuse(stream, None, error)
+        finally:
+            self._streams.discard(stream)
+
+    def _count(self, stream: Stream) -> None:
+        # A stream may wait for its OPEN, or for a client that does not read: those must not pile up either.
+        allowed = 2 * self.table.limits.client_sessions
+        if Counter(other.client for other in self._streams)[stream.client] >= allowed:
+            raise LimitExceededError(f"client {stream.client!r} has {allowed} streams open, twice its session limit")
+        self._streams.add(stream)
+
+    async def _serve(self, stream: Stream) -> None:
+        """OPEN, then steps until CLOSE, an error, or the loss of the connection."""
+        session: Session | None = None
+        try:
+            session = await self._open(stream)
             if session is None:
                 return
-            task = asyncio.current_task()
-            assert task is not None
-
-            def end(reason: Exception) -> None:
-                ended.append(reason)
-                task.cancel()
-
-            session.end = end
-            log.info("session opened session=%s client=%s step=%d", short(session), client, session.step)
-            await context.write(encode(Message(Kind.OPENED, self._opened(session).to_body())))
-            while (data := await context.read()) is not grpc.aio.EOF:
-                frame = decode(data, max_bytes=self.table.limits.frame_bytes)
+            # What the session's lost connection has left in the worker comes first: it moves the cache and the step.
+            await self.scheduler.settled(session.name)
+            log.info("session opened session=%s client=%s step=%d", short(session), stream.client, session.step)
+            await stream.write(encode(Message(Kind.OPENED, self._opened(session).to_body())))
+            while (frame := await stream.read()) is not None:
                 if isinstance(frame, Message) and frame.kind is Kind.CLOSE:
                     self._close(session, "closed")
                     return
                 if not isinstance(frame, Step):
                     raise ProtocolError("a step or CLOSE was expected")
-                await context.write(await self.scheduler.run(session.name, self._work(session, frame)))
+                self.table.admit(session, frame)
+                await stream.write(await self.scheduler.run(session.name, self._work(session, frame)))
             # The stream ended without CLOSE (a killed client looks like this too): the session may be taken up again.
-            self._lose(session, end)
+            self._lose(stream, session)
         except FedSEAError as error:
-            await self._refuse(context, session, error)
+            await self._refuse(stream, session, error)
         except asyncio.CancelledError:
-            if ended:
-                reason = ended[0]
-                assert isinstance(reason, FedSEAError)
-                log.info("session told session=%s reason=%s", short(session), reason)
-                await context.abort(contract.status_of(reason), str(reason), contract.trailing_metadata(reason))
-            if session is not None:
-                self._lose(session, session.end)
+            if stream.reason is not None:
+                await self._refuse(stream, session, stream.reason)
+            self._lose(stream, session)
             raise
-        except grpc.aio.AbortError:
-            raise
-        except Exception as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                known: FedSEAError = LimitExceededError(
-                    "the server's device is out of memory; try a shorter text or later"
-                )
-            else:
-                known = ServerError("the server failed at this step; its log says why")
-                log.exception("step failed session=%s client=%s", short(session), client)
-            await self._refuse(context, session, known)
+        except grpc.aio.InternalError:
+            self._lose(stream, session)
+        except torch.OutOfMemoryError:
+            full = LimitExceededError("the server's device is out of memory; try a shorter text or later")
+            await self._refuse(stream, session, full)
+        except Exception:
+            log.exception("step failed session=%s client=%s", short(session), stream.client)
+            await self._refuse(stream, session, ServerError("the server failed at this step; its log says why"))
 
     def _work(self, session: Session, step: Step) -> Any:
         return lambda: encode(self.table.run(session, step))
 
-    async def _open(self, data: Any, client: str) -> Session | None:
-        if data is grpc.aio.EOF:
+    async def _open(self, stream: Stream) -> Session | None:
+        """The session that the stream asks for; None if it asks for nothing."""
+        try:
+            async with asyncio.timeout(OPEN_SECONDS):
+                frame = await stream.read()
+        except TimeoutError:
+            raise ProtocolError(f"no OPEN came within {OPEN_SECONDS:g} s") from None
+        if frame is None:
             return None
-        frame = decode(data, max_bytes=self.table.limits.frame_bytes)
         if not isinstance(frame, Message) or frame.kind is not Kind.OPEN:
             raise ProtocolError("a stream begins with OPEN")
         wish = Open.from_body(frame.body)
@@ -225,11 +237,12 @@ class BlockServer:
                 f"client and server hold different models: {', '.join(different[:4])}"
                 f"{' and more' if len(different) > 4 else ''} differ; load the same checkpoint on both sides"
             )
+        layers, dtype = wish.partition.middle(self.num_layers), wire_dtype(wish.wire_dtype)
         if wish.resume is not None:
-            session = self.table.attach(wish.resume, client)
+            session = self.table.attach(wish.resume, stream.client, layers, dtype, stream.end)
             if session is not None:
                 return session
-        return self.table.open(client, wish.partition.middle(self.num_layers), wire_dtype(wish.wire_dtype))
+        return self.table.open(stream.client, layers, dtype, stream.end)
 
     def _opened(self, session: Session) -> Opened:
         held, limits = self.middle.layers, self.table.limits
@@ -246,25 +259,19 @@ class BlockServer:
             self.table.close(session)
             log.info("session ended session=%s client=%s reason=%s", short(session), session.client, reason)
 
-    def _lose(self, session: Session, end: Any) -> None:
-        if session.end is end and session.state is State.ATTACHED:
+    def _lose(self, stream: Stream, session: Session | None) -> None:
+        if session is not None and session.end == stream.end and session.state is State.ATTACHED:
             self.table.detach(session)
             log.info("connection lost session=%s client=%s", short(session), session.client)
 
-    async def _refuse(self, context: Any, session: Session | None, error: FedSEAError) -> None:
-        """End the stream, and the session with it, with a typed error to its client."""
+    async def _refuse(self, stream: Stream, session: Session | None, error: FedSEAError) -> None:
+        """End the stream, and the session with it if it is still this stream's, with a typed error to the client."""
         log.warning("refused session=%s error=%s message=%r", short(session), error.code, str(error))
-        if session is not None:
+        if session is not None and session.end == stream.end:
             self._close(session, error.code)
-        await context.abort(contract.status_of(error), str(error), contract.trailing_metadata(error))
+        await stream.refuse(error)
 
 
 def short(session: Session | None) -> str:
     """What the log calls a session: enough to tell two apart, too little to resume one."""
     return hashlib.sha256(session.name.encode()).hexdigest()[:8] if session else "-"
-
-
-def client_identity(context: Any) -> str:
-    """The name in the client's certificate; without certificates all clients are one."""
-    names = context.auth_context().get("x509_common_name")
-    return names[0].decode(errors="replace") if names else "anonymous"

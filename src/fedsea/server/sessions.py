@@ -3,22 +3,27 @@
     open()                 attach()
       |        +-------------------------------+
       v        v                               |
-    ATTACHED --+--> connection lost: DETACHED -+--> resume_seconds pass: ENDED
+    ATTACHED --+--> connection lost: DETACHED -+--> resume_seconds pass, or its client needs the room: ENDED
       |
-      +--> CLOSE, an error, idle_seconds without a step: ENDED
+      +--> CLOSE, an error, idle_seconds pass between two steps: ENDED
 
-An attached session has a connection that serves it. A detached one keeps its cache for the client to come back to; it
-still counts against the limits, but gives way when its own client opens a new one and is at its limit.
+An attached session has a connection that serves it; `attach` takes it from that one if the client is already back on
+another. A detached one keeps its cache for the client to come back to; it still counts against the limits, but gives
+way when its own client opens a new one and is at a limit. From ENDED nothing leads back: the name is forgotten and the
+cache is given up.
+
+All of it belongs to the thread of the event loop, except `SessionTable.run`, which computes in the worker's. One step
+of a session is under way at a time: `admit`, `run`, and only then the next.
 """
 
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 
 import torch
 
-from fedsea.errors import LimitExceededError, PartitionError, ProtocolError
+from fedsea.errors import FedSEAError, LimitExceededError, PartitionError, ProtocolError
 from fedsea.parts import MiddleBlocks, RowCache
 from fedsea.server.limits import MIB, Limits
 from fedsea.wire.frames import Result, Step, to_wire
@@ -46,20 +51,29 @@ class Session:
         The middle layers of its partition.
     step
         The last step done.
+    cache
+        Keys and values; None once the session has ended. A step that is being computed then keeps its own reference.
+    cache_bytes
+        What is set aside for the cache.
     changed
         When the state or the step last changed, in the table's clock.
+    computing
+        Whether a step is waiting for its turn or being computed; such a session is not idle.
+    end
+        Ends the connection that serves it, with a reason for the client.
     """
 
     name: str
     client: str
     layers: range
     wire_dtype: torch.dtype
-    cache: RowCache
+    cache: RowCache | None
     changed: float
+    end: Callable[[FedSEAError], None]
     state: State = State.ATTACHED
     step: int = 0
     cache_bytes: int = 0
-    end: Callable[[Exception], None] = field(default=lambda _reason: None)
+    computing: bool = False
 
 
 class SessionTable:
@@ -89,15 +103,11 @@ class SessionTable:
 
     @property
     def cache_bytes(self) -> int:
-        """Memory that the sessions' caches take now."""
-        return sum(session.cache_bytes for session in self._sessions.values())
+        """Memory that is set aside for the sessions' caches now."""
+        return sum(session.cache_bytes for session in list(self._sessions.values()))
 
-    def attached(self) -> list[Session]:
-        """Sessions that a connection serves."""
-        return [session for session in self._sessions.values() if session.state is State.ATTACHED]
-
-    def open(self, client: str, layers: range, wire_dtype: torch.dtype) -> Session:
-        """A new session.
+    def open(self, client: str, layers: range, wire_dtype: torch.dtype, end: Callable[[FedSEAError], None]) -> Session:
+        """A new session, ATTACHED to the connection that `end` ends.
 
         Raises
         ------
@@ -109,11 +119,12 @@ class SessionTable:
         held = self.middle.layers
         if layers and not (held.start <= layers.start and layers.stop <= held.stop):
             raise PartitionError(
-                f"the server holds layers {held.start}:{held.stop}, the partition's middle is {layers.start}:{layers.stop}"
+                f"the server holds layers {held.start}:{held.stop}, "
+                f"the partition's middle is {layers.start}:{layers.stop}"
             )
         self._make_room(client)
         name = secrets.token_hex(16)
-        session = Session(name, client, layers, wire_dtype, self.middle.new_cache(), self.clock())
+        session = Session(name, client, layers, wire_dtype, self.middle.new_cache(), self.clock(), end)
         self._sessions[name] = session
         return session
 
@@ -132,71 +143,95 @@ class SessionTable:
         else:
             raise LimitExceededError(f"the server has {everyone} sessions open, its limit; try again later")
 
-    def attach(self, name: str, client: str) -> Session | None:
-        """Take a lost session up again; None if it is gone, or another's.
+    def attach(
+        self,
+        name: str,
+        client: str,
+        layers: range,
+        wire_dtype: torch.dtype,
+        end: Callable[[FedSEAError], None],
+    ) -> Session | None:
+        """Take a session up again: DETACHED, or ATTACHED to a connection not missed yet, -> ATTACHED.
 
-        A session whose old connection has not been missed yet is taken from it.
-        """
-        session = self._sessions.get(name)
-        if session is None or session.client != client:
-            return None
-        if session.state is State.ATTACHED:
-            session.end(ProtocolError("another connection has taken the session up"))
-        session.state, session.changed = State.ATTACHED, self.clock()
-        return session
-
-    def detach(self, session: Session) -> None:
-        """The session's connection is lost; keep it for a while."""
-        if session.state is State.ATTACHED:
-            session.state, session.changed = State.DETACHED, self.clock()
-
-    def close(self, session: Session) -> None:
-        """End a session and free its cache."""
-        session.state = State.ENDED
-        session.cache_bytes = 0
-        self._sessions.pop(session.name, None)
-        session.cache.reset()
-
-    def expire(self) -> list[Session]:
-        """End the sessions whose time is up; returns them."""
-        now, over = self.clock(), []
-        for session in list(self._sessions.values()):
-            age = now - session.changed
-            if session.state is State.ATTACHED and age > self.limits.idle_seconds:
-                session.end(LimitExceededError(f"the session was idle for {self.limits.idle_seconds:.0f} s, the limit"))
-            elif not (session.state is State.DETACHED and age > self.limits.resume_seconds):
-                continue
-            self.close(session)
-            over.append(session)
-        return over
-
-    @torch.no_grad()
-    def run(self, session: Session, step: Step) -> Result:
-        """Do a step of a session. Runs in the worker thread.
+        None if it has ended, or is another client's. Its last step may still be being computed.
 
         Raises
         ------
         ProtocolError
-            If the step does not follow from the session's state; nothing is changed then.
+            If the session is of other layers or another wire dtype.
+        """
+        session = self._sessions.get(name)
+        if session is None or session.client != client:
+            return None
+        if session.layers != layers or session.wire_dtype != wire_dtype:
+            raise ProtocolError("a session can only be resumed with its own partition and wire dtype")
+        if session.state is State.ATTACHED:
+            session.end(ProtocolError("another connection has taken the session up"))
+        session.state, session.changed, session.end, session.computing = State.ATTACHED, self.clock(), end, False
+        return session
+
+    def detach(self, session: Session) -> None:
+        """The session's connection is lost: ATTACHED -> DETACHED, for a while."""
+        if session.state is State.ATTACHED:
+            session.state, session.changed = State.DETACHED, self.clock()
+
+    def close(self, session: Session) -> None:
+        """Any state -> ENDED: the name is forgotten, the cache given up."""
+        session.state, session.cache, session.cache_bytes = State.ENDED, None, 0
+        self._sessions.pop(session.name, None)
+
+    def expire(self) -> list[Session]:
+        """End the sessions whose time is up, and return them; the connections of idle ones are told."""
+        now, over = self.clock(), []
+        for session in list(self._sessions.values()):
+            age = now - session.changed
+            if session.state is State.DETACHED:
+                if age > self.limits.resume_seconds:
+                    over.append(session)
+            elif age > self.limits.idle_seconds and not session.computing:
+                session.end(LimitExceededError(f"the session was idle for {self.limits.idle_seconds:g} s, the limit"))
+                over.append(session)
+        for session in over:
+            self.close(session)
+        return over
+
+    def admit(self, session: Session, step: Step) -> None:
+        """Check that a step may be run now, and set memory aside for it.
+
+        Raises
+        ------
+        ProtocolError
+            If the step does not follow from the session's state.
         LimitExceededError
             If the step would make the session or the caches larger than allowed.
         """
-        if session.state is State.ENDED:
-            raise ProtocolError("the session has ended")
-        cache = session.cache
-        self._check(session, step)
+        cache = _live(session)
+        self._check(session, cache, step)
+        self._reserve(session, cache, step)
+        session.computing = True
+
+    @torch.no_grad()
+    def run(self, session: Session, step: Step) -> Result:
+        """Do a step that was admitted. Runs in the worker thread.
+
+        Raises
+        ------
+        ProtocolError
+            If the session has ended meanwhile.
+        UsageError
+            If the result cannot be said in the session's wire dtype.
+        """
+        cache = _live(session)
         if step.row_map is not None:
             cache.select(step.row_map)
         hidden = step.rows.unpack(step.states.to(device=self.middle.device, dtype=self.dtype))
         hidden = step.rows.pack(self.middle(hidden, step.rows, cache, session.layers))
         if not session.layers:
             cache.lengths = list(step.rows.ends)
-        session.step, session.changed = step.number, self.clock()
-        if session.state is State.ENDED:  # it expired meanwhile; do not hold the memory
-            cache.reset()
+        session.step, session.changed, session.computing = step.number, self.clock(), False
         return Result(step.number, to_wire(hidden, session.wire_dtype) if step.want_result else None)
 
-    def _check(self, session: Session, step: Step) -> None:
+    def _check(self, session: Session, cache: RowCache, step: Step) -> None:
         rows, limits = step.rows, self.limits
         if step.number != session.step + 1:
             raise ProtocolError(f"step {step.number} came after step {session.step}; {session.step + 1} was expected")
@@ -205,7 +240,7 @@ class SessionTable:
         size = self.middle.config.hidden_size
         if step.states.shape[1] != size:
             raise ProtocolError(f"the model's hidden size is {size}, the step has {step.states.shape[1]}")
-        before = session.cache.lengths
+        before = cache.lengths
         if step.row_map is not None:
             if any(row >= len(before) for row in step.row_map):
                 raise ProtocolError(f"the session has {len(before)} rows, the row map names row {max(step.row_map)}")
@@ -222,16 +257,23 @@ class SessionTable:
             )
         if sum(rows.ends) > limits.session_tokens:
             raise LimitExceededError(
-                f"the session would hold {sum(rows.ends)} tokens, more than the server's limit of {limits.session_tokens}"
+                f"the session would hold {sum(rows.ends)} tokens, "
+                f"more than the server's limit of {limits.session_tokens} tokens a session"
             )
-        self._reserve(session, step)
 
-    def _reserve(self, session: Session, step: Step) -> None:
+    def _reserve(self, session: Session, cache: RowCache, step: Step) -> None:
         per_token = self.middle.cache_bytes_per_token(self.dtype, session.layers)
-        wanted = per_token * len(step.rows) * session.cache.capacity_for(step.rows)
+        wanted = per_token * len(step.rows) * cache.capacity_for(step.rows)
         allowed = self.limits.cache_bytes or 0
         if self.cache_bytes - session.cache_bytes + wanted > allowed:
             raise LimitExceededError(
-                f"the server's memory for caches ({allowed // MIB} MiB) is used up: the session needs {wanted // MIB} MiB"
+                f"the server's memory for caches ({allowed / MIB:.1f} MiB) is used up: "
+                f"the session needs {wanted / MIB:.1f} MiB"
             )
         session.cache_bytes = wanted
+
+
+def _live(session: Session) -> RowCache:
+    if session.cache is None:
+        raise ProtocolError("the session has ended")
+    return session.cache

@@ -1,0 +1,88 @@
+"""One client's stream as the service sees it: frames in, frames out, and a way to end it from elsewhere."""
+
+import asyncio
+import contextlib
+from typing import Any
+
+import grpc
+
+from fedsea.errors import FedSEAError
+from fedsea.wire import contract
+from fedsea.wire.frames import Frame, decode
+
+
+class Stream:
+    """A stream, to be used by the task that was current when it was made.
+
+    Parameters
+    ----------
+    context
+        gRPC's context of the call.
+    frame_bytes
+        Longest frame that may come.
+
+    Attributes
+    ----------
+    client
+        The name in the client's certificate; without certificates all clients are one, `anonymous`.
+    reason
+        Why `end` was called; None if it was not.
+    """
+
+    def __init__(self, context: Any, frame_bytes: int) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._context, self._frame_bytes, self._task = context, frame_bytes, task
+        self._writing = False
+        self.reason: FedSEAError | None = None
+        names = context.auth_context().get("x509_common_name")
+        self.client: str = names[0].decode(errors="replace") if names else "anonymous"
+
+    async def read(self) -> Frame | None:
+        """The next frame; None if the stream is over, with or without a killed client.
+
+        Raises
+        ------
+        FedSEAError
+            If what came is no frame, or too long.
+        """
+        data = await self._context.read()
+        return None if data is grpc.aio.EOF else decode(data, max_bytes=self._frame_bytes)
+
+    async def write(self, data: bytes) -> None:
+        """Send a frame; waits while the client does not read.
+
+        Raises
+        ------
+        FedSEAError
+            The reason, if `end` was called meanwhile.
+        grpc.aio.InternalError
+            If the connection is lost.
+        """
+        self._writing = True
+        try:
+            await self._context.write(data)
+        finally:
+            self._writing = False
+        if self.reason is not None:
+            raise self.reason
+
+    def end(self, reason: FedSEAError) -> None:
+        """Have the stream's task told to stop: it is cancelled, or finds out once its write is done."""
+        if self.reason is not None:
+            return
+        self.reason = reason
+        # gRPC can neither take a write back nor send a status beside it: cancelled there, the call would never end.
+        if not self._writing:
+            self._task.cancel()
+
+    async def refuse(self, error: FedSEAError) -> None:
+        """End the stream with a typed error for the client.
+
+        Raises
+        ------
+        grpc.aio.AbortError
+            For gRPC to see; only a client that is gone already is not told, and nothing is raised.
+        """
+        with contextlib.suppress(grpc.aio.InternalError):
+            await self._context.abort(contract.status_of(error), str(error), contract.trailing_metadata(error))
