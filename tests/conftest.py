@@ -34,7 +34,7 @@ class RunningServer:
             try:
                 self.server = BlockServer(open_checkpoint(name), options)
                 self.address = await self.server.start()
-            except BaseException as error:  # noqa: BLE001
+            except BaseException as error:
                 self.failure = error
             finally:
                 self._started.set()

@@ -5,6 +5,7 @@ import json
 import statistics
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -17,14 +18,14 @@ from fedsea.bench.context import draw_curve, text_curve
 from fedsea.bench.exactness import exactness
 from fedsea.bench.gpu import compare, gpu
 from fedsea.bench.inference import run
-from fedsea.bench.memory import process_memory
-from fedsea.bench.processes import ServerProcess, run_fresh
+from fedsea.bench.processes import ServerProcess, process_memory, run_fresh
 from fedsea.bench.results import Line, Report, markdown_table, meets, number, write_json
 from fedsea.bench.traffic import link_bytes, row_entries
 from fedsea.bench.workbench import Settings, Workbench, endless
 from fedsea.checkpoints import load_whole_model
 from fedsea.cli.bench import app
 from fedsea.errors import FedSEAError, UsageError
+from tests.memory_holder import hold
 
 FIELDS = ["name", "measured", "unit", "target", "holds", "samples", "conditions"]
 
@@ -127,19 +128,11 @@ def test_curve_is_drawn_as_text_and_png(tmp_path: Path) -> None:
     assert (tmp_path / "new" / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
-def hold_memory(*, mib: int) -> int:
-    """Called in a fresh process: its peak after holding some memory."""
-    held = bytearray(b"x") * (mib << 20)
-    peak = process_memory("VmHWM")
-    del held
-    return peak
-
-
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peaks are read from /proc")
 def test_fresh_process_has_its_own_memory_peak(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
     ballast = bytearray(b"x") * (500 << 20)
-    small, large = (run_fresh(hold_memory, threads=1, mib=mib) for mib in (1, 101))
+    small, large = (run_fresh(hold, threads=1, mib=mib) for mib in (1, 101))
     assert 90 << 20 < large - small < 110 << 20
     assert process_memory("VmHWM") > len(ballast)
 
@@ -150,8 +143,8 @@ def test_failure_in_a_fresh_process_is_an_error() -> None:
 
 
 def test_server_that_cannot_start_is_told_with_its_reason() -> None:
-    with pytest.raises(FedSEAError, match="did not start: .*no model"):
-        ServerProcess("random:no-such", threads=1, secure=False)
+    with pytest.raises(FedSEAError, match=r"did not start: .*no-such"):
+        ServerProcess("random:tiny", threads=1, secure=False, options=("--layers", "no-such"))
 
 
 def test_light_lines_hold_on_the_tiny_model(bench: Workbench) -> None:
@@ -166,8 +159,11 @@ def test_light_lines_hold_on_the_tiny_model(bench: Workbench) -> None:
     assert 256 < link.measured < 256 + 250  # the hidden states, and some headers of a frame, gRPC, HTTP/2 and TLS
 
 
-def test_gpu_comparison_runs_on_any_device(bench: Workbench) -> None:
-    memory, speed = compare(bench, "random:tiny", device="cpu", dtype="bfloat16", context=20, tokens=4, rounds=2)
+def test_gpu_comparison_runs_on_any_device(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    # In this process and with the server that is there: three processes that import torch would take their time.
+    monkeypatch.setattr("fedsea.bench.gpu.run_fresh", lambda function, *, threads, **case: function(**case))
+    monkeypatch.setattr("fedsea.bench.gpu.ServerProcess", lambda *_args, **_options: nullcontext(bench.server))
+    memory, speed = compare(bench, "random:tiny", device="cpu", dtype="float32", context=20, tokens=4, rounds=2)
     assert memory.measured is not None
     assert 30 < memory.measured < 50  # two layers of six, embedding and head
     assert len(speed.samples) == 2
@@ -185,16 +181,8 @@ def test_unknown_topic_names_those_there_are() -> None:
 
 def test_command_runs_one_topic_and_writes_files(tmp_path: Path) -> None:
     json_file, markdown = tmp_path / "lines.json", tmp_path / "lines.md"
-    arguments = [
-        "inference",
-        "--only",
-        "client-weights",
-        "--json",
-        str(json_file),
-        "--markdown",
-        str(markdown),
-        "--strict",
-    ]
+    arguments = ["inference", "--only", "client-weights", "--strict", "--json", str(json_file)]
+    arguments += ["--markdown", str(markdown)]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     (line,) = json.loads(json_file.read_text())

@@ -162,10 +162,10 @@ def test_sigterm_tells_the_sessions_and_exits_with_0() -> None:
         assert server.returncode == 0
         with pytest.raises(ServerUnavailableError):
             model(torch.tensor([[4]]), past_key_values=cache)
-    lines = [line for line in log.splitlines() if "session told" in line]
+    lines = [line for line in log.splitlines() if "the block server is stopping" in line]
     assert len(lines) == 1
     assert lines[0].startswith("time=")
-    assert "level=info" in lines[0]
+    assert "session=" in lines[0]
     assert "Traceback" not in log
 
 

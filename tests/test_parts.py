@@ -7,10 +7,10 @@ import torch
 
 from fedsea.checkpoints import load_whole_model, open_checkpoint
 from fedsea.errors import ModelNotFoundError, PartitionError
+from fedsea.partition import Partition, layer_of, weight_names
 from fedsea.parts import InputBlocks, MiddleBlocks, OutputBlocks, RowCache, Rows
 from fedsea.parts.families import family_of
 from fedsea.parts.rows import attention_mask
-from fedsea.partition import Partition, layer_of, weight_names
 
 FLOAT = torch.float32
 
@@ -119,9 +119,7 @@ def test_chunks_cover_each_place_once_in_order() -> None:
     assert all(chunk.total <= 9 for chunk in chunks)
     for row in range(3):
         places = [
-            place
-            for chunk in chunks
-            for place in range(chunk.starts[row], chunk.starts[row] + chunk.counts[row])
+            place for chunk in chunks for place in range(chunk.starts[row], chunk.starts[row] + chunk.counts[row])
         ]
         assert places == list(range(rows.starts[row], rows.ends[row]))
 

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import grpc
 import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from torch import nn
 from transformers.generation.streamers import BaseStreamer
 
 from fedsea.bench.processes import ServerProcess
@@ -176,10 +177,8 @@ def _measure(
     with audience.step("Without the KV cache: sending the whole text again for every token"):
         context = [*prompt, *answer.tokens]
         uncached = _uncached_speed(model, context)
-    client_bytes = sum(weight.numel() * weight.element_size() for weight in model.parameters())
     with audience.step("For comparison: loading the whole model into one process, asking it the same"):
         whole = load_whole_model(name)
-        whole_bytes = sum(weight.numel() * weight.element_size() for weight in whole.parameters())
         whole_tokens, whole_speed = _whole_answer(whole, prompt, stop_ids(model, tokenizer))
     return DemoReport(
         model=name,
@@ -188,9 +187,9 @@ def _measure(
         num_layers=checkpoint.config.num_hidden_layers,
         partition=model.partition,
         server_layers=middle,
-        client_bytes=client_bytes,
-        server_bytes=_layers_bytes(whole, middle),
-        whole_bytes=whole_bytes,
+        client_bytes=_bytes(model),
+        server_bytes=sum(_bytes(whole.model.layers[layer]) for layer in middle),
+        whole_bytes=_bytes(whole),
         stats=answer.stats,
         wire_token=_choose_token(tokenizer, answer.tokens, frames),
         tokens=answer.tokens,
@@ -297,7 +296,5 @@ def _whole_answer(whole: Any, prompt: list[int], ends: frozenset[int]) -> tuple[
     return tokens, (len(tokens) - 1) / (last - first)
 
 
-def _layers_bytes(whole: Any, layers: range) -> int:
-    return sum(
-        weight.numel() * weight.element_size() for layer in layers for weight in whole.model.layers[layer].parameters()
-    )
+def _bytes(part: nn.Module) -> int:
+    return sum(weight.numel() * weight.element_size() for weight in part.parameters())

@@ -58,7 +58,8 @@ class Partition:
         """
         if self.input_layers + self.output_layers > num_layers:
             raise PartitionError(
-                f"{self.input_layers} input and {self.output_layers} output layers are more than the model's {num_layers}"
+                f"{self.input_layers} input and {self.output_layers} output layers "
+                f"are more than the model's {num_layers}"
             )
         return range(self.input_layers, num_layers - self.output_layers)
 

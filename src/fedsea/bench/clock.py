@@ -23,7 +23,7 @@ class TokenClock(BaseStreamer):
         self.times: list[float] = []
         self._prompt_came = False
 
-    def put(self, value: Tensor) -> None:  # noqa: ARG002 (transformers' signature)
+    def put(self, value: Tensor) -> None:
         """The prompt comes first, then one token a call."""
         if self._prompt_came:
             self.times.append(time.perf_counter())

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from fedsea.bench.clock import times_of_generate
-from fedsea.bench.processes import run_fresh
+from fedsea.bench.processes import process_memory, run_fresh
 from fedsea.bench.results import Line
 from fedsea.bench.workbench import PARTITION, Workbench, described, drawn_prompt, endless
 from fedsea.checkpoints import open_checkpoint
@@ -100,9 +100,3 @@ def measure_client(*, model: str, connection: dict[str, Any], context: int, toke
         times_of_generate(split, drawn_prompt(split.config.vocab_size, context), tokens)
         parts = sum(weight.numel() * weight.element_size() for weight in split.parameters())
     return {"idle": idle, "peak": process_memory("VmHWM"), "parts": parts}
-
-
-def process_memory(field: str) -> int:
-    """Bytes of this process: `VmRSS`, resident now, or `VmHWM`, the most that was ever resident. Linux only."""
-    with open("/proc/self/status") as status:  # noqa: PTH123 - no path of anybody's
-        return next(1024 * int(line.split()[1]) for line in status if line.startswith(f"{field}:"))

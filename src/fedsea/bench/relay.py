@@ -28,7 +28,7 @@ class _End(asyncio.BufferedProtocol):
         self.incoming.sink = self.transport
         self._connection.opened(self)
 
-    def get_buffer(self, sizehint: int) -> bytearray:  # noqa: ARG002 (asyncio's signature)
+    def get_buffer(self, sizehint: int) -> bytearray:
         return self._buffer
 
     def buffer_updated(self, nbytes: int) -> None:

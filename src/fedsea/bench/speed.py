@@ -1,7 +1,7 @@
 """How fast the split model decodes beside the whole model, on loopback and over a slow link."""
 
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from fedsea.bench.clock import bare_loop, decode_rate, times_of, times_of_generate
 from fedsea.bench.link import LinkProcess
@@ -11,6 +11,7 @@ from fedsea.client.decode import stream_tokens
 
 PROMPT_TOKENS = 32
 WARM_UP_TOKENS = 4
+_Loop = Callable[[int], list[float]]  # decodes so many tokens; returns when each came
 RTT_SECONDS = 0.020
 LINK_MBIT = 100.0
 
@@ -84,7 +85,7 @@ def slow_link(bench: Workbench) -> Iterator[Line]:
     yield Line.median("slow link: decode", rates["far"], "tokens/s", conditions="of the same rounds")
 
 
-def _in_turns(contenders: dict[str, Callable[[int], list[float]]], rounds: int, tokens: int) -> dict[str, list[float]]:
+def _in_turns(contenders: Mapping[str, _Loop], rounds: int, tokens: int) -> dict[str, list[float]]:
     """Tokens a second of each contender in each round, over `tokens` new tokens.
 
     Rounds alternate in direction, so that none always comes first; each contender runs once before, unmeasured.

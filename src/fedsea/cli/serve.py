@@ -112,12 +112,16 @@ def serve(
 async def _live(server: "BlockServer", ready: Callable[[str], None]) -> None:
     """Serve from now until SIGTERM or SIGINT; `ready` is told the address."""
     address = await server.start()
-    stopping: list[asyncio.Task[None]] = []
+    asked_to_stop = asyncio.Event()
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, lambda: stopping.append(asyncio.create_task(server.stop())))
+    signals = (signal.SIGTERM, signal.SIGINT)
+    for number in signals:
+        loop.add_signal_handler(number, asked_to_stop.set)
     ready(address)
-    await server.wait()
+    await asked_to_stop.wait()
+    for number in signals:  # a second signal ends the process at once
+        loop.remove_signal_handler(number)
+    await server.stop()
 
 
 def _ready_line(server: "BlockServer", model: str, address: str, *, as_json: bool) -> str:

@@ -26,8 +26,12 @@ class SplitCache(Cache):
         KV caches of the input and the output blocks.
     session
         The conversation with the middle; None if the middle is empty.
+    columns
+        Columns of the batch that have been computed, padding included, as transformers counts.
+    lengths
+        Tokens of each row, without padding; empty before the first step.
     mask
-        Which columns of the batch, as transformers counts them, are tokens and not padding: bool, `[rows, columns]`.
+        Which columns are tokens and not padding: bool, `[rows, columns]`; None while there is no padding.
     digests
         Of each row, the digest of every prefix of its text (what its noise depends on); empty without noise.
     row_map
@@ -37,6 +41,8 @@ class SplitCache(Cache):
     def __init__(self, input_cache: RowCache, output_cache: RowCache, session: Session | None) -> None:
         super().__init__(layers=[])
         self.input_cache, self.output_cache, self.session = input_cache, output_cache, session
+        self.columns = 0
+        self.lengths: list[int] = []
         self.mask: Tensor | None = None
         self.digests: list[list[bytes]] = []
         self.row_map: list[int] | None = None
@@ -44,14 +50,21 @@ class SplitCache(Cache):
             # Nobody closes the caches that `generate` makes by itself.
             self._finalizer = weakref.finalize(self, session.close)
 
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens of each row, without padding; empty before the first step."""
-        return [] if self.mask is None else [int(count) for count in self.mask.sum(1).tolist()]
+    def append(self, lengths: Sequence[int], columns: int, mask: Tensor | None) -> None:
+        """Count a step: the rows' new lengths, its columns, and which of them are tokens (None for all)."""
+        if mask is not None or self.mask is not None:
+            shape, device = (len(lengths), columns), (mask if mask is not None else self.mask).device  # type: ignore[union-attr]
+            new = mask if mask is not None else torch.ones(shape, dtype=torch.bool, device=device)
+            old = self.mask
+            if old is None:
+                old = torch.ones((len(lengths), self.columns), dtype=torch.bool, device=device)
+            self.mask = torch.cat([old, new], dim=1)
+        self.columns += columns
+        self.lengths = list(lengths)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns of the batch that have been computed, padding included, as transformers counts."""
-        return 0 if self.mask is None else self.mask.shape[1]
+        return self.columns
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """No limit of its own."""
@@ -63,25 +76,31 @@ class SplitCache(Cache):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drop columns at the end: `-n` drops n of them; a positive number is the number of columns to keep."""
-        columns = self.get_seq_length()
-        keep = tokens_to_remove if tokens_to_remove > 0 else columns + tokens_to_remove
-        if self.mask is None or tokens_to_remove == 0 or keep >= columns:
+        keep = tokens_to_remove if tokens_to_remove > 0 else self.columns + tokens_to_remove
+        if tokens_to_remove == 0 or keep >= self.columns:
             return
-        self.mask = self.mask[:, : max(keep, 0)]
-        lengths = self.lengths
-        self.input_cache.crop_rows(lengths)
-        self.output_cache.crop_rows(lengths)
+        self.columns = max(keep, 0)
+        if self.mask is None:
+            self.lengths = [self.columns] * len(self.lengths)
+        else:
+            self.mask = self.mask[:, : self.columns]
+            self.lengths = [int(count) for count in self.mask.sum(1).tolist()]
+        self.input_cache.crop_rows(self.lengths)
+        self.output_cache.crop_rows(self.lengths)
         if self.digests:
-            self.digests = [digests[:length] for digests, length in zip(self.digests, lengths, strict=True)]
+            self.digests = [digests[:length] for digests, length in zip(self.digests, self.lengths, strict=True)]
 
     def select(self, chosen: Sequence[int]) -> None:
         """Row `i` becomes a copy of what row `chosen[i]` was."""
-        if self.mask is None or list(chosen) == list(range(len(self.mask))):
+        if list(chosen) == list(range(len(self.lengths))):
             return
         self.input_cache.select(chosen)
         self.output_cache.select(chosen)
-        self.digests = [list(self.digests[row]) for row in chosen] if self.digests else []
-        self.mask = self.mask[list(chosen)]
+        self.lengths = gather_rows(self.lengths, chosen)
+        if self.digests:
+            self.digests = [list(self.digests[row]) for row in chosen]
+        if self.mask is not None:
+            self.mask = self.mask[list(chosen)]
         self.row_map = gather_rows(self.row_map, chosen) if self.row_map is not None else list(chosen)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -90,15 +109,15 @@ class SplitCache(Cache):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows only."""
-        self.select(torch.arange(0 if self.mask is None else len(self.mask))[indices.cpu()].tolist())
+        self.select(torch.arange(len(self.lengths))[indices.cpu()].tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row `repeats` times."""
-        self.select([row for row in range(0 if self.mask is None else len(self.mask)) for _ in range(repeats)])
+        self.select([row for row in range(len(self.lengths)) for _ in range(repeats)])
 
     def reset(self) -> None:
         """Forget the text. The session goes on from position 0."""
-        self.crop(-self.get_seq_length())
+        self.crop(-self.columns)
 
     def activate_past_recording(self) -> None:
         """Nothing to do: everything can be cropped."""
@@ -116,12 +135,12 @@ class SplitCache(Cache):
     @property
     def is_initialized(self) -> bool:
         """Whether anything was computed."""
-        return self.mask is not None
+        return bool(self.lengths)
 
     @property
     def batch_size(self) -> int:
         """Number of rows."""
-        return 0 if self.mask is None else len(self.mask)
+        return len(self.lengths)
 
     def close(self) -> None:
         """End the session."""
@@ -129,7 +148,7 @@ class SplitCache(Cache):
             self.session.close()
 
     def __repr__(self) -> str:
-        return f"SplitCache(rows={self.batch_size}, columns={self.get_seq_length()})"
+        return f"SplitCache(rows={self.batch_size}, columns={self.columns})"
 
     def __len__(self) -> int:
         return 1

@@ -51,8 +51,8 @@ def tell(message: str) -> None:
 class SplitModelForCausalLM(PreTrainedModel, GenerationMixin):
     """A causal language model whose middle blocks are run by a block server.
 
-    A transformers `PreTrainedModel`: `generate` in all its modes, streamers, stopping criteria, assisted decoding. Text,
-    token ids, logits and sampling stay here; noised hidden states go out, hidden states come back. Built by
+    A transformers `PreTrainedModel`: `generate` in all its modes, streamers, stopping criteria, assisted decoding.
+    Text, token ids, logits and sampling stay here; noised hidden states go out, hidden states come back. Built by
     `from_pretrained`. A context manager: leaving it closes its sessions.
 
     Attributes
@@ -65,6 +65,8 @@ class SplitModelForCausalLM(PreTrainedModel, GenerationMixin):
         The mechanism that is applied to every hidden state that leaves.
     """
 
+    input_blocks: InputBlocks
+    output_blocks: OutputBlocks
     main_input_name = "input_ids"
     base_model_prefix = "model"
     _supports_sdpa = True
@@ -85,8 +87,9 @@ class SplitModelForCausalLM(PreTrainedModel, GenerationMixin):
         self.model.layers = nn.ModuleDict({**input_blocks.model.layers, **output_blocks.model.layers})
         self.model.norm = output_blocks.model.norm
         self.lm_head = output_blocks.lm_head
-        # The parts share these modules; registered once, each weight has one name, the whole model's.
-        self.__dict__["input_blocks"], self.__dict__["output_blocks"] = input_blocks, output_blocks
+        # The parts share these modules. They are put past nn.Module's registration, so that each weight has one name,
+        # the whole model's.
+        self.__dict__.update(input_blocks=input_blocks, output_blocks=output_blocks)
         self.partition, self.traffic = partition, Traffic()
         self.noise = noise
         self.max_tokens: int = self.config.max_position_embeddings
@@ -227,8 +230,7 @@ class SplitModelForCausalLM(PreTrainedModel, GenerationMixin):
         cache = past_key_values if past_key_values is not None else self.new_cache()
         if not isinstance(cache, SplitCache):
             raise UsageError("past_key_values of a split model come from its own new_cache()")
-        with torch.no_grad():
-            logits = self._forward_unique(input_ids, attention_mask, cache, logits_to_keep)
+        logits = self._forward_unique(input_ids, attention_mask, cache, logits_to_keep)
         keep = use_cache is not False
         if not keep and past_key_values is None:
             cache.close()
@@ -242,48 +244,56 @@ class SplitModelForCausalLM(PreTrainedModel, GenerationMixin):
         self, ids: Tensor, attention_mask: Tensor | None, cache: SplitCache, logits_to_keep: int | Tensor
     ) -> Tensor:
         """Compute equal rows of a new batch once: beams and several samples of a prompt start as copies of one row."""
-        mask = _new_mask(ids, attention_mask, cache)
-        if cache.mask is None and len(ids) > 1:
-            real = torch.where(mask, ids, -1)
-            unique, twin = torch.unique(real, dim=0, return_inverse=True)
+        mask = _padding(ids, attention_mask, cache)
+        if not cache.lengths and len(ids) > 1:
+            unique, twin = torch.unique(ids if mask is None else torch.where(mask, ids, -1), dim=0, return_inverse=True)
             if len(unique) < len(ids):
                 twins = twin.tolist()
                 first = [twins.index(row) for row in range(len(unique))]
-                logits = self._forward(ids[first], mask[first], cache, logits_to_keep)
+                logits = self._forward(ids[first], None if mask is None else mask[first], cache, logits_to_keep)
                 cache.select(twins)
                 return logits[twins]
         return self._forward(ids, mask, cache, logits_to_keep)
 
-    def _forward(self, ids: Tensor, mask: Tensor, cache: SplitCache, logits_to_keep: int | Tensor) -> Tensor:
+    def _forward(self, ids: Tensor, mask: Tensor | None, cache: SplitCache, logits_to_keep: int | Tensor) -> Tensor:
         before = cache.lengths or [0] * len(ids)
         if len(before) != len(ids):
             raise UsageError(f"the cache holds {len(before)} rows, the batch has {len(ids)}")
-        rows = Rows(tuple(before), tuple(mask.sum(1).tolist()))
+        counts = (ids.shape[1],) * len(ids) if mask is None else tuple(mask.sum(1).tolist())
+        rows = Rows(tuple(before), counts)
         self._check_lengths(rows)
-        padded = mask.shape[1] != rows.width or not rows.same_count
-        packed_ids = ids[mask]
-        tokens = rows.unpack(packed_ids.unsqueeze(1)).squeeze(2) if padded else ids
+        # Inference mode spares the many small operations of a decode step some of their cost. What is given back is
+        # computed outside of it, so that it is an ordinary tensor.
+        with torch.inference_mode():
+            tokens = ids if mask is None else rows.unpack(ids[mask].unsqueeze(1)).squeeze(2)
+            hidden = self._exchange(tokens, rows, cache)
+            hidden = self.output_blocks(hidden, rows, cache.output_cache)
+        cache.append(rows.ends, ids.shape[1], mask)
+        with torch.no_grad():
+            if mask is not None:
+                packed, hidden = rows.pack(hidden), hidden.new_zeros(*mask.shape, hidden.shape[2])
+                hidden[mask] = packed
+            if not isinstance(logits_to_keep, int):
+                hidden = hidden[:, logits_to_keep]
+            elif logits_to_keep:
+                hidden = hidden[:, -logits_to_keep:]
+            return self.output_blocks.logits(hidden)
+
+    def _exchange(self, tokens: Tensor, rows: Rows, cache: SplitCache) -> Tensor:
+        """Through A and the middle: tokens `[rows, width]` -> `h_B` `[rows, width, hidden]`."""
+        if cache.session is None:
+            hidden: Tensor = self.input_blocks(tokens, rows, cache.input_cache)
+            return hidden
         noised = not (isinstance(self.noise, GaussianNoise) and self.noise.std == 0)
         if noised:
-            self._extend_digests(packed_ids, rows, cache)
+            self._extend_digests(tokens, rows, cache)
 
         def leaving(chunk: Rows) -> Tensor:
             return self._leaving(tokens, rows, chunk, cache, noised=noised)
 
-        if cache.session is None:
-            hidden = rows.unpack(rows.pack(self.input_blocks(tokens, rows, cache.input_cache)))
-        else:
-            row_map, cache.row_map = cache.row_map, None
-            packed = cache.session.forward(leaving, rows, row_map)
-            hidden = rows.unpack(packed.to(device=self.device, dtype=self.dtype))
-        hidden = self.output_blocks(hidden, rows, cache.output_cache)
-        cache.mask = mask if cache.mask is None else torch.cat([cache.mask, mask], dim=1)
-        if padded:
-            aligned = hidden.new_zeros(*mask.shape, hidden.shape[2])
-            aligned[mask] = rows.pack(hidden)
-            hidden = aligned
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
-        return self.output_blocks.logits(hidden[:, kept] if not isinstance(kept, int) else hidden)
+        row_map, cache.row_map = cache.row_map, None
+        packed = cache.session.forward(leaving, rows, row_map)
+        return rows.unpack(packed.to(device=self.device, dtype=self.dtype))
 
     def _leaving(self, tokens: Tensor, rows: Rows, chunk: Rows, cache: SplitCache, *, noised: bool) -> Tensor:
         """`h_A` of some of the step's places, noised, in the wire dtype: what leaves the client."""
@@ -299,11 +309,11 @@ class SplitModelForCausalLM(PreTrainedModel, GenerationMixin):
             hidden = self.noise.apply(hidden, lambda: self._source.normals(digests, hidden.shape[1]))
         return to_wire(hidden, self._settings.wire_dtype)
 
-    def _extend_digests(self, packed_ids: Tensor, rows: Rows, cache: SplitCache) -> None:
+    def _extend_digests(self, tokens: Tensor, rows: Rows, cache: SplitCache) -> None:
         if not cache.digests:
             cache.digests = [[] for _ in range(len(rows))]
-        for digests, tokens in zip(cache.digests, packed_ids.split(rows.counts), strict=True):
-            digests.extend(self._source.extend(digests[-1] if digests else b"", tokens.tolist()))
+        for digests, row, count in zip(cache.digests, tokens.tolist(), rows.counts, strict=True):
+            digests.extend(self._source.extend(digests[-1] if digests else b"", row[:count]))
 
     def _check_lengths(self, rows: Rows) -> None:
         if min(rows.counts) == 0:
@@ -314,7 +324,9 @@ class SplitModelForCausalLM(PreTrainedModel, GenerationMixin):
                 f"the text would have {longest} tokens; the model and the server allow {self.max_tokens}"
             )
 
-    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *_args: Any) -> None:
+    def _prepare_cache_for_generation(  # type: ignore[override]
+        self, generation_config: Any, model_kwargs: dict[str, Any], *_args: Any
+    ) -> None:
         """`generate` asks for a cache: a split one, unless the user brings one or wants none."""
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = self.new_cache()
@@ -347,17 +359,18 @@ class SplitModelForCausalLM(PreTrainedModel, GenerationMixin):
         self.close()
 
 
-def _new_mask(ids: Tensor, attention_mask: Tensor | None, cache: SplitCache) -> Tensor:
-    """Which of the new columns are tokens: bool, `[rows, tokens]`."""
+def _padding(ids: Tensor, attention_mask: Tensor | None, cache: SplitCache) -> Tensor | None:
+    """Which of the new columns are tokens: bool, `[rows, tokens]`; None if all are."""
     columns = ids.shape[1]
     if attention_mask is None:
-        return torch.ones(ids.shape, dtype=torch.bool, device=ids.device)
-    if attention_mask.dim() != 2 or attention_mask.shape[1] not in (columns, columns + cache.get_seq_length()):
+        return None
+    if attention_mask.dim() != 2 or attention_mask.shape[1] not in (columns, columns + cache.columns):
         raise UsageError(
             f"the attention mask has shape {tuple(attention_mask.shape)}; for {columns} new tokens after "
-            f"{cache.get_seq_length()} it must be [rows, {columns + cache.get_seq_length()}]"
+            f"{cache.columns} it must be [rows, {columns + cache.columns}]"
         )
-    return attention_mask[:, -columns:].bool().to(ids.device)
+    mask = attention_mask[:, -columns:].bool()
+    return None if bool(mask.all()) else mask.to(ids.device)
 
 
 def wire_dtype_for(name: str | None, computed: torch.dtype) -> torch.dtype:

@@ -1,7 +1,7 @@
 """The three parts of a split model: input blocks (A), middle blocks (B) and output blocks (C).
 
-Each is built from transformers' own modules, holds only its own weights, and calls every weight by its name in the whole
-model, so that `state_dict()` of a part is a slice of the whole model's.
+Each is built from transformers' own modules, holds only its own weights, and calls every weight by its name in the
+whole model, so that `state_dict()` of a part is a slice of the whole model's.
 """
 
 import copy
@@ -63,9 +63,9 @@ class Part(nn.Module):
     def cache_bytes_per_token(self, dtype: torch.dtype, layers: range | None = None) -> int:
         """Bytes that one cached token of one row takes, over all layers (or the given ones)."""
         config: Any = self.config
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        count = len(self.layers if layers is None else layers)
-        return 2 * count * config.num_key_value_heads * int(head_dim) * dtype.itemsize
+        head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        heads: int = config.num_key_value_heads
+        return 2 * len(self.layers if layers is None else layers) * heads * head_dim * dtype.itemsize
 
     def run_layers(self, hidden: Tensor, rows: Rows, cache: RowCache, layers: range) -> Tensor:
         """Run decoder layers on new tokens.
@@ -90,8 +90,9 @@ class Part(nn.Module):
             return hidden
         cache.begin(rows)
         positions = rows.positions(hidden.device)
+        furthest = max(rows.ends)
         # Padded places must not make a length-dependent rotary embedding believe in a longer text.
-        rotary = cache.rotary(hidden, positions.clamp(max=max(rows.ends) - 1))
+        rotary = cache.rotary(hidden, positions if rows.reach == furthest else positions.clamp(max=furthest - 1))
         masks = {
             window: attention_mask(rows, window, hidden.device) for window in {self.windows[layer] for layer in layers}
         }

@@ -1,8 +1,8 @@
 """A KV cache whose rows have lengths of their own.
 
-transformers' dynamic cache keeps all rows equally long and pads the short ones; it also copies everything to append one
-token. Here position `i` of a row is at column `i`, whatever the other rows do, so lengths and starts are all that has to
-be known, nothing is padded to be kept, rows crop and move independently, and appending writes in place.
+transformers' dynamic cache keeps all rows equally long and pads the short ones; it also copies everything to append
+one token. Here position `i` of a row is at column `i`, whatever the other rows do, so lengths and starts are all that
+has to be known, nothing is padded to be kept, rows crop and move independently, and appending writes in place.
 """
 
 import copy

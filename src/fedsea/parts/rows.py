@@ -69,9 +69,9 @@ class Rows:
 
     def positions(self, device: torch.device) -> Tensor:
         """Position of every token, `[rows or 1, width]`, int64; a padded place continues its row's count."""
-        steps = torch.arange(self.width, device=device)
         if self.same_start:
-            return steps.unsqueeze(0) + self.starts[0]
+            return torch.arange(self.starts[0], self.starts[0] + self.width, device=device).unsqueeze(0)
+        steps = torch.arange(self.width, device=device)
         return torch.tensor(self.starts, device=device).unsqueeze(1) + steps
 
     def places(self, device: torch.device) -> Tensor:
@@ -99,10 +99,12 @@ class Rows:
         All chunks have the same rows; one that has run out of tokens has a count of 0. With `places`, a chunk also has
         at most so many once its rows are padded to the longest (again, at least one a row).
         """
-        sparse = places is not None and len(self) * self.width > places
-        if self.total <= tokens and not sparse:
-            return [self]
-        size = max(1, (places if sparse and self.total <= tokens else tokens) // len(self))
+        limit = tokens
+        if self.total <= tokens:
+            if places is None or len(self) * self.width <= places:
+                return [self]
+            limit = places
+        size = max(1, limit // len(self))
         return [
             Rows(
                 tuple(start + min(done, count) for start, count in zip(self.starts, self.counts, strict=True)),

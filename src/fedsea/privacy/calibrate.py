@@ -8,9 +8,9 @@ from fedsea.errors import ModelNotFoundError
 from fedsea.parts import InputBlocks, Rows
 
 TEXT = """The patient, a woman of fifty-four, came to the clinic on Monday with pain in her left arm that had begun two
-days before. She had taken no medicine for it. Her blood pressure was 150 over 90, her pulse regular at 82 beats a minute,
-and she had no fever. "It is worse at night," she said, "and when I climb the stairs." The doctor asked for a blood test
-and an X-ray, and told her to come back within the week.
+days before. She had taken no medicine for it. Her blood pressure was 150 over 90, her pulse regular at 82 beats a
+minute, and she had no fever. "It is worse at night," she said, "and when I climb the stairs." The doctor asked for a
+blood test and an X-ray, and told her to come back within the week.
 
 Dear Mr. Olsen, thank you for your letter of 3 March about the account that you opened with our branch in 2019. We have
 looked at the payments you name and found that a fee of $45.20 was charged twice by mistake. The amount will be returned

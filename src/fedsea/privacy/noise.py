@@ -37,7 +37,7 @@ DIGEST_BYTES = 16
 class Noise(ABC):
     """A mechanism: what happens to hidden states on their way out of the client."""
 
-    def calibrated(self, mean_magnitude: Callable[[], float]) -> "Noise":  # noqa: ARG002
+    def calibrated(self, mean_magnitude: Callable[[], float]) -> "Noise":
         """The mechanism for a model whose mean |h_A| `mean_magnitude()` measures; most do not depend on it."""
         return self
 
