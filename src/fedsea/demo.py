@@ -1,6 +1,6 @@
 """The demonstration: one question through a split model, and what can be measured while it is answered.
 
-Everything in a `DemoReport` was measured in the run that made it.
+Everything in a `DemoReport` was measured in the run that made it, but for `server_bytes`, which is computed.
 """
 
 import struct
@@ -72,7 +72,7 @@ class DemoReport:
     Attributes
     ----------
     client_bytes, server_bytes, whole_bytes
-        Weights in each process, and of the whole model.
+        Weights here, in the server's layers (counted in the whole model, not asked of the server), and in all.
     stats
         What the answer through the split has cost.
     wire_token

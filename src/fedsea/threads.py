@@ -3,9 +3,9 @@
 import os
 
 # A block server and a client on one machine share its cores. OpenMP's threads spin for a while after each operation,
-# in case another follows, and keep the cores from whoever could use them. Measured on two busy cores, SmolLM2-135M in
-# float32, median ms a token with spinning by default, GOMP_SPINCOUNT=1000, and sleeping: the whole model 819, 241, 107;
-# split over two processes 248, -, 131. On idle cores there is no difference.
+# in case another follows, and keep the cores from whoever could use them. Measured once on two cores that others
+# kept busy, SmolLM2-135M in float32, two threads a process, median ms a token: the whole model 819 with the default,
+# 241 with GOMP_SPINCOUNT=1000, 107 asleep; split over two processes 248 with the default, 131 asleep.
 WAITING = {"OMP_WAIT_POLICY": "PASSIVE"}
 
 

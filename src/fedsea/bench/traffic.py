@@ -70,7 +70,7 @@ def row_entries(bench: Workbench) -> Iterator[Line]:
     row's entry; the rest is the frame's own header. Rows that move (beams) add the map of which row goes on from which.
     """
     model, rows = bench.split, 6
-    long = min(300 if bench.settings.quick else 1000, bench.config.max_position_embeddings // 2)
+    long = min(100 if bench.settings.quick else 1000, bench.config.max_position_embeddings // 2)
     with bench.step("counting header bytes: 1 row, 6 rows, 6 rows that move, a long prompt"):
         one, down = _step_overhead(model, bench.prompt(8))
         still, _ = _step_overhead(model, bench.prompt(8, rows=rows))

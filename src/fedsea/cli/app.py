@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 import fedsea
-from fedsea.cli import credentials
+from fedsea.cli import bench, credentials
 from fedsea.cli.chat import chat
 from fedsea.cli.demo import demo
 from fedsea.cli.generate import generate
@@ -30,3 +30,4 @@ app.command()(chat)
 app.command()(generate)
 app.command()(serve)
 app.add_typer(credentials.app, name="credentials")
+app.add_typer(bench.app, name="bench")
