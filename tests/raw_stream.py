@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any
 
 import grpc
+import pytest
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
@@ -75,12 +76,11 @@ class RawStream:
 
     def refusal(self) -> FedSEAError:
         """The typed error that ends the stream; frames before it are passed over."""
-        try:
+        with pytest.raises(FedSEAError) as refused:
             while True:
                 self.receive()
-        except FedSEAError as error:
-            assert "\n" not in str(error)
-            return error
+        assert "\n" not in str(refused.value)
+        return refused.value
 
     def abandon(self) -> None:
         """Leave without CLOSE."""

@@ -143,8 +143,12 @@ def test_failure_in_a_fresh_process_is_an_error() -> None:
 
 
 def test_server_that_cannot_start_is_told_with_its_reason() -> None:
-    with pytest.raises(FedSEAError, match=r"did not start: .*no-such"):
-        ServerProcess("random:tiny", threads=1, secure=False, options=("--layers", "no-such"))
+    options = ("--layers", "no-such")
+    with (
+        ServerProcess("random:tiny", threads=1, secure=False, options=options) as server,
+        pytest.raises(FedSEAError, match=r"did not start: .*no-such"),
+    ):
+        print(server.address)
 
 
 def test_light_lines_hold_on_the_tiny_model(bench: Workbench) -> None:

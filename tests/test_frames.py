@@ -112,8 +112,7 @@ def test_a_step_costs_its_tensor_and_24_bytes_for_one_row() -> None:
 def refused_or_a_frame(data: bytes) -> Frame | None:
     try:
         return decode(data)
-    except ProtocolError as error:
-        assert "\n" not in str(error)
+    except ProtocolError:
         return None
 
 
@@ -240,7 +239,7 @@ def test_a_message_that_a_peer_would_refuse_is_not_sent() -> None:
 
 
 def test_values_too_large_for_the_wire_dtype_are_the_users_to_know() -> None:
-    with pytest.raises(UsageError, match="too large for torch.float16"):
+    with pytest.raises(UsageError, match=r"too large for torch\.float16"):
         to_wire(torch.tensor([[1e6]]), torch.float16)
     with pytest.raises(UsageError, match="not finite"):
         to_wire(torch.tensor([[float("nan")]]), torch.float32)

@@ -205,7 +205,7 @@ def test_random_and_damaged_frames_leave_the_server_up(
 
 
 def test_a_client_with_another_model_is_told_what_differs(server: RunningServer) -> None:
-    with pytest.raises(ModelMismatchError, match="the configuration, layer 0.* differ; load the same"):
+    with pytest.raises(ModelMismatchError, match=r"the configuration, layer 0.* differ; load the same"):
         connect(server, "random:tiny-qwen2")
 
 

@@ -31,6 +31,7 @@ def exactness(bench: Workbench) -> Iterator[Line]:
     prompts = _prompts(bench)
     batches = [prompts] if quick else [*([prompt] for prompt in prompts), prompts]
     references = []
+    _ = bench.server  # starts beside what the whole model does first
     with bench.step(f"the whole model: {len(batches)} batches, {tokens} tokens each"):
         references = [_answer(bench.whole, batch, tokens) for batch in batches]
     partitions = _partitions(bench.config.num_hidden_layers, few=quick)

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
@@ -32,7 +33,9 @@ def environment(threads: int) -> dict[str, str]:
 
 
 class ServerProcess:
-    """`fedsea serve` in a process of its own, on a free loopback port. Ready when constructed; a context manager.
+    """`fedsea serve` in a process of its own, on a free loopback port; a context manager.
+
+    Constructing it starts the process; who asks for the address waits until it serves.
 
     Parameters
     ----------
@@ -45,15 +48,6 @@ class ServerProcess:
     options
         Further options of `fedsea serve`.
 
-    Attributes
-    ----------
-    address
-        `HOST:PORT`.
-
-    Raises
-    ------
-    FedSEAError
-        If the server does not start; the message has what it said.
     """
 
     def __init__(self, model: str, *, threads: int, secure: bool = True, options: tuple[str, ...] = ()) -> None:
@@ -78,11 +72,6 @@ class ServerProcess:
                 env=environment(threads),
                 start_new_session=True,  # an interrupt typed at the terminal is for the bench, which then stops it
             )
-        try:
-            self.address = self._await_ready()
-        except BaseException:
-            self.close()
-            raise
 
     @property
     def connection(self) -> dict[str, Any]:
@@ -91,7 +80,15 @@ class ServerProcess:
             return {"server": self.address, "insecure": True}
         return {"server": self.address, "credentials": str(self._client)}
 
-    def _await_ready(self) -> str:
+    @cached_property
+    def address(self) -> str:
+        """`HOST:PORT`, once the server is ready.
+
+        Raises
+        ------
+        FedSEAError
+            If the server does not start; the message has what it said.
+        """
         assert self._process.stdout is not None
         for line in _lines_within(self._process.stdout, START_SECONDS):
             with contextlib.suppress(ValueError):

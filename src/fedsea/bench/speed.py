@@ -54,7 +54,7 @@ def decode_speed(bench: Workbench) -> Iterator[Line]:
 
 def slow_link(bench: Workbench) -> Iterator[Line]:
     """Decode over a link of 20 ms and 100 Mbit/s beside what the round trip and the computation leave possible."""
-    rounds, tokens = (3, 8) if bench.settings.quick else (7, 32)
+    rounds, tokens = (2, 8) if bench.settings.quick else (7, 32)
     prompt = bench.prompt(PROMPT_TOKENS)
     near = bench.split
     with (

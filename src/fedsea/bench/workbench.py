@@ -74,9 +74,8 @@ class Workbench:
 
     @cached_property
     def server(self) -> ServerProcess:
-        """The block server: all layers, float32, mutual TLS, a process of its own."""
-        with self.step(f"starting a block server for {self.settings.model}"):
-            return self._things.enter_context(ServerProcess(self.settings.model, threads=self.settings.threads))
+        """The block server: all layers, float32, mutual TLS, a process of its own. It may still be starting."""
+        return self._things.enter_context(ServerProcess(self.settings.model, threads=self.settings.threads))
 
     @cached_property
     def whole(self) -> Any:
@@ -91,7 +90,9 @@ class Workbench:
 
     def connect(self, **options: Any) -> SplitModelForCausalLM:
         """A split model with other options, for the caller to close; `server` among them, to go through a link."""
-        options = {"partition": PARTITION, **self.server.connection, **options}
+        server = self.server
+        with self.step(f"waiting for the block server of {self.settings.model}"):
+            options = {"partition": PARTITION, **server.connection, **options}
         with self.step(f"loading the client's parts of {self.settings.model}, {described(options['partition'])}"):
             return endless(SplitModelForCausalLM.from_pretrained(self.settings.model, **options))
 

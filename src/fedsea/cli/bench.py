@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from fedsea.cli.options import Threads
+from fedsea.errors import UsageError
 
 app = typer.Typer(help="Measure what FedSEA claims, on this machine.", no_args_is_help=True)
 
@@ -35,7 +36,10 @@ def inference(
         bool, typer.Option("--strict", help="Exit with 1 if a measured target is missed; by default that is a result.")
     ] = False,
 ) -> None:
-    """Private inference beside the whole model: exactness, speed, bytes, memory."""
+    """Private inference beside the whole model: exactness, speed, bytes, memory. A full run takes about ten minutes."""
+    for file in (json_file, markdown):
+        if file is not None and not file.parent.is_dir():
+            raise UsageError(f"there is no folder {file.parent} to write {file.name} into")
     import torch
     from rich.console import Console
 

@@ -8,7 +8,6 @@ import asyncio
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
@@ -63,17 +62,24 @@ class Scheduler:
             if done.cancelled():
                 continue
             self._busy = True
-            running = asyncio.get_running_loop().run_in_executor(self._worker, work)
-            running.add_done_callback(partial(self._finish, done))
+            self._worker.submit(self._work, asyncio.get_running_loop(), work, done)
 
-    def _finish(self, done: "asyncio.Future[Any]", finished: "asyncio.Future[Any]") -> None:
+    def _work(self, loop: asyncio.AbstractEventLoop, work: Callable[[], Any], done: "asyncio.Future[Any]") -> None:
+        """In the worker thread. Hands the outcome straight to the loop: an executor's future takes two more turns."""
+        result, error = None, None
+        try:
+            result = work()
+        except BaseException as caught:
+            error = caught
+        loop.call_soon_threadsafe(self._finish, done, result, error)
+
+    def _finish(self, done: "asyncio.Future[Any]", result: Any, error: BaseException | None) -> None:
         self._busy = False
-        error = finished.exception()
         if not done.cancelled():
             if error is not None:
                 done.set_exception(error)
             else:
-                done.set_result(finished.result())
+                done.set_result(result)
         self._start_next()
 
     async def shutdown(self) -> None:

@@ -210,7 +210,7 @@ class SessionTable:
         self._reserve(session, cache, step)
         session.computing = True
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def run(self, session: Session, step: Step) -> Result:
         """Do a step that was admitted. Runs in the worker thread.
 
