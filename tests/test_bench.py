@@ -148,7 +148,7 @@ def test_server_that_cannot_start_is_told_with_its_reason() -> None:
         ServerProcess("random:tiny", threads=1, secure=False, options=options) as server,
         pytest.raises(FedSEAError, match=r"did not start: .*no-such"),
     ):
-        print(server.address)
+        assert server.address
 
 
 def test_light_lines_hold_on_the_tiny_model(bench: Workbench) -> None:

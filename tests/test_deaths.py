@@ -8,15 +8,17 @@ import signal
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fedsea import SplitModelForCausalLM
 from fedsea.bench.link import Link
-from fedsea.errors import UsageError
+from fedsea.errors import LimitExceededError, UsageError
 from fedsea.server.limits import Limits
 from fedsea.wire.frames import Kind, Message, encode
 from tests.conftest import RunningServer, connect
@@ -235,4 +237,28 @@ def test_a_client_that_never_reads_is_ended_when_idle_and_its_cache_freed(
     assert server.server.table.cache_bytes == 0
     assert len(server.server._streams) == 1  # it waits for its reader, and counts
     stream.abandon()
+    assert eventually(lambda: is_empty(server))
+
+
+def test_a_step_that_fails_frees_what_it_held_without_waiting_for_the_garbage_collector(
+    server: RunningServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[weakref.ref[torch.Tensor]] = []
+
+    def fail(hidden: torch.Tensor, *_arguments: object) -> torch.Tensor:
+        held.append(weakref.ref(hidden))
+        raise torch.OutOfMemoryError("no memory left")
+
+    monkeypatch.setattr(server.server.middle, "forward", fail)
+    gc.disable()
+    try:
+        with RawStream(server.address) as stream:
+            stream.open()
+            stream.send(step(1))
+            error = stream.refusal()
+        assert isinstance(error, LimitExceededError)
+        assert "out of memory" in str(error)
+        assert eventually(lambda: held[0]() is None, seconds=5)
+    finally:
+        gc.enable()
     assert eventually(lambda: is_empty(server))

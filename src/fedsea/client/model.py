@@ -166,9 +166,9 @@ class SplitModelForCausalLM(PreTrainedModel, GenerationMixin):
             max_tokens = min(max_tokens, first.open().max_tokens)
             first.close()
         input_blocks = InputBlocks.from_checkpoint(checkpoint, partition, dtype=computed, device=device)
-        output_blocks = OutputBlocks.from_checkpoint(checkpoint, partition, dtype=computed, device=device)
-        if checkpoint.config.tie_word_embeddings:
-            output_blocks.lm_head.weight = input_blocks.model.embed_tokens.weight
+        output_blocks = OutputBlocks.from_checkpoint(
+            checkpoint, partition, dtype=computed, device=device, embedding=input_blocks.model.embed_tokens.weight
+        )
         noise = noise.calibrated(lambda: measure_magnitude(input_blocks, checkpoint))
         model = cls(input_blocks, output_blocks, partition, noise, endpoint, settings)
         model.generation_config = checkpoint.generation_config

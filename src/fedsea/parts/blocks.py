@@ -109,19 +109,24 @@ class Part(nn.Module):
         cache.finish()
         return hidden
 
-    def _load(self, checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device | str) -> Self:
-        """Give every module its weights from the checkpoint; read no others."""
+    def _load(
+        self, checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device | str, head: Tensor | None = None
+    ) -> Self:
+        """Give every module its weights from the checkpoint, and the head those of `head` if given; read no others."""
         stored = checkpoint.tensor_names()
         wanted = set(self.state_dict())
+        weights = {}
+        if head is not None:
+            weights["lm_head.weight"] = head
+            wanted.remove("lm_head.weight")
         tied = "lm_head.weight" in wanted and "lm_head.weight" not in stored
         names = weight_names(
             stored,
             self.layers,
             embedding=hasattr(self.model, "embed_tokens") or tied,
             norm=hasattr(self.model, "norm"),
-            head=hasattr(self, "lm_head"),
+            head="lm_head.weight" in wanted,
         )
-        weights = {}
         for name, tensor in checkpoint.load(names, dtype=dtype, device=device):
             if name in wanted:
                 weights[name] = tensor
@@ -183,11 +188,23 @@ class OutputBlocks(Part):
 
     @classmethod
     def from_checkpoint(
-        cls, checkpoint: Checkpoint, partition: Partition, *, dtype: torch.dtype, device: torch.device | str = "cpu"
+        cls,
+        checkpoint: Checkpoint,
+        partition: Partition,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        embedding: Tensor | None = None,
     ) -> Self:
-        """Read this part's weights, and no others, from a checkpoint."""
+        """Read this part's weights, and no others, from a checkpoint.
+
+        A model that ties its head to its embedding shares `embedding`, the input blocks', if it is given; else this
+        part reads the weight for itself.
+        """
         layers = partition.output(checkpoint.config.num_hidden_layers)
-        return cls(checkpoint.config, layers, head=True)._load(checkpoint, dtype=dtype, device=device)
+        part = cls(checkpoint.config, layers, head=True)
+        head = embedding if checkpoint.config.tie_word_embeddings else None
+        return part._load(checkpoint, dtype=dtype, device=device, head=head)
 
     def forward(self, hidden: Tensor, rows: Rows, cache: RowCache) -> Tensor:
         """Hidden states `h_B` `[rows, width, hidden]` -> hidden states before the final norm, the same shape."""

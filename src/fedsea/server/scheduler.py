@@ -5,6 +5,7 @@ the sessions take turns, so a long prompt (which comes in several steps) does no
 """
 
 import asyncio
+import traceback
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -50,7 +51,10 @@ class Scheduler:
         done: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         self._waiting.add(session, (work, done))
         self._start_next()
-        return await done
+        try:
+            return await done
+        finally:
+            del done  # or else an error holds this frame by its traceback, and the frame the error
 
     async def settled(self, session: str) -> None:
         """Wait until nothing that was started for the session is still being done."""
@@ -66,12 +70,14 @@ class Scheduler:
 
     def _work(self, loop: asyncio.AbstractEventLoop, work: Callable[[], Any], done: "asyncio.Future[Any]") -> None:
         """In the worker thread. Hands the outcome straight to the loop: an executor's future takes two more turns."""
-        result, error = None, None
         try:
             result = work()
-        except BaseException as caught:
-            error = caught
-        loop.call_soon_threadsafe(self._finish, done, result, error)
+        except BaseException as error:
+            # The traceback would hold the step's tensors for as long as somebody holds the error.
+            traceback.clear_frames(error.__traceback__)
+            loop.call_soon_threadsafe(self._finish, done, None, error)
+        else:
+            loop.call_soon_threadsafe(self._finish, done, result, None)
 
     def _finish(self, done: "asyncio.Future[Any]", result: Any, error: BaseException | None) -> None:
         self._busy = False

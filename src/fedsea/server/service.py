@@ -163,10 +163,10 @@ class BlockServer:
         """One call: a stream that is in the server's list while it lasts."""
         stream = Stream(context, self.table.limits.frame_bytes)
         try:
-            self._count(stream)
-            await self._serve(stream)
-        except FedSEAError as error:
-            await self._refuse(stream, None, error)
+            refusal = await self._serve(stream)
+            # Not within an `except`: gRPC keeps what ends a call, and with it would keep a failed step's tensors.
+            if refusal is not None:
+                await stream.refuse(refusal)
         finally:
             self._streams.discard(stream)
 
@@ -177,13 +177,14 @@ class BlockServer:
             raise LimitExceededError(f"client {stream.client!r} has {allowed} streams open, twice its session limit")
         self._streams.add(stream)
 
-    async def _serve(self, stream: Stream) -> None:
-        """OPEN, then steps until CLOSE, an error, or the loss of the connection."""
+    async def _serve(self, stream: Stream) -> FedSEAError | None:
+        """OPEN, then steps until CLOSE, an error (which is returned), or the loss of the connection."""
         session: Session | None = None
         try:
+            self._count(stream)
             session = await self._open(stream)
             if session is None:
-                return
+                return None
             # What the session's lost connection has left in the worker comes first: it moves the cache and the step.
             await self.scheduler.settled(session.name)
             log.info("session opened session=%s client=%s step=%d", short(session), stream.client, session.step)
@@ -191,7 +192,7 @@ class BlockServer:
             while (frame := await stream.read()) is not None:
                 if isinstance(frame, Message) and frame.kind is Kind.CLOSE:
                     self._close(session, "closed")
-                    return
+                    return None
                 if not isinstance(frame, Step):
                     raise ProtocolError("a step or CLOSE was expected")
                 self.table.admit(session, frame)
@@ -199,20 +200,21 @@ class BlockServer:
             # The stream ended without CLOSE (a killed client looks like this too): the session may be taken up again.
             self._lose(stream, session)
         except FedSEAError as error:
-            await self._refuse(stream, session, error)
+            return self._refusal(stream, session, error.with_traceback(None))
         except asyncio.CancelledError:
-            if stream.reason is not None:
-                await self._refuse(stream, session, stream.reason)
-            self._lose(stream, session)
-            raise
+            if stream.reason is None:
+                self._lose(stream, session)
+                raise
+            return self._refusal(stream, session, stream.reason)
         except grpc.aio.InternalError:
             self._lose(stream, session)
         except torch.OutOfMemoryError:
             full = LimitExceededError("the server's device is out of memory; try a shorter text or later")
-            await self._refuse(stream, session, full)
+            return self._refusal(stream, session, full)
         except Exception:
             log.exception("step failed session=%s client=%s", short(session), stream.client)
-            await self._refuse(stream, session, ServerError("the server failed at this step; its log says why"))
+            return self._refusal(stream, session, ServerError("the server failed at this step; its log says why"))
+        return None
 
     def _work(self, session: Session, step: Step) -> Any:
         return lambda: encode(self.table.run(session, step))
@@ -264,12 +266,12 @@ class BlockServer:
             self.table.detach(session)
             log.info("connection lost session=%s client=%s", short(session), session.client)
 
-    async def _refuse(self, stream: Stream, session: Session | None, error: FedSEAError) -> None:
-        """End the stream, and the session with it if it is still this stream's, with a typed error to the client."""
+    def _refusal(self, stream: Stream, session: Session | None, error: FedSEAError) -> FedSEAError:
+        """The error that the client is to be told; its session ends, unless another stream has taken it up."""
         log.warning("refused session=%s error=%s message=%r", short(session), error.code, str(error))
         if session is not None and session.end == stream.end:
             self._close(session, error.code)
-        await stream.refuse(error)
+        return error
 
 
 def short(session: Session | None) -> str:
