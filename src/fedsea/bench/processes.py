@@ -80,9 +80,14 @@ class ServerProcess:
             return {"server": self.address, "insecure": True}
         return {"server": self.address, "credentials": str(self._client)}
 
-    @cached_property
+    @property
     def address(self) -> str:
-        """`HOST:PORT`, once the server is ready.
+        """`HOST:PORT`, once the server is ready."""
+        return str(self.ready["address"])
+
+    @cached_property
+    def ready(self) -> dict[str, Any]:
+        """What `fedsea serve --json` says once it is ready: address, layers, bytes of weights and so on.
 
         Raises
         ------
@@ -94,7 +99,7 @@ class ServerProcess:
             with contextlib.suppress(ValueError):
                 ready = json.loads(line)
                 if isinstance(ready, dict) and "address" in ready:
-                    return str(ready["address"])
+                    return ready
         said = self._log.read_text(errors="replace").strip()[-2000:]
         raise FedSEAError(f"the block server did not start: {said or 'it said nothing'}")
 
