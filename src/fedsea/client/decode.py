@@ -146,9 +146,9 @@ def stream_tokens(
         raise UsageError(f"one text that goes on after the {held} tokens of the cache is needed; got the shape {shape}")
     processors, generator = sampling.processors(), sampling.generator(model.device)
     text = input_ids.to(model.device)
+    new = text[:, held:]
     for _ in range(max_new_tokens):
-        logits = model(text[:, held:], past_key_values=cache, logits_to_keep=1).logits[:, -1].float()
-        held = text.shape[1]
+        logits = model.next_logits(new, cache)
         scores: Tensor = processors(text, logits)  # type: ignore[arg-type]  # transformers names its dtype by an old class
         if generator is None:
             new = scores.argmax(dim=-1, keepdim=True)
@@ -158,4 +158,5 @@ def stream_tokens(
         yield token
         if token in stop_ids:
             return
-        text = torch.cat([text, new], dim=1)
+        if processors:
+            text = torch.cat([text, new], dim=1)

@@ -240,6 +240,23 @@ class SplitModelForCausalLM(PreTrainedModel, GenerationMixin):
         output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache if keep else None)
         return output if return_dict is not False else output.to_tuple()
 
+    def next_logits(self, new: Tensor, cache: SplitCache) -> Tensor:
+        """What `forward` gives for the last of some new tokens of one text, without what surrounds it.
+
+        Parameters
+        ----------
+        new
+            Tokens to go on with, `[1, tokens]`, int64.
+        cache
+            Holds the text before them.
+
+        Returns
+        -------
+        Tensor
+            Logits of the next token, float32, `[1, vocabulary]`.
+        """
+        return self._forward(new, None, cache, 1)[:, -1].float()
+
     def _forward_unique(
         self, ids: Tensor, attention_mask: Tensor | None, cache: SplitCache, logits_to_keep: int | Tensor
     ) -> Tensor:
