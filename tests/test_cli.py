@@ -210,17 +210,17 @@ def test_ctrl_c_stops_an_answer_and_the_chat_goes_on(
     address: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("Count from one to fifty.\n/stats"))
-    model_forward = SplitModelForCausalLM.forward
+    next_logits = SplitModelForCausalLM.next_logits
     steps = 0
 
-    def forward(*arguments: object, **options: object) -> object:
+    def interrupted(*arguments: object, **options: object) -> object:
         nonlocal steps
         steps += 1
         if steps == 3:
             signal.raise_signal(signal.SIGINT)
-        return model_forward(*arguments, **options)  # type: ignore[arg-type]
+        return next_logits(*arguments, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(SplitModelForCausalLM, "forward", forward)
+    monkeypatch.setattr(SplitModelForCausalLM, "next_logits", interrupted)
     assert run(["chat", NAME, "--server", address, "--insecure"]) == 0
     said = capsys.readouterr().out
     assert "(stopped)" in said
