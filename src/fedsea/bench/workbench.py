@@ -108,10 +108,10 @@ class Workbench:
     @property
     def place(self) -> str:
         """The machine's side of the conditions."""
-        policy = os.environ.get("OMP_WAIT_POLICY", "default")
+        spin = os.environ.get("GOMP_SPINCOUNT", "default")
         return (
             f"{self.settings.model}, float32, {self.settings.threads} threads a process on {os.cpu_count()} "
-            f"{platform.machine()} cores, OMP_WAIT_POLICY={policy}"
+            f"{platform.machine()} cores, GOMP_SPINCOUNT={spin}"
         )
 
 
