@@ -11,7 +11,9 @@ from fedsea.client.answer import UNFINISHED, TextPieces
 from fedsea.client.conversation import Conversation, chat_tokens, common_prefix
 from fedsea.client.session import Session
 from fedsea.errors import LimitExceededError, UsageError
+from fedsea.server.limits import Limits
 from tests.conftest import RunningServer, connect
+from tests.raw_stream import eventually
 
 NAME = "smollm2-135m"
 FIRST, SECOND = "What is the capital of France?", "And of Spain?"
@@ -97,6 +99,22 @@ def test_a_step_that_fails_leaves_the_conversation_as_before_the_question(
     assert conversation.messages == before
     answer = "".join(conversation.ask(SECOND))
     assert answer == whole_answer(whole, tokenizer, conversation.messages[:-1])
+
+
+def test_a_session_that_the_server_ended_as_idle_is_opened_anew_without_a_word(
+    start_server: Callable[..., RunningServer], whole: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedsea.server.service.SWEEP_SECONDS", 0.1)
+    server = start_server(NAME, limits=Limits(idle_seconds=2.0))
+    with connect(server, NAME) as model:
+        conversation = Conversation(model, tokenizer, max_new_tokens=5)
+        list(conversation.ask(FIRST))
+        assert eventually(lambda: len(server.server.table) == 0)
+        answer = "".join(conversation.ask(SECOND))
+        assert answer == whole_answer(whole, tokenizer, conversation.messages[:-1], 5)
+        assert conversation.stats is not None
+        assert conversation.stats.sent_tokens == conversation.stats.prompt_tokens
+    server.stop()
 
 
 def test_reset_forgets_all_but_the_system_message(model: SplitModelForCausalLM, tokenizer: Any) -> None:

@@ -88,17 +88,25 @@ class Conversation:
                 f"the conversation would have {len(prompt)} tokens; the model and the server allow "
                 f"{self.model.max_tokens}: start anew (/reset)"
             )
-        answer = Answer(
-            self.model,
-            self.tokenizer,
-            prompt,
-            cache=self._reuse(prompt),
-            max_new_tokens=min(self.max_new_tokens, room),
-            sampling=self.sampling,
-        )
+        reused = self._cache is not None
+        answer = self._answer(prompt, room)
         kept = False
         try:
-            yield from answer
+            pieces = iter(answer)
+            try:
+                first = next(pieces, "")
+            except LimitExceededError:
+                if not reused:
+                    raise
+                # The server may have ended a session that was idle for long. A new one gets the whole text, with the
+                # noise that it had before; a limit that is really reached says so again.
+                self._drop_cache()
+                answer = self._answer(prompt, room)
+                pieces = iter(answer)
+                first = next(pieces, "")
+            if first:
+                yield first
+            yield from pieces
             kept = True
         except GeneratorExit:  # the caller has heard enough; that is between two steps
             kept = True
@@ -110,6 +118,16 @@ class Conversation:
                 self._held = [*prompt, *answer.tokens]
             else:
                 self._drop_cache()
+
+    def _answer(self, prompt: list[int], room: int) -> Answer:
+        return Answer(
+            self.model,
+            self.tokenizer,
+            prompt,
+            cache=self._reuse(prompt),
+            max_new_tokens=min(self.max_new_tokens, room),
+            sampling=self.sampling,
+        )
 
     def reset(self) -> None:
         """Forget all turns; the system message stays."""
