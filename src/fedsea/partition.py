@@ -10,11 +10,6 @@ NORM = "model.norm."
 HEAD = "lm_head."
 
 
-def layer_prefix(layer: int) -> str:
-    """Prefix of every weight of decoder layer `layer` (counted from 0 in the whole model)."""
-    return f"model.layers.{layer}."
-
-
 def layer_of(name: str) -> int | None:
     """The decoder layer that a weight of the whole model belongs to; None for embedding, final norm and head."""
     parts = name.split(".")
