@@ -6,7 +6,7 @@ import os
 # in case another follows. By default that is long (milliseconds), and keeps the cores from the other process, whose
 # turn it is; not at all (OMP_WAIT_POLICY=PASSIVE), and waking them costs at every operation. A short spin, well under
 # a millisecond, covers the gaps between operations and ends when the turn does. On two cores, SmolLM2-135M in float32,
-# two threads a process, split / whole in ms a token: 77 / 61 by default, 84 / 74 passive, 64 / 61 with this.
+# two threads a process, split / whole in ms a token, one run each: 78 / 61 by default, 85 / 73 passive, 65 / 58 here.
 WAITING = {"GOMP_SPINCOUNT": "10000"}
 
 
