@@ -1,6 +1,7 @@
 """Block servers and models that many tests share."""
 
 import asyncio
+import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +14,8 @@ from fedsea import SplitModelForCausalLM
 from fedsea.checkpoints import load_tokenizer, load_whole_model, open_checkpoint
 from fedsea.server.service import BlockServer, ServerOptions
 
-torch.set_num_threads(2)
+# Several test processes share the cores, a thread each; a test that is run alone has two.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 class RunningServer:
