@@ -23,6 +23,7 @@ ORDER = [
     "client",
     "training",
     "tasks",
+    "federation",
     "bench",
     "demo",
     "cli",

@@ -79,6 +79,18 @@ class NonFiniteError(FedSEAError):
     code = "non_finite"
 
 
+class RefusedTicketError(FedSEAError):
+    """A ticket for a federated round is unknown, was used already, belongs to another client, or its round is over."""
+
+    code = "ticket"
+
+
+class StragglerError(FedSEAError):
+    """The others of a federated round have gone on without this client; it may come back in the next round."""
+
+    code = "straggler"
+
+
 BY_CODE: dict[str, type[FedSEAError]] = {
     kind.code: kind
     for kind in (
@@ -93,5 +105,7 @@ BY_CODE: dict[str, type[FedSEAError]] = {
         ServerError,
         RunLostError,
         NonFiniteError,
+        RefusedTicketError,
+        StragglerError,
     )
 }

@@ -20,6 +20,7 @@ from fedsea.errors import (
     FedSEAError,
     LimitExceededError,
     ProtocolError,
+    RefusedTicketError,
     ServerError,
     ServerUnavailableError,
 )
@@ -33,6 +34,7 @@ _STATUS: dict[type[FedSEAError], grpc.StatusCode] = {
     LimitExceededError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     ProtocolError: grpc.StatusCode.INVALID_ARGUMENT,
     CredentialsError: grpc.StatusCode.PERMISSION_DENIED,
+    RefusedTicketError: grpc.StatusCode.PERMISSION_DENIED,
     ServerUnavailableError: grpc.StatusCode.UNAVAILABLE,
     ServerError: grpc.StatusCode.INTERNAL,
 }

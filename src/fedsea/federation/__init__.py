@@ -1,0 +1,1 @@
+"""The federation: many data owners, one set of adapters, on Flower."""

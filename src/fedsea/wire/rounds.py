@@ -1,0 +1,313 @@
+"""What coordinator, block server and clients tell each other about a federated round.
+
+A coordinator opens a round at a block server, with a seat for each client. It hands each client a ticket for its seat
+(by Flower), and the client shows the ticket when it begins its run. The server never sees a ticket before that: it is
+told the hash, so what it knows is not enough to take a client's seat elsewhere.
+"""
+
+import hashlib
+import hmac
+import re
+import secrets
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+from fedsea.checkpoints.fingerprint import Fingerprint
+from fedsea.errors import ProtocolError, UsageError
+from fedsea.parts.adapters import AdapterSpec
+from fedsea.wire.handshake import read_count
+from fedsea.wire.runs import NAME
+
+Strategy = Literal["sequential", "client-batch", "server-hierarchical"]
+STRATEGIES: tuple[Strategy, ...] = ("sequential", "client-batch", "server-hierarchical")
+MemberState = Literal["expected", "joined", "finished", "gone"]
+MAX_MEMBERS = 1024
+MAX_SECONDS = 86_400.0
+_TOKEN = re.compile(r"[A-Za-z0-9_-]{16,128}")
+_HASH = re.compile(r"[0-9a-f]{64}")
+
+
+def hash_token(token: str) -> str:
+    """What a block server keeps of a ticket's token: its SHA-256, hexadecimal."""
+    return hashlib.sha256(token.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Seat:
+    """A client's place in a round, as the block server knows it.
+
+    Attributes
+    ----------
+    client
+        The client's name: its certificate's common name, where there are certificates.
+    token_hash
+        Of the ticket that it must show.
+    """
+
+    client: str
+    token_hash: str
+
+    def admits(self, token: str) -> bool:
+        """Whether this is the seat's ticket."""
+        return hmac.compare_digest(hash_token(token), self.token_hash)
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """What a client needs to take its seat.
+
+    Attributes
+    ----------
+    server
+        Address of the block server, `HOST:PORT`.
+    run
+        The run's name there.
+    client
+        Whose it is.
+    token
+        Good for one use.
+    """
+
+    server: str
+    run: str
+    client: str
+    token: str
+
+    def __repr__(self) -> str:
+        return f"Ticket(server={self.server!r}, run={self.run!r}, client={self.client!r})"
+
+    def to_body(self) -> dict[str, str]:
+        """As a JSON object."""
+        return dict(vars(self))
+
+    @classmethod
+    def from_body(cls, body: Any) -> "Ticket":
+        """Check and read what `to_body` made.
+
+        Raises
+        ------
+        ProtocolError
+            If anything is missing.
+        """
+        names = ("server", "run", "client", "token")
+        if not isinstance(body, dict) or not all(isinstance(body.get(name), str) for name in names):
+            raise ProtocolError("the ticket is incomplete")
+        return cls(*(body[name] for name in names))
+
+
+def run_name(label: str, client: str) -> str:
+    """The run of a client in a round.
+
+    Raises
+    ------
+    UsageError
+        If the two do not make a run's name.
+    """
+    name = f"{label}.{client}"
+    if NAME.fullmatch(name) is None:
+        raise UsageError(
+            "names of federations and clients have letters, digits, dots, dashes and underscores, "
+            f"60 together; got {name!r}"
+        )
+    return name
+
+
+def new_seat(server: str, label: str, client: str) -> tuple[Seat, Ticket]:
+    """A seat in a round, and its ticket."""
+    ticket = Ticket(server, run_name(label, client), client, secrets.token_urlsafe(32))
+    return Seat(client, hash_token(ticket.token)), ticket
+
+
+def check_token(token: Any) -> str | None:
+    """A token as it came; None for none.
+
+    Raises
+    ------
+    ProtocolError
+        If it is neither.
+    """
+    if token is None or (isinstance(token, str) and _TOKEN.fullmatch(token) is not None):
+        return token
+    raise ProtocolError("the ticket cannot be read")
+
+
+@dataclass(frozen=True)
+class RoundPlan:
+    """A round at a block server.
+
+    Attributes
+    ----------
+    label
+        Its name there; a round of the same name is replaced.
+    strategy
+        `client-batch`: one adapter, which all members train together; any other: an adapter for each member.
+    adapter
+        What is trained.
+    members
+        Who may take part.
+    join_seconds
+        So long the first step waits for members that have not come.
+    straggler_seconds
+        So long a step waits for a member that has nothing to do yet.
+    """
+
+    label: str
+    strategy: Strategy
+    adapter: AdapterSpec
+    members: tuple[Seat, ...]
+    join_seconds: float = 60.0
+    straggler_seconds: float = 60.0
+
+    def __post_init__(self) -> None:
+        if self.strategy not in STRATEGIES:
+            raise UsageError(f"the strategy must be one of {', '.join(STRATEGIES)}; got {self.strategy!r}")
+        if not self.members:
+            raise UsageError("a round needs at least one member")
+        for name in ("join_seconds", "straggler_seconds"):
+            if not 0 < getattr(self, name) <= MAX_SECONDS:
+                raise UsageError(f"{name} must be above 0, at most {MAX_SECONDS:g}; got {getattr(self, name)}")
+        for seat in self.members:
+            run_name(self.label, seat.client)
+        if len({seat.client for seat in self.members}) < len(self.members):
+            raise UsageError("a client has one seat in a round")
+
+    @property
+    def shared(self) -> bool:
+        """Whether all members train one adapter."""
+        return self.strategy == "client-batch"
+
+    def to_body(self) -> dict[str, Any]:
+        """As a JSON object."""
+        return {
+            **vars(self),
+            "adapter": self.adapter.to_body(),
+            "members": [[seat.client, seat.token_hash] for seat in self.members],
+        }
+
+    @classmethod
+    def from_body(cls, body: dict[str, Any]) -> "RoundPlan":
+        """Check and read what `to_body` made; it may come from anybody.
+
+        Raises
+        ------
+        ProtocolError
+            If anything is not what it should be.
+        """
+        label, members = body.get("label"), body.get("members")
+        if not isinstance(label, str) or not isinstance(members, list) or len(members) > MAX_MEMBERS:
+            raise ProtocolError(f"a round needs a label and at most {MAX_MEMBERS} members")
+        seats = []
+        for member in members:
+            match member:
+                case [str(client), str(token_hash)] if _HASH.fullmatch(token_hash):
+                    seats.append(Seat(client, token_hash))
+                case _:
+                    raise ProtocolError("a member of a round has a name and the hash of its ticket")
+        seconds = {name: body.get(name) for name in ("join_seconds", "straggler_seconds")}
+        if not all(type(value) in (int, float) for value in seconds.values()):
+            raise ProtocolError("a round's deadlines are seconds")
+        try:
+            return cls(
+                label,
+                cast(Strategy, body.get("strategy")),
+                AdapterSpec.from_body(body.get("adapter")),
+                tuple(seats),
+                **cast(dict[str, float], seconds),
+            )
+        except UsageError as error:
+            raise ProtocolError(str(error)) from None
+
+
+@dataclass(frozen=True)
+class MemberStatus:
+    """How a member of a round stands.
+
+    Attributes
+    ----------
+    steps
+        Optimizer steps done.
+    straggled
+        Whether others went on without it.
+    bytes_up, bytes_down
+        Of its frames.
+    seconds_since
+        Since it was last heard of; of an expected one, since the round was opened.
+    """
+
+    client: str
+    state: MemberState
+    steps: int
+    straggled: bool
+    bytes_up: int
+    bytes_down: int
+    seconds_since: float
+
+
+@dataclass(frozen=True)
+class RoundStatus:
+    """How a round stands."""
+
+    label: str
+    strategy: str
+    members: tuple[MemberStatus, ...]
+
+    def to_body(self) -> dict[str, Any]:
+        """As a JSON object."""
+        return {**vars(self), "members": [dict(vars(member)) for member in self.members]}
+
+    @classmethod
+    def from_body(cls, body: dict[str, Any]) -> "RoundStatus":
+        """Read what `to_body` made.
+
+        Raises
+        ------
+        ProtocolError
+            If a field is missing.
+        """
+        try:
+            members = tuple(MemberStatus(**member) for member in body["members"])
+            return cls(str(body["label"]), str(body["strategy"]), members)
+        except (KeyError, TypeError):
+            raise ProtocolError("the server's account of the round is incomplete") from None
+
+
+@dataclass(frozen=True)
+class ServerDescription:
+    """What a coordinator is told of a block server.
+
+    Attributes
+    ----------
+    layers
+        That it holds.
+    num_layers
+        Of the model.
+    """
+
+    fingerprint: Fingerprint
+    layers: range
+    num_layers: int
+
+    def to_body(self) -> dict[str, Any]:
+        """As a JSON object."""
+        return {
+            "fingerprint": self.fingerprint.to_json(),
+            "layers": [self.layers.start, self.layers.stop],
+            "num_layers": self.num_layers,
+        }
+
+    @classmethod
+    def from_body(cls, body: dict[str, Any]) -> "ServerDescription":
+        """Read what `to_body` made.
+
+        Raises
+        ------
+        ProtocolError
+            If a field is missing.
+        """
+        match body.get("layers"):
+            case [int(first), int(last)] if 0 <= first < last:
+                pass
+            case _:
+                raise ProtocolError("the server's description is incomplete")
+        fingerprint = Fingerprint.from_json(str(body.get("fingerprint")))
+        return cls(fingerprint, range(first, last), read_count(body, "num_layers"))
