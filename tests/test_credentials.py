@@ -7,6 +7,7 @@ import shutil
 import stat
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent import futures
 from pathlib import Path
 
@@ -18,9 +19,10 @@ from typer.testing import CliRunner
 
 from fedsea.cli.credentials import app
 from fedsea.errors import CredentialsError, UsageError
-from fedsea.wire import credential_files
+from fedsea.wire import certificates, credential_files
 from fedsea.wire.address import format_address, is_loopback, parse_address
 from fedsea.wire.credentials import Credentials, channel_credentials, create_credentials, server_credentials
+from fedsea.wire.roles import COORDINATOR_URI, is_coordinator
 
 DAY = datetime.timedelta(days=1)
 EXPIRED = datetime.timedelta(minutes=-1)
@@ -72,7 +74,7 @@ def test_nothing_is_readable_by_others_even_under_an_open_umask(
     finally:
         os.umask(old)
     assert set(modes) == {0o600}
-    assert len(modes) == 8
+    assert len(modes) == 11
     for path in (tmp_path / "made").rglob("*"):
         assert stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600), path
 
@@ -80,10 +82,10 @@ def test_nothing_is_readable_by_others_even_under_an_open_umask(
 def test_a_second_run_keeps_everything_and_adds_new_clients(made: Path) -> None:
     before = {path: path.read_bytes() for path in made.rglob("*.pem")}
     summary = create_credentials(made, clients=["alice", "carol"])
-    assert summary.names("kept") == ("authority", "server", "alice")
+    assert summary.names("kept") == ("authority", "server", "coordinator", "alice")
     assert summary.names("created") == ("carol",)
     assert all(path.read_bytes() == content for path, content in before.items())
-    assert create_credentials(made).names("kept") == ("authority", "server", "alice", "bob", "carol")
+    assert create_credentials(made).names("kept") == ("authority", "server", "coordinator", "alice", "bob", "carol")
 
 
 def test_server_is_reissued_for_a_new_host_and_keeps_its_old_ones(made: Path) -> None:
@@ -98,7 +100,7 @@ def test_server_is_reissued_for_a_new_host_and_keeps_its_old_ones(made: Path) ->
 def test_certificates_near_their_end_are_reissued(tmp_path: Path, lifetime: datetime.timedelta) -> None:
     create_credentials(tmp_path, hosts=["gpu.example.org"], lifetime=lifetime)
     summary = create_credentials(tmp_path)
-    assert summary.names("re-issued") == ("server", "client-a")
+    assert summary.names("re-issued") == ("server", "coordinator", "client-a")
     assert "gpu.example.org" in summary.hosts
     Credentials.load(tmp_path / "client-a", "client")
 
@@ -122,7 +124,9 @@ def test_an_expired_authority_issues_nothing(tmp_path: Path) -> None:
         create_credentials(tmp_path, authority_lifetime=EXPIRED)
 
 
-@pytest.mark.parametrize("name", ["authority", "server", "", "Alice", "../x", ".hidden", "a b", "x" * 64])
+@pytest.mark.parametrize(
+    "name", ["authority", "server", "coordinator", "", "Alice", "../x", ".hidden", "a b", "x" * 64]
+)
 def test_client_names_that_are_no_safe_folder_are_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(UsageError, match="client"):
         create_credentials(tmp_path, clients=[name])
@@ -159,6 +163,10 @@ def test_load_refuses_the_other_roles_folder(made: Path) -> None:
         Credentials.load(made / "alice", "server")
     with pytest.raises(CredentialsError, match="not for a client: it is a server's"):
         Credentials.load(made / "server", "client")
+    with pytest.raises(CredentialsError, match="not for a client: it is a coordinator's"):
+        Credentials.load(made / "coordinator", "client")
+    with pytest.raises(CredentialsError, match="not for a coordinator: it is a client's"):
+        Credentials.load(made / "alice", "coordinator")
 
 
 def test_load_refuses_a_key_of_another_certificate(made: Path) -> None:
@@ -197,33 +205,62 @@ def test_load_refuses_expired_and_not_yet_valid(tmp_path: Path, monkeypatch: pyt
         Credentials.load(tmp_path / "new" / "client-a", "client")
 
 
-def test_grpc_server_sees_the_clients_name_and_refuses_strangers(made: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def echo(made: Path) -> Iterator[str]:
+    """Address of a server that answers with its caller's name, and `!` if that is the coordinator."""
+
     def name(request: bytes, context: grpc.ServicerContext) -> bytes:
-        return context.auth_context()["x509_common_name"][0]
+        peer = context.auth_context()
+        return peer["x509_common_name"][0] + (b"!" if is_coordinator(peer) else b"")
 
     server = grpc.server(futures.ThreadPoolExecutor(1))
     handlers = {"Name": grpc.unary_unary_rpc_method_handler(name)}
-    server.add_registered_method_handlers("test.Test", handlers)
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("test.Test", handlers),))
     port = server.add_secure_port("127.0.0.1:0", server_credentials(Credentials.load(made, "server")))
     server.start()
+    yield f"localhost:{port}"
+    server.stop(None)
+
+
+def name_at(address: str, credentials: grpc.ChannelCredentials) -> bytes:
+    with grpc.secure_channel(address, credentials) as channel:
+        return channel.unary_unary("/test.Test/Name")(b"", timeout=5)
+
+
+def test_grpc_server_sees_the_clients_name_and_refuses_strangers(made: Path, tmp_path: Path, echo: str) -> None:
     create_credentials(tmp_path / "other")
     anyone = grpc.ssl_channel_credentials((made / "alice" / "authority.pem").read_bytes())
     stranger = channel_credentials(Credentials.load(tmp_path / "other" / "client-a", "client"))
-    try:
-        with grpc.secure_channel(
-            f"localhost:{port}", channel_credentials(Credentials.load(made / "alice", "client"))
-        ) as channel:
-            assert channel.unary_unary("/test.Test/Name")(b"", timeout=5) == b"alice"
-        for refused in (anyone, stranger):
-            with (
-                grpc.secure_channel(f"localhost:{port}", refused) as channel,
-                pytest.raises(grpc.RpcError) as caught,
-            ):
-                channel.unary_unary("/test.Test/Name")(b"", timeout=5)
-            assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
-    finally:
-        server.stop(None)
+    assert name_at(echo, channel_credentials(Credentials.load(made / "alice", "client"))) == b"alice"
+    for refused in (anyone, stranger):
+        with pytest.raises(grpc.RpcError) as caught:
+            name_at(echo, refused)
+        assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+
+
+def test_grpc_server_knows_the_coordinator_by_its_certificate(made: Path, echo: str) -> None:
+    coordinator = Credentials.load(made, "coordinator")
+    assert coordinator == Credentials.load(made / "coordinator", "coordinator")
+    assert name_at(echo, channel_credentials(coordinator)) == b"coordinator!"
+
+
+@pytest.mark.parametrize("name", ["coordinator", COORDINATOR_URI])
+def test_no_name_makes_a_client_a_coordinator(made: Path, echo: str, name: str) -> None:
+    # Issued past the check of names, with the role's URI as a name and as a host, too.
+    authority = certificates.Pair(
+        *((made / "authority" / f"{what}.pem").read_bytes() for what in ("certificate", "key"))
+    )
+    pair, _ = certificates.issue(authority, name, "client", DAY, [name])
+    credentials = grpc.ssl_channel_credentials(authority.certificate, pair.key, pair.certificate)
+    assert name_at(echo, credentials) == name.encode()
+    with pytest.raises(CredentialsError, match="not for a coordinator: it is a client's"):
+        certificates.check(authority.certificate, pair, "coordinator", "here", "renew")
+
+
+def test_a_client_of_the_coordinators_name_gives_way_to_the_coordinator(made: Path) -> None:
+    shutil.copytree(made / "alice", made / "coordinator", dirs_exist_ok=True)
+    assert create_credentials(made).names("re-issued") == ("coordinator",)
+    assert Credentials.load(made, "coordinator").name == "coordinator"
 
 
 def test_use_without_tls_does_not_import_cryptography() -> None:
@@ -242,6 +279,7 @@ def test_command_prints_what_to_do_next(tmp_path: Path) -> None:
     assert [(entry["name"], entry["outcome"]) for entry in summary["entries"]] == [
         ("authority", "kept"),
         ("server", "kept"),
+        ("coordinator", "kept"),
         ("clinic", "kept"),
     ]
     assert isinstance(CliRunner().invoke(app, ["init", str(tmp_path), "--client", "server"]).exception, UsageError)

@@ -48,7 +48,9 @@ def forwards(draw: some.DrawFn) -> Forward:
 @some.composite
 def backwards(draw: some.DrawFn) -> Backward:
     gradient = draw(tensors(draw(some.integers(1, 6))))
-    return Backward(draw(NUMBERS), draw(NUMBERS), gradient, draw(some.integers(-100, 200)), draw(some.booleans()))
+    weight = draw(some.floats(0, exclude_min=True, allow_infinity=False, width=32))
+    exponent, fresh = draw(some.integers(-100, 200)), draw(some.booleans())
+    return Backward(draw(NUMBERS), draw(NUMBERS), gradient, exponent, fresh, weight)
 
 
 @some.composite
@@ -153,7 +155,7 @@ def test_a_frame_cut_short_or_with_bytes_too_many_is_refused(frame: RunFrame, da
 
 def raw(kind: int, *, code: int = 1, flags: int = 0, count: int = 1, hidden: int = 4, **more: Any) -> bytes:
     header = HEADER.pack(VERSION, kind, code, flags, 1, count, hidden)
-    run = RUN.pack(more.get("received", 0), more.get("micro", 0), more.get("exponent", 0), more.get("norm", 0.0))
+    run = RUN.pack(more.get("received", 0), more.get("micro", 0), more.get("exponent", 0), more.get("norm", 1.0))
     return header + run + more.get("rest", b"")
 
 
@@ -176,6 +178,9 @@ WRONG: dict[str, tuple[bytes, str]] = {
     "no gradient": (raw(Kind.BACKWARD, code=0, count=0, hidden=0), "unknown dtype"),
     "an exponent out of reach": (raw(Kind.BACKWARD, exponent=201, rest=bytes(16)), "exponent of 201"),
     "an exponent that is undone to infinity": (raw(Kind.BACKWARD, exponent=-115, rest=bytes(16)), "exponent of -115"),
+    "no weight": (raw(Kind.BACKWARD, norm=0.0, rest=bytes(16)), "weight must be above 0; got 0.0"),
+    "an endless weight": (raw(Kind.BACKWARD, norm=math.inf, rest=bytes(16)), "weight must be above 0; got inf"),
+    "a weight that is no number": (raw(Kind.BACKWARD, norm=math.nan, rest=bytes(16)), "weight must be above 0"),
     "a norm that is no number": (raw(Kind.STATES, norm=math.nan, rest=bytes(16)), "not a number"),
     "NaN": (raw(Kind.BACKWARD, rest=struct.pack("<4f", 0, math.nan, 0, 0)), "not finite"),
     "no JSON": (raw(Kind.COMMAND, count=3, rest=b"{a}"), "not JSON"),

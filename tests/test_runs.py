@@ -114,7 +114,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 
 def gradients(run: Run) -> list[torch.Tensor]:
-    return [gradient.clone() for gradient in run.trainer._gradients or []]
+    return [gradient.clone() for gradient in (run.trainer.trained._gradients or {}).values()]
 
 
 def test_forward_backward_and_step_are_those_of_the_layers_themselves(table: RunTable) -> None:
@@ -500,8 +500,8 @@ def test_idle_runs_cost_their_adapters_and_the_base_weights_are_held_once(table:
     for run in runs:
         own = [weight for weight in run.trainer.blocks.parameters() if weight.data_ptr() not in base]
         assert {id(weight) for weight in own} == {id(weight) for weight in run.trainer.parameters.values()}
-        assert run.trainer._optimizer is None
-        assert run.trainer._gradients is None
+        assert run.trainer.trained._optimizer is None
+        assert run.trainer.trained._gradients is None
     gone = [weakref.ref(run.trainer) for run in runs]
     for run in runs:
         table.close(run)

@@ -47,11 +47,26 @@ class ServerProcess:
         Mutual TLS, with credentials made for this server alone; else plaintext.
     options
         Further options of `fedsea serve`.
+    clients
+        Names of the clients that get certificates, the first of them for `connection`.
 
+    Attributes
+    ----------
+    folder
+        With TLS: the folder of all credentials.
     """
 
-    def __init__(self, model: str, *, threads: int, secure: bool = True, options: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        model: str,
+        *,
+        threads: int,
+        secure: bool = True,
+        options: tuple[str, ...] = (),
+        clients: tuple[str, ...] = ("bench",),
+    ) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="fedsea-bench-")
+        self.folder = Path(self._folder.name)
         self._client: Path | None = None
         security = "--insecure"
         command = [sys.executable, "-m", "fedsea", "serve", model, "--listen", "127.0.0.1:0", "--json", *options]
@@ -59,8 +74,8 @@ class ServerProcess:
             # Imported here: a bench without TLS runs where `cryptography` is not installed.
             from fedsea.wire.credentials import create_credentials
 
-            create_credentials(Path(self._folder.name), clients=["bench"])
-            self._client = Path(self._folder.name) / "bench"
+            create_credentials(self.folder, clients=list(clients))
+            self._client = self.folder / clients[0]
             security = f"--credentials={self._folder.name}"
         self._log = Path(self._folder.name) / "server.log"
         with self._log.open("wb") as log:

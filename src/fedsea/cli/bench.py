@@ -104,6 +104,15 @@ def training(options: BenchOptions) -> None:
 
 @app.command()
 @spread
+def federation(options: BenchOptions) -> None:
+    """Training together: each strategy beside its definition, its time and its memory."""
+    from fedsea.bench.federation import run
+
+    options.measure(run)
+
+
+@app.command()
+@spread
 def quality(
     data: Annotated[
         Path, typer.Option(metavar="DIR", help="Holds a folder for each task: CB, RTE, MultiRC, XSum, with its splits.")

@@ -34,7 +34,7 @@ def init(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Create an authority, the server's certificate and one for each client; or add, renew and keep what is there."""
+    """Create an authority, and certificates for server, coordinator and clients; or add, renew, keep what is there."""
     summary = create_credentials(directory, hosts=host or (), clients=client or None)
     if as_json:
         print(json.dumps(dataclasses.asdict(summary), default=str))
@@ -47,10 +47,14 @@ def _print(summary: CredentialsSummary, console: Console) -> None:
     for entry in summary.entries:
         table.add_row(entry.name, entry.outcome, f"{entry.expires:%Y-%m-%d}", escape(str(entry.folder)))
     console.print(table)
-    authority, server, *clients = summary.entries
+    authority, server, coordinator, *clients = summary.entries
     directory = escape(str(summary.directory))
     console.print(f"The server's certificate is good for: {', '.join(summary.hosts)}")
     console.print(f"Start the server:  fedsea serve MODEL --credentials {directory}", soft_wrap=True)
+    console.print(
+        f"Whoever has {escape(str(coordinator.folder))} directs federated rounds at the server (fedsea federation).",
+        soft_wrap=True,
+    )
     for entry in clients:
         folder = escape(str(entry.folder))
         console.print(f"Copy to {entry.name}, over a channel you trust:  {folder}", soft_wrap=True)

@@ -52,9 +52,12 @@ class RunChannel:
         self._number = self._received = 0
         self._closed = False
         self.frame_bytes = self.micro_batches = 0
+        self.shared = False
 
-    def open(self, *, take_up: bool) -> Attached:
+    def open(self, *, take_up: bool, token: str | None = None) -> Attached:
         """Begin the run at the server, or `take_up` the one there; tried once, so that a wrong address shows at once.
+
+        `token` is that of a ticket for a federated round.
 
         Raises
         ------
@@ -67,7 +70,7 @@ class RunChannel:
                     return self._connect(begin=False)
                 except RunLostError:
                     self._drop()
-            return self._connect(begin=True)
+            return self._connect(begin=True, token=token)
         except ConnectionLost as lost:
             self._drop()
             raise self._endpoint.explain(str(lost)) from None
@@ -140,7 +143,7 @@ class RunChannel:
                 self._forget()
                 raise
 
-    def _connect(self, *, begin: bool) -> Attached:
+    def _connect(self, *, begin: bool, token: str | None = None) -> Attached:
         settings = self._settings
         connection = self._connection = self._endpoint.stream(self._traffic, contract.RUN_PATH)
         wish = Attach(
@@ -151,6 +154,7 @@ class RunChannel:
             self._adapter,
             self._received,
             begin,
+            token,
         )
         connection.send_bytes(encode_run(Message(Kind.OPEN, wish.to_body())), 0)
         frame, _ = decode_run(connection.receive_bytes())
@@ -158,6 +162,7 @@ class RunChannel:
             raise ProtocolError("the block server did not answer OPEN with OPENED")
         attached = Attached.from_body(frame.body)
         self.frame_bytes, self.micro_batches = attached.frame_bytes, attached.micro_batches
+        self.shared = attached.shared
         if not self._pending:
             # Nothing of ours is under way: go on from wherever the run is.
             self._number = self._received = attached.number

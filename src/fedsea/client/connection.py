@@ -6,13 +6,15 @@ import queue
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import grpc
 
 from fedsea.client.traffic import Traffic
 from fedsea.errors import FedSEAError, LimitExceededError, ServerUnavailableError, UsageError
 from fedsea.wire import contract
+from fedsea.wire.address import is_loopback, parse_address
 from fedsea.wire.credentials import Credentials, channel_credentials
 from fedsea.wire.diagnose import explain_unreachable
 from fedsea.wire.frames import MAX_PLACES, Frame, Message, Result, Step, decode, encode
@@ -20,6 +22,31 @@ from fedsea.wire.frames import MAX_PLACES, Frame, Message, Result, Step, decode,
 # The longest result that is accepted: a full step of a hidden size of 16,384 in float32.
 FRAME_BYTES = MAX_PLACES * 16_384 * 4
 GOODBYE_SECONDS = 2.0
+
+
+def client_credentials(
+    server: str,
+    credentials: str | Path | Credentials | None,
+    insecure: bool,
+    role: Literal["client", "coordinator"] = "client",
+) -> Credentials | None:
+    """Load the certificate of whoever connects, or accept that there is none.
+
+    Raises
+    ------
+    UsageError
+        If neither or both are given, or plaintext would leave this machine.
+    """
+    host, _port = parse_address(server)
+    if (credentials is None) != insecure:
+        raise UsageError("give either credentials (a folder made by: fedsea credentials init DIR) or insecure=True")
+    if isinstance(credentials, Credentials):
+        return credentials
+    if credentials is not None:
+        return Credentials.load(credentials, role=role)
+    if not is_loopback(host):
+        raise UsageError(f"insecure connections stay on this machine; {host} is another one, so give credentials")
+    return None
 
 
 class ConnectionLost(Exception):  # noqa: N818 - not an error for the user: the session reconnects

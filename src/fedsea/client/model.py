@@ -15,7 +15,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from fedsea.checkpoints import Checkpoint, open_checkpoint
 from fedsea.client.backbone import SplitBackbone
 from fedsea.client.cache import SplitCache
-from fedsea.client.connection import Endpoint
+from fedsea.client.connection import Endpoint, client_credentials
 from fedsea.client.session import Session, SessionSettings
 from fedsea.client.traffic import Traffic
 from fedsea.client.training import TrainingMixin
@@ -24,7 +24,6 @@ from fedsea.partition import Partition
 from fedsea.parts import InputBlocks, OutputBlocks, Rows
 from fedsea.privacy import GaussianNoise, Noise, NoiseSource
 from fedsea.privacy.calibrate import measure_magnitude
-from fedsea.wire.address import is_loopback, parse_address
 from fedsea.wire.credentials import Credentials
 from fedsea.wire.frames import to_wire, wire_dtype
 
@@ -233,6 +232,9 @@ class SplitModelForCausalLM(TrainingMixin, PreTrainedModel, GenerationMixin):  #
         """
         if labels is not None and self.training and torch.is_grad_enabled() and not self._trains():
             raise UsageError("there is nothing to train; add an adapter first: model.add_adapter(LoraConfig(...))")
+        if labels is not None:
+            learnt = (labels[:, 1:] != -100).sum() if num_items_in_batch is None else num_items_in_batch
+            self._weight = float(max(1, int(learnt)))
         hidden, cache = self._states(input_ids, attention_mask, past_key_values, use_cache, logits_to_keep, **kwargs)
         logits = self.output_blocks.logits(hidden)
         if hidden.requires_grad and self.dtype is torch.float16:
@@ -442,23 +444,3 @@ def wire_dtype_for(name: str | None, computed: torch.dtype) -> torch.dtype:
     if name is not None:
         return wire_dtype(name)
     return torch.bfloat16 if computed is torch.bfloat16 else torch.float16
-
-
-def client_credentials(server: str, credentials: str | Path | Credentials | None, insecure: bool) -> Credentials | None:
-    """Load the client's certificate, or accept that there is none.
-
-    Raises
-    ------
-    UsageError
-        If neither or both are given, or plaintext would leave this machine.
-    """
-    host, _port = parse_address(server)
-    if (credentials is None) != insecure:
-        raise UsageError("give either credentials (a folder made by: fedsea credentials init DIR) or insecure=True")
-    if isinstance(credentials, Credentials):
-        return credentials
-    if credentials is not None:
-        return Credentials.load(credentials, role="client")
-    if not is_loopback(host):
-        raise UsageError(f"insecure connections stay on this machine; {host} is another one, so give credentials")
-    return None

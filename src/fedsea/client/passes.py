@@ -36,6 +36,7 @@ class PassMixin:
     _run: MiddleRun | None
     _adapter: AdapterSpec | None
     _passes: int
+    _weight: float
 
     @property
     def _module(self) -> Any:
@@ -54,6 +55,7 @@ class PassMixin:
             Over how many labels the sum is averaged.
         """
         learnt = labels[:, 1:] != -100
+        self._weight = float(max(1, items))
         hidden = self._module._states(input_ids, attention_mask)[0][:, :-1][learnt]
         logits = self._scaled(self.output_blocks.logits(hidden).float())
         loss = nn.functional.cross_entropy(logits, labels[:, 1:][learnt], reduction="sum") / items
@@ -123,9 +125,9 @@ class PassMixin:
                 receive()
         while len(done) < len(sent):
             receive()
-        if run.scale is not None:
-            for _piece, exchange, _token in sent:
-                exchange.loss_exponent = run.scale.exponent
+        for _piece, exchange, _token in sent:
+            exchange.loss_exponent = run.scale.exponent if run.scale is not None else 0
+            exchange.weight = self._weight
         return torch.cat(done) if len(done) > 1 else done[0]
 
     def _dropout_seed(self) -> int:

@@ -82,6 +82,8 @@ class Exchange:
         The operation whose answer is awaited: FORWARD, then BACKWARD.
     loss_exponent
         The gradient was multiplied by 2 to the power of it on its way here.
+    weight
+        How much the loss counts beside those of other clients, where they train one adapter: its learnt tokens.
     """
 
     run: "MiddleRun"
@@ -92,6 +94,7 @@ class Exchange:
     dtype: torch.dtype
     device: torch.device
     loss_exponent: int = 0
+    weight: float = 1.0
     spoiled: bool = False
     _sent_back: bool = field(default=False, repr=False)
 
@@ -108,7 +111,7 @@ class Exchange:
             self.run.spoil("the gradient is not finite: first in the output blocks or the loss")
             self.run.discard(self.micro)
             return
-        self.number = self.run.send_gradient(self.micro, gradient, self.loss_exponent)
+        self.number = self.run.send_gradient(self.micro, gradient, self.loss_exponent, self.weight)
 
     def receive_gradient(self) -> Tensor | None:
         """The gradient at `h_A`, `[tokens, hidden]`; None if nobody wanted it."""
@@ -275,7 +278,7 @@ class MiddleRun:
             raise ProtocolError("the block server answered with something else than states")
         return answer
 
-    def send_gradient(self, micro: int, gradient: Tensor, loss_exponent: int) -> int:
+    def send_gradient(self, micro: int, gradient: Tensor, loss_exponent: int, weight: float = 1.0) -> int:
         """Send a gradient at `h_B`; the first after the handle's gradient was set to None or 0 begins a new sum."""
         fresh = self.handle.grad is None or not bool(self.handle.grad.any())
         if not self.handle.requires_grad:
@@ -288,7 +291,14 @@ class MiddleRun:
             self._rescale()
         scaled, exponent = gradient_to_wire(gradient, self._wire_dtype)
         return self.channel.submit(
-            partial(Backward, micro=micro, gradient=scaled, exponent=exponent + loss_exponent, fresh=fresh)
+            partial(
+                Backward,
+                micro=micro,
+                gradient=scaled,
+                exponent=exponent + loss_exponent,
+                fresh=fresh,
+                weight=weight if self.channel.shared else 1.0,  # else it is nobody's business
+            )
         )
 
     def gradient_of(self, number: int) -> States:
@@ -440,6 +450,12 @@ class MiddleRun:
         self.version = version
         if clear:
             self._owner = None
+
+    def finish(self) -> None:
+        """This client's part of a federated round is done; the run's adapter stays for the round's average."""
+        self.channel.settle()
+        self.channel.call(partial(Command, body={"do": "finish"}))
+        self.channel.close(end=False)
 
     def close(self, *, end: bool) -> None:
         """Wait for what is under way, and let go of the run; with `end`, the server gives it up."""

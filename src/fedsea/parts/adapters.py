@@ -81,9 +81,10 @@ class AdapterSpec:
         with torch.device("meta"):
             whole = AutoModelForCausalLM.from_config(config)
         try:
-            with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            # Not by PEFT's low_cpu_mem_usage: it patches torch for all threads, and others may be building modules.
+            with torch.device("meta"), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                inject_adapter_in_model(chosen, whole, "default", low_cpu_mem_usage=True)
+                inject_adapter_in_model(chosen, whole, "default")
         except ValueError as error:
             raise UsageError(f"PEFT refuses the adapter's configuration: {error}") from None
         targets = {

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
@@ -17,11 +18,11 @@ READ_AHEAD = 4  # frames that wait for their turn; more stay with gRPC, which ho
 class RunStream:
     """The two directions of a stream, each in a task of its own. A context manager: leaving it flushes what is written.
 
-    To be used by the task that made `stream`.
+    To be used by the task that made `stream`. `count` is told the bytes of each frame, up and down.
     """
 
-    def __init__(self, stream: Stream) -> None:
-        self._stream = stream
+    def __init__(self, stream: Stream, count: Callable[[int, int], None] = lambda _up, _down: None) -> None:
+        self._stream, self._bytes = stream, count
         self._incoming: asyncio.Queue[tuple[RunFrame, int] | FedSEAError | None] = asyncio.Queue(READ_AHEAD)
         self._outgoing: asyncio.Queue[bytes | None] = asyncio.Queue()
 
@@ -62,6 +63,7 @@ class RunStream:
         with contextlib.suppress(grpc.aio.InternalError):
             try:
                 while (data := await self._stream.read_bytes()) is not None:
+                    self._bytes(len(data), 0)
                     await self._incoming.put(decode_run(data, max_bytes=self._stream.frame_bytes))
                     del data
             except FedSEAError as error:
@@ -74,6 +76,7 @@ class RunStream:
     async def _write_behind(self) -> None:
         try:
             while (data := await self._outgoing.get()) is not None:
+                self._bytes(0, len(data))
                 await self._stream.write(data)
         except grpc.aio.InternalError:
             pass  # the connection is lost; the reader finds out as well

@@ -26,6 +26,7 @@ from torch import nn
 
 from fedsea.errors import FedSEAError, LimitExceededError, ProtocolError, RunLostError, UsageError
 from fedsea.parts import MiddleBlocks
+from fedsea.parts.adapters import AdapterSpec
 from fedsea.server.limits import MIB, Limits
 from fedsea.server.sessions import State, check_layers
 from fedsea.server.trainer import Trainer
@@ -56,6 +57,12 @@ class Run:
         When its state last changed, in the table's clock.
     end
         Ends the connection that serves it, with a reason for the client.
+    owner
+        Whose work its operations are, for the scheduler: its own, or a federated round's.
+    on_end
+        Told when it ends.
+    bytes_up, bytes_down
+        Of its frames.
     """
 
     name: str
@@ -67,6 +74,18 @@ class Run:
     state: State = State.ATTACHED
     number: int = 0
     replies: OrderedDict[int, bytes] = field(default_factory=OrderedDict)
+    owner: str = ""
+    on_end: Callable[[], None] | None = None
+    bytes_up: int = 0
+    bytes_down: int = 0
+
+    def __post_init__(self) -> None:
+        self.owner = self.owner or self.name
+
+    def count(self, up: int, down: int) -> None:
+        """Count a frame's bytes."""
+        self.bytes_up += up
+        self.bytes_down += down
 
     @property
     def wire_dtype(self) -> torch.dtype:
@@ -167,21 +186,60 @@ class RunTable:
 
     def _begin(self, wish: Attach, client: str, num_layers: int, end: Callable[[FedSEAError], None]) -> Run:
         layers = wish.partition.middle(num_layers)
-        check_layers(self.middle, layers)
+        self.check(wish, num_layers)
+        self._make_room(client)
+        return self.add(wish, client, self.trainer(wish.adapter, layers), end)
+
+    def check(self, wish: Attach, num_layers: int) -> None:
+        """Refuse a run that this server's model cannot have.
+
+        Raises
+        ------
+        PartitionError, ProtocolError
+            Why.
+        """
+        check_layers(self.middle, wish.partition.middle(num_layers))
         if any(int(name.split(".")[2]) >= num_layers for name in wish.adapter.targets):
             raise ProtocolError(f"the adapter names layers that the model does not have; it has {num_layers}")
-        self._make_room(client)
-        here = {name: shape for name, shape in self._shapes.items() if int(name.split(".")[2]) in layers}
-        needed = 4 * wish.adapter.parameter_bytes(here)  # weights, gradient, two moments
-        used = sum(run.trainer.state_bytes for run in self._runs.values())
-        if self.limits.run_bytes is not None and used + needed > self.limits.run_bytes:
-            raise LimitExceededError(
-                f"the server's memory for adapters ({self.limits.run_bytes / MIB:.1f} MiB) is used up: "
-                f"the run needs {needed / MIB:.1f} MiB"
-            )
-        trainer = Trainer(
-            self.middle, wish.adapter, layers, self.dtype, self._has_room, max_micros=self.limits.run_micro_batches
+
+    def trainer(
+        self, spec: AdapterSpec, layers: range, share: Trainer | None = None, *, counted: bool = True
+    ) -> Trainer:
+        """The middle's half of a run.
+
+        Parameters
+        ----------
+        share
+            Another one whose adapter it trains as well; None for one of its own, for which there must be memory.
+        counted
+            Whether that is asked.
+
+        Raises
+        ------
+        LimitExceededError
+            If there is none.
+        """
+        if share is None and counted:
+            here = {name: shape for name, shape in self._shapes.items() if int(name.split(".")[2]) in layers}
+            needed = 4 * spec.parameter_bytes(here)  # weights, gradient, two moments
+            used = sum({id(run.trainer.trained): run.trainer.state_bytes for run in self._runs.values()}.values())
+            if self.limits.run_bytes is not None and used + needed > self.limits.run_bytes:
+                raise LimitExceededError(
+                    f"the server's memory for adapters ({self.limits.run_bytes / MIB:.1f} MiB) is used up: "
+                    f"the run needs {needed / MIB:.1f} MiB"
+                )
+        return Trainer(
+            self.middle,
+            spec,
+            layers,
+            self.dtype,
+            self._has_room,
+            max_micros=self.limits.run_micro_batches,
+            share=share,
         )
+
+    def add(self, wish: Attach, client: str, trainer: Trainer, end: Callable[[FedSEAError], None]) -> Run:
+        """Take a run into the table."""
         run = Run(wish.run, client, wish, trainer, self.clock(), end)
         self._runs[wish.run] = run
         return run
@@ -190,7 +248,7 @@ class RunTable:
         return self.limits.graph_bytes is None or self.graph_bytes + graph_bytes <= self.limits.graph_bytes
 
     def _make_room(self, client: str) -> None:
-        own = [run for run in self._runs.values() if run.client == client]
+        own = [run for run in self._runs.values() if run.client == client and run.on_end is None]
         if len(own) < self.limits.client_runs and len(self._runs) < self.limits.runs:
             return
         away = [run for run in own if run.state is State.DETACHED]
@@ -212,6 +270,8 @@ class RunTable:
         run.replies.clear()
         if self._runs.get(run.name) is run:
             del self._runs[run.name]
+            if run.on_end is not None:
+                run.on_end()
 
     def expire(self) -> list[Run]:
         """End the runs whose clients were away for too long, and return them."""
@@ -219,7 +279,7 @@ class RunTable:
         over = [
             run
             for run in self._runs.values()
-            if run.state is State.DETACHED and now - run.changed > self.limits.run_seconds
+            if run.state is State.DETACHED and run.on_end is None and now - run.changed > self.limits.run_seconds
         ]
         for run in over:
             self.close(run)
@@ -266,13 +326,27 @@ class RunTable:
         FedSEAError
             Why it was not done; the run is as it was before.
         """
+        self.check_turn(run, operation)
+        return self.settle(run, self._answer(run, operation))
+
+    def check_turn(self, run: Run, operation: Operation) -> None:
+        """Refuse an operation whose run has ended since it was admitted, or that has been done since.
+
+        Raises
+        ------
+        RunLostError, ProtocolError
+            Why.
+        """
         if run.state is State.ENDED:
             raise RunLostError(f"the run {run.name!r} has ended")
         if operation.number != run.number + 1:
             raise ProtocolError(f"operation {operation.number} has been done already")
-        answer = encode_run(self._answer(run, operation))
-        run.number = operation.number
-        run.replies[operation.number] = answer
+
+    def settle(self, run: Run, reply: Reply) -> bytes:
+        """An operation is done: keep its answer, and give the frame."""
+        answer = encode_run(reply)
+        run.number = reply.number
+        run.replies[reply.number] = answer
         return answer
 
     def _answer(self, run: Run, operation: Operation) -> Reply:

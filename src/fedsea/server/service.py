@@ -24,7 +24,9 @@ from fedsea.errors import (
     UsageError,
 )
 from fedsea.parts import MiddleBlocks
+from fedsea.server.coordinate import coordinate
 from fedsea.server.limits import Limits
+from fedsea.server.rounds import Member, Round, RoundTable
 from fedsea.server.run_stream import RunStream
 from fedsea.server.runs import Run, RunTable
 from fedsea.server.scheduler import Scheduler
@@ -35,6 +37,7 @@ from fedsea.wire.address import format_address, is_loopback, parse_address
 from fedsea.wire.credentials import Credentials, server_credentials
 from fedsea.wire.frames import Kind, Message, Step, encode, wire_dtype
 from fedsea.wire.handshake import Open, Opened
+from fedsea.wire.rounds import ServerDescription
 from fedsea.wire.run_frames import Backward, Command, Forward, Tensors
 from fedsea.wire.runs import Attach, Attached
 
@@ -96,6 +99,9 @@ class BlockServer:
         self.table = SessionTable(self.middle, limits, **of_tables)
         self.runs = RunTable(self.middle, limits, **of_tables)
         self.scheduler = Scheduler()
+        self.rounds = RoundTable(
+            self.runs, self.scheduler, secure=options.credentials is not None, report=self._report_straggler
+        )
         self._server: grpc.aio.Server | None = None
         self._stopping = False
         self._streams: set[Stream] = set()
@@ -115,6 +121,7 @@ class BlockServer:
         handlers = {
             contract.SESSION: grpc.stream_stream_rpc_method_handler(self._session),
             contract.RUN: grpc.stream_stream_rpc_method_handler(self._run),
+            contract.COORDINATE: grpc.stream_stream_rpc_method_handler(self._coordinate),
         }
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(contract.SERVICE, handlers),))
         await self._add_health(server)
@@ -166,6 +173,8 @@ class BlockServer:
                 log.info("session ended session=%s client=%s reason=expired", short(session), session.client)
             for run in self.runs.expire():
                 log.info("run ended run=%s client=%s reason=expired", run.name, run.client)
+            for label in self.rounds.expire():
+                log.info("round ended round=%s reason=expired", label)
 
     async def _session(self, _requests: Any, context: Any) -> None:
         """A call with a session."""
@@ -174,6 +183,10 @@ class BlockServer:
     async def _run(self, _requests: Any, context: Any) -> None:
         """A call with a run."""
         await self._call(context, self._serve_run)
+
+    async def _coordinate(self, _requests: Any, context: Any) -> None:
+        """A call of a coordinator's."""
+        await self._call(context, self._serve_coordinator)
 
     async def _call(self, context: Any, serve: Callable[[Stream], Awaitable[FedSEAError | None]]) -> None:
         """One call: a stream that is in the server's list while it lasts."""
@@ -230,13 +243,21 @@ class BlockServer:
             wish = await self._read_open(stream, Attach.from_body)
             if wish is None:
                 return
-            run, new = self.runs.attach(wish, stream.client, self.num_layers, stream.end)
-            await self.scheduler.settled(run.name)
+            table = self.runs if wish.token is None else self.rounds
+            run, new = table.attach(wish, stream.client, self.num_layers, stream.end)
+            await self.scheduler.settled(run.owner)
             log.info("run %s run=%s client=%s", "begun" if new else "taken up", run.name, stream.client)
-            limits = self.table.limits
-            attached = Attached(new, run.number, run.trainer.version, limits.frame_bytes, limits.run_micro_batches)
+            limits, member_of = self.table.limits, self.rounds.of(run)
+            attached = Attached(
+                new,
+                run.number,
+                run.trainer.version,
+                limits.frame_bytes,
+                limits.run_micro_batches,
+                shared=member_of is not None and member_of.plan.shared,
+            )
             await stream.write(encode(Message(Kind.OPENED, attached.to_body())))
-            async with RunStream(stream) as frames:
+            async with RunStream(stream, run.count) as frames:
                 for number, answer in run.replies.items():
                     if number > wish.received:
                         frames.write(answer)
@@ -251,7 +272,11 @@ class BlockServer:
                     if not isinstance(frame, Forward | Backward | Command | Tensors):
                         raise ProtocolError("an operation or CLOSE was expected")
                     self.runs.admit(run, frame, received)
-                    frames.write(await self.scheduler.run(run.name, partial(self.runs.do, run, frame)))
+                    frames.write(
+                        await member_of.do(run, frame)
+                        if member_of is not None
+                        else await self.scheduler.run(run.owner, partial(self.runs.do, run, frame))
+                    )
                     del frame, item
             self._leave(stream, run)
 
@@ -293,6 +318,23 @@ class BlockServer:
             log.exception("a step failed client=%s", stream.client)
             return refusal(ServerError("the server failed at this step; its log says why"))
         return None
+
+    async def _serve_coordinator(self, stream: Stream) -> FedSEAError | None:
+        """OPEN, then commands until the stream ends or an error (which is returned)."""
+        description = ServerDescription(self.fingerprint, self.middle.layers, self.num_layers)
+
+        async def commands() -> None:
+            if self._stopping:
+                raise ServerUnavailableError("the block server is stopping")
+            await coordinate(stream, self.rounds, description)
+
+        def refuse(error: FedSEAError) -> None:
+            log.warning("refused coordinator=%s error=%s message=%r", stream.client, error.code, str(error))
+
+        return await self._guarded(stream, commands, lambda: None, refuse)
+
+    def _report_straggler(self, opened: Round, member: Member) -> None:
+        log.warning("going on without round=%s client=%s state=%s", opened.plan.label, member.seat.client, member.state)
 
     def _work(self, session: Session, step: Step) -> Any:
         return lambda: encode(self.table.run(session, step))

@@ -42,7 +42,10 @@ class Adapted(Protocol):
     """What a session needs of a run whose adapter it goes through."""
 
     blocks: MiddleBlocks
-    changes: int
+
+    @property
+    def changes(self) -> int:
+        """Counts up whenever the adapter changes."""
 
 
 @dataclass(eq=False)

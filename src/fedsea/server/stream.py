@@ -9,6 +9,7 @@ import grpc
 from fedsea.errors import FedSEAError
 from fedsea.wire import contract
 from fedsea.wire.frames import Frame, decode
+from fedsea.wire.roles import is_coordinator
 
 
 class Stream:
@@ -27,6 +28,8 @@ class Stream:
         Longest frame that may come.
     client
         The name in the client's certificate; without certificates all clients are one, `anonymous`.
+    coordinator
+        Whether the certificate is a coordinator's; without certificates anybody's is.
     reason
         Why `end` was called; None if it was not.
     """
@@ -37,7 +40,9 @@ class Stream:
         self._context, self.frame_bytes, self._task = context, frame_bytes, task
         self._writing = False
         self.reason: FedSEAError | None = None
-        names = context.auth_context().get("x509_common_name")
+        shown = context.auth_context()
+        names = shown.get("x509_common_name")
+        self.coordinator = not names or is_coordinator(shown)
         self.client: str = names[0].decode(errors="replace") if names else "anonymous"
 
     async def read(self) -> Frame | None:

@@ -1,40 +1,131 @@
-"""What a run computes: forward and backward through the middle, the adapter's gradient, its optimizer.
+"""What a run computes: forward and backward through the middle, and the gradient of its adapter.
 
 No network in here, and one thread at a time. The base weights are the server's own, shared by all runs; a run has
-modules of its own on them, and its adapter, gradient and optimizer state are all that it adds.
+modules of its own on them, and its adapter (trained.py) is all that it adds. Several runs in one pass: joint.py.
 """
 
 import contextlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
 
-from fedsea.errors import NonFiniteError, ProtocolError
+from fedsea.errors import NonFiniteError, PartitionError, ProtocolError
 from fedsea.partition import layer_of
 from fedsea.parts import MiddleBlocks, Rows
 from fedsea.parts.adapters import AdapterSpec, adapter_parameters
+from fedsea.server.trained import Share, TrainedAdapter, explain
 from fedsea.wire.frames import to_wire
-from fedsea.wire.run_frames import ADAPTER, Backward, Forward, States, Tensors, gradient_to_wire
+from fedsea.wire.run_frames import Backward, Forward, States, Tensors, gradient_to_wire
 from fedsea.wire.runs import OptimizerStep
 
 FLOAT16_ROOM = 12  # powers of two between a gradient's largest value and what float16 can hold, about
-STATES = ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")  # of torch's optimizers, by name
+
+
+class Graph:
+    """The activations that one pass keeps, for the micro-batches that it computed.
+
+    The micro-batches hold it, and not it them: given up, they take it with them.
+    """
+
+    def __init__(self, adapters: Iterable[TrainedAdapter]) -> None:
+        self.bytes = 0
+        self._micros: list[ref[Micro]] = []
+        self._adapters = [(adapter, adapter.changes) for adapter in adapters]
+
+    def add(self, micro: "Micro") -> None:
+        """One more micro-batch that the pass computed."""
+        self._micros.append(ref(micro))
+
+    @property
+    def micros(self) -> list["Micro"]:
+        """Those that still need it."""
+        found = [one() for one in list(self._micros)]
+        return [micro for micro in found if micro is not None and micro.graph is self]
+
+    @property
+    def usable(self) -> bool:
+        """Whether the weights are still those of the pass."""
+        return all(adapter.changes == changes for adapter, changes in self._adapters)
+
+    def spend(self) -> None:
+        """It was used, or will not be: whoever still needs it computes again."""
+        for micro in self.micros:
+            micro.drop()
 
 
 @dataclass(eq=False)
-class _Micro:
-    """A micro-batch that waits for its gradient; `output` is None if its activations were not kept."""
+class Micro:
+    """A micro-batch that waits for its gradient.
+
+    Attributes
+    ----------
+    hidden
+        `h_A`, `[rows, width, hidden]`.
+    output
+        `h_B`, with the graph behind it; None if its activations are not kept.
+    leaves
+        The adapter's weights in that graph.
+    cost
+        Its part of the graph, beside those of the others there.
+    """
 
     rows: Rows
     hidden: Tensor
-    output: Tensor | None
     training: bool
     seed: int
-    graph_bytes: int
+    output: Tensor | None = None
+    leaves: dict[str, Tensor] = field(default_factory=dict)
+    graph: Graph | None = None
+    cost: float = 1.0
+
+    def keep(self, output: Tensor, leaves: dict[str, Tensor], graph: Graph) -> None:
+        """Keep what the backward pass needs."""
+        self.output, self.leaves, self.graph = output, leaves, graph
+        graph.add(self)
+
+    def drop(self) -> None:
+        """Keep nothing but what it takes to compute again."""
+        self.output, self.leaves, self.graph = None, {}, None
+
+    @property
+    def graph_bytes(self) -> int:
+        """Memory of its activations: its part of what all that are still in the graph hold together."""
+        graph = self.graph
+        if graph is None:
+            return 0
+        return int(graph.bytes * self.cost / sum(micro.cost for micro in graph.micros))
+
+
+@dataclass(eq=False)
+class Pull:
+    """A gradient on its way down.
+
+    Attributes
+    ----------
+    gradient
+        `2**exponent` times that at `h_B`, `[rows, width, hidden]`, in the compute dtype.
+    at_input, at_weights
+        What came of it: the same at `h_A` (None if nobody wants it), and by names of the adapter's weights.
+    packed
+        That at `h_A`, `[tokens, hidden]`.
+    spoiled
+        Whether it is told as not finite.
+    """
+
+    operation: Backward
+    micro: Micro
+    gradient: Tensor
+    exponent: int
+    at_input: Tensor | None = None
+    at_weights: dict[str, Tensor] = field(default_factory=dict)
+    packed: Tensor | None = None
+    spoiled: bool = False
 
 
 class Trainer:
@@ -54,15 +145,26 @@ class Trainer:
         Asked, with a number of bytes, whether there is memory for the activations of one more micro-batch.
     max_micros
         Micro-batches that may wait.
+    share
+        Another trainer, whose adapter and modules this one trains as well; its layers have those of this one.
 
     Attributes
     ----------
-    version
-        Optimizer steps done.
-    changes
-        Counts up whenever the adapter's weights change.
-    graph_bytes
-        Memory of the activations that are kept now.
+    trained
+        The adapter, its gradient and its optimizer.
+    parameters
+        The adapter's weights in `layers`, by their names in the whole model.
+    scalings
+        What the output of each LoRA is multiplied by, by the names of the modules it is on.
+    bytes_per_place
+        Memory that the activations of a padded token take; None until a first pass.
+    trouble
+        Where a gradient was last not finite, in words.
+
+    Raises
+    ------
+    PartitionError, ProtocolError
+        If the adapter to be shared has not all these layers, or is another one.
     """
 
     def __init__(
@@ -73,22 +175,45 @@ class Trainer:
         dtype: torch.dtype,
         room: Callable[[int], bool] = lambda _bytes: True,
         max_micros: int = 64,
+        share: "Trainer | None" = None,
     ) -> None:
-        self.blocks, self.spec, self.layers = middle.twin(), spec, layers
-        spec.put_on(self.blocks, layers)
-        self._draws = torch.Generator(middle.device)
-        _draw_from(self._draws, self.blocks, spec.dropout)
-        self.parameters = adapter_parameters(self.blocks)
-        self.version = self.changes = 0
-        self._dtype, self._room, self._max_micros = dtype, room, max_micros
-        self._micros: OrderedDict[int, _Micro] = OrderedDict()
-        self._evicted: OrderedDict[int, None] = OrderedDict()
-        self._gradients: list[Tensor] | None = None
-        self._optimizer: torch.optim.Optimizer | None = None
-        self._kind: tuple[str, bool] | None = None
-        self._restored: dict[str, dict[str, Tensor]] = {}
-        self._bytes_per_place: float | None = None
+        self.base, self.spec, self.layers, self.dtype, self.room = middle, spec, layers, dtype, room
+        if share is None:
+            self.blocks = middle.twin()
+            spec.put_on(self.blocks, layers)
+            self._draws = torch.Generator(middle.device)
+            _draw_from(self._draws, self.blocks, spec.dropout)
+            self.trained = TrainedAdapter(adapter_parameters(self.blocks))
+        else:
+            different = spec.difference(share.spec)
+            if different is not None or share.base is not middle:
+                raise ProtocolError(f"the adapter that is shared is another one: {different or 'on other weights'}")
+            if layers and (layers.start < share.layers.start or layers.stop > share.layers.stop):
+                held = f"{share.layers.start}:{share.layers.stop}"
+                raise PartitionError(f"the shared adapter has the layers {held}, not {layers.start}:{layers.stop}")
+            self.blocks, self._draws, self.trained = share.blocks, share._draws, share.trained
+            self.trained.share()
+        self.parameters = {
+            name: parameter for name, parameter in self.trained.parameters.items() if layer_of(name) in layers
+        }
+        adapted: dict[str, Any] = {name: self.blocks.get_submodule(name) for name in spec.within(layers)}
+        self.scalings: dict[str, float] = {name: module.scaling["default"] for name, module in adapted.items()}
+        self.bytes_per_place: float | None = None
         self.trouble: str | None = None
+        self._max_micros = max_micros
+        self._micros: OrderedDict[int, Micro] = OrderedDict()
+        self._evicted: OrderedDict[int, None] = OrderedDict()
+        self._contributor = object()  # what the adapter knows it by: itself, it would live on there
+
+    @property
+    def version(self) -> int:
+        """Optimizer steps done."""
+        return self.trained.version
+
+    @property
+    def changes(self) -> int:
+        """Counts up whenever the adapter's weights change."""
+        return self.trained.changes
 
     @property
     def graph_bytes(self) -> int:
@@ -97,8 +222,8 @@ class Trainer:
 
     @property
     def state_bytes(self) -> int:
-        """Memory of adapter, gradient and optimizer once all are there, in bytes."""
-        return 4 * sum(4 * parameter.numel() for parameter in self.parameters.values())
+        """Memory of adapter, gradient and optimizer once all are there, in bytes; trainers that share one have one."""
+        return self.trained.state_bytes
 
     def forward(self, operation: Forward, wire_dtype: torch.dtype) -> States:
         """A micro-batch's `h_A` -> its `h_B`; what the backward pass needs is kept.
@@ -108,23 +233,45 @@ class Trainer:
         NonFiniteError
             If a layer's states are not finite.
         """
-        rows = operation.rows
-        hidden = rows.unpack(operation.states.to(device=self.blocks.device, dtype=self._dtype))
-        hidden.requires_grad_(operation.want_gradient)
-        places = len(rows) * rows.width
-        estimate = int((self._bytes_per_place or 0) * places)
-        keep = not operation.recompute and self._room(estimate)
-        micro = _Micro(rows, hidden, None, operation.training, operation.seed, 0)
-        if keep:
-            with _counted(known=self._bytes_per_place is not None) as counted:
-                micro.output = output = self._run(micro)
-            if self._bytes_per_place is None:
-                self._bytes_per_place = counted[0] / places
-            micro.graph_bytes = int(self._bytes_per_place * places)
+        micro = self.take(operation)
+        if not operation.recompute and self.room(self.estimate(len(micro.rows) * micro.rows.width)):
+            output = self.compute(micro)
         else:
             with torch.no_grad():
                 output = self._run(micro)
-        packed = rows.pack(output.detach())
+        return self.answer_forward(operation, micro, output, wire_dtype)
+
+    def take(self, operation: Forward) -> Micro:
+        """The micro-batch of an operation, on the device."""
+        hidden = operation.rows.unpack(operation.states.to(device=self.blocks.device, dtype=self.dtype))
+        hidden.requires_grad_(operation.want_gradient)
+        return Micro(operation.rows, hidden, operation.training, operation.seed)
+
+    def estimate(self, places: int) -> int:
+        """Memory that the activations of so many padded places take, in bytes; 0 as long as nobody knows."""
+        return int((self.bytes_per_place or 0) * places)
+
+    def compute(self, micro: Micro) -> Tensor:
+        """Run a micro-batch through the layers, and keep its activations."""
+        places = len(micro.rows) * micro.rows.width
+        graph = Graph([self.trained])
+        with count_kept_bytes(known=self.bytes_per_place is not None) as counted:
+            output = self._run(micro)
+        if self.bytes_per_place is None:
+            self.bytes_per_place = counted[0] / places
+        graph.bytes = int(self.bytes_per_place * places)
+        micro.keep(output, dict(self.parameters), graph)
+        return output
+
+    def answer_forward(self, operation: Forward, micro: Micro, output: Tensor, wire_dtype: torch.dtype) -> States:
+        """Have a micro-batch wait for its gradient; gives its answer.
+
+        Raises
+        ------
+        NonFiniteError
+            If its output is not finite. It does not wait then.
+        """
+        packed = micro.rows.pack(output.detach())
         if not bool(torch.isfinite(packed).all()):
             raise NonFiniteError(self._explain_forward(micro))
         answer = States(operation.number, to_wire(packed, wire_dtype))
@@ -144,7 +291,22 @@ class Trainer:
         Raises
         ------
         ProtocolError
-            If there is no such micro-batch, or the gradient does not fit it.
+            If there is no such micro-batch, the gradient does not fit it, or it cannot begin a new sum.
+        """
+        pull = self.pull(operation)
+        if pull.micro.graph is None or not pull.micro.graph.usable:
+            self.compute(pull.micro)
+        take_back([pull])
+        self.add(pull)
+        return self.answer_backward(pull, self.trained.norm(), wire_dtype)
+
+    def pull(self, operation: Backward) -> Pull:
+        """A gradient beside its micro-batch.
+
+        Raises
+        ------
+        ProtocolError
+            As `backward`.
         """
         micro = self._micros.get(operation.micro)
         if micro is None:
@@ -154,36 +316,36 @@ class Trainer:
             raise ProtocolError(
                 f"micro-batch {operation.micro} has {micro.rows.total} tokens, its gradient {len(operation.gradient)}"
             )
+        self.trained.check(self._contributor, fresh=operation.fresh)
         gradient, exponent = operation.gradient.to(self.blocks.device), operation.exponent
-        if self._dtype is torch.float16:
+        if self.dtype is torch.float16:
             # On the wire the largest is near float16's own: leave room for the layers to make it larger.
             gradient, exponent = gradient.float() * 2.0**-FLOAT16_ROOM, exponent - FLOAT16_ROOM
-        gradient = micro.rows.unpack(gradient.to(self._dtype))
-        output, micro.output = (micro.output if micro.output is not None else self._run(micro)), None
-        parameters = list(self.parameters.values())
-        inputs = [micro.hidden] * micro.hidden.requires_grad + parameters
-        gradients: list[Tensor] = []
-        if inputs and output.requires_grad:
-            gradients = list(torch.autograd.grad(output, inputs, gradient))
-        del output, self._micros[operation.micro]
-        at_input = gradients.pop(0) if micro.hidden.requires_grad else None
-        if operation.fresh:
-            self._gradients = None
+        return Pull(operation, micro, micro.rows.unpack(gradient.to(self.dtype)), exponent)
+
+    def add(self, pull: Pull) -> None:
+        """Add up what a micro-batch does to the adapter; it waits no longer."""
+        self._micros.pop(pull.operation.micro, None)
+        if pull.at_input is not None:
+            pull.packed = pull.micro.rows.pack(pull.at_input)
+            pull.spoiled = not bool(torch.isfinite(pull.packed).all())
+        if pull.spoiled and self.trained.shared:
+            return  # its owner is told to begin again, and it could not be taken back
         # The exponent's part is taken off here, in float32: in between, float16 needs it.
-        factor = 2.0**-exponent
-        if self._gradients is None:
-            self._gradients = list(torch._foreach_mul(gradients, factor)) if gradients else []
-        elif gradients:
-            torch._foreach_add_(self._gradients, gradients, alpha=factor)
-        norm = self._norm()
-        packed = micro.rows.pack(at_input) if at_input is not None else None
-        if norm == float("inf") or (packed is not None and not bool(torch.isfinite(packed).all())):
-            self.trouble = self._explain_backward()
-            return States(operation.number, None, norm=float("inf"))
-        if packed is None:
-            return States(operation.number, None, norm=norm)
-        scaled, shift = gradient_to_wire(packed, wire_dtype)
-        return States(operation.number, scaled, exponent + shift, norm)
+        factor, share = 2.0**-pull.exponent, Share(pull.operation.weight, self.layers)
+        taken = self.trained.add(self._contributor, pull.at_weights, factor, share, fresh=pull.operation.fresh)
+        pull.spoiled |= not taken
+
+    def answer_backward(self, pull: Pull, norm: float, wire_dtype: torch.dtype) -> States:
+        """The answer to a gradient that was added, given the norm of the adapter's."""
+        number = pull.operation.number
+        if pull.spoiled or norm == float("inf"):
+            self.trouble = explain(pull.at_weights) if self.trained.shared else self.trained.trouble()
+            return States(number, None, norm=float("inf"))
+        if pull.packed is None:
+            return States(number, None, norm=norm)
+        scaled, shift = gradient_to_wire(pull.packed, wire_dtype)
+        return States(number, scaled, pull.exponent + shift, norm)
 
     def update(self, step: OptimizerStep) -> None:
         """Move the adapter along the gradient that was added up. The next BACKWARD says whether to begin a new one.
@@ -193,26 +355,11 @@ class Trainer:
         ProtocolError
             If the step is not the next one, there is no gradient, or the run's optimizer is another.
         """
-        if step.step != self.version + 1:
-            raise ProtocolError(f"optimizer step {step.step} came after step {self.version}")
-        if self._gradients is None:
-            raise ProtocolError("an optimizer step came, and no gradient before it")
-        if self.parameters:
-            if step.fresh:
-                self._optimizer, self._restored = None, {}
-            optimizer = self._optimizer_for(step)
-            torch._foreach_mul_(self._gradients, step.scale)
-            for parameter, gradient in zip(self.parameters.values(), self._gradients, strict=True):
-                parameter.grad = gradient
-            optimizer.step()
-            optimizer.zero_grad()
-        self.version = step.step
-        self.changes += 1
+        self.trained.update(step)
 
     def rescale(self, factor: float) -> None:
         """Multiply the gradient that was added up: it was clipped, and more is to be added."""
-        if self._gradients:
-            torch._foreach_mul_(self._gradients, factor)
+        self.trained.rescale(factor)
 
     def discard(self, micros: list[int]) -> None:
         """Give up micro-batches whose gradient will not come."""
@@ -221,11 +368,9 @@ class Trainer:
 
     def restore(self, version: int, *, clear: bool) -> None:
         """Set the optimizer steps done; with `clear`, forget gradient, optimizer and waiting micro-batches as well."""
-        self.version = version
         if clear:
             self._micros.clear()
-            self._gradients = self._optimizer = self._kind = None
-            self._restored = {}
+        self.trained.restore(version, clear=clear)
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Set weights (`adapter/NAME`) and optimizer states (`exp_avg/NAME`, ...).
@@ -235,93 +380,23 @@ class Trainer:
         ProtocolError
             If the run has no weight of that name, or of another shape. Nothing is set then.
         """
-        for full, tensor in tensors.items():
-            kind, _, name = full.partition("/")
-            parameter = self.parameters.get(name)
-            if kind != ADAPTER and kind not in STATES:
-                raise ProtocolError(f"optimizers have no state {kind!r}")
-            if parameter is None:
-                raise ProtocolError(f"the run's adapter has no weight {name!r} in the middle")
-            if tensor.shape != (torch.Size([]) if kind == "step" else parameter.shape):
-                raise ProtocolError(f"{full} has shape {list(tensor.shape)}, the weight has {list(parameter.shape)}")
-        for full, tensor in tensors.items():
-            kind, _, name = full.partition("/")
-            if kind == ADAPTER:
-                self.parameters[name].data.copy_(tensor)
-            else:
-                self._restored.setdefault(name, {})[kind] = tensor.clone()
-        if self._restored:
-            self._optimizer = None  # made again from what came
-        self.changes += 1
+        self.trained.load(tensors, self.layers)
 
     def export(self, number: int, after: str, limit: int) -> Tensors:
         """Weights and optimizer states by name, those behind `after`, as many as fit into `limit` bytes (one at least).
 
         Names are those of `load`.
         """
-        everything = dict(self._everything())
-        names = sorted(name for name in everything if name > after)
-        chosen: dict[str, Tensor] = {}
-        size = 0
-        for name in names:
-            tensor = everything[name]
-            size += 4 * tensor.numel() + len(name) + 64
-            if chosen and size > limit:
-                break
-            chosen[name] = tensor.detach().to("cpu", torch.float32).contiguous()
-        return Tensors(number, chosen, more=len(chosen) < len(names))
+        return self.trained.export(number, after, limit, self.layers)
 
-    def _everything(self) -> Iterator[tuple[str, Tensor]]:
-        for name, parameter in self.parameters.items():
-            yield f"{ADAPTER}/{name}", parameter
-            states = self._optimizer.state[parameter] if self._optimizer is not None else self._restored.get(name, {})
-            for kind, state in states.items():
-                if isinstance(state, Tensor):
-                    yield f"{kind}/{name}", state
-
-    def _run(self, micro: _Micro) -> Tensor:
+    def _run(self, micro: Micro) -> Tensor:
         if self.blocks.training != micro.training:
             self.blocks.train(micro.training)
         self._draws.manual_seed(micro.seed)
         return self.blocks.forward(micro.hidden, micro.rows, None, self.layers)
 
-    def _norm(self) -> float:
-        if not self._gradients:
-            return 0.0
-        norm = float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(self._gradients))))
-        return norm if norm < float("inf") else float("inf")  # NaN counts as infinite
-
-    def _optimizer_for(self, step: OptimizerStep) -> torch.optim.Optimizer:
-        if self._optimizer is None:
-            parameters = list(self.parameters.values())
-            if step.kind == "sgd":
-                self._optimizer = torch.optim.SGD(parameters, lr=step.lr, fused=True)
-            else:
-                maker: Any = torch.optim.AdamW if step.kind == "adamw" else torch.optim.Adam
-                self._optimizer = maker(parameters, lr=step.lr, amsgrad=step.amsgrad, fused=True)
-            self._kind = (step.kind, step.amsgrad)
-            expected = {"momentum_buffer"} if step.kind == "sgd" else {"step", "exp_avg", "exp_avg_sq"}
-            expected |= {"max_exp_avg_sq"} if step.amsgrad else set()
-            for name, states in self._restored.items():
-                if states.keys() != expected:
-                    self._optimizer = None
-                    raise ProtocolError(f"the optimizer's states of {name} are {', '.join(states)}, not {step.kind}'s")
-            for name, states in self._restored.items():
-                parameter = self.parameters[name]
-                self._optimizer.state[parameter] = {
-                    kind: state if kind == "step" else state.to(parameter.device) for kind, state in states.items()
-                }
-            self._restored = {}
-        if self._kind != (step.kind, step.amsgrad):
-            raise ProtocolError(f"the run's optimizer is {self._kind[0] if self._kind else None}, not {step.kind}")
-        for group in self._optimizer.param_groups:
-            settings = {"lr": step.lr, "weight_decay": step.weight_decay, "betas": step.betas, "eps": step.eps}
-            settings |= {"momentum": step.momentum, "dampening": step.dampening, "nesterov": step.nesterov}
-            group.update({name: value for name, value in settings.items() if name in group})
-        return self._optimizer
-
     @torch.no_grad()
-    def _explain_forward(self, micro: _Micro) -> str:
+    def _explain_forward(self, micro: Micro) -> str:
         hidden = micro.hidden
         for layer in self.layers:
             hidden = self.blocks(hidden, micro.rows, None, range(layer, layer + 1))
@@ -329,18 +404,35 @@ class Trainer:
                 return f"the hidden states are not finite: first after layer {layer}, in the middle blocks"
         return "the hidden states are not finite in the middle blocks"
 
-    def _explain_backward(self) -> str:
-        norms = torch._foreach_norm(self._gradients) if self._gradients else []
-        bad = {
-            layer_of(name) for name, norm in zip(self.parameters, norms, strict=False) if not bool(torch.isfinite(norm))
-        }
-        layers = [layer for layer in bad if layer is not None]
-        # The gradient comes from the top.
-        where = f"first at layer {max(layers)}, in the middle blocks" if layers else "in the middle blocks"
-        return f"the gradient is not finite: {where}"
+
+def take_back(pulls: list[Pull]) -> None:
+    """Take gradients down, of micro-batches whose activations are kept in one graph; it is spent then."""
+    outputs: list[Tensor] = []
+    above: list[Tensor] = []
+    inputs: list[Tensor] = []
+    fill: list[Callable[[Tensor], None]] = []
+    for pull in pulls:
+        micro = pull.micro
+        output, graph = micro.output, micro.graph
+        assert output is not None
+        assert graph is not None
+        if output.requires_grad and (micro.hidden.requires_grad or micro.leaves):
+            outputs.append(output)
+            above.append(pull.gradient)
+            if micro.hidden.requires_grad:
+                inputs.append(micro.hidden)
+                fill.append(partial(setattr, pull, "at_input"))
+            inputs += micro.leaves.values()
+            fill += [partial(pull.at_weights.__setitem__, name) for name in micro.leaves]
+    for pull in pulls:
+        if pull.micro.graph is not None:
+            pull.micro.graph.spend()  # before: should there be no memory for it, it is computed again
+    if inputs:
+        for put, gradient in zip(fill, torch.autograd.grad(outputs, inputs, above), strict=True):
+            put(gradient)
 
 
-class _Dropout(nn.Module):
+class Dropout(nn.Module):
     """Dropout with draws of its own: torch's is the process's, which a client in the same process shares."""
 
     def __init__(self, probability: float, generator: torch.Generator) -> None:
@@ -350,20 +442,23 @@ class _Dropout(nn.Module):
     def forward(self, states: Tensor) -> Tensor:
         if not self.training:
             return states
-        kept = torch.empty(states.shape, dtype=torch.bool, device=states.device)
-        kept.bernoulli_(self._keep, generator=self._generator)
-        return states * kept / self._keep
+        return states * draw(states.shape, self._keep, self._generator) / self._keep
+
+
+def draw(shape: tuple[int, ...], keep: float, generator: torch.Generator) -> Tensor:
+    """Which values of an adapter's input are not dropped: bool, of the given shape."""
+    return torch.empty(shape, dtype=torch.bool, device=generator.device).bernoulli_(keep, generator=generator)
 
 
 def _draw_from(generator: torch.Generator, blocks: nn.Module, probability: float) -> None:
     for name, module in list(blocks.named_modules()):
         if probability and name.endswith(".lora_dropout"):
             for adapter in module:
-                module[adapter] = _Dropout(probability, generator)
+                module[adapter] = Dropout(probability, generator)
 
 
 @contextlib.contextmanager
-def _counted(*, known: bool) -> Iterator[list[int]]:
+def count_kept_bytes(*, known: bool) -> Iterator[list[int]]:
     """Count the bytes that autograd keeps; unless they are known, since counting takes a call for each tensor."""
     total = [0]
     if known:

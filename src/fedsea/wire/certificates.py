@@ -16,13 +16,18 @@ from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedsea.errors import CredentialsError, UsageError
+from fedsea.wire.roles import COORDINATOR_URI
 
-Role = Literal["client", "server"]
+Role = Literal["client", "server", "coordinator"]
 
 # Clocks of two machines differ: a certificate is valid a little before it was made.
 CLOCK_SKEW = datetime.timedelta(minutes=5)
 
-_USAGE = {"client": ExtendedKeyUsageOID.CLIENT_AUTH, "server": ExtendedKeyUsageOID.SERVER_AUTH}
+_USAGE: dict[Role, x509.ObjectIdentifier] = {
+    "client": ExtendedKeyUsageOID.CLIENT_AUTH,
+    "server": ExtendedKeyUsageOID.SERVER_AUTH,
+    "coordinator": ExtendedKeyUsageOID.CLIENT_AUTH,
+}
 _LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")
 
 
@@ -96,7 +101,10 @@ def issue(
         .add_extension(_key_usage(signs_certificates=False), critical=True)
         .add_extension(x509.ExtendedKeyUsage([_USAGE[role]]), critical=False)
     )
-    if alternatives := [_general_name(host) for host in hosts]:
+    alternatives = [_general_name(host) for host in hosts]
+    if role == "coordinator":
+        alternatives.append(x509.UniformResourceIdentifier(COORDINATOR_URI))
+    if alternatives:
         builder = builder.add_extension(x509.SubjectAlternativeName(alternatives), critical=False)
     return _pair(builder.sign(issuer_key, hashes.SHA256()), key), expires
 
@@ -132,11 +140,11 @@ def check(authority: bytes, pair: Pair, role: Role, place: str, renew: str) -> t
     key = _read_key(pair.key, f"{place}/key.pem")
     if key.public_key() != certificate.public_key():
         raise CredentialsError(f"{place}/key.pem does not belong to certificate.pem beside it: {renew}")
-    other: Role = "server" if role == "client" else "client"
     if not _allows(certificate, role):
+        other = next((one for one in _USAGE if _allows(certificate, one)), None)
         raise CredentialsError(
             f"the certificate in {place} is not for a {role}: "
-            + (f"it is a {other}'s; give the folder of a {role}" if _allows(certificate, other) else renew)
+            + (f"it is a {other}'s; give the folder of a {role}" if other is not None else renew)
         )
     issuer = next((one for one in issuers if _issued_by(certificate, one)), None)
     if issuer is None:
@@ -266,7 +274,15 @@ def _allows(certificate: x509.Certificate, role: Role) -> bool:
         usage = certificate.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
     except x509.ExtensionNotFound:
         return False
-    return _USAGE[role] in usage
+    return _USAGE[role] in usage and (role == "coordinator") == (COORDINATOR_URI in _uris(certificate))
+
+
+def _uris(certificate: x509.Certificate) -> list[str]:
+    try:
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        return []
+    return names.get_values_for_type(x509.UniformResourceIdentifier)
 
 
 def _issued_by(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:

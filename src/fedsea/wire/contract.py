@@ -7,6 +7,9 @@ without CLOSE is a lost connection; the server keeps the session for a while, an
 
 A `Run` stream carries one run: OPEN and OPENED, then an answer for each operation, in order, of which several may be
 under way. CLOSE ends the run; a run whose stream ends in any other way is kept for its client to come back.
+
+A `Coordinate` stream carries a federation's coordinator: OPEN and OPENED, then an answer for each command. Only a
+coordinator's certificate may open one.
 """
 
 from collections.abc import Iterable, Sequence
@@ -26,8 +29,8 @@ from fedsea.errors import (
 )
 
 SERVICE = "fedsea.BlockServer"
-SESSION, RUN = "Session", "Run"
-SESSION_PATH, RUN_PATH = f"/{SERVICE}/{SESSION}", f"/{SERVICE}/{RUN}"
+SESSION, RUN, COORDINATE = "Session", "Run", "Coordinate"
+SESSION_PATH, RUN_PATH, COORDINATE_PATH = (f"/{SERVICE}/{method}" for method in (SESSION, RUN, COORDINATE))
 ERROR_KEY = "fedsea-error"
 
 _STATUS: dict[type[FedSEAError], grpc.StatusCode] = {

@@ -1,7 +1,7 @@
 """Mutual TLS between a block server and its clients: making the credentials, reading them, giving them to gRPC.
 
-One folder holds them all. `authority/` signs, and never leaves the machine that made it; `server/` and one folder for
-each client hold `authority.pem`, `certificate.pem` and `key.pem`, and are what a server or a client is started with.
+One folder holds them all. `authority/` signs, and never leaves the machine that made it; `server/`, `coordinator/` and
+one folder for each client hold `authority.pem`, `certificate.pem` and `key.pem`, and are what each is started with.
 """
 
 import datetime
@@ -10,18 +10,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import grpc
 
 from fedsea.errors import CredentialsError, UsageError
+from fedsea.wire.roles import COORDINATOR
 
 if TYPE_CHECKING:  # needs `cryptography`, which connecting without TLS does not
+    from fedsea.wire.certificates import Role
     from fedsea.wire.credential_files import CredentialsEntry, Outcome
 
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 
 _AUTHORITY, _SERVER = "authority", "server"
+_TAKEN = (_AUTHORITY, _SERVER, COORDINATOR)
 _CLIENT_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 
 
@@ -36,7 +39,7 @@ class CredentialsSummary:
     hosts
         Names and addresses that the server's certificate is good for.
     entries
-        The authority, the server, then each client.
+        The authority, the server, the coordinator, then each client.
     """
 
     directory: Path
@@ -57,7 +60,7 @@ class Credentials:
     authority, certificate, key
         PEM. The key never shows in a `repr`.
     name
-        The certificate's common name: a client's name, or `server`.
+        The certificate's common name: a client's name, `server` or `coordinator`.
     expires
         When they stop being valid (UTC).
     """
@@ -69,13 +72,14 @@ class Credentials:
     expires: datetime.datetime
 
     @classmethod
-    def load(cls, directory: str | Path, role: Literal["client", "server"]) -> "Credentials":
+    def load(cls, directory: str | Path, role: "Role") -> "Credentials":
         """Read and check the credentials of one side.
 
         Parameters
         ----------
         directory
-            The folder with `authority.pem`, `certificate.pem` and `key.pem`. For a server also the folder above it.
+            The folder with `authority.pem`, `certificate.pem` and `key.pem`. For a server and a coordinator also the
+            folder above it.
         role
             Which side will use them; the certificate must be for this side.
 
@@ -94,7 +98,9 @@ class Credentials:
             if (folder / _SERVER).is_dir():
                 folder = folder / _SERVER
         else:
-            renew = "run `fedsea credentials init DIR` where the authority is, and copy the client's folder here"
+            renew = f"run `fedsea credentials init DIR` where the authority is, and copy the {role}'s folder here"
+            if role == COORDINATOR and (folder / COORDINATOR).is_dir():
+                folder = folder / COORDINATOR
         if not folder.is_dir():
             raise CredentialsError(f"there is no folder {folder}: {renew}")
         if role == "client" and (folder / _AUTHORITY).is_dir():
@@ -169,6 +175,7 @@ def create_credentials(
         server_hosts.update(dict.fromkeys(credential_files.present_hosts(server)))
         complete = partial(credential_files.complete_party, authority=authority, lifetime=lifetime)
         entries = [entry, complete(server, _SERVER, role="server", hosts=tuple(server_hosts))]
+        entries.append(complete(directory / COORDINATOR, COORDINATOR, role="coordinator"))
         entries.extend(complete(directory / name, name, role="client") for name in names)
     except OSError as error:
         raise CredentialsError(f"cannot write {error.filename or directory}: {error.strerror}") from error
@@ -181,7 +188,7 @@ def _check_client_name(name: str) -> None:
             f"{name!r} is no client name: use 1 to 63 small letters, digits, dots, dashes and underscores, "
             "a letter or digit first"
         )
-    if name in (_AUTHORITY, _SERVER):
+    if name in _TAKEN:
         raise UsageError(f"a client cannot be called {name!r}: the folder of that name is taken")
 
 
@@ -189,5 +196,5 @@ def _existing_clients(directory: Path) -> list[str]:
     return sorted(
         path.parent.name
         for path in directory.glob("*/certificate.pem")
-        if path.parent.name not in (_AUTHORITY, _SERVER) and _CLIENT_NAME.fullmatch(path.parent.name)
+        if path.parent.name not in _TAKEN and _CLIENT_NAME.fullmatch(path.parent.name)
     )

@@ -5,7 +5,8 @@
     16      4     last reply that the client has (client), 0 (server)
     20      4     micro-batch
     24      4     exponent, signed: the tensor is 2**exponent times what it stands for; FORWARD: seed of its dropout
-    28      4     norm of the middle adapter's gradient so far (STATES of a BACKWARD), float32; infinity: not finite
+    28      4     float32: norm of the middle adapter's gradient so far (STATES of a BACKWARD), infinity: not finite;
+                  weight of the gradient beside other clients' (BACKWARD)
     32      ..    FORWARD: start and count of each row, then the tensor; COMMAND, OUTCOME: JSON; TENSORS: safetensors
 
 A client numbers its operations; the server does them in this order and answers each with one frame of the same number.
@@ -97,6 +98,8 @@ class Backward:
         `2**exponent` times the loss's gradient at `h_B`, `[tokens, hidden]`, in the wire dtype.
     fresh
         Forget what was added up before.
+    weight
+        How much the gradient counts beside those of other clients, where they train one adapter; above 0.
     """
 
     number: int
@@ -104,6 +107,7 @@ class Backward:
     gradient: Tensor = field(repr=False)
     exponent: int = 0
     fresh: bool = False
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -174,7 +178,7 @@ def encode_run(frame: RunFrame, *, received: int = 0) -> bytes:
     elif isinstance(frame, Backward):
         kind, micro, tensor, exponent = Kind.BACKWARD, frame.micro, frame.gradient, frame.exponent
         count = len(tensor)
-        flags = FRESH * frame.fresh
+        flags, norm = FRESH * frame.fresh, frame.weight
     elif isinstance(frame, States):
         kind, tensor, exponent, norm = Kind.STATES, frame.states, frame.exponent, frame.norm
         count = len(tensor) if tensor is not None else 0
@@ -227,8 +231,10 @@ def decode_run(data: bytes, *, max_bytes: int | None = None) -> tuple[RunFrame, 
     if kind == Kind.BACKWARD:
         if exponent < SMALLEST_EXPONENT:
             raise ProtocolError(f"an exponent of {exponent} is out of its range")
+        if not 0 < norm < math.inf:
+            raise ProtocolError(f"a gradient's weight must be above 0; got {norm}")
         gradient = decode_tensor(data, START, code, count, hidden)
-        return Backward(number, micro, gradient, exponent, bool(flags & FRESH)), received
+        return Backward(number, micro, gradient, exponent, bool(flags & FRESH), norm), received
     if kind == Kind.STATES:
         if math.isnan(norm):
             raise ProtocolError("the norm of a gradient is not a number")

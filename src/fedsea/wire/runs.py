@@ -2,7 +2,7 @@
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from fedsea.checkpoints.fingerprint import Fingerprint
@@ -13,6 +13,7 @@ from fedsea.wire.frames import WIRE_DTYPES
 from fedsea.wire.handshake import read_count, read_model
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+TOKEN = re.compile(r"[A-Za-z0-9_-]{16,128}")
 
 
 def check_run_name(name: str) -> str:
@@ -26,6 +27,19 @@ def check_run_name(name: str) -> str:
     if NAME.fullmatch(name) is None:
         raise UsageError(f"a run's name has 1 to 64 letters, digits, dots, dashes and underscores; got {name!r}")
     return name
+
+
+def check_token(token: Any) -> str | None:
+    """A ticket's token as it came; None for none.
+
+    Raises
+    ------
+    ProtocolError
+        If it is neither.
+    """
+    if token is None or (isinstance(token, str) and TOKEN.fullmatch(token) is not None):
+        return token
+    raise ProtocolError("the ticket cannot be read")
 
 
 @dataclass(frozen=True)
@@ -42,6 +56,8 @@ class Attach:
         The last reply that the client has.
     begin
         Whether it is to be a new run; else one that is not there is an error.
+    token
+        Of the ticket for a seat in a federated round; None for a run of the client's own.
     """
 
     run: str
@@ -51,6 +67,7 @@ class Attach:
     adapter: AdapterSpec
     received: int
     begin: bool
+    token: str | None = field(default=None, repr=False)
 
     def to_body(self) -> dict[str, Any]:
         """As the JSON object of an OPEN frame."""
@@ -63,6 +80,7 @@ class Attach:
             "adapter": self.adapter.to_body(),
             "received": self.received,
             "begin": self.begin,
+            **({"token": self.token} if self.token is not None else {}),
         }
 
     @classmethod
@@ -83,7 +101,8 @@ class Attach:
             raise ProtocolError("the field 'begin' must be true or false")
         partition, fingerprint = read_model(body)
         adapter = AdapterSpec.from_body(body.get("adapter"))
-        return cls(run, partition, fingerprint, wire_dtype, adapter, read_count(body, "received"), begin)
+        token = check_token(body.get("token"))
+        return cls(run, partition, fingerprint, wire_dtype, adapter, read_count(body, "received"), begin, token)
 
 
 @dataclass(frozen=True)
@@ -102,6 +121,8 @@ class Attached:
         The longest frame that the server takes.
     micro_batches
         How many micro-batches may wait for their gradient at a time.
+    shared
+        Whether other clients train the same adapter, so that each says how much its loss counts.
     """
 
     new: bool
@@ -109,6 +130,7 @@ class Attached:
     version: int
     frame_bytes: int
     micro_batches: int
+    shared: bool = False
 
     def to_body(self) -> dict[str, Any]:
         """As the JSON object of an OPENED frame."""
@@ -123,10 +145,10 @@ class Attached:
         ProtocolError
             If a field is missing or not what it should be.
         """
-        if not isinstance(body.get("new"), bool):
+        if not isinstance(body.get("new"), bool) or not isinstance(body.get("shared"), bool):
             raise ProtocolError("the server's answer to OPEN is incomplete")
         counts = {name: read_count(body, name) for name in ("number", "version", "frame_bytes", "micro_batches")}
-        return cls(body["new"], **counts)
+        return cls(body["new"], **counts, shared=body["shared"])
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,201 @@
+"""The coordinator's side of a block server: open a round, look at it, take its average, close it."""
+
+import contextlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Self, TypeVar
+
+from torch import Tensor
+
+from fedsea.client.connection import Connection, ConnectionLost, Endpoint, client_credentials
+from fedsea.client.traffic import Traffic
+from fedsea.errors import ProtocolError
+from fedsea.partition import layer_of
+from fedsea.wire import contract
+from fedsea.wire.credentials import Credentials
+from fedsea.wire.frames import Kind, Message
+from fedsea.wire.rounds import RoundPlan, RoundStatus, ServerDescription
+from fedsea.wire.run_frames import Command, Operation, Outcome, Reply, Tensors, decode_run, encode_run
+
+T = TypeVar("T")
+
+
+class BlockServerAdmin:
+    """Administers the rounds of one block server; a context manager.
+
+    Every method is a stream of its own, so a block server that was restarted, or a link that was cut, costs one error
+    and not the object. Nothing of it waits for clients.
+
+    Parameters
+    ----------
+    address
+        `HOST:PORT`.
+    credentials
+        The coordinator's folder.
+    insecure
+        Connect without TLS; to a loopback address only.
+    """
+
+    def __init__(
+        self, address: str, credentials: str | Path | Credentials | None = None, *, insecure: bool = False
+    ) -> None:
+        self.address, self.traffic = address, Traffic()
+        self._endpoint = Endpoint(address, client_credentials(address, credentials, insecure, "coordinator"))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the connection."""
+        self._endpoint.close()
+
+    def describe(self) -> ServerDescription:
+        """The model and the layers that the server holds."""
+        return self._do(lambda call: call.description)
+
+    def open_round(self, plan: RoundPlan, weights: Mapping[str, Tensor]) -> None:
+        """Open a round; one of the same label is given up.
+
+        Parameters
+        ----------
+        weights
+            The adapter at the start, by whole-model names, float32; the server is sent those of its layers. What is
+            missing starts as the plan's adapter says.
+
+        Raises
+        ------
+        FedSEAError
+            What the server refuses, or that it does not answer.
+        """
+
+        def work(call: "_Call") -> None:
+            held = call.description.layers
+            call.command({"do": "open", **plan.to_body()})
+            here = {name: weight for name, weight in weights.items() if layer_of(name) in held}
+            for page in _pages(here, call.frame_bytes // 2):
+                call.ask(lambda number, page=page: Tensors(number, page))  # type: ignore[misc]
+            call.command({"do": "start"})
+
+        self._do(work)
+
+    def status(self, label: str) -> RoundStatus:
+        """How a round stands.
+
+        Raises
+        ------
+        ProtocolError
+            If the server does not have it (any more).
+        """
+        return self._do(lambda call: RoundStatus.from_body(call.command({"do": "status", "label": label})))
+
+    def aggregate(self, label: str, weights: Mapping[str, float]) -> dict[str, Tensor]:
+        """Take the average of the named clients' middle layers, and close the round.
+
+        Parameters
+        ----------
+        weights
+            Of each client in the average, above 0.
+
+        Returns
+        -------
+        dict
+            By whole-model names, float32: each layer averaged over those of the clients whose middle has it.
+
+        Raises
+        ------
+        NonFiniteError
+            If some clients' weights are not finite; it names them, and the round is still there.
+        ProtocolError
+            If a client has no run in the round, or the server does not have the round (any more).
+        """
+
+        def work(call: "_Call") -> dict[str, Tensor]:
+            call.command({"do": "aggregate", "label": label, "weights": dict(weights)})
+            average: dict[str, Tensor] = {}
+            more = True
+            while more:
+                after = max(average, default="")
+                body = {"do": "export", "label": label, "after": after}
+                page = call.ask(lambda number, body=body: Command(number, body))  # type: ignore[misc]
+                if not isinstance(page, Tensors) or (page.more and not page.tensors):
+                    raise ProtocolError("the block server did not answer with the average")
+                average.update(page.tensors)
+                more = page.more
+            with contextlib.suppress(ConnectionLost):
+                call.command({"do": "close", "label": label})
+            return average
+
+        return self._do(work)
+
+    def close_round(self, label: str) -> None:
+        """Give a round up, if it is there; its clients' runs end."""
+
+        def work(call: "_Call") -> None:
+            call.command({"do": "close", "label": label})
+
+        self._do(work)
+
+    def _do(self, work: "Callable[[_Call], T]") -> T:
+        connection = self._endpoint.stream(self.traffic, contract.COORDINATE_PATH)
+        try:
+            result = work(_Call(connection))
+        except ConnectionLost as lost:
+            self._endpoint.lost(connection)
+            connection.close()
+            raise self._endpoint.explain(str(lost)) from None
+        except BaseException:
+            connection.close()
+            raise
+        connection.close(Message(Kind.CLOSE, {}))
+        return result
+
+
+class _Call:
+    """One stream of commands."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection, self._number = connection, 0
+        connection.send_bytes(encode_run(Message(Kind.OPEN, {})), 0)
+        frame, _ = decode_run(connection.receive_bytes())
+        if not isinstance(frame, Message) or frame.kind is not Kind.OPENED:
+            raise ProtocolError("the block server did not answer OPEN with OPENED")
+        self.description = ServerDescription.from_body(frame.body)
+        frame_bytes = frame.body.get("frame_bytes")
+        if not isinstance(frame_bytes, int):
+            raise ProtocolError("the block server's answer to OPEN is incomplete")
+        self.frame_bytes = frame_bytes
+
+    def ask(self, make: Callable[[int], Operation]) -> Reply:
+        """Send an operation and wait for its answer."""
+        self._number += 1
+        self._connection.send_bytes(encode_run(make(self._number)), 0)
+        frame, _ = decode_run(self._connection.receive_bytes())
+        if not isinstance(frame, Outcome | Tensors) or frame.number != self._number:
+            raise ProtocolError("the block server sent something that is no answer")
+        return frame
+
+    def command(self, body: dict[str, object]) -> dict[str, object]:
+        """Send a command; returns its outcome."""
+        reply = self.ask(lambda number: Command(number, body))
+        if not isinstance(reply, Outcome):
+            raise ProtocolError("the block server sent something that is no outcome")
+        return reply.body
+
+
+def _pages(tensors: Mapping[str, Tensor], limit: int) -> list[dict[str, Tensor]]:
+    """Named tensors in parts of at most about `limit` bytes."""
+    pages: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, tensor in sorted(tensors.items()):
+        if pages[-1] and size + tensor.nbytes > limit:
+            pages.append({})
+            size = 0
+        pages[-1][name] = tensor.detach().float().cpu().contiguous()
+        size += tensor.nbytes + len(name) + 64
+    return [page for page in pages if page]

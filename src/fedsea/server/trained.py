@@ -1,0 +1,297 @@
+"""An adapter in training at the server: its weights, the gradient that was added up, its optimizer.
+
+A run has one of its own, or several runs share one: then every optimizer step goes along the mean of their gradients,
+each counted with its weight. Base weights and activations are the trainer's business (trainer.py).
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedsea.errors import ProtocolError
+from fedsea.partition import layer_of
+from fedsea.wire.run_frames import ADAPTER, Tensors
+from fedsea.wire.runs import OptimizerStep
+
+STATES = ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")  # of torch's optimizers, by name
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one contributor has in the gradient since the last optimizer step.
+
+    Attributes
+    ----------
+    weight
+        How much its gradient counts beside those of others.
+    layers
+        Those that it trains; in the others nothing is divided by its weight.
+    """
+
+    weight: float
+    layers: range
+
+
+class TrainedAdapter:
+    """An adapter and all that an optimizer step is made of.
+
+    Parameters
+    ----------
+    parameters
+        Float32 weights by their names in the whole model.
+
+    Attributes
+    ----------
+    version
+        Optimizer steps done.
+    changes
+        Counts up whenever the weights change.
+    shared
+        Whether several contributors train it.
+    """
+
+    def __init__(self, parameters: dict[str, nn.Parameter]) -> None:
+        self.parameters = parameters
+        self.version = self.changes = 0
+        self.shared = False
+        self._layers = {name: layer_of(name) for name in parameters}
+        self._gradients: dict[str, Tensor] | None = None
+        self._shares: dict[object, Share] = {}
+        self._optimizer: torch.optim.Optimizer | None = None
+        self._kind: tuple[str, bool] | None = None
+        self._restored: dict[str, dict[str, Tensor]] = {}
+
+    @property
+    def state_bytes(self) -> int:
+        """Memory of weights, gradient and optimizer once all are there, in bytes."""
+        return 4 * sum(4 * parameter.numel() for parameter in self.parameters.values())
+
+    def share(self) -> None:
+        """Several contributors train it from now on; a gradient without contributors is forgotten."""
+        if not self.shared:
+            self.shared, self._gradients = True, None
+
+    def check(self, contributor: object, *, fresh: bool) -> None:
+        """Refuse a contribution before it is computed.
+
+        Raises
+        ------
+        ProtocolError
+            If it is to replace one that was added to those of others: that cannot be taken back.
+        """
+        if self.shared and fresh and contributor in self._shares:
+            raise ProtocolError(
+                "a gradient that was added to those of others cannot be taken back; "
+                "a new one begins after the optimizer step"
+            )
+
+    def add(
+        self, contributor: object, gradients: Mapping[str, Tensor], factor: float, share: Share, *, fresh: bool
+    ) -> bool:
+        """Add a micro-batch's gradient, multiplied by `factor`; gives whether it was taken.
+
+        `fresh` forgets what was added before. A shared adapter begins anew with the first contribution after an
+        optimizer step and at no other time; there, each contributor's first weight counts for the whole step, and what
+        is not finite (with that of the others) is not taken.
+        """
+        if self.shared:
+            return self._add_to_those_of_others(contributor, gradients, factor, share)
+        if fresh:
+            self._gradients = None
+        values = list(gradients.values())
+        if self._gradients is None:
+            added = torch._foreach_mul(values, factor) if values else ()
+            self._gradients = dict(zip(gradients, added, strict=True))
+        elif values:
+            torch._foreach_add_([self._gradients[name] for name in gradients], values, alpha=factor)
+        return True
+
+    def _add_to_those_of_others(
+        self, contributor: object, gradients: Mapping[str, Tensor], factor: float, share: Share
+    ) -> bool:
+        share = self._shares.get(contributor, share)
+        before = self._gradients or {}
+        # Not in place: what turns out not to be finite must leave the others' as it was.
+        values = list(gradients.values())
+        added = dict(zip(gradients, torch._foreach_mul(values, factor) if values else (), strict=True))
+        if added:
+            torch._foreach_mul_(list(added.values()), share.weight)
+        both = [name for name in added if name in before]
+        if both:
+            torch._foreach_add_([added[name] for name in both], [before[name] for name in both])
+        if not _norm(list(added.values())) < float("inf"):
+            return False
+        self._gradients = before | added
+        self._shares[contributor] = share
+        return True
+
+    def norm(self) -> float:
+        """Of the gradient so far, over all weights; infinity if it is not finite."""
+        if not self._gradients:
+            return 0.0
+        return _norm(list(self._gradients.values()), self._divisors())
+
+    def trouble(self) -> str:
+        """Where the gradient so far is not finite, in words."""
+        return explain(self._gradients or {})
+
+    def _divisors(self) -> list[float] | None:
+        """For each weight with a gradient, by what it is to be divided for the mean; None if it is one's own."""
+        if not self.shared or self._gradients is None:
+            return None
+        shares = self._shares.values()
+        return [sum(share.weight for share in shares if self._layers[name] in share.layers) for name in self._gradients]
+
+    def update(self, step: OptimizerStep) -> None:
+        """Move the weights along the gradient that was added up (a shared adapter's: along the mean).
+
+        Raises
+        ------
+        ProtocolError
+            If the step is not the next one, there is no gradient, or the optimizer is another.
+        """
+        if step.step != self.version + 1:
+            raise ProtocolError(f"optimizer step {step.step} came after step {self.version}")
+        if self._gradients is None:
+            raise ProtocolError("an optimizer step came, and no gradient before it")
+        if self.parameters:
+            if step.fresh:
+                self._optimizer, self._restored = None, {}
+            optimizer = self._optimizer_for(step)
+            self._settle(step.scale)
+            for name, gradient in self._gradients.items():
+                # A fused optimizer reads it in memory's order, and a joint pass leaves some transposed there.
+                self.parameters[name].grad = gradient.contiguous()
+            optimizer.step()
+            optimizer.zero_grad()
+        if self.shared:
+            self._gradients = None
+            self._shares.clear()
+        self.version = step.step
+        self.changes += 1
+
+    def _settle(self, scale: float) -> None:
+        if self._gradients:
+            values, divisors = list(self._gradients.values()), self._divisors()
+            if divisors is not None:
+                torch._foreach_div_(values, divisors)
+            torch._foreach_mul_(values, scale)
+
+    def rescale(self, factor: float) -> None:
+        """Multiply the gradient that was added up: it was clipped, and more is to be added."""
+        if self._gradients:
+            torch._foreach_mul_(list(self._gradients.values()), factor)
+
+    def restore(self, version: int, *, clear: bool) -> None:
+        """Set the optimizer steps done; with `clear`, forget gradient and optimizer as well."""
+        self.version = version
+        if clear:
+            self._gradients = self._optimizer = self._kind = None
+            self._restored = {}
+            self._shares.clear()
+
+    def load(self, tensors: dict[str, Tensor], layers: range) -> None:
+        """Set weights (`adapter/NAME`) and optimizer states (`exp_avg/NAME`, ...) of some layers.
+
+        Raises
+        ------
+        ProtocolError
+            If these layers have no weight of that name, or of another shape. Nothing is set then.
+        """
+        for full, tensor in tensors.items():
+            kind, _, name = full.partition("/")
+            parameter = self.parameters.get(name) if self._layers.get(name) in layers else None
+            if kind != ADAPTER and kind not in STATES:
+                raise ProtocolError(f"optimizers have no state {kind!r}")
+            if parameter is None:
+                raise ProtocolError(f"the run's adapter has no weight {name!r} in the middle")
+            if tensor.shape != (torch.Size([]) if kind == "step" else parameter.shape):
+                raise ProtocolError(f"{full} has shape {list(tensor.shape)}, the weight has {list(parameter.shape)}")
+        for full, tensor in tensors.items():
+            kind, _, name = full.partition("/")
+            if kind == ADAPTER:
+                self.parameters[name].data.copy_(tensor)
+            else:
+                self._restored.setdefault(name, {})[kind] = tensor.clone()
+        if self._restored:
+            self._optimizer = None  # made again from what came
+        self.changes += 1
+
+    def export(self, number: int, after: str, limit: int, layers: range) -> Tensors:
+        """Weights and optimizer states by name, those behind `after`, as many as fit into `limit` bytes (one at least).
+
+        Names are those of `load`.
+        """
+        everything = dict(self._everything(layers))
+        names = sorted(name for name in everything if name > after)
+        chosen: dict[str, Tensor] = {}
+        size = 0
+        for name in names:
+            tensor = everything[name]
+            size += 4 * tensor.numel() + len(name) + 64
+            if chosen and size > limit:
+                break
+            chosen[name] = tensor.detach().to("cpu", torch.float32).contiguous()
+        return Tensors(number, chosen, more=len(chosen) < len(names))
+
+    def _everything(self, layers: range) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in self.parameters.items():
+            if self._layers[name] not in layers:
+                continue
+            yield f"{ADAPTER}/{name}", parameter
+            states = self._optimizer.state[parameter] if self._optimizer is not None else self._restored.get(name, {})
+            for kind, state in states.items():
+                if isinstance(state, Tensor):
+                    yield f"{kind}/{name}", state
+
+    def _optimizer_for(self, step: OptimizerStep) -> torch.optim.Optimizer:
+        if self._optimizer is None:
+            parameters = list(self.parameters.values())
+            if step.kind == "sgd":
+                self._optimizer = torch.optim.SGD(parameters, lr=step.lr, fused=True)
+            else:
+                maker: Any = torch.optim.AdamW if step.kind == "adamw" else torch.optim.Adam
+                self._optimizer = maker(parameters, lr=step.lr, amsgrad=step.amsgrad, fused=True)
+            self._kind = (step.kind, step.amsgrad)
+            expected = {"momentum_buffer"} if step.kind == "sgd" else {"step", "exp_avg", "exp_avg_sq"}
+            expected |= {"max_exp_avg_sq"} if step.amsgrad else set()
+            for name, states in self._restored.items():
+                if states.keys() != expected:
+                    self._optimizer = None
+                    raise ProtocolError(f"the optimizer's states of {name} are {', '.join(states)}, not {step.kind}'s")
+            for name, states in self._restored.items():
+                parameter = self.parameters[name]
+                self._optimizer.state[parameter] = {
+                    kind: state if kind == "step" else state.to(parameter.device) for kind, state in states.items()
+                }
+            self._restored = {}
+        if self._kind != (step.kind, step.amsgrad):
+            raise ProtocolError(f"the run's optimizer is {self._kind[0] if self._kind else None}, not {step.kind}")
+        for group in self._optimizer.param_groups:
+            settings = {"lr": step.lr, "weight_decay": step.weight_decay, "betas": step.betas, "eps": step.eps}
+            settings |= {"momentum": step.momentum, "dampening": step.dampening, "nesterov": step.nesterov}
+            group.update({name: value for name, value in settings.items() if name in group})
+        return self._optimizer
+
+
+def _norm(gradients: list[Tensor], divisors: list[float] | None = None) -> float:
+    if not gradients:
+        return 0.0
+    norms = torch.stack(torch._foreach_norm(gradients))
+    if divisors is not None:
+        norms = norms / torch.tensor(divisors, device=norms.device)
+    norm = float(torch.linalg.vector_norm(norms))
+    return norm if norm < float("inf") else float("inf")  # NaN counts as infinite
+
+
+def explain(gradients: Mapping[str, Tensor]) -> str:
+    """Where a gradient, by names of weights, is not finite."""
+    norms = torch._foreach_norm(list(gradients.values())) if gradients else ()
+    bad = {layer_of(name) for name, norm in zip(gradients, norms, strict=True) if not bool(torch.isfinite(norm))}
+    layers = [layer for layer in bad if layer is not None]
+    # The gradient comes from the top.
+    where = f"first at layer {max(layers)}, in the middle blocks" if layers else "in the middle blocks"
+    return f"the gradient is not finite: {where}"
