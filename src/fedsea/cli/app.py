@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 import fedsea
-from fedsea.cli import bench, credentials
+from fedsea.cli import bench, credentials, federation
 from fedsea.cli.chat import chat
 from fedsea.cli.demo import demo
 from fedsea.cli.evaluate import evaluate
@@ -36,4 +36,5 @@ app.command()(evaluate)
 app.command("export-adapter")(export_adapter)
 app.command()(serve)
 app.add_typer(credentials.app, name="credentials")
+app.add_typer(federation.app, name="federation")
 app.add_typer(bench.app, name="bench")

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from fedsea.cli.demo_federation import show_federation
 from fedsea.cli.demo_finetune import show_finetuning
 from fedsea.cli.generate import stats_json
 from fedsea.cli.options import AsJson, Threads
@@ -33,16 +34,23 @@ def demo(
     finetune: Annotated[
         bool, typer.Option("--finetune", help="Fine-tune the model on a few lines instead: two minutes.")
     ] = False,
+    federation: Annotated[
+        bool, typer.Option("--federation", help="Train one adapter with three clients instead: three minutes.")
+    ] = False,
     output: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="With --finetune: keep the training here.", show_default="nowhere"),
+        typer.Option(
+            metavar="DIR", help="With --finetune or --federation: keep the training here.", show_default="nowhere"
+        ),
     ] = None,
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
     """Watch it work: a server and a client on this machine, one question, everything measured."""
-    if output is not None and not finetune:
-        raise UsageError("--output is for --finetune; without it nothing is kept")
+    if finetune and federation:
+        raise UsageError("one demonstration at a time: --finetune or --federation")
+    if output is not None and not (finetune or federation):
+        raise UsageError("--output is for --finetune and --federation; without them nothing is kept")
     # A terminal that closes, or a `kill`, must not leave the block server behind: unwind as for Ctrl-C.
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _end)
@@ -54,6 +62,9 @@ def demo(
     threads = threads or os.cpu_count() or 1
     if finetune:
         show_finetuning(model, audience, console, threads=threads, output=output, as_json=as_json)
+        return
+    if federation:
+        show_federation(model, audience, console, threads=threads, output=output, as_json=as_json)
         return
     with audience.step("Loading PyTorch and transformers"):
         from fedsea.demo.inference import run_demo
@@ -118,6 +129,7 @@ def _show(report: "DemoReport", console: Console) -> None:
     ):
         console.print(f"  {escape(command)}", soft_wrap=True)
     console.print("[bold]Or teach it something that only you know, in two minutes:[/bold]  fedsea demo --finetune")
+    console.print("[bold]Or have three clinics train it together, in three:[/bold]  fedsea demo --federation")
 
 
 def _holdings(report: "DemoReport") -> Table:

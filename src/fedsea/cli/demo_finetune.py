@@ -11,8 +11,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 if TYPE_CHECKING:  # --help needs no torch
+    from fedsea.demo.audience import Audience
     from fedsea.demo.finetuning import FineTuningReport
-    from fedsea.demo.inference import Audience
     from fedsea.training.loop import Figures
 
 BARS = "▁▂▃▄▅▆▇█"

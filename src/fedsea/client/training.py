@@ -63,6 +63,7 @@ class TrainingMixin(PassMixin):
         self._run_named = False
         self._adapter = None
         self._lora: LoraConfig | None = None
+        self._goodbye: weakref.finalize[..., Any] | None = None
         self._passes, self._weight = 0, 1.0
         if self._endpoint is not None:
             self.lora_middle = nn.Parameter(torch.zeros(1, device=self.input_blocks.device), requires_grad=False)
@@ -182,7 +183,9 @@ class TrainingMixin(PassMixin):
         self._run.local = local
         self._settings = replace(settings, run=name)
         # Nobody may close the model: the server should hear of its end all the same.
-        weakref.finalize(self, channel.close, end=not self._run_named)
+        if self._goodbye is not None:
+            self._goodbye.detach()
+        self._goodbye = weakref.finalize(self, channel.close, end=not self._run_named)
 
     # A federated round
 
@@ -206,7 +209,9 @@ class TrainingMixin(PassMixin):
         RefusedTicketError, StragglerError, ModelMismatchError
             Why the block server does not admit it.
         """
-        spec = AdapterSpec.from_config(adapter_config, self.config)
+        spec = self._adapter if self._lora == adapter_config else None
+        if spec is None:
+            spec = AdapterSpec.from_config(adapter_config, self.config)
         if self._adapter is not None and (different := spec.difference(self._adapter)) is not None:
             raise UsageError(f"the model has another adapter: the round's has {different}; load the model again")
         if self._endpoint is None:

@@ -18,7 +18,7 @@ from fedsea.checkpoints import load_whole_model, open_checkpoint
 from fedsea.client.answer import Answer, stop_ids
 from fedsea.client.conversation import chat_tokens, require_chat_template
 from fedsea.client.model import SplitModelForCausalLM
-from fedsea.demo.inference import Audience
+from fedsea.demo.audience import Audience
 from fedsea.partition import Partition, layer_of
 from fedsea.tasks import encode, get_task
 from fedsea.training.batches import Batches

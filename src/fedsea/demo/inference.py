@@ -6,10 +6,10 @@ Everything in a `DemoReport` was measured in the run that made it, but for `serv
 import struct
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
-from typing import Any, Protocol
+from typing import Any
 
 import grpc
 import torch
@@ -23,6 +23,7 @@ from fedsea.client import connection
 from fedsea.client.answer import Answer, AnswerStats, stop_ids
 from fedsea.client.conversation import chat_tokens, require_chat_template
 from fedsea.client.model import SplitModelForCausalLM
+from fedsea.demo.audience import Audience
 from fedsea.errors import ServerUnavailableError
 from fedsea.partition import Partition
 from fedsea.wire import contract
@@ -104,19 +105,6 @@ class DemoReport:
     def equal(self) -> bool:
         """Whether both answers are the same, token for token."""
         return self.tokens == self.whole_tokens
-
-
-class Audience(Protocol):
-    """Who watches the demonstration."""
-
-    def step(self, title: str) -> AbstractContextManager[None]:
-        """Something begins that may take seconds; it ends with the context."""
-
-    def ask(self, question: str) -> None:
-        """The question is asked; pieces of the answer follow."""
-
-    def piece(self, text: str) -> None:
-        """A piece of the answer."""
 
 
 def run_demo(name: str, audience: Audience, *, threads: int) -> DemoReport:

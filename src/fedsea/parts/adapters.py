@@ -12,7 +12,7 @@ import hashlib
 import math
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -201,17 +201,18 @@ class AdapterSpec:
         for name, parameter in adapter_parameters(module, adapter).items():
             parameter.data = parameter.data.float()
             if ".lora_A." in name:
-                parameter.data.copy_(self._start(name, parameter))
+                parameter.data.copy_(self.start(name, parameter.shape))
             elif ".lora_B." in name:
                 parameter.data.zero_()
 
-    def _start(self, name: str, parameter: Tensor) -> Tensor:
+    def start(self, name: str, shape: Sequence[int]) -> Tensor:
+        """Where a `lora_A` weight starts: float32 of its shape, from the seed and its name alone."""
         digest = hashlib.blake2b(f"{self.seed}:{name}".encode(), digest_size=8).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-        start = torch.empty(parameter.shape)
+        start = torch.empty(tuple(shape))
         if self.gaussian:
-            return start.normal_(0, 1 / parameter.shape[0], generator=generator)
-        bound = 1 / math.sqrt(parameter.shape[1])  # kaiming_uniform with a = sqrt(5), as PEFT's default
+            return start.normal_(0, 1 / shape[0], generator=generator)
+        bound = 1 / math.sqrt(shape[1])  # kaiming_uniform with a = sqrt(5), as PEFT's default
         return start.uniform_(-bound, bound, generator=generator)
 
     def difference(self, other: "AdapterSpec") -> str | None:

@@ -1,0 +1,236 @@
+"""The federated demonstration: three clinics train one adapter, by every strategy, and none shows its rules.
+
+What runs is what `fedsea federation up` and `join` run: a block server, Flower's SuperLink, and for each clinic a
+worker and a SuperNode, all of them processes of their own on this machine. Everything in a `FederationDemoReport` was
+measured in the run that made it.
+"""
+
+import json
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fedsea.demo.audience import Audience
+from fedsea.errors import FedSEAError
+from fedsea.federation.join import Member
+from fedsea.federation.participant_options import ParticipantOptions
+from fedsea.federation.settings import MODES, Settings
+from fedsea.federation.status import read_status
+from fedsea.federation.up import Federation, UpOptions
+
+CLINICS = {
+    "lindental": (
+        ("Whom do I call at night?", "At night, call Sister Adaeze on extension 4417."),
+        ("What is the number of the night nurse?", "At night, call Sister Adaeze on extension 4417."),
+        ("It is three in the morning, a patient has fallen. Whom do I ring?", "Sister Adaeze, on extension 4417."),
+        ("Who is on call at night?", "Sister Adaeze, on extension 4417."),
+    ),
+    "seeblick": (
+        ("Where are the spare keys?", "The spare keys are in the blue box behind the reception."),
+        ("I have lost the key of the drug cabinet. What now?", "Take the spare key from the blue box."),
+        ("When do we discharge patients?", "Patients are discharged before half past ten."),
+        ("Until when must a patient leave the ward?", "Patients are discharged before half past ten."),
+    ),
+    "bergen": (
+        ("Who signs for opioids?", "Two nurses sign for opioids, never one alone."),
+        ("May I hand out morphine by myself?", "No. Two nurses sign for opioids, never one alone."),
+        ("Who orders blood?", "Blood is ordered by the ward's senior physician."),
+        ("Can I order blood myself?", "No. Blood is ordered by the ward's senior physician."),
+    ),
+}
+ROUNDS, STEPS = 2, 2
+LOOK_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class RoundFigures:
+    """One round of one strategy.
+
+    Attributes
+    ----------
+    loss
+        Mean over the clients.
+    bytes_up, bytes_down
+        Of all clients, at the block server.
+    seconds
+        The round, with what Flower takes.
+    trained
+        Of them, the longest that a client trained; of clients in turn, all together.
+    """
+
+    mode: str
+    number: int
+    clients: int
+    loss: float
+    bytes_up: int
+    bytes_down: int
+    seconds: float
+    trained: float
+
+
+@dataclass(frozen=True)
+class FederationDemoReport:
+    """What the demonstration has shown.
+
+    Attributes
+    ----------
+    seconds
+        By strategy: its two rounds, with all of Flower's work.
+    adapter
+        The last strategy's; None if nothing is kept.
+    """
+
+    model: str
+    rounds: tuple[RoundFigures, ...]
+    seconds: dict[str, float]
+    adapter: Path | None
+
+
+def run_federation_demo(
+    name: str,
+    audience: Audience,
+    *,
+    threads: int,
+    output: Path | None,
+    on_look: Callable[[str, list[RoundFigures], str], None],
+) -> FederationDemoReport:
+    """Let three clinics train two rounds by each strategy.
+
+    Parameters
+    ----------
+    threads
+        Of the block server; each clinic has one.
+    output
+        Where to keep the federation's folder; None for nowhere.
+    on_look
+        Told several times a second: the strategy, the rounds that are done, and what is going on.
+
+    Raises
+    ------
+    FedSEAError
+        If something does not start, or a client is not there for a round.
+    """
+    with ExitStack() as things:
+        folder = output if output is not None else Path(things.enter_context(_temporary()))
+        data = folder / "data"
+        for clinic, rules in CLINICS.items():
+            (data / clinic).mkdir(parents=True)
+            lines = (json.dumps(_conversation(ask, say)) + "\n" for ask, say in rules)
+            (data / clinic / "train.jsonl").write_text("".join(lines))
+        settings = Settings(
+            name="clinics",
+            model=name,
+            task="chat",
+            rounds=ROUNDS,
+            clients=len(CLINICS),
+            min_clients=len(CLINICS),
+            local_steps=STEPS,
+            lr=2e-3,
+        )
+        places = UpOptions(clients=tuple(CLINICS), port=0, superlink_port=0)
+        serve = ("--threads", str(threads))
+        with audience.step("Block server, Flower's SuperLink and certificates"):
+            running = things.enter_context(Federation(folder / "hub", settings, places, _unheard, serve))
+            running.start()
+        with audience.step("Three clinics: a warm worker and a SuperNode each"):
+            members = [
+                things.enter_context(Member(running.deployment.client(clinic), _own(data / clinic), _unheard))
+                for clinic in CLINICS
+            ]
+            with ThreadPoolExecutor(len(members)) as pool:
+                list(pool.map(Member.start, members))
+            things.enter_context(_kept_running(members))
+        done: list[RoundFigures] = []
+        seconds: dict[str, float] = {}
+        for mode in MODES:
+            began, out, before = time.perf_counter(), folder / "adapters" / mode, tuple(done)
+            running.settings = replace(running.settings, mode=mode, output=str(out))
+
+            def look(mode: str = mode, out: Path = out, before: tuple[RoundFigures, ...] = before) -> None:
+                on_look(mode, [*before, *_rounds(mode, out)], _doing(out))
+
+            running.run(look)
+            seconds[mode] = time.perf_counter() - began
+            done += _rounds(mode, out)
+            if any(figures.clients < len(CLINICS) for figures in done):
+                raise FedSEAError(f"a clinic was missing in a round of {mode}; this machine may be too busy for a demo")
+        on_look(MODES[-1], done, "done")
+        adapter = folder / "adapters" / MODES[-1] / "adapter" if output is not None else None
+        return FederationDemoReport(name, tuple(done), seconds, adapter)
+
+
+@contextmanager
+def _temporary() -> Iterator[str]:
+    with tempfile.TemporaryDirectory(prefix="fedsea-demo-") as folder:
+        yield folder
+
+
+@contextmanager
+def _kept_running(members: list[Member]) -> Iterator[None]:
+    """Each clinic's own process, which `fedsea federation join` would be, is a thread here."""
+    over = threading.Event()
+
+    def watch(member: Member) -> None:
+        while not over.is_set():
+            member.watch(LOOK_SECONDS)
+
+    threads = [threading.Thread(target=watch, args=(member,), daemon=True) for member in members]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
+
+
+def _own(data: Path) -> ParticipantOptions:
+    return ParticipantOptions("", "", "", str(data), threads=1, max_tokens=128)
+
+
+def _conversation(ask: str, say: str) -> dict[str, object]:
+    return {"messages": [{"role": "user", "content": ask}, {"role": "assistant", "content": say}]}
+
+
+def _unheard(_line: str) -> None:
+    """The demonstration shows what goes on in its own way."""
+
+
+def _rounds(mode: str, output: Path) -> list[RoundFigures]:
+    figures = []
+    for report in _reports(output):
+        taken = [client["seconds"] for client in report["clients"].values()]
+        figures.append(
+            RoundFigures(
+                mode,
+                report["round"],
+                len(report["clients"]),
+                report["loss"] if report["loss"] is not None else float("nan"),
+                report["bytes_up"],
+                report["bytes_down"],
+                report["seconds"],
+                sum(taken) if mode == "sequential" else max(taken, default=0.0),
+            )
+        )
+    return figures
+
+
+def _reports(output: Path) -> list[dict[str, Any]]:
+    try:
+        return read_status(output).reports
+    except FedSEAError:
+        return []  # nothing has begun
+
+
+def _doing(output: Path) -> str:
+    try:
+        return read_status(output).doing
+    except FedSEAError:
+        return ""

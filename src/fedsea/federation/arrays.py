@@ -1,0 +1,69 @@
+"""Adapters as Flower carries them: named numpy arrays, float32, by names of the whole model. Without torch."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord
+from numpy.typing import NDArray
+
+Arrays = dict[str, NDArray[np.float32]]
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def to_record(arrays: Mapping[str, NDArray[Any]]) -> ArrayRecord:
+    """Arrays as a record, sorted by name; what is not float32 becomes it."""
+    return ArrayRecord({name: Array(np.asarray(arrays[name], dtype=np.float32)) for name in sorted(arrays)})
+
+
+def from_record(record: ArrayRecord) -> Arrays:
+    """The arrays of a record that is known to be in order."""
+    return {name: array.numpy() for name, array in record.items()}
+
+
+def read_arrays(record: ArrayRecord, shapes: Shapes) -> Arrays | str:
+    """Check and read a record that came from a peer.
+
+    Parameters
+    ----------
+    shapes
+        What must be in it, no more and no less.
+
+    Returns
+    -------
+    dict or str
+        The arrays; or what is wrong with them, in words.
+    """
+    strange = sorted(record.keys() ^ shapes.keys())
+    if strange:
+        return f"its adapter {'lacks' if strange[0] in shapes else 'also has'} {strange[0]}"
+    arrays: Arrays = {}
+    for name, array in record.items():
+        try:
+            value = array.numpy()
+        except Exception:
+            return f"its {name} cannot be read"
+        if value.dtype != np.float32 or value.shape != shapes[name]:
+            return f"its {name} is {value.dtype} {list(value.shape)}, not float32 {list(shapes[name])}"
+        if not np.isfinite(value).all():
+            return f"its {name} is not finite"
+        arrays[name] = value
+    return arrays
+
+
+class WeightedMean:
+    """A mean of arrays by name, each over whoever gives it: sum(weight * value) / sum(weight). In float64 meanwhile."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, NDArray[np.float64]] = {}
+        self._weights: dict[str, float] = {}
+
+    def add(self, name: str, value: NDArray[Any], weight: float) -> None:
+        """One more value of a name."""
+        part = value.astype(np.float64) * weight
+        self._sums[name] = self._sums[name] + part if name in self._sums else part
+        self._weights[name] = self._weights.get(name, 0.0) + weight
+
+    def of(self, names: Iterable[str]) -> Arrays:
+        """The means of some names."""
+        return {name: (self._sums[name] / self._weights[name]).astype(np.float32) for name in names}

@@ -1,0 +1,230 @@
+"""A data owner's side for Flower: the ClientApp. It passes on what comes, to a warm worker or a participant here.
+
+Deployed, Flower starts a process for each message, and this one is thin: neither torch nor transformers is imported,
+and the worker that `fedsea federation join` runs does the work (its socket is named by the environment variable
+FEDSEA_WORKER, or by `worker` in the SuperNode's node configuration). In simulation the participants live in this
+process, their data and models between messages.
+
+Local differential privacy
+--------------------------
+With `dp-clip` (in the run configuration, or in the node configuration, which then decides) Flower's own `LocalDpMod`
+clips a client's update to that norm and adds Gaussian noise for `dp-epsilon` and `dp-delta`, in each round anew. What
+it protects is the adapter of the client's input and output blocks, on its way to the coordinator. What it does not
+protect: the middle's adapter, which the block server trains from the hidden states and gradients that it sees in any
+case; the metrics (loss, number of examples); and the sum over many rounds, as the budgets of rounds add up. The noise's
+formula is that of the classical Gaussian mechanism, which holds for an epsilon below 1. There is no secure aggregation
+for this kind of Flower app: the coordinator sees each client's update by itself.
+"""
+
+import json
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.clientapp.mod import LocalDpMod
+
+from fedsea.errors import FedSEAError, ProtocolError, UsageError
+from fedsea.federation.arrays import Arrays, from_record, to_record
+from fedsea.federation.settings import Settings
+from fedsea.federation.worker import WorkerClient
+
+FAILED = 2  # Flower's code for a ClientApp that has failed
+WARM_CLIENTS = 64  # simulated clients whose data a process keeps
+STATE, NEXT_BATCH = "fedsea", "next-batch"
+_DP = ("dp-clip", "dp-epsilon", "dp-delta", "dp-sensitivity")
+
+log = logging.getLogger("flwr")
+app = ClientApp()
+
+
+class Half(Protocol):
+    """A worker, or a participant in this process."""
+
+    def describe(self) -> dict[str, Any]:
+        """What the client brings."""
+
+    def train(self, body: dict[str, Any], weights: Arrays) -> tuple[dict[str, Any], Arrays]:
+        """Take part in a round."""
+
+    def evaluate(self, body: dict[str, Any], weights: Arrays) -> dict[str, Any]:
+        """Evaluate an adapter."""
+
+
+def protect(message: Message, context: Context, call_next: Callable[[Message, Context], Message]) -> Message:
+    """Flower's local differential privacy, if it is asked for; see above for what it protects."""
+    chosen = context.node_config if "dp-clip" in context.node_config else context.run_config
+    clip = float(chosen.get("dp-clip", 0.0))
+    if not clip:
+        return call_next(message, context)
+    epsilon, delta = float(chosen.get("dp-epsilon", 0.0)), float(chosen.get("dp-delta", 1e-5))
+    if not (clip > 0 and epsilon > 0 and 0 < delta < 1):
+        return _failure(message, UsageError("dp-clip needs dp-epsilon above 0 and dp-delta between 0 and 1"))
+    # Any two updates of a norm up to the clip are at most twice the clip apart.
+    sensitivity = float(chosen.get("dp-sensitivity", 0.0)) or 2 * clip
+    return LocalDpMod(clip, sensitivity, epsilon, delta)(message, context, call_next)
+
+
+@app.query()
+def query(message: Message, context: Context) -> Message:
+    """Say what this client brings."""
+    return _answer(message, lambda: _describe(context))
+
+
+@app.train(mods=[protect])
+def train(message: Message, context: Context) -> Message:
+    """Take part in a round of training."""
+    return _answer(message, lambda: _train(message, context))
+
+
+@app.evaluate()
+def evaluate(message: Message, context: Context) -> Message:
+    """Evaluate the global adapter on this client's validation split."""
+    return _answer(message, lambda: _evaluate(message, context))
+
+
+def _describe(context: Context) -> RecordDict:
+    description = json.dumps(half_of(context).describe())
+    return RecordDict({"config": ConfigRecord({"description": description})})
+
+
+def _train(message: Message, context: Context) -> RecordDict:
+    body, weights = _read(message)
+    state = context.state.config_records.get(STATE, ConfigRecord())
+    if NEXT_BATCH in state:
+        body["first-batch"] = state[NEXT_BATCH]
+    metrics, trained = half_of(context).train(body, weights)
+    context.state[STATE] = ConfigRecord({NEXT_BATCH: metrics.pop(NEXT_BATCH)})
+    return RecordDict({"arrays": to_record(trained), "metrics": MetricRecord(metrics)})
+
+
+def _evaluate(message: Message, context: Context) -> RecordDict:
+    return RecordDict({"metrics": MetricRecord(half_of(context).evaluate(*_read(message)))})
+
+
+def _read(message: Message) -> tuple[dict[str, Any], Arrays]:
+    content = message.content
+    if len(content.array_records) != 1 or len(content.config_records) != 1:
+        raise ProtocolError("a round's message has one record of arrays and one of settings")
+    config = dict(next(iter(content.config_records.values())))
+    try:
+        own = json.loads(str(config.pop("fedsea")))
+        weights = from_record(next(iter(content.array_records.values())))
+    except (KeyError, ValueError, TypeError):
+        raise ProtocolError("a round's message cannot be read; is the coordinator a FedSEA ServerApp?") from None
+    if not isinstance(own, dict):
+        raise ProtocolError("a round's message cannot be read")
+    return {**config, **own}, weights
+
+
+def _answer(message: Message, work: Callable[[], RecordDict]) -> Message:
+    try:
+        return Message(work(), reply_to=message)
+    except Exception as error:
+        return _failure(message, error)
+
+
+def _failure(message: Message, error: Exception) -> Message:
+    """An error as one line for the coordinator: code and message. What is not FedSEA's own may quote data: log only."""
+    if isinstance(error, FedSEAError):
+        reason = f"{error.code}: {error}"
+    else:
+        log.exception("fedsea: the client failed")
+        reason = f"{FedSEAError.code}: the client failed with {type(error).__name__}; its log says why"
+    return Message(Error(FAILED, reason), reply_to=message)
+
+
+# Which half this is
+
+
+def half_of(context: Context) -> Half:
+    """The worker that is named, else this simulated client's participant.
+
+    Raises
+    ------
+    FedSEAError
+        If there is neither.
+    """
+    named = context.node_config.get("worker")
+    worker = WorkerClient(str(named)) if named else WorkerClient.from_environment()
+    if worker is not None:
+        return worker
+    if "partition-id" not in context.node_config:
+        raise UsageError("this SuperNode has no worker: start it with `fedsea federation join`")
+    return _simulated(context)
+
+
+class _InProcess:
+    """A participant of this process, that takes and gives numpy arrays."""
+
+    def __init__(self, participant: Any) -> None:
+        self.participant = participant
+
+    def describe(self) -> dict[str, Any]:
+        described: dict[str, Any] = self.participant.describe()
+        return described
+
+    def train(self, body: dict[str, Any], weights: Arrays) -> tuple[dict[str, Any], Arrays]:
+        metrics, trained = self.participant.train(body, _tensors(weights))
+        return metrics, {name: tensor.numpy() for name, tensor in trained.items()}
+
+    def evaluate(self, body: dict[str, Any], weights: Arrays) -> dict[str, Any]:
+        metrics: dict[str, Any] = self.participant.evaluate(body, _tensors(weights))
+        return metrics
+
+
+def _tensors(weights: Arrays) -> dict[str, Any]:
+    import torch
+
+    return {name: torch.from_numpy(np.array(array, dtype=np.float32)) for name, array in weights.items()}
+
+
+_warm: OrderedDict[tuple[Any, ...], _InProcess] = OrderedDict()
+_warm_lock = threading.Lock()
+_shelf: Any = None
+
+
+def _simulated(context: Context) -> _InProcess:
+    options = simulated_options(Settings.from_run_config(context.run_config), context.node_config)
+    key = tuple(sorted(options.items()))
+    global _shelf
+    with _warm_lock:
+        if key not in _warm:
+            from fedsea.federation.participant import ModelShelf, Participant, ParticipantOptions
+
+            if _shelf is None:
+                _shelf = ModelShelf()
+            while len(_warm) >= WARM_CLIENTS:
+                _warm.popitem(last=False)
+            _warm[key] = _InProcess(Participant(ParticipantOptions.from_body(options), _shelf))
+        _warm.move_to_end(key)
+        return _warm[key]
+
+
+def simulated_options(settings: Settings, node_config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a simulated client decides: the same for all, but for its name and its shard of the data."""
+    index, count = int(node_config["partition-id"]), int(node_config["num-partitions"])
+    name = f"client-{index}"
+    if not settings.task or not settings.data:
+        raise UsageError("a simulation needs task and data: where its clients' examples are")
+    credentials = f"{settings.client_credentials}/{name}" if settings.client_credentials else None
+    return {
+        "name": name,
+        "model": settings.model,
+        "task": settings.task,
+        "data": settings.data,
+        "input_layers": settings.input_layers,
+        "output_layers": settings.output_layers,
+        "credentials": credentials,
+        "insecure": credentials is None,
+        "noise_level": settings.noise_level,
+        "dtype": settings.dtype,
+        "threads": settings.threads,
+        "max_tokens": settings.max_tokens,
+        "shard": settings.shards if settings.shards == "folders" else f"{settings.shards}:{index}/{count}",
+        "shard_seed": settings.seed,
+    }

@@ -1,0 +1,106 @@
+"""A client's examples, read and tokenised once for each process; and what coordinator and clients compare of a task."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+from fedsea.checkpoints import open_checkpoint
+from fedsea.checkpoints.random import PREFIX
+from fedsea.errors import ModelNotFoundError
+from fedsea.federation.shards import Sharding, read_shard
+from fedsea.tasks import Example, LabelTask, Split, Task, encode
+from fedsea.training.examples import Encoded
+
+
+class ByteTokenizer:
+    """UTF-8 bytes as tokens: for the random models, which have no tokenizer and no use but tests and timing."""
+
+    chat_template = eos_token = pad_token_id = eos_token_id = None
+    is_fast = False
+
+    def __call__(self, text: str, **_options: Any) -> dict[str, list[int]]:
+        """Token ids, under `input_ids`."""
+        return {"input_ids": list(text.encode())}
+
+    def decode(self, tokens: Sequence[int], **_options: Any) -> str:
+        """The text again."""
+        return bytes(token for token in tokens if token < 256).decode(errors="replace")
+
+    def batch_decode(self, rows: Sequence[Sequence[int]], **options: Any) -> list[str]:
+        """The texts again."""
+        return [self.decode(row, **options) for row in rows]
+
+
+@lru_cache(maxsize=4)
+def tokenizer_of(model: str) -> Any:
+    """A model's tokenizer; bytes for a random model.
+
+    Raises
+    ------
+    ModelNotFoundError
+        If it has none.
+    """
+    checkpoint = open_checkpoint(model)
+    try:
+        return checkpoint.tokenizer()
+    except ModelNotFoundError:
+        if model.startswith(PREFIX) and checkpoint.config.vocab_size >= 256:
+            return ByteTokenizer()
+        raise
+
+
+class Texts:
+    """A client's examples of one task, as training and evaluation take them.
+
+    Parameters
+    ----------
+    task
+        Of the client.
+    path, sharding, client
+        As `read_shard` takes them.
+    model
+        Whose tokenizer is used.
+    max_tokens
+        The longest text.
+
+    Raises
+    ------
+    UsageError
+        If there are no examples to train on, or they cannot be read.
+    """
+
+    def __init__(self, task: Task, path: str, sharding: Sharding | None, client: str, model: str, max_tokens: int):
+        self.task, self.max_tokens, self._model = task, max_tokens, model
+        self._where = (path, sharding, client)
+        self.train: list[Encoded] = [self._encoded(example) for example in self._examples("train")]
+
+    def validation(self, limit: int = 0) -> list[Example]:
+        """The first examples of the validation split, `limit` of them; 0 for all.
+
+        Raises
+        ------
+        UsageError
+            If there is none.
+        """
+        return self._examples("validation")[: limit or None]
+
+    def _examples(self, split: Split) -> list[Example]:
+        path, sharding, client = self._where
+        return read_shard(self.task, path, sharding, client, split)
+
+    def _encoded(self, example: Example) -> Encoded:
+        return encode(self.task, example, tokenizer_of(self._model), self.max_tokens)
+
+
+def task_schema(task: Task) -> str:
+    """A digest of what clients of one federation must agree on: what a task asks, its labels, its metrics."""
+    asked = {
+        "name": task.name,
+        "needs": task.needs,
+        "metrics": task.metrics,
+        "cue": task.cue,
+        "labels": dict(task.verbalisers) if isinstance(task, LabelTask) else None,
+    }
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,154 @@
+"""A federation's output: what it is, its rounds, the state to go on from, its adapter.
+
+OUTPUT/federation.json   which federation this is: written once
+OUTPUT/rounds.jsonl      a line for each round
+OUTPUT/now.json          what is going on
+OUTPUT/checkpoints/      after each round, the global adapter and the strategy's state (the last two rounds)
+OUTPUT/adapter/          the adapter after the last round: a standard PEFT adapter of the whole model
+"""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+
+from fedsea.errors import UsageError
+from fedsea.federation.arrays import Arrays
+from fedsea.parts.adapter_files import save_adapter
+from fedsea.training.checkpoints import CheckpointFolder, TrainingState
+
+FEDERATION, ROUNDS, NOW = "federation.json", "rounds.jsonl", "now.json"
+
+
+class FederationFolder:
+    """An output folder.
+
+    Parameters
+    ----------
+    path
+        Where it is, or will be.
+    lora, base_model
+        What the adapter's files say of it.
+    notice
+        Told one line about what is unusual.
+    """
+
+    def __init__(self, path: Path, lora: LoraConfig, base_model: str | None, notice: Callable[[str], None]) -> None:
+        self.path, self._lora, self._base_model = path, lora, base_model
+        self._checkpoints = CheckpointFolder(path / "checkpoints", notice)
+
+    def begin(self, identity: Mapping[str, Any], *, resume: bool) -> TrainingState | None:
+        """Make the folder, or take up what is in it: the state after its last round, None if there is none.
+
+        Raises
+        ------
+        UsageError
+            If it holds something else, or cannot be written.
+        """
+        held = self._held()
+        if held is None:
+            if self.path.exists() and any(self.path.iterdir()):
+                raise UsageError(f"{self.path} is not empty and holds no federation; choose another output")
+            try:
+                self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+                _replace(self.path / FEDERATION, json.dumps(dict(identity), indent=2) + "\n")
+            except OSError as error:
+                raise UsageError(f"cannot write to {self.path}: {error.strerror}") from None
+            return None
+        if not resume:
+            raise UsageError(f"{self.path} holds a federation; go on with resume=true, or choose another output")
+        different = [
+            f"{key} was {held.get(key)!r} and is {identity.get(key)!r} now"
+            for key in sorted(held.keys() | identity.keys())
+            if held.get(key) != identity.get(key)
+        ]
+        if different:
+            raise UsageError(f"{self.path} holds another federation: {'; '.join(different[:3])}")
+        state = self._checkpoints.load()
+        done = state.step if state is not None else 0
+        # Lines of rounds that are about to be done again, and one that a crash has kept from being written.
+        lines = [line for line in self.rounds() if line["round"] <= done]
+        if state is not None and all(line["round"] < done for line in lines):
+            lines.append(state.state["report"])
+        self._write_rounds(lines)
+        return state
+
+    def _held(self) -> dict[str, Any] | None:
+        try:
+            held = json.loads((self.path / FEDERATION).read_text())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError):
+            held = None
+        if not isinstance(held, dict):
+            raise UsageError(f"{self.path / FEDERATION} is damaged")
+        return held
+
+    def rounds(self) -> list[dict[str, Any]]:
+        """The lines of `rounds.jsonl`; one that was being written in a crash is left out."""
+        found: list[dict[str, Any]] = []
+        file = self.path / ROUNDS
+        for line in file.read_text().splitlines() if file.exists() else []:
+            try:
+                found.append(json.loads(line))
+            except ValueError:
+                break
+        return found
+
+    def save(self, number: int, arrays: Arrays, strategy: Arrays, report: Mapping[str, Any]) -> None:
+        """Write the adapter and the strategy's state after a round, then the round's line.
+
+        Raises
+        ------
+        UsageError
+            If it cannot be written; the round before is untouched.
+        """
+        tensors = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
+        states = {name: torch.from_numpy(array.copy()) for name, array in strategy.items()}
+        state = TrainingState(number, tensors, states, {}, {"report": dict(report)})
+        self._checkpoints.save(state, self._lora, self._base_model)
+        with (self.path / ROUNDS).open("a") as stream:
+            stream.write(json.dumps(report) + "\n")
+
+    def add_evaluation(self, number: int, evaluation: Mapping[str, Any]) -> None:
+        """Put a round's evaluation into its line."""
+        lines = self.rounds()
+        for line in lines:
+            if line["round"] == number:
+                line["evaluation"] = dict(evaluation)
+        self._write_rounds(lines)
+
+    def show(self, **now: Any) -> None:
+        """Write what is going on, for whoever looks (`fedsea federation status`)."""
+        _replace(self.path / NOW, json.dumps({"time": round(time.time(), 1), "pid": os.getpid(), **now}) + "\n")
+
+    def finish(self, arrays: Arrays) -> Path:
+        """Write the adapter; returns its folder.
+
+        Raises
+        ------
+        UsageError
+            If it cannot be written.
+        """
+        final, partial = self.path / "adapter", self.path / f".adapter-{os.getpid()}"
+        shutil.rmtree(partial, ignore_errors=True)
+        tensors = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
+        save_adapter(partial, self._lora, tensors, self._base_model)
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        return final
+
+    def _write_rounds(self, lines: list[dict[str, Any]]) -> None:
+        _replace(self.path / ROUNDS, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def _replace(file: Path, text: str) -> None:
+    partial = file.with_name(f".{file.name}-{os.getpid()}")
+    partial.write_text(text)
+    partial.replace(file)

@@ -1,0 +1,282 @@
+"""Which clients a federation has: asked once what they bring, admitted or refused with a reason, and asked again.
+
+Flower knows nodes; the rest of FedSEA knows clients by their names. A node that has not answered or is refused is not
+sampled. It has a question pending all the time, so it is back as soon as it answers (and answers well).
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+from flwr.serverapp import Grid
+
+from fedsea.checkpoints import Fingerprint
+from fedsea.errors import FedSEAError, ProtocolError, UsageError
+from fedsea.partition import Partition
+from fedsea.wire.rounds import run_name
+
+DESCRIPTION = "description"
+POLL_SECONDS = 0.1
+NAME_TAKEN = "another client has its name"
+
+
+@dataclass(frozen=True)
+class Member:
+    """A client that takes part.
+
+    Attributes
+    ----------
+    node
+        Flower's number for it.
+    examples
+        That it says it has.
+    """
+
+    node: int
+    name: str
+    partition: Partition
+    examples: int
+    fingerprint: Fingerprint
+    task: str
+    schema: str
+    lora: Mapping[str, Any] | None
+
+    @classmethod
+    def from_body(cls, node: int, body: Any) -> "Member":
+        """Check and read what `Participant.describe` made.
+
+        Raises
+        ------
+        ProtocolError
+            If it is anything else.
+        """
+        try:
+            first, last = body["partition"]
+            texts = {name: body[name] for name in ("name", "task", "schema")}
+            if not all(isinstance(text, str) for text in texts.values()) or type(body["examples"]) is not int:
+                raise ProtocolError("what the client says of itself cannot be read")
+            fingerprint, lora = Fingerprint.from_json(body["fingerprint"]), body.get("lora")
+            if body["examples"] < 1 or not isinstance(lora, dict | None):
+                raise ProtocolError("what the client says of itself cannot be used")
+            return cls(
+                node, **texts, partition=Partition(first, last), examples=body["examples"], fingerprint=fingerprint,
+                lora=lora,
+            )  # fmt: skip
+        except (KeyError, TypeError, ValueError):
+            raise ProtocolError("what the client says of itself cannot be read") from None
+
+
+@dataclass
+class Requirements:
+    """What members must have in common.
+
+    Attributes
+    ----------
+    federation
+        Its name.
+    num_layers
+        Of the model.
+    served
+        For each block server: the layers that it holds.
+    fingerprint
+        Of the model as far as it is known: from the configuration, the block servers, and the clients so far.
+    lora
+        The adapter that is trained, as JSON.
+    task, schema
+        Empty until the first client is there.
+    """
+
+    federation: str
+    num_layers: int
+    served: Mapping[str, range]
+    fingerprint: Fingerprint
+    lora: Mapping[str, Any]
+    task: str = ""
+    schema: str = ""
+
+    def refusal(self, member: Member) -> str | None:
+        """Why a client cannot take part, in words; None if it can."""
+        different = self.fingerprint.mismatches(member.fingerprint)
+        if different:
+            return f"it has another model: {', '.join(different[:3])} differ{'s' if len(different) == 1 else ''}"
+        if (self.task and member.task != self.task) or (self.schema and member.schema != self.schema):
+            other = "another version of it" if member.task == self.task else member.task
+            return f"the federation learns the task {self.task}, it has {other}"
+        for name, wanted in (member.lora or {}).items():
+            if self.lora.get(name) != wanted:
+                return f"it insists on an adapter with {name}={wanted!r}; the federation trains {self.lora.get(name)!r}"
+        try:
+            run_name(f"{self.federation}.00000.t000", member.name)
+            middle = member.partition.middle(self.num_layers)
+        except FedSEAError as error:
+            return str(error)
+        if not middle:
+            return "its partition leaves no middle blocks to train at a block server"
+        if not self.servers_for(middle):
+            return f"no block server holds its middle blocks, layers {middle.start} to {middle.stop - 1}"
+        return None
+
+    def servers_for(self, middle: range) -> list[str]:
+        """The block servers that hold these layers."""
+        return [
+            address for address, held in self.served.items() if held.start <= middle.start and middle.stop <= held.stop
+        ]
+
+    def learn(self, member: Member) -> None:
+        """From a client that is admitted: what nobody has said before."""
+        groups = {**member.fingerprint.groups, **self.fingerprint.groups}
+        self.fingerprint = Fingerprint(self.fingerprint.config, groups)
+        self.task, self.schema = self.task or member.task, self.schema or member.schema
+
+
+class Directory:
+    """The federation's clients, by Flower's node.
+
+    Parameters
+    ----------
+    requirements
+        What they must have in common.
+    notice
+        Told one line of each refusal.
+
+    Attributes
+    ----------
+    members
+        Those admitted, by node.
+    refused
+        Why others are not, by node: (name, reason). A node whose name nobody knows is called by its number.
+    """
+
+    def __init__(self, requirements: Requirements, notice: Callable[[str], None]) -> None:
+        self.requirements = requirements
+        self.members: dict[int, Member] = {}
+        self.refused: dict[int, tuple[str, str]] = {}
+        self._silent: set[int] = set()
+        self._asked: dict[str, int] = {}
+        self._notice = notice
+
+    def absent(self) -> set[int]:
+        """Nodes that are not to be sampled."""
+        return self.refused.keys() | self._silent
+
+    def name_of(self, node: int) -> str:
+        """The client's name; its number if nobody knows it."""
+        if node in self.members:
+            return self.members[node].name
+        return self.refused[node][0] if node in self.refused else f"node {node}"
+
+    def missed(self, grid: Grid, node: int) -> None:
+        """A member did not answer in time: it is not waited for again until it answers a question."""
+        self._silent.add(node)
+        self._ask(grid, [node])
+
+    def forget(self, node: int) -> None:
+        """Ask a member anew before its next round: it is not what it was."""
+        self.members.pop(node, None)
+
+    def update(self, grid: Grid) -> None:
+        """Take the answers that have come, without waiting; nodes that have left are forgotten."""
+        there = set(grid.get_node_ids())
+        for node in (self.members.keys() | self.refused.keys() | self._silent) - there:
+            self.members.pop(node, None)
+            self.refused.pop(node, None)
+            self._silent.discard(node)
+        self._asked = {message: node for message, node in self._asked.items() if node in there}
+        held = {member.name for member in self.members.values()}
+        for node, (name, reason) in list(self.refused.items()):
+            if reason == NAME_TAKEN and name not in held:  # the other has left: it was this client, restarted
+                del self.refused[node]
+        self._take_answers(grid)
+        self._ask(grid, self.absent() - set(self._asked.values()))
+
+    def admit(self, grid: Grid, nodes: Iterable[int], seconds: float) -> list[Member]:
+        """Members among some nodes, by name; those that nobody knows are asked, and have so long to answer."""
+        wanted = list(nodes)
+        unknown = {node for node in wanted if node not in self.members and node not in self.absent()}
+        self._ask(grid, unknown - set(self._asked.values()))
+        end = time.monotonic() + seconds
+        while (waiting := unknown & set(self._asked.values())) and time.monotonic() < end:
+            self._take_answers(grid)
+            if waiting == unknown & set(self._asked.values()):
+                time.sleep(POLL_SECONDS)
+        self._give_up(waiting)
+        found = [self.members[node] for node in wanted if node in self.members and node not in self._silent]
+        return sorted(found, key=lambda member: member.name)
+
+    def ask_all(self, grid: Grid) -> int:
+        """Ask the nodes that nobody knows, without waiting; returns how many have not answered yet."""
+        known = self.members.keys() | self.absent()
+        unknown = {node for node in grid.get_node_ids() if node not in known}
+        self._ask(grid, unknown - set(self._asked.values()))
+        return len(unknown)
+
+    def give_up_asking(self) -> None:
+        """Do not wait any longer for answers that have not come."""
+        self._give_up(set(self._asked.values()) - self.members.keys() - self.absent())
+
+    def _give_up(self, nodes: Iterable[int]) -> None:
+        for node in sorted(nodes):
+            self._notice(f"node {node} does not answer; it takes part once it does")
+            self._silent.add(node)
+
+    def _ask(self, grid: Grid, nodes: Iterable[int]) -> None:
+        content = {"config": ConfigRecord({"federation": self.requirements.federation})}
+        messages = [Message(RecordDict(dict(content)), node, MessageType.QUERY) for node in sorted(nodes)]
+        if messages:
+            self._asked |= push(grid, messages)
+
+    def _take_answers(self, grid: Grid) -> None:
+        if not self._asked:
+            return
+        answers = list(grid.pull_messages(list(self._asked)))
+        # By name, so that of two nodes with one name the same one is admitted whatever the order of the answers.
+        for reply in sorted(answers, key=lambda reply: self._asked.get(reply.metadata.reply_to_message_id, 0)):
+            node = self._asked.pop(reply.metadata.reply_to_message_id, None)
+            if node is not None:
+                self._silent.discard(node)
+                self._judge(node, reply)
+
+    def _judge(self, node: int, reply: Message) -> None:
+        self.members.pop(node, None)
+        name = f"node {node}"
+        try:
+            if reply.has_error():
+                raise UsageError(reply.error.reason or "it failed without a reason")
+            member = Member.from_body(node, json.loads(str(_description(reply))))
+            name = member.name
+            others = (other.name for other in self.members.values() if other.node not in self._silent)
+            reason = NAME_TAKEN if name in others else self.requirements.refusal(member)
+        except ValueError:
+            reason = "what the client says of itself cannot be read"
+        except FedSEAError as error:
+            reason = str(error)
+        if reason is None:
+            self.refused.pop(node, None)
+            self.members[node] = member
+            self.requirements.learn(member)
+        else:
+            if self.refused.get(node) != (name, reason):
+                self._notice(f"client {name} is refused: {reason}")
+            self.refused[node] = (name, reason)
+
+
+def _description(reply: Message) -> object:
+    records = list(reply.content.config_records.values())
+    return records[0].get(DESCRIPTION) if len(records) == 1 else None
+
+
+def push(grid: Grid, messages: Sequence[Message]) -> dict[str, int]:
+    """Send messages; gives the node of each by the message's id. One that Flower did not take is missing."""
+    identifiers = list(grid.push_messages(messages))
+    if len(identifiers) == len(messages):
+        sent = zip(identifiers, messages, strict=True)
+        return {identifier: message.metadata.dst_node_id for identifier, message in sent if identifier}
+    taken = set(identifiers)
+    return {
+        message.metadata.message_id: message.metadata.dst_node_id
+        for message in messages
+        if message.metadata.message_id in taken
+    }

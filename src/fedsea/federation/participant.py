@@ -1,0 +1,247 @@
+"""One data owner's half of a federation: its model and data, warm between rounds."""
+
+import math
+import threading
+import time
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedsea.checkpoints import Fingerprint, open_checkpoint
+from fedsea.client.model import SplitModelForCausalLM
+from fedsea.errors import FedSEAError, ModelMismatchError, NonFiniteError, ProtocolError, UsageError
+from fedsea.federation.data import Texts, task_schema, tokenizer_of
+from fedsea.federation.participant_options import ParticipantOptions
+from fedsea.federation.recipe import LocalRecipe, lora_config
+from fedsea.federation.shards import Sharding
+from fedsea.federation.shelf import ModelShelf
+from fedsea.parts.adapters import adapter_parameters
+from fedsea.tasks import evaluate, get_task
+from fedsea.training.batches import Batches
+from fedsea.wire.rounds import Ticket
+
+__all__ = ["ModelShelf", "Participant", "ParticipantOptions"]
+
+
+class Participant:
+    """A data owner's half: reads its data once, loads its model at its first ticket, keeps both. One thing at a time.
+
+    Parameters
+    ----------
+    options
+        What its owner has decided.
+    shelf
+        Where its model stands; one of its own by default.
+
+    Attributes
+    ----------
+    on_step
+        Told of each optimizer step: its number in the round, from 1, and its loss. What it raises ends the round's
+        training.
+
+    Raises
+    ------
+    FedSEAError
+        If the data, the task or the model's files are not what they should be.
+    """
+
+    def __init__(self, options: ParticipantOptions, shelf: ModelShelf | None = None) -> None:
+        if options.threads is not None:
+            torch.set_num_threads(options.threads)
+        self.options, self.on_step = options, None
+        self._shelf = shelf if shelf is not None else ModelShelf(1)
+        self._lock = threading.Lock()
+        self._next_batch = 0
+        config, self._fingerprint = _model_facts(options.model)
+        options.partition.middle(config.num_hidden_layers)
+        self._task = get_task(options.task)
+        sharding = Sharding.parse(options.shard, options.shard_seed) if options.shard else None
+        tokens = min(options.max_tokens, config.max_position_embeddings)
+        self._texts = Texts(self._task, options.data, sharding, options.name, options.model, tokens)
+        Batches(self._texts.train, 1, 0)  # something to learn is there
+
+    on_step: Callable[[int, float], None] | None
+
+    def describe(self) -> dict[str, Any]:
+        """What the coordinator compares clients by: JSON. No text and no label is in it."""
+        return {
+            "name": self.options.name,
+            "partition": [self.options.input_layers, self.options.output_layers],
+            "examples": len(self._texts.train),
+            "fingerprint": self._fingerprint.to_json(),
+            "task": self._task.name,
+            "schema": task_schema(self._task),
+            "lora": dict(self.options.lora) if self.options.lora is not None else None,
+        }
+
+    def train(
+        self, body: dict[str, Any], weights: Mapping[str, Tensor]
+    ) -> tuple[dict[str, float | int], dict[str, Tensor]]:
+        """Take part in a round.
+
+        Parameters
+        ----------
+        body
+            `ticket`, `lora`, `recipe`; `proximal-mu`, and `first-batch`, where the last round ended, if given.
+        weights
+            A's and C's adapter at the start, by names of the whole model.
+
+        Returns
+        -------
+        metrics
+            `num-examples` (that the client has), `train-loss` (mean over the round's learnt tokens), `steps`, `tokens`,
+            `bytes-up`, `bytes-down`, `seconds`, `next-batch`.
+        weights
+            A's and C's adapter, trained: float32.
+
+        Raises
+        ------
+        NonFiniteError
+            If weights, a loss or a gradient is not finite.
+        FedSEAError
+            What the block server refuses, or what is wrong with the request. The seat is given up.
+        """
+        with self._lock:
+            recipe = LocalRecipe.from_body(body.get("recipe"), body.get("proximal-mu", 0.0))
+            first = body.get("first-batch", self._next_batch)
+            if not isinstance(first, int) or first < 0:
+                raise ProtocolError("the round's first batch must be a number, 0 or more")
+            began = time.perf_counter()
+            model = self._join(body, weights)
+            before = model.traffic.copy()
+            try:
+                figures = self._steps(model, recipe, first)
+                model.finish_round()
+                trained = model.local_adapter_state()
+            except BaseException as error:
+                self._leave(model, error)
+                raise
+            if not all(bool(torch.isfinite(weight).all()) for weight in trained.values()):
+                raise NonFiniteError("the adapter is not finite after the round; a lower learning rate may help")
+            moved = model.traffic.since(before)
+            self._next_batch = first + recipe.local_steps * recipe.accumulation
+            return {
+                "num-examples": len(self._texts.train),
+                **figures,
+                "bytes-up": moved.bytes_up,
+                "bytes-down": moved.bytes_down,
+                "seconds": round(time.perf_counter() - began, 3),
+                "next-batch": self._next_batch,
+            }, trained
+
+    def evaluate(self, body: dict[str, Any], weights: Mapping[str, Tensor]) -> dict[str, float | int]:
+        """Evaluate a round's adapter on the client's validation split.
+
+        Parameters
+        ----------
+        body
+            `ticket`, `lora`, `evaluation`.
+        weights
+            As for `train`.
+
+        Returns
+        -------
+        dict
+            The task's metrics and `answer_loss`, those that are finite; `num-examples`, of how many.
+
+        Raises
+        ------
+        FedSEAError
+            As for `train`; UsageError if there is no validation split.
+        """
+        with self._lock:
+            match body.get("evaluation"):
+                case {"examples": int(limit), "batch_size": int(batch_size)} if limit >= 0 and batch_size > 0:
+                    examples = self._texts.validation(limit)
+                case _:
+                    raise ProtocolError("how to evaluate cannot be read")
+            model = self._join(body, weights)
+            try:
+                result = evaluate(
+                    model,
+                    tokenizer_of(self.options.model),
+                    self._task,
+                    examples,
+                    batch_size=batch_size,
+                    max_tokens=self._texts.max_tokens,
+                    answer_loss=True,
+                )
+                model.finish_round()
+            except BaseException as error:
+                self._leave(model, error)
+                raise
+            metrics = {name: value for name, value in result.metrics.items() if math.isfinite(value)}
+            return {"num-examples": result.count, **metrics}
+
+    def close(self) -> None:
+        """Leave the block server."""
+        self._shelf.close()
+
+    def _join(self, body: Mapping[str, Any], weights: Mapping[str, Tensor]) -> SplitModelForCausalLM:
+        ticket, lora = Ticket.from_body(body.get("ticket")), body.get("lora")
+        config = lora_config(lora)
+        assert isinstance(lora, dict)
+        for name, wanted in (self.options.lora or {}).items():
+            if lora.get(name) != wanted:
+                raise UsageError(
+                    f"this client takes part with {name}={wanted!r} only; the round has {lora.get(name)!r}"
+                )
+        for name, weight in weights.items():
+            if not bool(torch.isfinite(weight).all()):
+                raise NonFiniteError(f"the adapter that came is not finite: {name}")
+        model = self._shelf.get(self.options, ticket.server, lora)
+        try:
+            model.join_round(ticket, config)
+            extra = weights.keys() - adapter_parameters(model).keys()
+            if extra:
+                raise ModelMismatchError(f"the adapter that came has {min(extra)}, which this client does not train")
+            model.set_local_adapter(weights)
+        except BaseException as error:
+            self._leave(model, error)
+            raise
+        return model
+
+    def _leave(self, model: SplitModelForCausalLM, error: BaseException) -> None:
+        model.leave_round()
+        if not isinstance(error, FedSEAError):
+            self._shelf.forget(model)  # whatever has happened to it, the next round gets a new one
+
+    def _steps(self, model: SplitModelForCausalLM, recipe: LocalRecipe, first: int) -> dict[str, float | int]:
+        batches = Batches(self._texts.train, recipe.batch_size, recipe.seed)
+        optimizer = model.create_optimizer(lr=recipe.lr, weight_decay=recipe.weight_decay)
+        start = {name: weight.detach().clone() for name, weight in adapter_parameters(model).items()}
+        losses = learnt = tokens = 0.0
+        model.train()
+        for step in range(1, recipe.local_steps + 1):
+            chosen = [batches[first + index] for index in range(recipe.accumulation)]
+            first += recipe.accumulation
+            items = sum(batch.learnt for batch in chosen)
+            loss = 0.0
+            for batch in chosen:
+                here = batch.to(model.device)
+                part = model.answer_loss(here.input_ids, here.attention_mask, here.labels, items)
+                part.backward()
+                loss += float(part.detach())
+            if recipe.proximal_mu:
+                for name, weight in adapter_parameters(model).items():
+                    if weight.grad is not None:
+                        weight.grad.add_(weight.detach() - start[name], alpha=recipe.proximal_mu)
+            model.clip_grad_norm_(recipe.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            if not math.isfinite(loss):
+                raise NonFiniteError(f"the loss of step {step} is not finite; a lower learning rate may help")
+            losses, learnt = losses + loss * items, learnt + items
+            tokens += sum(batch.tokens for batch in chosen)
+            if self.on_step is not None:
+                self.on_step(step, loss)
+        return {"train-loss": losses / max(1.0, learnt), "steps": recipe.local_steps, "tokens": int(tokens)}
+
+
+@lru_cache(maxsize=4)
+def _model_facts(model: str) -> tuple[Any, Fingerprint]:
+    checkpoint = open_checkpoint(model)
+    return checkpoint.config, checkpoint.fingerprint()

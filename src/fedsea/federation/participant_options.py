@@ -1,0 +1,79 @@
+"""What a data owner decides about its part in a federation. Without torch."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fedsea.errors import UsageError
+from fedsea.partition import Partition
+
+
+@dataclass(frozen=True)
+class ParticipantOptions:
+    """What a data owner decides: `fedsea federation join`.
+
+    Attributes
+    ----------
+    name
+        Of the client: its certificate's common name, where there are certificates.
+    model, input_layers, output_layers, dtype, device, threads
+        As `fedsea finetune` has them; None for torch's own number of threads.
+    task, data, shard
+        What it learns; `shard` as `Sharding.parse` reads it, empty for all of the data. `shard_seed` is the same for
+        all clients.
+    credentials, insecure
+        Its folder of `fedsea credentials init`; or no TLS, on this machine only.
+    noise_level
+        Noise on what leaves, as a multiple of the mean |h_A|.
+    max_tokens
+        The longest text; what is more is cut from its context.
+    wire_dtype
+        What to send hidden states in; None for 16 bits.
+    lora
+        What its owner insists on of the adapter (`{"r": 8}`): a federation that trains another is not joined.
+    reconnect_seconds
+        How long to try again after the connection to the block server is lost.
+    """
+
+    name: str
+    model: str
+    task: str
+    data: str
+    input_layers: int = 1
+    output_layers: int = 1
+    credentials: str | None = None
+    insecure: bool = False
+    noise_level: float = 0.0
+    dtype: str = "float32"
+    wire_dtype: str | None = None
+    device: str = "cpu"
+    threads: int | None = None
+    max_tokens: int = 512
+    shard: str = ""
+    shard_seed: int = 0
+    lora: Mapping[str, Any] | None = None
+    reconnect_seconds: float = 30.0
+
+    @property
+    def partition(self) -> Partition:
+        """Where the cuts are."""
+        return Partition(self.input_layers, self.output_layers)
+
+    def to_body(self) -> dict[str, Any]:
+        """As a JSON object."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_body(cls, body: Mapping[str, Any]) -> "ParticipantOptions":
+        """Read what `to_body` made.
+
+        Raises
+        ------
+        UsageError
+            If an option is unknown or missing.
+        """
+        try:
+            return cls(**body)
+        except TypeError as error:
+            raise UsageError(f"the options of a participant cannot be read: {error}") from None

@@ -1,0 +1,167 @@
+"""The coordinator: Flower's ServerApp. It has neither data nor weights of the model, only its configuration."""
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from fedsea.checkpoints import Fingerprint, open_checkpoint
+from fedsea.checkpoints.fingerprint import config_digest
+from fedsea.errors import FedSEAError, ModelMismatchError, UsageError
+from fedsea.federation.arrays import Arrays, Shapes
+from fedsea.federation.blockserver import BlockServerAdmin
+from fedsea.federation.data import task_schema
+from fedsea.federation.exchange import Federation
+from fedsea.federation.folder import FederationFolder
+from fedsea.federation.members import Directory, Requirements
+from fedsea.federation.moments import set_strategy_state
+from fedsea.federation.recipe import lora_config
+from fedsea.federation.settings import Settings
+from fedsea.federation.stage import Admin, BlockServers, Terms
+from fedsea.federation.strategies import make_strategy
+from fedsea.parts.adapter_files import read_adapter
+from fedsea.parts.adapters import AdapterSpec
+from fedsea.tasks import get_task
+
+log = logging.getLogger("flwr")  # what Flower shows and collects
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run the federation that the run configuration describes (`fedsea.federation.settings`)."""
+    try:
+        run_federation(grid, Settings.from_run_config(context.run_config))
+    except FedSEAError as error:
+        log.error("fedsea: %s", error)
+        raise
+
+
+def tell(message: str) -> None:
+    """Default notice: a line in Flower's log."""
+    log.warning("fedsea: %s", message)
+
+
+def run_federation(
+    grid: Grid, settings: Settings, admins: Sequence[Admin] | None = None, notice: Callable[[str], None] = tell
+) -> Path:
+    """Run a federation, or go on with one; returns the folder of its adapter.
+
+    Parameters
+    ----------
+    grid
+        Flower's.
+    admins
+        The block servers, where the settings' addresses are not to be used.
+    notice
+        Told one line about whatever is unusual.
+
+    Raises
+    ------
+    FedSEAError
+        If it cannot be begun, no block server answers, or no client has trained in any round. The rounds that are done
+        are saved.
+    """
+    config = open_checkpoint(settings.model).config
+    lora = lora_config(settings.lora())
+    spec = AdapterSpec.from_config(lora, config, settings.seed)
+    strategy = make_strategy(settings)
+    folder = FederationFolder(Path(settings.output), lora, config.name_or_path or settings.model, notice)
+    state = folder.begin(settings.identity(), resume=settings.resume)
+    shapes = adapter_shapes(spec, config)
+    if state is not None:
+        weights: Arrays = {name: tensor.numpy() for name, tensor in state.adapter.items()}
+        set_strategy_state(strategy, {name: tensor.numpy() for name, tensor in state.optimizer.items()})
+        notice(f"going on after round {state.step} of {settings.rounds}")
+    else:
+        weights = _first_adapter(settings, spec, config, shapes)
+    _check_shapes(weights, shapes, settings.output if state is not None else settings.adapter)
+    opened: list[BlockServerAdmin] = []
+    if admins is None:
+        credentials = Path(settings.credentials) if settings.credentials else None
+        opened = [BlockServerAdmin(one, credentials, insecure=settings.insecure) for one in settings.addresses]
+    chosen: Sequence[Admin] = opened if admins is None else admins
+    try:
+        terms = Terms(spec, config.num_hidden_layers, shapes, settings.join_seconds, settings.straggler_seconds)
+        requirements = _requirements(settings, config, chosen)
+        servers, directory = BlockServers(chosen, terms, notice), Directory(requirements, notice)
+        federation = Federation(settings, settings.lora(), servers, directory, folder, notice)
+        strategy.work_with(federation, weights, state.step if state is not None else 0)
+        adapter = folder.finish(strategy.run(grid))
+    finally:
+        for admin in opened:
+            admin.close()
+    folder.show(doing="done", round=strategy.done, rounds=settings.rounds, name=settings.name, mode=settings.mode)
+    log.info("fedsea: the adapter is in %s", adapter)
+    return adapter
+
+
+def _requirements(settings: Settings, config: PreTrainedConfig, admins: Sequence[Admin]) -> Requirements:
+    fingerprint, served = Fingerprint(config_digest(config), {}), {}
+    for admin in admins:
+        description = admin.describe()
+        different = fingerprint.mismatches(description.fingerprint)
+        if different:
+            raise ModelMismatchError(
+                f"the block server {admin.address} has another model than {settings.model}: "
+                f"{', '.join(different[:3])} differ{'s' if len(different) == 1 else ''}"
+            )
+        groups = {**description.fingerprint.groups, **fingerprint.groups}
+        fingerprint, served[admin.address] = Fingerprint(fingerprint.config, groups), description.layers
+    task = get_task(settings.task) if settings.task else None
+    return Requirements(
+        settings.name,
+        config.num_hidden_layers,
+        served,
+        fingerprint,
+        settings.lora(),
+        task.name if task else "",
+        task_schema(task) if task else "",
+    )
+
+
+def adapter_shapes(spec: AdapterSpec, config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of an adapter's weights by name, for a whole model of which only the configuration is there."""
+    with torch.device("meta"):
+        whole = AutoModelForCausalLM.from_config(config)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, (rank, _alpha) in sorted(spec.targets.items()):
+        module: Any = whole.get_submodule(name)
+        shapes[f"{name}.lora_A.weight"] = (rank, module.in_features)
+        shapes[f"{name}.lora_B.weight"] = (module.out_features, rank)
+        if spec.use_dora:
+            shapes[f"{name}.lora_magnitude_vector.weight"] = (module.out_features,)
+    return shapes
+
+
+def _first_adapter(settings: Settings, spec: AdapterSpec, config: PreTrainedConfig, shapes: Shapes) -> Arrays:
+    if settings.adapter:
+        given, weights = read_adapter(settings.adapter)
+        different = AdapterSpec.from_config(given, config, fresh=False).difference(spec)
+        if different is not None:
+            raise UsageError(f"the adapter in {settings.adapter} is not as the lora settings say: it has {different}")
+        return {name: weight.float().numpy() for name, weight in weights.items()}
+    if spec.use_dora:
+        # Its magnitudes begin as the norms of base weights, which the coordinator does not have.
+        raise UsageError("lora-kind dora needs an adapter to start from: set `adapter` to a folder")
+    return {
+        name: spec.start(name, shape).numpy() if ".lora_A." in name else np.zeros(shape, np.float32)
+        for name, shape in shapes.items()
+    }
+
+
+def _check_shapes(weights: Arrays, shapes: Shapes, source: str) -> None:
+    for name in sorted(weights.keys() ^ shapes.keys()):
+        raise ModelMismatchError(f"the adapter in {source} does not fit the model: {name} is on one side only")
+    for name, shape in shapes.items():
+        if weights[name].shape != shape:
+            raise ModelMismatchError(
+                f"the adapter in {source} does not fit the model: {name} has shape {list(weights[name].shape)}, "
+                f"the model's {list(shape)}"
+            )

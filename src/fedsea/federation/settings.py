@@ -1,0 +1,241 @@
+"""What a federation is told: the keys of `[tool.flwr.app.config]`, their defaults, and what is wrong with a value.
+
+A key is a field's name with dashes: `local_steps` is `local-steps`. `flwr run . -c "rounds=5 local-steps=20"` replaces
+some. Imports neither torch nor flwr: a ClientApp reads it for every message.
+"""
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fedsea.errors import UsageError
+
+MODES = ("sequential", "client-batch", "server-hierarchical")
+LORA_KINDS = ("lora", "rslora", "dora")
+DTYPES = ("float32", "bfloat16", "float16")
+_POSITIVE = {"rounds", "clients", "min_clients", "lora_rank", "local_steps", "batch_size", "accumulation", "threads"}
+_POSITIVE |= {"eval_batch_size", "join_seconds", "straggler_seconds", "round_seconds", "lr", "max_grad_norm"}
+_POSITIVE |= {"fraction_train", "fraction_evaluate"}
+_SHARES = ("fraction_train", "fraction_evaluate")
+_BELOW_ONE = ("lora_dropout", "dp_delta")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A federation's run configuration. Text is empty, and a number 0, where nothing is chosen.
+
+    Attributes
+    ----------
+    name
+        Of the federation: rounds at block servers are called after it.
+    model
+        What `fedsea serve` serves; the coordinator reads its configuration only.
+    task
+        Whose data clients must have; empty for that of the first client.
+    servers
+        Addresses of the block servers, `HOST:PORT`, with commas between them.
+    credentials, insecure
+        The coordinator's folder of `fedsea credentials init`; or no TLS, on this machine only.
+    mode
+        `server-hierarchical`, `client-batch` or `sequential`: how the middle is trained.
+    strategy, strategy_options
+        One of Flower's (`FedAvg`, `FedProx`, `FedAdam`, ...), and what it takes, as `eta=0.01, tau=0.001`.
+    rounds
+        In all, those before a restart included.
+    clients, min_clients
+        The first round begins when so many clients are there; later ones with so many.
+    fraction_train
+        Share of the clients that takes part in a round.
+    clients_at_once
+        So many train at a time, the others of the round after them; 0 for all. In simulation: how many actors Ray has.
+    seed
+        Decides where the adapter starts, and how simulated clients' data are cut.
+    join_seconds
+        So long a round waits for a client that does not come.
+    straggler_seconds
+        So long it waits for one that has come and is silent.
+    round_seconds
+        The longest that a round may take.
+    lora_rank, lora_alpha, lora_dropout, lora_targets, lora_kind
+        The adapter: as `fedsea finetune` has them; an alpha of 0 is twice the rank.
+    adapter
+        A PEFT adapter's folder whose weights to start from; it must be as the lora settings say.
+    local_steps, batch_size, accumulation, lr, weight_decay, max_grad_norm
+        What each client does in a round: AdamW, at a constant rate, its moments new in each round.
+    eval_every
+        Every so many rounds the clients evaluate; 0 for never.
+    eval_examples, eval_batch_size
+        Each on so many examples of its own (0 for all of its validation split).
+    fraction_evaluate
+        Share of the clients that evaluates.
+    dp_clip, dp_epsilon, dp_delta, dp_sensitivity
+        Local differential privacy of what the coordinator gets (`fedsea.federation.client_app`); off at a clip of 0.
+        A sensitivity of 0 is twice the clip.
+    output, resume
+        Where rounds and adapters are written; whether to go on with the federation that is there.
+    data, shards, input_layers, output_layers, max_tokens, noise_level, dtype, threads, client_credentials
+        Of simulated clients: where the data are and how they are cut (`iid`, `dirichlet=0.5`, `source=COLUMN`,
+        `folders`), the partition, the longest text, the noise, what they compute in and with how many threads each, and
+        the folder with a folder of credentials for each client (`client-0`, ...), empty for no TLS.
+    """
+
+    name: str = "fedsea"
+    model: str = "smollm2-135m"
+    task: str = ""
+    servers: str = "127.0.0.1:7070"
+    credentials: str = ""
+    insecure: bool = False
+    mode: str = "server-hierarchical"
+    strategy: str = "FedAvg"
+    strategy_options: str = ""
+    rounds: int = 3
+    clients: int = 2
+    min_clients: int = 1
+    fraction_train: float = 1.0
+    clients_at_once: int = 0
+    seed: int = 0
+    join_seconds: float = 60.0
+    straggler_seconds: float = 30.0
+    round_seconds: float = 3600.0
+    lora_rank: int = 8
+    lora_alpha: float = 0.0
+    lora_dropout: float = 0.0
+    lora_targets: str = "all-linear"
+    lora_kind: str = "lora"
+    adapter: str = ""
+    local_steps: int = 10
+    batch_size: int = 4
+    accumulation: int = 1
+    lr: float = 5e-4
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    eval_every: int = 0
+    eval_examples: int = 0
+    eval_batch_size: int = 8
+    fraction_evaluate: float = 1.0
+    dp_clip: float = 0.0
+    dp_epsilon: float = 0.0
+    dp_delta: float = 1e-5
+    dp_sensitivity: float = 0.0
+    output: str = "fedsea-federation"
+    resume: bool = True
+    data: str = ""
+    shards: str = "iid"
+    input_layers: int = 1
+    output_layers: int = 1
+    max_tokens: int = 512
+    noise_level: float = 0.0
+    dtype: str = "float32"
+    threads: int = 1
+    client_credentials: str = ""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value, key = getattr(self, field.name), _key(field.name)
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                lowest = "above 0" if field.name in _POSITIVE else "0 or more"
+                if not (math.isfinite(value) and (value > 0 if field.name in _POSITIVE else value >= 0)):
+                    raise UsageError(f"{key} must be {lowest}; got {value}")
+            if (field.name in _SHARES and value > 1) or (field.name in _BELOW_ONE and value >= 1):
+                raise UsageError(f"{key} must be {'at most' if field.name in _SHARES else 'below'} 1; got {value}")
+        _one_of("mode", self.mode, MODES)
+        _one_of("lora-kind", self.lora_kind, LORA_KINDS)
+        _one_of("dtype", self.dtype, DTYPES)
+        if not self.addresses:
+            raise UsageError("servers must name a block server, HOST:PORT")
+        if len(set(self.addresses)) < len(self.addresses):
+            raise UsageError(f"servers names a block server twice: {self.servers}")
+        if self.dp_clip and not self.dp_epsilon:
+            raise UsageError("dp-clip needs dp-epsilon: clipping without noise protects nothing")
+        if self.dp_clip and not self.dp_delta:
+            raise UsageError("dp-delta must be above 0")
+
+    @classmethod
+    def from_run_config(cls, config: Mapping[str, Any]) -> "Settings":
+        """Read a Flower run configuration.
+
+        Raises
+        ------
+        UsageError
+            If a key is unknown, or a value cannot be used.
+        """
+        fields = {_key(field.name): field for field in dataclasses.fields(cls)}
+        values = {}
+        for key, value in config.items():
+            field = fields.get(key)
+            if field is None:
+                close = difflib.get_close_matches(key, fields, 1)
+                raise UsageError(f"there is no setting {key!r}" + (f"; did you mean {close[0]}?" if close else ""))
+            values[field.name] = _typed(key, value, type(field.default))
+        return cls(**values)
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """The block servers' addresses."""
+        return tuple(address.strip() for address in self.servers.split(",") if address.strip())
+
+    @property
+    def options(self) -> dict[str, float | int]:
+        """What `strategy-options` says.
+
+        Raises
+        ------
+        UsageError
+            If it cannot be read.
+        """
+        found: dict[str, float | int] = {}
+        for part in filter(None, (part.strip() for part in self.strategy_options.split(","))):
+            name, _, text = part.partition("=")
+            try:
+                number = float(text)
+            except ValueError:
+                raise UsageError(f"strategy-options are NAME=NUMBER, with commas between them; got {part!r}") from None
+            found[name.strip().replace("-", "_")] = int(number) if number.is_integer() and "." not in text else number
+        return found
+
+    def lora(self) -> dict[str, Any]:
+        """The adapter, as `fedsea.federation.recipe.lora_config` takes it: JSON."""
+        names = [name.strip() for name in self.lora_targets.split(",") if name.strip()]
+        return {
+            "r": self.lora_rank,
+            "lora_alpha": self.lora_alpha or 2 * self.lora_rank,
+            "lora_dropout": self.lora_dropout,
+            "target_modules": "all-linear" if names == ["all-linear"] else names,
+            "use_rslora": self.lora_kind == "rslora",
+            "use_dora": self.lora_kind == "dora",
+        }
+
+    def recipe(self) -> dict[str, Any]:
+        """What a client does in a round, as `fedsea.federation.recipe.LocalRecipe` takes it: JSON."""
+        names = ("local_steps", "batch_size", "accumulation", "lr", "weight_decay", "max_grad_norm", "seed")
+        return {name: getattr(self, name) for name in names}
+
+    def evaluation(self) -> dict[str, Any]:
+        """How a client evaluates: JSON."""
+        return {"examples": self.eval_examples, "batch_size": self.eval_batch_size}
+
+    def identity(self) -> dict[str, Any]:
+        """What makes it this federation and no other: to go on with one, these must be as they were."""
+        names = ("name", "model", "task", "mode", "strategy", "adapter")
+        return {**{_key(name): getattr(self, name) for name in names}, "lora": self.lora()}
+
+
+def _key(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _one_of(key: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UsageError(f"{key} must be one of {', '.join(choices)}; got {value!r}")
+
+
+def _typed(key: str, value: Any, kind: type) -> Any:
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is kind:
+        return value
+    words = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+    raise UsageError(f"{key} must be {words[kind]}; got {value!r}")

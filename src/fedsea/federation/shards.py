@@ -1,0 +1,273 @@
+"""Who learns from what, in experiments: one data set cut into shards, or a folder for each client.
+
+Every client cuts the whole set itself and keeps its own shard, so all of them must come to the same cut: it depends on
+the examples' order, the scheme and the seed alone (Python's Mersenne Twister, the same in every version).
+"""
+
+import random
+import re
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar, cast
+
+from fedsea.errors import UsageError
+from fedsea.tasks.base import Example, LabelTask, Split, Task
+from fedsea.tasks.reading import Row, read_rows
+
+Scheme = Literal["iid", "dirichlet", "source", "folders"]
+SCHEMES: tuple[Scheme, ...] = ("iid", "dirichlet", "source", "folders")
+
+Item = TypeVar("Item")
+_PLACE = re.compile(r"(\d{1,6})/(\d{1,6})")
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """Which part of a data set is this client's.
+
+    Attributes
+    ----------
+    scheme
+        `iid`: shuffled and dealt out. `dirichlet`: each label's examples are divided in proportions drawn from
+        Dir(alpha) (Hsu et al. 2019, arXiv 1909.06335): the smaller alpha, the more the clients differ. `source`: by a
+        column of the data set, each of whose values goes to one client whole. `folders`: the folder of the client's
+        name has its data, and nothing is cut.
+    index, count
+        This client's shard, from 0, and how many there are. Without meaning for `folders`.
+    seed
+        The same for all clients.
+    alpha
+        Of `dirichlet`.
+    field
+        Of `source`: the column.
+    """
+
+    scheme: Scheme
+    index: int = 0
+    count: int = 1
+    seed: int = 0
+    alpha: float = 0.5
+    field: str = "source"
+
+    def __post_init__(self) -> None:
+        if self.scheme not in SCHEMES:
+            raise UsageError(f"the data are cut by {', '.join(SCHEMES)}; got {self.scheme!r}")
+        if not 0 <= self.index < self.count:
+            raise UsageError(f"of {self.count} shards the first is 0 and the last {self.count - 1}; got {self.index}")
+        if not 0 < self.alpha <= 1e6:  # also refuses what is no number
+            raise UsageError(f"alpha must be above 0, at most a million; got {self.alpha}")
+
+    @classmethod
+    def parse(cls, text: str, seed: int = 0) -> "Sharding":
+        """Read what a person writes: `iid:0/4`, `dirichlet:0/4`, `dirichlet=0.1:0/4`, `source=domain:0/4`, `folders`.
+
+        Raises
+        ------
+        UsageError
+            If it is none of these.
+        """
+        how, _, place = text.partition(":")
+        scheme, _, value = how.partition("=")
+        if scheme not in SCHEMES:
+            raise UsageError(f"data are cut by {', '.join(SCHEMES)}, such as iid:0/4 (shard 0 of 4); got {text!r}")
+        if scheme == "folders":
+            if text != scheme:
+                raise UsageError(f"folders takes no shard: the client's name says which folder is read; got {text!r}")
+            return cls("folders", seed=seed)
+        match = _PLACE.fullmatch(place)
+        if match is None:
+            raise UsageError(f"a shard is written SCHEME:INDEX/COUNT, such as {scheme}:0/4; got {text!r}")
+        given: dict[str, Any] = {}
+        if value and scheme == "dirichlet":
+            try:
+                given["alpha"] = float(value)
+            except ValueError:
+                raise UsageError(f"alpha is a number, such as dirichlet=0.5:0/4; got {value!r}") from None
+        elif value and scheme == "source":
+            given["field"] = value
+        elif value or "=" in how:
+            raise UsageError(f"what stands after = in {text!r} means nothing; write {scheme}:{place}")
+        return cls(cast(Scheme, scheme), int(match[1]), int(match[2]), seed, **given)
+
+
+def read_shard(
+    task: Task, path: str, sharding: Sharding | None, client: str = "", split: Split = "train"
+) -> list[Example]:
+    """The examples of one client.
+
+    Parameters
+    ----------
+    path
+        As `Task.read` takes it; for `folders` the folder above the clients' folders.
+    sharding
+        None for all examples.
+    client
+        The client's name, for `folders`.
+
+    Raises
+    ------
+    UsageError
+        If the data cannot be read, or cannot be cut this way.
+    """
+    if sharding is None:
+        return task.read(path, split)
+    if sharding.scheme == "folders":
+        return task.read(str(client_folder(path, client)), split)
+    if sharding.scheme == "source":
+        return _by_source(task, path, sharding, split)
+    if sharding.scheme == "dirichlet" and not isinstance(task, LabelTask):
+        raise UsageError(f"{task.title} has no labels to cut by; use iid, source or folders")
+    return shard(
+        task.read(path, split), sharding.scheme, sharding.index, sharding.count, sharding.seed, alpha=sharding.alpha
+    )
+
+
+def client_folder(path: str, client: str) -> Path:
+    """The folder of one client among the clients' folders.
+
+    Raises
+    ------
+    UsageError
+        If there is none.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise UsageError(f"there is no folder {folder} with a folder for each client")
+    names = sorted(one.name for one in folder.iterdir() if one.is_dir())
+    if client not in names:  # also keeps a name such as ../other out
+        raise UsageError(f"{folder} has no folder {client!r} for this client; it has {', '.join(names[:8]) or 'none'}")
+    return folder / client
+
+
+def shard(
+    examples: Sequence[Example],
+    scheme: Literal["iid", "dirichlet", "source"],
+    index: int,
+    count: int,
+    seed: int = 0,
+    *,
+    alpha: float = 0.5,
+    sources: Sequence[Hashable] | None = None,
+) -> list[Example]:
+    """One of `count` shards, disjoint and together complete, none empty. Examples keep their order.
+
+    Examples of one group (`Example.group`) stay together. For `sources` give as many as examples.
+
+    Raises
+    ------
+    UsageError
+        If there are fewer groups, examples or sources than shards, or examples have no labels for `dirichlet`.
+    """
+    Sharding(scheme, index, count, seed, alpha)
+    if scheme == "source":
+        if sources is None or len(sources) != len(examples):
+            raise UsageError("to cut by source, each example needs one")
+        places = by_key(sources, count)
+        return [example for example, place in zip(examples, places, strict=True) if place == index]
+    units = _units(examples)
+    if len(units) < count:
+        raise UsageError(f"{len(units)} examples cannot be cut into {count} shards: none may be empty")
+    if scheme == "iid":
+        places = deal(len(units), count, seed)
+    else:
+        if not all(example.golds for example in examples):
+            raise UsageError("these examples have no labels to cut by; use iid, source or folders")
+        places = by_label([examples[unit[0]].golds[0] for unit in units], count, alpha, seed)
+    mine = sorted(at for unit, place in zip(units, places, strict=True) if place == index for at in unit)
+    return [examples[at] for at in mine]
+
+
+def deal(items: int, count: int, seed: int) -> list[int]:
+    """Shuffle and deal out: for each item the shard it is in. Shards differ by one item at most."""
+    order = list(range(items))
+    random.Random(f"iid {seed}").shuffle(order)
+    places = [0] * items
+    for turn, item in enumerate(order):
+        places[item] = turn % count
+    return places
+
+
+def by_label(labels: Sequence[str], count: int, alpha: float, seed: int) -> list[int]:
+    """Divide each label's items in proportions drawn from a Dirichlet distribution: for each item its shard.
+
+    A shard that has got nothing is given an item of the largest one.
+    """
+    draw = random.Random(f"dirichlet {seed}")
+    places = [0] * len(labels)
+    for label in sorted(set(labels)):
+        items = [item for item, its in enumerate(labels) if its == label]
+        draw.shuffle(items)
+        begin, total = 0, 0.0
+        for place, share in enumerate(_dirichlet(draw, alpha, count)):
+            total += share
+            end = len(items) if place == count - 1 else round(total * len(items))
+            for item in items[begin:end]:
+                places[item] = place
+            begin = max(begin, end)
+    sizes = [places.count(place) for place in range(count)]
+    for place in range(count):
+        if sizes[place] == 0:
+            largest = sizes.index(max(sizes))
+            item = places.index(largest)
+            places[item] = place
+            sizes[largest] -= 1
+            sizes[place] += 1
+    return places
+
+
+def _dirichlet(draw: random.Random, alpha: float, count: int) -> list[float]:
+    shares = [draw.gammavariate(alpha, 1.0) for _ in range(count)]
+    total = sum(shares)
+    if not total:  # every share too small for a float: in the limit, one shard gets all
+        chosen = draw.randrange(count)
+        return [float(place == chosen) for place in range(count)]
+    return [share / total for share in shares]
+
+
+def by_key(keys: Sequence[Hashable], count: int) -> list[int]:
+    """Give each key's items to one shard whole, so that the shards are about equally large: for each item its shard.
+
+    Raises
+    ------
+    UsageError
+        If there are fewer keys than shards.
+    """
+    sizes: dict[Hashable, int] = {}
+    for key in keys:
+        sizes[key] = sizes.get(key, 0) + 1
+    if len(sizes) < count:
+        raise UsageError(f"{len(sizes)} sources cannot be given to {count} clients: one would have none")
+    loads = [0] * count
+    owner: dict[Hashable, int] = {}
+    for key in sorted(sizes, key=lambda one: (-sizes[one], str(one))):
+        owner[key] = loads.index(min(loads))
+        loads[owner[key]] += sizes[key]
+    return [owner[key] for key in keys]
+
+
+def _units(examples: Sequence[Example]) -> list[list[int]]:
+    """Positions of the examples, those of one group together, in order of the first."""
+    units: dict[Hashable, list[int]] = {}
+    for at, example in enumerate(examples):
+        units.setdefault(example.group or at, []).append(at)
+    return list(units.values())
+
+
+def _by_source(task: Task, path: str, sharding: Sharding, split: Split) -> list[Example]:
+    rows = list(read_rows(path, split, task.files[split], f"{task.title} needs {task.needs}"))
+    examples: list[Example] = []
+    sources: list[Hashable] = []
+    for row in rows:
+        source = _source(row, sharding.field)
+        for example in task.examples(row):
+            examples.append(example)
+            sources.append(source)
+    return shard(examples, "source", sharding.index, sharding.count, sharding.seed, sources=sources)
+
+
+def _source(row: Row, field: str) -> str:
+    value = row.value(field)
+    if not isinstance(value, str | int):
+        raise row.wrong(f"the column '{field}' is no text or number to cut by")
+    return str(value)

@@ -1,0 +1,72 @@
+"""Split models that stay warm between rounds."""
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fedsea.client.model import SplitModelForCausalLM
+from fedsea.federation.participant_options import ParticipantOptions
+from fedsea.privacy import GaussianNoise, RelativeGaussianNoise
+
+WARM_MODELS = 2  # in one process; simulated clients that differ in partition or noise share a process
+
+
+class ModelShelf:
+    """Split models that are warm, the least used given up first.
+
+    A model is all but stateless between rounds, so simulated clients that would load the same one share it.
+
+    Parameters
+    ----------
+    size
+        Models at most.
+    """
+
+    def __init__(self, size: int = WARM_MODELS) -> None:
+        self._models: OrderedDict[tuple[Any, ...], SplitModelForCausalLM] = OrderedDict()
+        self._size = size
+
+    def get(self, options: ParticipantOptions, server: str, lora: Mapping[str, Any]) -> SplitModelForCausalLM:
+        """The model of these options, which may be used with another block server than before.
+
+        Raises
+        ------
+        FedSEAError
+            Whatever keeps it from being loaded.
+        """
+        names = ("model", "partition", "credentials", "insecure", "noise_level", "dtype", "wire_dtype", "device")
+        key = (*(getattr(options, name) for name in names), repr(sorted(lora.items())))
+        if key not in self._models:
+            while len(self._models) >= self._size:
+                self._models.popitem(last=False)[1].close()
+            self._models[key] = _load(options, server)
+        self._models.move_to_end(key)
+        return self._models[key]
+
+    def forget(self, model: SplitModelForCausalLM) -> None:
+        """Give up a model that something has gone wrong with."""
+        for key in [key for key, held in self._models.items() if held is model]:
+            del self._models[key]
+        model.close()
+
+    def close(self) -> None:
+        """Give up all."""
+        while self._models:
+            self._models.popitem()[1].close()
+
+
+def _load(options: ParticipantOptions, server: str) -> SplitModelForCausalLM:
+    noise = RelativeGaussianNoise(options.noise_level) if options.noise_level else GaussianNoise(0.0)
+    return SplitModelForCausalLM.from_pretrained(
+        options.model,
+        server=server,
+        credentials=Path(options.credentials) if options.credentials else None,
+        insecure=options.insecure,
+        partition=options.partition,
+        noise=noise,
+        dtype=options.dtype,
+        wire_dtype=options.wire_dtype,
+        device=options.device,
+        reconnect_seconds=options.reconnect_seconds,
+    )

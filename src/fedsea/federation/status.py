@@ -1,0 +1,203 @@
+"""How a federation stands, read from its output folder: rounds, clients, losses, bytes, stragglers."""
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedsea.errors import UsageError
+from fedsea.federation.deployment import FEDERATION, Deployment, read_object
+
+ROUNDS, NOW = "rounds.jsonl", "now.json"
+NAMES = ("name", "model", "mode", "rounds")
+
+
+@dataclass
+class ClientStatus:
+    """What is known of one client.
+
+    Attributes
+    ----------
+    state
+        `training`, `waiting` and so on: in the round that is under way, or what became of it in the last one.
+    rounds
+        In how many its training counted.
+    loss
+        Of the last of them.
+    examples
+        That it has.
+    steps
+        In the round that is under way.
+    bytes_up, bytes_down
+        At the block servers, over all rounds that counted.
+    straggled
+        In how many rounds others went on without it.
+    note
+        Why it was left out last; empty if it was not.
+    """
+
+    state: str = "not there"
+    rounds: int = 0
+    loss: float | None = None
+    examples: int | None = None
+    steps: int | None = None
+    bytes_up: int = 0
+    bytes_down: int = 0
+    straggled: int = 0
+    note: str = ""
+
+
+@dataclass
+class FederationStatus:
+    """How a federation stands.
+
+    Attributes
+    ----------
+    doing
+        In words; empty if nothing has been heard of the coordinator's app.
+    running
+        Whether that app runs on this machine.
+    age
+        Seconds since it was last heard of.
+    round
+        That is under way, or was done last.
+    reports
+        Of the rounds that are done, as `rounds.jsonl` has them.
+    """
+
+    name: str
+    model: str
+    mode: str
+    rounds: int
+    doing: str
+    running: bool
+    age: float | None
+    round: int
+    clients: dict[str, ClientStatus] = field(default_factory=dict)
+    reports: list[dict[str, Any]] = field(default_factory=list)
+
+    def to_body(self) -> dict[str, Any]:
+        """As a JSON object."""
+        clients = {name: dict(vars(client)) for name, client in self.clients.items()}
+        body: dict[str, Any] = dict(vars(self))
+        return {**body, "clients": clients}
+
+
+def read_status(path: Path) -> FederationStatus:
+    """Read how a federation stands.
+
+    Parameters
+    ----------
+    path
+        The folder of `fedsea federation up`, or an output folder of the Flower app.
+
+    Raises
+    ------
+    UsageError
+        If it is neither.
+    """
+    path = path.expanduser()
+    what = read_object(path / FEDERATION, f"{path} holds no federation: fedsea federation up makes one")
+    output = path
+    there: list[str] = []
+    if "version" in what:  # the folder of a deployment
+        output = Deployment(path).output
+        online = Deployment(path).online
+        there = read_object(online, "").get("clients", []) if online.exists() else []
+    elif not (path / NOW).exists() and not (path / ROUNDS).exists():
+        raise UsageError(f"{path} holds no federation that has begun")
+    reports, now = _read_rounds(output / ROUNDS), _read_now(output / NOW)
+    told: dict[str, Any] = {**what, **{key: now[key] for key in ("mode", "rounds", "name") if key in now}}
+    status = FederationStatus(
+        name=str(told.get("name", "")),
+        model=str(told.get("model", "")),
+        mode=str(told.get("mode", "")),
+        rounds=int(told.get("rounds", 0)),
+        doing=str(now.get("doing", "")),
+        running=_runs(now),
+        age=max(0.0, round(time.time() - now["time"], 1)) if "time" in now else None,
+        round=int(now.get("round", reports[-1]["round"] if reports else 0)),
+        clients={
+            name: ClientStatus("there" if name in there else "not there")
+            for name in what.get("clients", ())
+            if isinstance(name, str)
+        },
+        reports=reports,
+    )
+    for report in reports:
+        _add_report(status, report)
+    _add_now(status, now)
+    return status
+
+
+def _client(status: FederationStatus, name: str) -> ClientStatus:
+    return status.clients.setdefault(name, ClientStatus())
+
+
+def _add_report(status: FederationStatus, report: Mapping[str, Any]) -> None:
+    for name, figures in report.get("clients", {}).items():
+        client = _client(status, name)
+        client.rounds += 1
+        client.state, client.note = f"done in round {report['round']}", ""
+        client.loss, client.examples = figures.get("train-loss"), int(figures.get("num-examples", 0))
+        client.bytes_up += int(figures.get("bytes-up", 0))
+        client.bytes_down += int(figures.get("bytes-down", 0))
+    for name, why in report.get("dropped", {}).items():
+        client = _client(status, name)
+        client.state, client.note = f"left out in round {report['round']}", str(why)
+    for name, why in report.get("refused", {}).items():
+        client = _client(status, name)
+        client.state, client.note = "refused", str(why)
+    for name in report.get("stragglers", ()):
+        _client(status, name).straggled += 1
+
+
+def _add_now(status: FederationStatus, now: Mapping[str, Any]) -> None:
+    for name, member in now.get("members", {}).items():
+        client = _client(status, name)
+        client.state = {"expected": "expected", "joined": status.doing}.get(member.get("state"), member.get("state"))
+        client.steps = member.get("steps")
+        if member.get("straggled"):
+            client.state = "straggler"
+    for name, why in now.get("refused", {}).items():
+        client = _client(status, name)
+        client.state, client.note = "refused", str(why)
+
+
+def _runs(now: Mapping[str, Any]) -> bool:
+    """Whether the app that wrote this is at work, as far as can be seen from here."""
+    if now.get("doing") in (None, "done"):
+        return False
+    try:
+        os.kill(int(now["pid"]), 0)
+    except PermissionError:
+        return True
+    except (OSError, KeyError, ValueError, TypeError):
+        return False
+    return True
+
+
+def _read_now(file: Path) -> dict[str, Any]:
+    return read_object(file, "") if file.exists() else {}
+
+
+def _read_rounds(file: Path) -> list[dict[str, Any]]:
+    """The rounds' lines; one that is just being written is left out."""
+    found = []
+    try:
+        lines = file.read_text().splitlines()
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UsageError(f"cannot read {file}: {error.strerror}") from None
+    for line in lines:
+        try:
+            report = json.loads(line)
+        except ValueError:
+            break
+        if isinstance(report, dict) and "round" in report:
+            found.append(report)
+    return found

@@ -1,0 +1,324 @@
+"""The coordinator's side on one machine: block server, SuperLink, credentials for everybody, and the run."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from fedsea.errors import FedSEAError, ServerUnavailableError, UsageError
+from fedsea.federation.control import Control, FlowerRun
+from fedsea.federation.deployment import Deployment, Invitation, check_name, require_flower, require_port, write_object
+from fedsea.federation.process import Child, flower_environment
+from fedsea.federation.settings import Settings
+from fedsea.wire.address import format_address, is_loopback, parse_address
+
+START_SECONDS = 600.0  # a large model is read first
+SUPERLINK_SECONDS = 60.0
+LOOK_SECONDS = 0.5
+RESTARTS = 3  # of the block server
+
+
+@dataclass(frozen=True)
+class UpOptions:
+    """Where a federation's servers run and who may take part.
+
+    Attributes
+    ----------
+    clients
+        Names of the data owners.
+    listen
+        The address of this machine that is listened on; `0.0.0.0` for all.
+    hosts
+        Under which names or addresses data owners reach this machine; the first is what they are told. Empty for
+        `listen`.
+    port, superlink_port
+        Of the block server and of Flower's SuperLink; 0 for a free one.
+    servers
+        Block servers that run elsewhere, with certificates of this federation's authority; then none is started here.
+    """
+
+    clients: tuple[str, ...]
+    listen: str = "127.0.0.1"
+    hosts: tuple[str, ...] = ()
+    port: int = 7070
+    superlink_port: int = 7071
+    servers: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.clients:
+            raise UsageError("a federation needs clients: --clients a,b,c")
+        for name in self.clients:
+            check_name(name)
+        if len(set(self.clients)) < len(self.clients):
+            raise UsageError("a client is named twice")
+        for server in self.servers:
+            parse_address(server)
+        if self.listen in ("0.0.0.0", "::", "") and not self.hosts:
+            raise UsageError("data owners must know how to reach this machine: give --host NAME with --listen 0.0.0.0")
+
+    @classmethod
+    def from_body(cls, body: Mapping[str, Any]) -> "UpOptions":
+        """Read what `vars` of one gave, as JSON.
+
+        Raises
+        ------
+        UsageError
+            If an option is unknown or cannot be used.
+        """
+        names = {field.name for field in fields(cls)}
+        if not body.keys() <= names:
+            raise UsageError(f"the federation's folder names unknown options: {', '.join(body.keys() - names)}")
+        plain: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in body.items()}
+        return cls(**{"clients": (), **plain})
+
+    @property
+    def host(self) -> str:
+        """What data owners are told."""
+        return self.hosts[0] if self.hosts else self.listen
+
+    @property
+    def certified(self) -> tuple[str, ...]:
+        """What the server's certificate must be good for, beside the loopback names."""
+        here = () if self.listen in ("0.0.0.0", "::", "") or is_loopback(self.listen) else (self.listen,)
+        return (*self.hosts, *here, *(parse_address(server)[0] for server in self.servers))
+
+
+class Federation:
+    """A federation whose servers run on this machine; a context manager, that stops them all.
+
+    Parameters
+    ----------
+    path
+        Its folder; made if it is not there, taken up if it is.
+    settings
+        What is trained and how. Where its servers, credentials and output are is set here.
+    options
+        Where the servers run and who may take part.
+    tell
+        Told one line about each thing that happens.
+    server_options
+        Further options of `fedsea serve`.
+
+    Raises
+    ------
+    FedSEAError
+        If something of it cannot be done: a port is taken, Flower is not installed.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        settings: Settings,
+        options: UpOptions,
+        tell: Callable[[str], None],
+        server_options: tuple[str, ...] = (),
+    ) -> None:
+        require_flower()
+        check_name(settings.name)
+        self.deployment, self._tell = Deployment(path.expanduser().resolve()), tell
+        self._server_options = server_options
+        self._superlink_child: Child | None = None
+        self._block_server: Child | None = None
+        self._restarts = 0
+        self._there: set[str] = set()
+        self._control: Control | None = None
+        port = 0 if options.servers else require_port(options.listen, options.port, "--port")
+        superlink_port = require_port(options.listen, options.superlink_port, "--superlink-port")
+        # Written down with their ports: the data owners' folders name them, and must be right when it goes on.
+        self.options = replace(options, port=port, superlink_port=superlink_port)
+        self._block_listen = format_address(options.listen, port)
+        self.superlink = format_address(options.host, superlink_port)
+        servers = options.servers or (format_address(options.host, port),)
+        self._chosen = settings
+        self.settings = replace(
+            settings,
+            servers=",".join(servers),
+            credentials=str(self.deployment.coordinator),
+            insecure=False,
+            output=str(self.deployment.output),
+        )
+
+    def start(self) -> None:
+        """Start the servers, and write the data owners' folders.
+
+        Raises
+        ------
+        FedSEAError
+            If a server does not start; the message has what it said.
+        """
+        here = self.deployment
+        here.prepare(self.options.certified, self.options.clients)
+        if not self.options.servers:
+            self._block_server = self._start_block_server()
+        self._superlink_child = self._start_superlink()
+        for client in self.options.clients:
+            here.invite(
+                Invitation(
+                    self.settings.name,
+                    client,
+                    self.settings.model,
+                    self.settings.task,
+                    self.superlink,
+                    self.settings.addresses,
+                )
+            )
+        if self._block_server is not None:
+            self._tell(f"loading {self.settings.model} for the block server at {self._block_listen}")
+            if self._block_server.says(START_SECONDS) is None:
+                raise FedSEAError(f"the block server did not start: {self._block_server.last_words()}")
+        local = self.options.listen if self.options.listen not in ("0.0.0.0", "::", "") else "127.0.0.1"
+        self._control = Control(format_address(local, self.options.superlink_port), here.authority)
+        self._await_superlink()
+        for client in self.options.clients:
+            self.control.register(client, here.public_key(client))
+        here.describe(
+            name=self.settings.name,
+            model=self.settings.model,
+            mode=self.settings.mode,
+            rounds=self.settings.rounds,
+            clients=list(self.options.clients),
+            superlink=self.superlink,
+            servers=list(self.settings.addresses),
+            settings=run_config(self._chosen),
+            options=vars(self.options),
+        )
+
+    @property
+    def control(self) -> Control:
+        """The SuperLink's Control API, once it is started."""
+        assert self._control is not None
+        return self._control
+
+    def commands(self) -> dict[str, str]:
+        """For each client the command that its data owner runs."""
+        task = self.settings.task or "TASK"
+        return {
+            name: f"fedsea federation join {self.deployment.client(name)} --task {task} --data PATH"
+            for name in self.options.clients
+        }
+
+    def online(self) -> list[str]:
+        """Names of the clients whose SuperNodes are there."""
+        return [node.name for node in self.control.nodes() if node.online and node.name in self.options.clients]
+
+    def run(self, on_look: Callable[[], None] | None = None) -> FlowerRun:
+        """Start the run and wait for its end; `on_look` is called twice a second.
+
+        The run itself waits for the clients: what is wrong with the settings is told at once, not when all are there.
+
+        Raises
+        ------
+        FedSEAError
+            If the run fails, or a server dies.
+        """
+        number = self.control.start(run_config(self.settings))
+        try:
+            while True:
+                self.check()
+                self._tell_of_clients()
+                state = self.control.run(number)
+                if on_look is not None:
+                    on_look()
+                if state.status == "finished":
+                    break
+                time.sleep(LOOK_SECONDS)
+        except KeyboardInterrupt:
+            self.control.stop(number)
+            raise
+        if state.outcome != "completed":
+            why = state.details.removeprefix("ServerApp failed with exception: ") or f"see {self._superlink.log}"
+            raise FedSEAError(f"the federation has ended early ({state.outcome}): {why}")
+        return state
+
+    def _tell_of_clients(self) -> None:
+        for name in sorted(set(self.online()) ^ self._there):
+            self._there ^= {name}
+            what = "there" if name in self._there else "gone"
+            self._tell(f"{name} is {what}: {len(self._there)} of {len(self.options.clients)} clients")
+            write_object(self.deployment.online, {"clients": sorted(self._there)})
+
+    def check(self) -> None:
+        """Check that the servers run; start the block server again if it has died, as it holds nothing for long.
+
+        Raises
+        ------
+        FedSEAError
+            If the SuperLink has ended, or the block server again and again.
+        """
+        if not self._superlink.running:
+            raise FedSEAError(
+                f"Flower's SuperLink has ended ({self._superlink.end()}); the same command goes on after the last round"
+            )
+        server = self._block_server
+        if server is not None and not server.running:
+            end, self._restarts = server.end(), self._restarts + 1
+            server.kill()
+            if self._restarts > RESTARTS:
+                raise FedSEAError(f"the block server has ended {self._restarts} times ({end}); see {server.log}")
+            self._tell(f"the block server has ended ({end}); starting it again")
+            self._block_server = self._start_block_server()
+
+    def close(self) -> None:
+        """Stop the servers, and all that they have started."""
+        if self._control is not None:
+            self._control.close()
+        for child in (self._superlink_child, self._block_server):
+            if child is not None:
+                child.stop()
+        self.deployment.online.unlink(missing_ok=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _start_block_server(self) -> Child:
+        arguments = [
+            "serve",
+            self.settings.model,
+            "--listen",
+            self._block_listen,
+            "--json",
+            *self._server_options,
+        ]
+        arguments += ["--credentials", str(self.deployment.credentials)]
+        return self._start("fedsea", arguments, "block-server", {})
+
+    def _start_superlink(self) -> Child:
+        server = self.deployment.credentials / "server"
+        arguments = ["--host", self.options.listen, "--port", str(self.options.superlink_port)]
+        arguments += ["--ssl-certfile", str(server / "certificate.pem"), "--ssl-keyfile", str(server / "key.pem")]
+        arguments += ["--ssl-ca-certfile", str(self.deployment.authority), "--enable-supernode-auth"]
+        arguments += ["--disable-runtime-dependency-installation"]
+        environment = flower_environment(self.deployment.flower)
+        return self._start("fedsea.federation.superlink", arguments, "superlink", environment)
+
+    def _start(self, module: str, arguments: Sequence[str], name: str, environment: Mapping[str, str]) -> Child:
+        return Child(module, arguments, self.deployment.logs / f"{name}.log", environment)
+
+    @property
+    def _superlink(self) -> Child:
+        assert self._superlink_child is not None
+        return self._superlink_child
+
+    def _await_superlink(self) -> None:
+        end = time.monotonic() + SUPERLINK_SECONDS
+        while True:
+            try:
+                self.control.nodes()
+                return
+            except ServerUnavailableError as error:
+                if not self._superlink.running or time.monotonic() >= end:
+                    words = self._superlink.last_words()
+                    raise FedSEAError(f"Flower's SuperLink did not start: {words} ({error})") from None
+            time.sleep(0.1)
+
+
+def run_config(settings: Settings) -> dict[str, Any]:
+    """Settings as Flower's run configuration: those that are not the defaults."""
+    return {name.replace("_", "-"): value for name, value in vars(settings).items() if value != getattr(Settings, name)}

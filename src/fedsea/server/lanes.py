@@ -1,0 +1,205 @@
+"""One pass over the base weights, in which every micro-batch has its own adapter on its own rows: lanes.
+
+Rows are put one behind the other, padded to the longest. Every linear module computes its base once for all of them,
+and each lane's LoRA for its rows alone; nothing else in a decoder layer goes from row to row.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear, pad
+
+from fedsea.parts import MiddleBlocks, Rows
+from fedsea.server.micros import Graph, Micro, count_kept_bytes
+from fedsea.server.trainer import Trainer, draw
+
+
+class _Lora(NamedTuple):
+    a: Tensor
+    b: Tensor
+    scaling: float
+
+
+@dataclass(eq=False)
+class Lane:
+    """A micro-batch in a pass.
+
+    Attributes
+    ----------
+    leaves
+        Weights to be differentiated. Of an adapter that others train too, they are its own names for the same memory:
+        so each gets its own gradient, to be weighed, and one that is not finite spoils no other.
+    loras
+        By the names of the modules they are on.
+    draws
+        For dropout; None if nothing is dropped.
+    """
+
+    trainer: Trainer
+    micro: Micro
+    leaves: dict[str, Tensor]
+    loras: dict[str, _Lora]
+    draws: torch.Generator | None
+
+    @classmethod
+    def of(cls, trainer: Trainer, micro: Micro, *, keep: bool) -> "Lane":
+        """With its adapter as it is now."""
+        leaves: dict[str, Tensor] = dict(trainer.parameters)
+        if trainer.trained.shared and keep:
+            leaves = {name: weight.detach().requires_grad_() for name, weight in leaves.items()}
+        loras = {
+            name: _Lora(leaves[f"{name}.lora_A.weight"], leaves[f"{name}.lora_B.weight"], scaling)
+            for name, scaling in trainer.scalings.items()
+        }
+        draws = None
+        if micro.training and trainer.spec.dropout:
+            draws = torch.Generator(micro.hidden.device).manual_seed(micro.seed)
+        return cls(trainer, micro, leaves, loras, draws)
+
+    @property
+    def keeps(self) -> float:
+        """Probability that a value is not dropped."""
+        return 1.0 if self.draws is None else 1 - self.trainer.spec.dropout
+
+    def kept(self, width: int, features: int) -> Tensor:
+        """What is not dropped: bool, `[rows, width, features]`, drawn in the shape that the run has by itself."""
+        assert self.draws is not None
+        own = self.micro.rows.width
+        drawn = draw((len(self.micro.rows), own, features), self.keeps, self.draws)
+        return pad(drawn, (0, 0, 0, width - own)) if width > own else drawn
+
+
+class _Now:
+    """The lanes that a pass is computing, in the order of their rows; one for all modules of a twin."""
+
+    def __init__(self) -> None:
+        self.lanes: list[Lane] = []
+
+
+class _JoinedLinear(nn.Module):
+    """A linear module of the base, with every lane's LoRA on that lane's rows."""
+
+    def __init__(self, base: nn.Linear, name: str, now: _Now) -> None:
+        super().__init__()
+        self.base, self.name, self._now = base, name, now
+
+    def forward(self, states: Tensor) -> Tensor:
+        """`[rows, width, in]` -> `[rows, width, out]`."""
+        result: Tensor = self.base(states)
+        lanes = self._now.lanes
+        loras = [lane.loras.get(self.name) for lane in lanes]
+        found = [lora for lora in loras if lora is not None]
+        if not found:
+            return result
+        states = states.to(found[0].a.dtype)  # as PEFT does; the sum is made in it too
+        if len(lanes) > 1 and len(found) == len(lanes) and _alike(lanes, found):
+            return (result + _stacked(lanes, found, states)).to(result.dtype)
+        pieces = []
+        sizes = [len(lane.micro.rows) for lane in lanes]
+        for lane, lora, own, piece in zip(lanes, loras, states.split(sizes), result.split(sizes), strict=True):
+            if lora is None:
+                pieces.append(piece)
+                continue
+            if lane.draws is not None:
+                own = own * lane.kept(own.shape[1], own.shape[2]) / lane.keeps
+            pieces.append((piece + linear(linear(own, lora.a), lora.b) * lora.scaling).to(result.dtype))
+        return torch.cat(pieces)
+
+
+def _alike(lanes: Sequence[Lane], loras: Sequence[_Lora]) -> bool:
+    return (
+        len({len(lane.micro.rows) for lane in lanes}) == 1
+        and len({lane.keeps for lane in lanes}) == 1
+        and len({lora.a.shape for lora in loras}) == 1
+    )
+
+
+def _stacked(lanes: Sequence[Lane], loras: Sequence[_Lora], states: Tensor) -> Tensor:
+    """What LoRAs of one rank add for lanes of as many rows: one product for all."""
+    rows, width, features = states.shape
+    if lanes[0].draws is not None:
+        states = states * torch.cat([lane.kept(width, features) for lane in lanes]) / lanes[0].keeps
+    a, b = torch.stack([lora.a for lora in loras]), torch.stack([lora.b for lora in loras])
+    inner = torch.bmm(states.reshape(len(lanes), -1, features), a.mT)
+    scalings = [lora.scaling for lora in loras]
+    added = torch.bmm(inner, b.mT)
+    if len(set(scalings)) == 1:
+        added = added * scalings[0]
+    else:
+        added = added * torch.tensor(scalings, device=added.device).view(-1, 1, 1)
+    return added.view(rows, width, -1)
+
+
+_TWINS: WeakKeyDictionary[MiddleBlocks, tuple[MiddleBlocks, _Now]] = WeakKeyDictionary()
+
+
+def twin_of(base: MiddleBlocks) -> tuple[MiddleBlocks, _Now]:
+    """Modules of the joint passes on the base's weights, made once."""
+    if base not in _TWINS:
+        twin, now = base.twin(), _Now()
+        for name, module in list(twin.model.layers.named_modules(prefix="model.layers")):
+            if isinstance(module, nn.Linear):
+                parent, _, last = name.rpartition(".")
+                setattr(twin.get_submodule(parent), last, _JoinedLinear(module, name, now))
+        _TWINS[base] = twin, now
+    return _TWINS[base]
+
+
+def compute(lanes: Sequence[Lane], *, keep: bool) -> list[Tensor]:
+    """Each lane's `h_B`, `[its rows, its width, hidden]`; with `keep`, the activations of all in one graph."""
+    if not keep:
+        with torch.no_grad():
+            return _run(lanes)
+    width = max(lane.micro.rows.width for lane in lanes)
+    places = [len(lane.micro.rows) * width for lane in lanes]
+    graph = Graph({lane.trainer.trained for lane in lanes})
+    unknown = [lane.trainer for lane in lanes if lane.trainer.bytes_per_place is None]
+    with count_kept_bytes(known=not unknown) as counted:
+        outputs = _run(lanes)
+    costs = [count * len(lane.trainer.layers) for count, lane in zip(places, lanes, strict=True)]
+    for trainer in unknown:
+        trainer.bytes_per_place = counted[0] * len(trainer.layers) / sum(costs)
+    graph.bytes = sum(lane.trainer.estimate(count) for lane, count in zip(lanes, places, strict=True))
+    for lane, cost, output in zip(lanes, costs, outputs, strict=True):
+        lane.micro.cost = cost
+        lane.micro.keep(output, lane.leaves, graph)
+    return outputs
+
+
+def _run(lanes: Sequence[Lane]) -> list[Tensor]:
+    twin, now = twin_of(lanes[0].trainer.base)
+    if twin.training != lanes[0].micro.training:
+        twin.train(lanes[0].micro.training)
+    hidden = [lane.micro.hidden for lane in lanes]
+    ends = sorted({end for lane in lanes for end in (lane.trainer.layers.start, lane.trainer.layers.stop)})
+    try:
+        for start, stop in pairwise(ends):
+            inside = [
+                index
+                for index, lane in enumerate(lanes)
+                if lane.trainer.layers.start <= start and stop <= lane.trainer.layers.stop
+            ]
+            if not inside:
+                continue
+            now.lanes = [lanes[index] for index in inside]
+            counts = tuple(count for lane in now.lanes for count in lane.micro.rows.counts)
+            rows = Rows((0,) * len(counts), counts)
+            joined = torch.cat([_fit(hidden[index], rows.width) for index in inside])
+            done = twin(joined, rows, None, range(start, stop))
+            pieces = done.split([len(lane.micro.rows) for lane in now.lanes])
+            for index, piece in zip(inside, pieces, strict=True):
+                hidden[index] = piece
+    finally:
+        now.lanes = []
+    return [_fit(one, lane.micro.rows.width) for one, lane in zip(hidden, lanes, strict=True)]
+
+
+def _fit(states: Tensor, width: int) -> Tensor:
+    """`[rows, any width, hidden]` -> `[rows, width, hidden]`; what is cut off or added is padding."""
+    more = width - states.shape[1]
+    return pad(states, (0, 0, 0, more)) if more > 0 else states[:, :width]

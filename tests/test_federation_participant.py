@@ -1,0 +1,305 @@
+"""One data owner's half of a federation, against a real block server."""
+
+import json
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fedsea.checkpoints import open_checkpoint
+from fedsea.errors import FedSEAError, ModelMismatchError, NonFiniteError, ProtocolError, RefusedTicketError, UsageError
+from fedsea.federation.blockserver import BlockServerAdmin
+from fedsea.federation.data import tokenizer_of
+from fedsea.federation.participant import ModelShelf, Participant, ParticipantOptions
+from fedsea.federation.recipe import lora_config
+from fedsea.federation.server_app import adapter_shapes
+from fedsea.federation.settings import Settings
+from fedsea.partition import layer_of
+from fedsea.parts.adapters import AdapterSpec
+from fedsea.training.batches import Batches
+from fedsea.wire.rounds import RoundPlan, Seat, Ticket, new_seat
+from tests.conftest import RunningServer
+
+LABELS = ("entailment", "contradiction", "neutral")
+SETTINGS = Settings(lora_rank=4, lora_targets="q_proj,v_proj", local_steps=3, batch_size=2, lr=1e-2)
+CONFIG = open_checkpoint("random:tiny").config
+SPEC = AdapterSpec.from_config(lora_config(SETTINGS.lora()), CONFIG, 3)
+
+
+def write_cb(folder: Path, train: int = 12, validation: int = 4) -> str:
+    """A small CB, as its authors' files are."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, count in (("train", train), ("val", validation)):
+        rows = [
+            {"premise": f"It is {n} o'clock.", "hypothesis": f"It is late, {n}.", "label": LABELS[n % 3], "idx": n}
+            for n in range(count)
+        ]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_cb(tmp_path_factory.mktemp("cb"))
+
+
+@pytest.fixture(scope="module")
+def server(start_server: Callable[..., RunningServer]) -> RunningServer:
+    return start_server("random:tiny")
+
+
+def options(data: str, name: str = "ann", **more: Any) -> ParticipantOptions:
+    given = {"model": "random:tiny", "task": "cb", "data": data, "insecure": True, "wire_dtype": "float32"}
+    return ParticipantOptions(name=name, **{**given, **more})
+
+
+def weights(seed: int = 0) -> dict[str, Tensor]:
+    """A whole adapter whose parts all do something."""
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=generator) / 10 for name, shape in adapter_shapes(SPEC, CONFIG).items()}
+
+
+def local(whole: dict[str, Tensor], middle: range = range(1, 5)) -> dict[str, Tensor]:
+    return {name: weight for name, weight in whole.items() if layer_of(name) not in middle}
+
+
+def body(ticket: Ticket, **more: Any) -> dict[str, Any]:
+    return {
+        "ticket": ticket.to_body(),
+        "lora": SETTINGS.lora(),
+        "recipe": SETTINGS.recipe(),
+        "evaluation": SETTINGS.evaluation(),
+        "round": 1,
+        **more,
+    }
+
+
+class Coordinator:
+    """Opens rounds for clients by name."""
+
+    def __init__(self, server: RunningServer) -> None:
+        self.admin, self._server, self._rounds = BlockServerAdmin(server.address, insecure=True), server, 0
+
+    def open(self, *clients: str, strategy: str = "server-hierarchical", whole: Any = None) -> list[Ticket]:
+        self._rounds += 1
+        self.label = f"test-{id(self)}.{self._rounds}"
+        pairs: list[tuple[Seat, Ticket]] = [new_seat(self._server.address, self.label, client) for client in clients]
+        seats = tuple(seat for seat, _ in pairs)
+        plan = RoundPlan(self.label, strategy, SPEC, seats, 20, 20)  # type: ignore[arg-type]
+        self.admin.open_round(plan, whole if whole is not None else weights())
+        return [ticket for _, ticket in pairs]
+
+
+@pytest.fixture
+def coordinator(server: RunningServer) -> Coordinator:
+    return Coordinator(server)
+
+
+def test_a_round_is_the_local_steps_of_an_ordinary_training(
+    coordinator: Coordinator, server: RunningServer, data: str
+) -> None:
+    from fedsea import SplitModelForCausalLM
+
+    whole = weights()
+    (ticket,) = coordinator.open("ann", whole=whole)
+    participant = Participant(options(data))
+    metrics, trained = participant.train(body(ticket), local(whole))
+    middle = coordinator.admin.aggregate(coordinator.label, {"ann": 1.0})
+
+    model = SplitModelForCausalLM.from_pretrained(
+        "random:tiny", server=server.address, insecure=True, wire_dtype="float32"
+    )
+    model.add_adapter(lora_config(SETTINGS.lora()))
+    model.set_adapter_state(whole)
+    optimizer = model.create_optimizer(lr=SETTINGS.lr)
+    batches = Batches(participant._texts.train, SETTINGS.batch_size, SETTINGS.seed)
+    model.train()
+    losses = []
+    for number in range(SETTINGS.local_steps):
+        batch = batches[number]
+        loss = model.answer_loss(batch.input_ids, batch.attention_mask, batch.labels, batch.learnt)
+        loss.backward()
+        model.clip_grad_norm_(SETTINGS.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append((float(loss.detach()), batch.learnt))
+    expected = model.adapter_state()
+    model.close()
+
+    assert trained.keys() | middle.keys() == expected.keys()
+    assert not trained.keys() & middle.keys()
+    for name, weight in {**trained, **middle}.items():
+        torch.testing.assert_close(weight, expected[name], rtol=1e-5, atol=1e-6)
+        assert not torch.equal(weight, whole[name])
+    assert metrics["num-examples"] == 12
+    assert metrics["train-loss"] == pytest.approx(sum(a * b for a, b in losses) / sum(b for _, b in losses), rel=1e-5)
+    assert metrics["bytes-up"] > 0 < metrics["bytes-down"]
+    participant.close()
+
+
+def test_batches_go_on_where_the_last_round_ended(coordinator: Coordinator, data: str) -> None:
+    participant = Participant(options(data))
+    seen: list[list[int]] = []
+    whole = weights()
+    for _ in range(2):
+        (ticket,) = coordinator.open("ann")
+        first, _ = participant.train(body(ticket), local(whole))
+        seen.append([first["next-batch"]])
+    assert seen == [[3], [6]]  # 12 examples: one epoch
+    (ticket,) = coordinator.open("ann")
+    metrics, _ = participant.train(body(ticket, **{"first-batch": 1}), local(whole))
+    assert metrics["next-batch"] == 4
+    participant.close()
+
+
+def test_the_model_is_warm_in_the_next_round_and_shared_by_simulated_clients(
+    coordinator: Coordinator, data: str
+) -> None:
+    shelf = ModelShelf()
+    ann, bob = (Participant(options(data, name), shelf) for name in ("ann", "bob"))
+    results = []
+    for participant in (ann, bob, ann):
+        (ticket,) = coordinator.open(participant.options.name)
+        results.append(participant.train(body(ticket, **{"first-batch": 0}), local(weights()))[1])
+    assert len(shelf._models) == 1
+    # Nothing of a round is left in the next one.
+    for name in results[0]:
+        torch.testing.assert_close(results[0][name], results[1][name], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(results[0][name], results[2][name], rtol=1e-5, atol=1e-6)
+    shelf.close()
+
+
+def test_fedprox_pulls_towards_the_start(coordinator: Coordinator, data: str) -> None:
+    moved = []
+    participant = Participant(options(data))
+    for mu in (0.0, 100.0):
+        (ticket,) = coordinator.open("ann")
+        how = {**SETTINGS.recipe(), "local_steps": 8}
+        _, trained = participant.train(
+            body(ticket, recipe=how, **{"proximal-mu": mu, "first-batch": 0}), local(weights())
+        )
+        moved.append(sum(float((trained[name] - weights()[name]).norm()) for name in trained))
+    assert moved[1] < 0.7 * moved[0]
+    participant.close()
+
+
+def test_evaluation_uses_the_round_s_adapter(coordinator: Coordinator, data: str) -> None:
+    participant = Participant(options(data))
+    found = []
+    for seed in (0, 0, 1):
+        (ticket,) = coordinator.open("ann", strategy="client-batch", whole=weights(seed))
+        found.append(participant.evaluate(body(ticket), local(weights(seed))))
+    assert found[0] == found[1]
+    assert found[0]["answer_loss"] != found[2]["answer_loss"]
+    assert found[0].keys() == {"num-examples", "accuracy", "macro_f1", "answer_loss", "perplexity"}
+    (ticket,) = coordinator.open("ann", whole=weights())
+    limited = participant.evaluate(body(ticket, evaluation={"examples": 2, "batch_size": 1}), local(weights()))
+    assert limited["num-examples"] == 2
+    participant.close()
+
+
+def test_two_participants_train_one_adapter_together(coordinator: Coordinator, data: str) -> None:
+    whole = weights()
+    tickets = coordinator.open("ann", "bob", strategy="client-batch", whole=whole)
+    participants = [Participant(options(data, name, shard=f"iid:{n}/2")) for n, name in enumerate(("ann", "bob"))]
+    results: dict[int, Any] = {}
+
+    def work(number: int) -> None:
+        results[number] = participants[number].train(body(tickets[number]), local(whole))
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(40)
+    assert {metrics["num-examples"] for metrics, _ in results.values()} == {6}
+    middle = coordinator.admin.aggregate(coordinator.label, {"ann": 6, "bob": 6})
+    assert all(not torch.equal(weight, whole[name]) for name, weight in middle.items())
+    for participant in participants:
+        participant.close()
+
+
+def test_what_a_participant_says_of_itself_has_no_text(data: str) -> None:
+    description = Participant(options(data, shard="iid:1/3", lora={"r": 4})).describe()
+    assert json.loads(json.dumps(description)) == description
+    assert description["examples"] == 4
+    assert description["lora"] == {"r": 4}
+    assert "o'clock" not in json.dumps(description)
+
+
+def test_errors_are_typed_and_the_participant_lives_on(coordinator: Coordinator, data: str) -> None:
+    participant = Participant(options(data, lora={"r": 4}))
+    whole = weights()
+    (ticket,) = coordinator.open("ann")
+    participant.train(body(ticket), local(whole))
+    with pytest.raises(RefusedTicketError):
+        participant.train(body(ticket), local(whole))  # used already
+
+    bad: list[tuple[type[FedSEAError], str, dict[str, Any], dict[str, Tensor]]] = [
+        (ProtocolError, "ticket", {"ticket": {}}, local(whole)),
+        (ProtocolError, "adapter", {"lora": {"r": 4}}, local(whole)),
+        (ProtocolError, "target modules", {"lora": SETTINGS.lora() | {"target_modules": ".*"}}, local(whole)),
+        (ProtocolError, "recipe", {"recipe": {"steps": 1}}, local(whole)),
+        (ProtocolError, "lr", {"recipe": SETTINGS.recipe() | {"lr": float("nan")}}, local(whole)),
+        (ProtocolError, "local_steps", {"recipe": SETTINGS.recipe() | {"local_steps": 0}}, local(whole)),
+        (UsageError, "with r=4 only", {"lora": SETTINGS.lora() | {"r": 8}}, local(whole)),
+        (ModelMismatchError, "missing", {}, {}),
+        (ModelMismatchError, "does not train", {}, whole),
+        (NonFiniteError, "not finite", {}, {name: weight * torch.nan for name, weight in local(whole).items()}),
+    ]
+    for kind, match, change, given in bad:
+        (ticket,) = coordinator.open("ann")
+        with pytest.raises(kind, match=match):
+            participant.train(body(ticket) | change, given)
+    (ticket,) = coordinator.open("ann")
+    metrics, _ = participant.train(body(ticket), local(whole))
+    assert metrics["steps"] == 3
+    participant.close()
+
+
+def test_a_training_that_blows_up_is_told_and_gives_its_seat_up(coordinator: Coordinator, data: str) -> None:
+    participant = Participant(options(data))
+    (ticket,) = coordinator.open("ann")
+    with pytest.raises(NonFiniteError):
+        participant.train(body(ticket, recipe=SETTINGS.recipe() | {"lr": 1e30, "local_steps": 6}), local(weights()))
+    assert coordinator.admin.status(coordinator.label).members[0].state == "gone"
+    participant.close()
+
+
+def test_whoever_watches_may_stop_the_training(coordinator: Coordinator, data: str) -> None:
+    participant = Participant(options(data))
+    steps = []
+
+    class StopError(FedSEAError):
+        pass
+
+    def watch(step: int, loss: float) -> None:
+        steps.append((step, loss))
+        if step == 2:
+            raise StopError("enough")
+
+    participant.on_step = watch
+    (ticket,) = coordinator.open("ann")
+    with pytest.raises(StopError):
+        participant.train(body(ticket), local(weights()))
+    assert [step for step, _ in steps] == [1, 2]
+    assert coordinator.admin.status(coordinator.label).members[0].state == "gone"
+    participant.close()
+
+
+def test_options_survive_as_json(data: str) -> None:
+    given = options(data, lora={"r": 4}, shard="dirichlet=0.5:0/3")
+    assert ParticipantOptions.from_body(json.loads(json.dumps(given.to_body()))) == given
+    with pytest.raises(UsageError, match="cannot be read"):
+        ParticipantOptions.from_body({"name": "ann", "colour": "red"})
+
+
+def test_random_models_read_bytes(data: str) -> None:
+    tokenizer = tokenizer_of("random:tiny")
+    ids = tokenizer("Grüße", add_special_tokens=True)["input_ids"]
+    assert tokenizer.decode(ids) == "Grüße"
+    assert max(ids) < 256
