@@ -489,6 +489,8 @@ def test_certificates_say_who_coordinates_and_who_a_ticket_is_for(
         client.describe()
     with BlockServerAdmin(server.address, made / "coordinator") as admin:
         assert admin.describe().layers == server.server.middle.layers
+        with pytest.raises(CredentialsError, match="are for clients"):
+            connect(server, credentials=Credentials.load(made / "coordinator", "coordinator"))
         ticket = invite(admin, spec, start, ["alice"], "server-hierarchical")["alice"]
         with pytest.raises(RefusedTicketError, match=r"'alice''s; this is 'mallory'"):
             seated(server, ticket, start, credentials=made / "mallory")

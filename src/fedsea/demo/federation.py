@@ -131,6 +131,7 @@ def run_federation_demo(
             clients=len(CLINICS),
             min_clients=len(CLINICS),
             local_steps=STEPS,
+            batch_size=2,
             lr=2e-3,
         )
         places = UpOptions(clients=tuple(CLINICS), port=0, superlink_port=0)

@@ -92,6 +92,7 @@ class Worker:
 
     def __init__(self, path: Path, tell: Callable[[dict[str, Any]], None]) -> None:
         self.path = path
+        self.stopping = False
         self._tell = tell
         self._status: dict[str, Any] = {"pid": os.getpid(), "state": "starting", "since": time.time()}
         self._status_written = 0.0
@@ -102,15 +103,19 @@ class Worker:
         self._show()
 
     def serve(self, half: Half) -> None:
-        """Do what comes, until the process is told to end (an exception of a signal handler)."""
+        """Do what comes, until the process is told to end: an exception of a signal handler, and `stopping`."""
         half.on_step = self._on_step
         self._is("idle")
-        while True:
+        # An exception that comes within a destructor is swallowed by Python; then this flag ends the worker.
+        while not self.stopping:
             self._next(half)
 
     def _next(self, half: Half) -> None:
         # A method of its own, so that nothing holds a request's tensors while the next one is waited for.
-        request = self._request = self._requests.get()
+        try:
+            request = self._request = self._requests.get(timeout=LOOK_SECONDS)
+        except queue.Empty:
+            return
         if not request.abandoned:
             self._do(half, request)
         request.done.set()
@@ -158,6 +163,8 @@ class Worker:
         return metrics
 
     def _on_step(self, step: int, loss: float) -> None:
+        if self.stopping:
+            sys.exit(0)
         if self._request is not None and self._request.abandoned:
             raise AbandonedError("the client app that asked for this training is gone")
         self._status |= {"step": step, "loss": loss}
@@ -251,8 +258,15 @@ def run_worker(path: Path, make: Callable[[], Half]) -> int:
         with contextlib.suppress(BrokenPipeError):
             print(json.dumps(body), file=out, flush=True)
 
-    signal.signal(signal.SIGTERM, _stop)
-    worker, half = None, None
+    worker: Worker | None = None
+    half: Half | None = None
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        if worker is not None:
+            worker.stopping = True
+        sys.exit(0)
+
+    signal.signal(signal.SIGTERM, stop)
     try:
         worker = Worker(path, tell)
         half = make()
@@ -269,10 +283,6 @@ def run_worker(path: Path, make: Callable[[], Half]) -> int:
         if worker is not None:
             worker.close()
     return 0
-
-
-def _stop(_number: int, _frame: FrameType | None) -> None:
-    sys.exit(0)
 
 
 def _participant(options: dict[str, Any]) -> Half:

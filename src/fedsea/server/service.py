@@ -15,6 +15,7 @@ import torch
 
 from fedsea.checkpoints import Checkpoint
 from fedsea.errors import (
+    CredentialsError,
     FedSEAError,
     LimitExceededError,
     ModelMismatchError,
@@ -37,6 +38,7 @@ from fedsea.wire.address import format_address, is_loopback, parse_address
 from fedsea.wire.credentials import Credentials, server_credentials
 from fedsea.wire.frames import Kind, Message, Step, encode, wire_dtype
 from fedsea.wire.handshake import Open, Opened
+from fedsea.wire.roles import COORDINATOR
 from fedsea.wire.rounds import ServerDescription
 from fedsea.wire.run_frames import Backward, Command, Forward, Tensors
 from fedsea.wire.runs import Attach, Attached
@@ -350,6 +352,8 @@ class BlockServer:
             return None
         if not isinstance(frame, Message) or frame.kind is not Kind.OPEN:
             raise ProtocolError("a stream begins with OPEN")
+        if stream.client == COORDINATOR:
+            raise CredentialsError("a coordinator's certificate opens rounds; sessions and runs are for clients")
         wish = read(frame.body)
         if self._stopping:
             raise ServerUnavailableError("the block server is stopping")
