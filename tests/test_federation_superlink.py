@@ -3,9 +3,7 @@
 import contextlib
 import hashlib
 import http.client
-import os
 import shutil
-import signal
 import socket
 import ssl
 import threading
@@ -158,18 +156,3 @@ def test_a_data_owner_runs_nothing_that_the_coordinator_sends(
     assert any("holds files of its own" in line for line in running.told)
     assert not trace.exists()
     assert hashlib.sha256(evil).hexdigest() != hashlib.sha256(bundle()).hexdigest()
-
-
-def test_a_killed_worker_and_a_killed_supernode_are_started_again(
-    superlink: Federation, member: Callable[..., Any]
-) -> None:
-    until(lambda: superlink.online() == [])  # of the test before
-    running = member(superlink.deployment.client("bob"))
-    until(lambda: "bob" in superlink.online())
-    worker, node = running._worker.pid, running._node.pid
-    os.kill(worker, signal.SIGKILL)
-    os.kill(node, signal.SIGKILL)
-    until(lambda: running._worker.pid != worker and running._worker.running)
-    until(lambda: sum("connected to" in line for line in running.told) == 2)
-    assert any("the worker died (it was killed by signal 9)" in line for line in running.told)
-    assert running.error is None

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from fedsea.bench.federation_exactness import federation_exactness
+from fedsea.bench.federation_flower import federation_overhead, federation_scale
 from fedsea.bench.federation_speed import federation_memory, federation_speed
 from fedsea.bench.results import Report
 from fedsea.bench.topics import Topics, run_topics
@@ -14,6 +15,8 @@ TOPICS: Topics = {
     "exactness": federation_exactness,
     "speed": federation_speed,
     "server-memory": federation_memory,
+    "flower": federation_overhead,
+    "scale": federation_scale,
 }
 
 

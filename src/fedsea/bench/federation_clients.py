@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Self
@@ -132,9 +132,3 @@ def _end(process: "subprocess.Popen[str]") -> None:
         process.kill()
         process.wait()
     process.stdout.close()
-
-
-def seconds_of_rounds(work: Callable[[], float], repeats: int) -> list[float]:
-    """So many measurements, after one that is not counted."""
-    work()
-    return [work() for _ in range(repeats)]

@@ -3,8 +3,9 @@
 import statistics
 import sys
 from collections.abc import Iterator
+from time import perf_counter
 
-from fedsea.bench.federation_clients import CLIENTS, Federation, seconds_of_rounds
+from fedsea.bench.federation_clients import CLIENTS, Federation
 from fedsea.bench.memory import MIB
 from fedsea.bench.processes import process_memory
 from fedsea.bench.results import Line
@@ -14,7 +15,8 @@ from fedsea.bench.training_memory import NO_PROC
 from fedsea.bench.workbench import PARTITION, Workbench, described
 from fedsea.wire.rounds import Strategy
 
-SAMPLES, QUICK_SAMPLES = 64, 16
+SAMPLES, QUICK_SAMPLES = 32, 16
+REPEATS = 2  # each takes half a minute on two cores
 ROWS, TOKENS, QUICK_TOKENS = 2, 64, 16
 SETTINGS: tuple[tuple[Strategy, int], ...] = (
     ("sequential", 2),
@@ -36,12 +38,12 @@ def federation_speed(bench: Workbench) -> Iterator[Line]:
     """
     quick = bench.settings.quick
     samples, tokens = (QUICK_SAMPLES, QUICK_TOKENS) if quick else (SAMPLES, TOKENS)
-    repeats = 1 if quick else 3
+    repeats = 1 if quick else REPEATS
     whole = _whole_seconds(bench, samples, tokens, repeats)
     base = (
         f"{bench.place}, clients one thread each; {samples} samples of {tokens} tokens in all, {ROWS} a client and "
         f"step, {ADAPTER_TEXT}, partition {described(PARTITION)}, 16-bit wire, mutual TLS, without Flower; median of "
-        f"{repeats} after one that is not counted"
+        f"{repeats}, after a step that is not counted"
     )
     yield Line.median("federation: in one place, PEFT on the whole model", whole, "s", conditions=base)
     for slow in (False, True):
@@ -56,12 +58,8 @@ def federation_speed(bench: Workbench) -> Iterator[Line]:
             for strategy, count in SETTINGS:
                 steps = samples // (ROWS * count)
                 with bench.step(f"{samples} samples, {strategy}, {count} clients, {where}"):
-                    taken[strategy, count] = seconds_of_rounds(
-                        lambda strategy=strategy, count=count, steps=steps: clients.round(  # type: ignore[misc]
-                            strategy, range(count), steps
-                        ),
-                        repeats,
-                    )
+                    clients.round(strategy, range(count), 1)
+                    taken[strategy, count] = [clients.round(strategy, range(count), steps) for _ in range(repeats)]
         first = statistics.median(taken["sequential", 2])
         for (strategy, count), seconds in taken.items():
             of = "" if strategy == "sequential" else f" ({count})"
@@ -75,20 +73,19 @@ def federation_speed(bench: Workbench) -> Iterator[Line]:
 
 
 def _whole_seconds(bench: Workbench, samples: int, tokens: int, repeats: int) -> list[float]:
-    from time import perf_counter
-
     batch = even_batch(bench.config.vocab_size, ROWS, tokens)
     with bench.connect() as split, saved_start(add_adapter(split)) as start, peft_on(bench.whole, start) as whole:
         optimizer = adamw(whole)
 
-        def train() -> float:
+        def train(steps: int) -> float:
             began = perf_counter()
-            for _ in range(samples // ROWS):
+            for _ in range(steps):
                 train_step(whole, optimizer, [batch])
             return perf_counter() - began
 
         with bench.step(f"{samples} samples in one place"):
-            return seconds_of_rounds(train, repeats)
+            train(1)
+            return [train(samples // ROWS) for _ in range(repeats)]
 
 
 def federation_memory(bench: Workbench) -> Iterator[Line]:

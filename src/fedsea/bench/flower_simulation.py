@@ -1,0 +1,141 @@
+"""Flower's simulation runtime for benches: a SuperLink that simulates clients with Ray, and runs of the app in it."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from fedsea.errors import FedSEAError, UsageError
+from fedsea.federation.flower_app import project_file
+from fedsea.federation.process import QUIET_FLOWER
+from fedsea.threads import WAITING
+
+TOOLS = Path(sys.executable).parent
+START_SECONDS = 60.0
+RUN_SECONDS = 3600.0
+LOOK_SECONDS = 0.5
+
+
+class SimulationLink:
+    """A SuperLink that simulates; a context manager.
+
+    Raises
+    ------
+    UsageError
+        If Ray is not installed.
+    FedSEAError
+        If it does not start.
+    """
+
+    def __init__(self) -> None:
+        try:
+            import ray  # noqa: F401
+        except ImportError:
+            raise UsageError("simulated clients need Ray: pip install 'fedsea[simulation]'") from None
+        self._folder = tempfile.TemporaryDirectory(prefix="fedsea-bench-")
+        home = Path(self._folder.name)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        (home / "config.toml").write_text(
+            f'[superlink]\ndefault = "here"\n\n[superlink.here]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
+        )
+        self._environment = {
+            **WAITING,
+            **QUIET_FLOWER,
+            **os.environ,
+            "FLWR_HOME": str(home),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "PATH": f"{TOOLS}{os.pathsep}{os.environ.get('PATH', '')}",
+        }
+        command: list[str | Path] = [
+            TOOLS / "flower-superlink",
+            "--insecure",
+            "--simulation",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+        ]
+        command += ["--disable-runtime-dependency-installation"]
+        self._log = home / "superlink.log"
+        with self._log.open("wb") as log:
+            # A session of its own: what it starts ends with it.
+            self._process = subprocess.Popen(
+                command, env=self._environment, stdout=log, stderr=log, start_new_session=True
+            )
+        try:
+            self._await(port)
+        except BaseException:
+            self.close()
+            raise
+
+    def _await(self, port: int) -> None:
+        end = time.monotonic() + START_SECONDS
+        while True:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    return
+            if time.monotonic() > end or self._process.poll() is not None:
+                raise FedSEAError(f"Flower's SuperLink did not start: {self._log.read_text(errors='replace')[-500:]}")
+            time.sleep(0.1)
+
+    def run(self, settings: Mapping[str, Any], actors: int, on_look: Callable[[], None] = lambda: None) -> None:
+        """Run the app with these settings, with so many clients computing at a time.
+
+        Raises
+        ------
+        FedSEAError
+            If the run fails.
+        """
+        app = Path(self._folder.name) / "app"
+        app.mkdir(exist_ok=True)
+        (app / "pyproject.toml").write_text(project_file())
+        given = " ".join(f"{key}={json.dumps(value)}" for key, value in settings.items())
+        simulated = f"num-supernodes={settings['clients']} client-resources-num-cpus=1 init-args-num-cpus={actors}"
+        command: list[str | Path] = [
+            TOOLS / "flwr",
+            "run",
+            app,
+            "here",
+            "--stream",
+            "-c",
+            given,
+            "--federation-config",
+            simulated,
+        ]
+        said = Path(self._folder.name) / "run.log"
+        with said.open("wb") as log:
+            run = subprocess.Popen(command, env=self._environment, stdout=log, stderr=log)
+        end = time.monotonic() + RUN_SECONDS
+        while run.poll() is None:
+            if time.monotonic() > end:
+                run.kill()
+            on_look()
+            time.sleep(LOOK_SECONDS)
+        text = said.read_text(errors="replace")
+        if run.returncode != 0 or "the adapter is in" not in text:
+            raise FedSEAError(f"the simulated federation did not end well: {' '.join(text.split())[-600:]}")
+
+    def close(self) -> None:
+        """End it and what it has started. Safe to call twice."""
+        if self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+        self._folder.cleanup()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        self.close()
