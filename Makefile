@@ -7,8 +7,6 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
-# One more than there are cores: some tests wait for others' deadlines.
-WORKERS := import os; print(min(4, 1 + (os.cpu_count() or 1)))
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: demo test check bench setup clean
@@ -17,7 +15,7 @@ demo: $(READY)
 	@$(BIN)/fedsea demo
 
 test: $(READY)
-	@$(BIN)/python -m pytest --numprocesses $$($(BIN)/python -c '$(WORKERS)') --dist loadfile --no-loadscope-reorder
+	@$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 check: $(READY)
 	@$(BIN)/ruff check .

@@ -85,9 +85,9 @@ def test_each_kind_of_process_is_killed_in_a_round_of_its_own(
         clients=3,
         min_clients=2,
         rounds=ROUNDS,
-        local_steps=40,
+        local_steps=16,
         join_seconds=15.0,
-        straggler_seconds=4.0,
+        straggler_seconds=3.0,
     )
     told: list[str] = []
     options = UpOptions(CLIENTS, port=0, superlink_port=0)
