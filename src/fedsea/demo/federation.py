@@ -132,6 +132,7 @@ def run_federation_demo(
             min_clients=len(CLINICS),
             local_steps=STEPS,
             batch_size=2,
+            lora_targets="q_proj,v_proj",
             lr=2e-3,
         )
         places = UpOptions(clients=tuple(CLINICS), port=0, superlink_port=0)
