@@ -4,14 +4,13 @@ import contextlib
 import json
 import os
 import signal
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from fedsea.errors import FedSEAError
-from fedsea.federation.join import Member
+from fedsea.federation.join import Member, kept_running
 from fedsea.federation.settings import Settings
 from fedsea.federation.status import read_status
 from fedsea.federation.up import Federation, UpOptions
@@ -19,7 +18,7 @@ from fedsea.parts.adapter_files import read_adapter
 from tests.federation_commands import QUIET, own, until, write_cb
 
 CLIENTS = ("alice", "bob", "carol")
-ROUNDS = 5
+ROUNDS = 6  # one more than are needed
 pytestmark = pytest.mark.timeout(600)
 
 
@@ -55,16 +54,7 @@ def members() -> Iterator[Callable[[Path, Path], Member]]:
         def begin(folder: Path, data: Path) -> Member:
             member = stack.enter_context(Member(folder, own(data), print))
             member.start()
-            over = threading.Event()
-
-            def watch() -> None:
-                while not over.is_set():
-                    member.watch(0.2)
-
-            thread = threading.Thread(target=watch)
-            thread.start()
-            stack.callback(thread.join)
-            stack.callback(over.set)
+            stack.enter_context(kept_running([member]))
             return member
 
         yield begin
@@ -85,7 +75,7 @@ def test_each_kind_of_process_is_killed_in_a_round_of_its_own(
         clients=3,
         min_clients=2,
         rounds=ROUNDS,
-        local_steps=16,
+        local_steps=40,
         join_seconds=15.0,
         straggler_seconds=3.0,
     )
@@ -94,33 +84,40 @@ def test_each_kind_of_process_is_killed_in_a_round_of_its_own(
     with Federation(tmp_path / "fed", settings, options, told.append, ("--threads", "1")) as running:
         running.start()
         owners = {name: members(running.deployment.client(name), data) for name in CLIENTS}
-        killed: dict[int, str] = {}
+        killed: dict[str, int] = {}
 
-        def training(number: int) -> bool:
-            """Whether the round is under way, with a step done by everybody who is there."""
-            status = read_status(running.deployment.path)
-            steps = [client.steps for client in status.clients.values() if client.steps]
-            return status.round == number and status.doing == "training" and len(steps) >= 2
+        def client_app() -> bool:
+            node = owners["carol"]._node
+            return node is not None and kill(node.pid, "flwr-clientapp")
+
+        def supernode_and_worker() -> bool:
+            worker = owners["bob"]._worker
+            found = kill(os.getpid(), "fedsea.federation.supernode", "carol")
+            if found and worker is not None:
+                os.kill(worker.pid, signal.SIGKILL)
+            return found
+
+        def block_server() -> bool:
+            server = running._block_server
+            return server is not None and kill(os.getpid(), "fedsea.federation.leash fedsea serve")
+
+        def server_app() -> bool:
+            link = running._superlink_child
+            return link is not None and kill(link.pid, "flwr-serverapp")
+
+        victims = [client_app, supernode_and_worker, block_server, server_app]
 
         def strike() -> None:
-            status = read_status(running.deployment.path)
-            if status.round in killed or not training(status.round):
+            """Kill the next, in the middle of a round in which nobody has been killed; a round may pass too quickly."""
+            if len(killed) == len(victims):
                 return
-            node = owners["carol"]._node
-            assert node is not None
-            assert running._superlink_child is not None
-            if status.round == 2 and kill(node.pid, "flwr-clientapp"):
-                killed[2] = "ClientApp"
-            worker = owners["bob"]._worker
-            assert worker is not None
-            if status.round == 3 and kill(os.getpid(), "fedsea.federation.supernode", "carol"):
-                os.kill(worker.pid, signal.SIGKILL)
-                killed[3] = "SuperNode and worker"
-            if status.round == 4 and running._block_server is not None:
-                os.kill(running._block_server.pid, signal.SIGKILL)
-                killed[4] = "block server"
-            if status.round == 5 and kill(running._superlink_child.pid, "flwr-serverapp"):
-                killed[5] = "ServerApp"
+            status = read_status(running.deployment.path)
+            busy = [client for client in status.clients.values() if client.steps]
+            if status.round < 2 or status.round in killed.values() or status.doing != "training" or len(busy) < 2:
+                return
+            victim = victims[len(killed)]
+            if victim():
+                killed[victim.__name__] = status.round
 
         starts = 0
         while True:
@@ -132,13 +129,13 @@ def test_each_kind_of_process_is_killed_in_a_round_of_its_own(
             except FedSEAError as error:
                 told.append(str(error))
         assert not any("\n" in line for line in told)
-        assert set(killed) == {2, 3, 4, 5}
+        assert list(killed) == [victim.__name__ for victim in victims]
         reports = read_status(running.deployment.path).reports
         assert [report["round"] for report in reports] == list(range(1, ROUNDS + 1)), told
         by_round = {report["round"]: set(report["clients"]) for report in reports}
         assert by_round[1] == set(CLIENTS)
-        assert {"alice", "bob"} <= by_round[2]
-        assert "alice" in by_round[3]
+        assert {"alice", "bob"} <= by_round[killed["client_app"]]
+        assert "alice" in by_round[killed["supernode_and_worker"]]
         assert by_round[ROUNDS]
         # Whoever was killed is started again and comes back.
         until(lambda: set(running.online()) == set(CLIENTS), 120)

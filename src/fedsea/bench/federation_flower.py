@@ -3,7 +3,6 @@
 import json
 import statistics
 import tempfile
-import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -15,9 +14,11 @@ from fedsea.bench.memory import MIB
 from fedsea.bench.processes import ServerProcess, process_memory
 from fedsea.bench.results import Line
 from fedsea.bench.workbench import Workbench
-from fedsea.federation.join import Member
+from fedsea.errors import UsageError
+from fedsea.federation.join import Member, kept_running
 from fedsea.federation.participant_options import ParticipantOptions
 from fedsea.federation.settings import Settings
+from fedsea.federation.status import read_status
 from fedsea.federation.up import Federation, UpOptions
 
 TINY = "random:tiny"
@@ -126,7 +127,6 @@ def federation_scale(bench: Workbench) -> Iterator[Line]:
 def _deployed(folder: Path, data: Path, settings: Settings, threads: int) -> list[dict[str, Any]]:
     names = tuple(f"client-{number}" for number in range(CLIENTS))
     options = UpOptions(names, port=0, superlink_port=0)
-    over = threading.Event()
     with ExitStack() as things:
         running = things.enter_context(
             Federation(folder / "hub", settings, options, _unheard, ("--threads", str(threads)))
@@ -138,20 +138,8 @@ def _deployed(folder: Path, data: Path, settings: Settings, threads: int) -> lis
             members.append(things.enter_context(Member(running.deployment.client(name), own, _unheard)))
         with ThreadPoolExecutor(CLIENTS) as pool:
             list(pool.map(Member.start, members))
-
-        def watch(member: Member) -> None:
-            while not over.is_set():
-                member.watch(0.2)
-
-        threads_ = [threading.Thread(target=watch, args=(member,), daemon=True) for member in members]
-        for thread in threads_:
-            thread.start()
-        try:
+        with kept_running(members):
             running.run()
-        finally:
-            over.set()
-            for thread in threads_:
-                thread.join()
         return _rounds(running.deployment.output)
 
 
@@ -165,8 +153,10 @@ def _shares(reports: Sequence[dict[str, Any]], together: Any) -> list[float]:
 
 
 def _rounds(output: Path) -> list[dict[str, Any]]:
-    file = output / "rounds.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines() if line.strip()] if file.exists() else []
+    try:
+        return read_status(output).reports
+    except UsageError:
+        return []  # nothing has begun
 
 
 def _write_data(folder: Path, count: int) -> Path:

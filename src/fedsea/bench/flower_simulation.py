@@ -88,17 +88,24 @@ class SimulationLink:
                 raise FedSEAError(f"Flower's SuperLink did not start: {self._log.read_text(errors='replace')[-500:]}")
             time.sleep(0.1)
 
-    def run(self, settings: Mapping[str, Any], actors: int, on_look: Callable[[], None] = lambda: None) -> None:
-        """Run the app with these settings, with so many clients computing at a time.
+    def run(
+        self,
+        settings: Mapping[str, Any],
+        actors: int,
+        on_look: Callable[[], None] = lambda: None,
+        app: Path | None = None,
+    ) -> None:
+        """Run FedSEA's app, or the one in a folder, with these settings, with so many clients computing at a time.
 
         Raises
         ------
         FedSEAError
             If the run fails.
         """
-        app = Path(self._folder.name) / "app"
-        app.mkdir(exist_ok=True)
-        (app / "pyproject.toml").write_text(project_file())
+        if app is None:
+            app = Path(self._folder.name) / "app"
+            app.mkdir(exist_ok=True)
+            (app / "pyproject.toml").write_text(project_file())
         given = " ".join(f"{key}={json.dumps(value)}" for key, value in settings.items())
         simulated = f"num-supernodes={settings['clients']} client-resources-num-cpus=1 init-args-num-cpus={actors}"
         command: list[str | Path] = [

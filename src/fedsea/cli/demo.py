@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -122,6 +123,9 @@ def _show(report: "DemoReport", console: Console) -> None:
         "from it. docs/trust.md says what each party can learn, and what noise changes."
     )
     console.print("\n[bold]The server is stopped, its certificates are gone. Next:[/bold]")
+    if shutil.which("fedsea") is None:
+        activate = os.path.relpath(Path(sys.executable).parent / "activate")
+        console.print(f"  source {escape(activate)}", soft_wrap=True)
     for command in (
         "fedsea credentials init credentials",
         f"fedsea serve {report.model} --credentials credentials",

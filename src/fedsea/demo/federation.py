@@ -7,7 +7,6 @@ measured in the run that made it.
 
 import json
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +17,7 @@ from typing import Any
 
 from fedsea.demo.audience import Audience
 from fedsea.errors import FedSEAError
-from fedsea.federation.join import Member
+from fedsea.federation.join import Member, kept_running
 from fedsea.federation.participant_options import ParticipantOptions
 from fedsea.federation.settings import MODES, Settings
 from fedsea.federation.status import read_status
@@ -45,7 +44,6 @@ CLINICS = {
     ),
 }
 ROUNDS, STEPS = 2, 2
-LOOK_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -147,7 +145,7 @@ def run_federation_demo(
             ]
             with ThreadPoolExecutor(len(members)) as pool:
                 list(pool.map(Member.start, members))
-            things.enter_context(_kept_running(members))
+            things.enter_context(kept_running(members))
         done: list[RoundFigures] = []
         seconds: dict[str, float] = {}
         for mode in MODES:
@@ -171,26 +169,6 @@ def run_federation_demo(
 def _temporary() -> Iterator[str]:
     with tempfile.TemporaryDirectory(prefix="fedsea-demo-") as folder:
         yield folder
-
-
-@contextmanager
-def _kept_running(members: list[Member]) -> Iterator[None]:
-    """Each clinic's own process, which `fedsea federation join` would be, is a thread here."""
-    over = threading.Event()
-
-    def watch(member: Member) -> None:
-        while not over.is_set():
-            member.watch(LOOK_SECONDS)
-
-    threads = [threading.Thread(target=watch, args=(member,), daemon=True) for member in members]
-    for thread in threads:
-        thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        for thread in threads:
-            thread.join()
 
 
 def _own(data: Path) -> ParticipantOptions:

@@ -1,11 +1,13 @@
 """A data owner's side: a warm worker and a SuperNode, kept running until they are told to stop."""
 
+import contextlib
 import json
 import socket
 import ssl
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -244,6 +246,37 @@ class Member:
             self._tell(f"{what}: {said['error'].get('message')}")
             return
         self._tell(f"{what}: {_figures(said.get('metrics', {}))}{said.get('seconds', 0):.1f} s")
+
+
+@contextlib.contextmanager
+def kept_running(members: Sequence[Member]) -> Iterator[None]:
+    """Watch started members, each in a thread, as `fedsea federation join` does in a process.
+
+    Raises
+    ------
+    FedSEAError
+        At the end: what has ended one of them.
+    """
+    over, ended = threading.Event(), list[BaseException]()
+
+    def watch(member: Member) -> None:
+        try:
+            while not over.is_set():
+                member.watch(LOOK_SECONDS)
+        except FedSEAError as error:
+            ended.append(error)
+
+    threads = [threading.Thread(target=watch, args=(member,), daemon=True) for member in members]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
+    if ended:
+        raise ended[0]
 
 
 def why_no_connection(superlink: str, folder: Path) -> str:
