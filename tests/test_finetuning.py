@@ -181,25 +181,27 @@ CLIENT = """
     from pathlib import Path
     from fedsea import SplitModelForCausalLM
     from tests.test_finetuning import tuning
-    address, folder, resume = sys.argv[1:]
+    address, folder = sys.argv[1:]
     torch.set_num_threads(1)
     torch.manual_seed(7)
     with SplitModelForCausalLM.from_pretrained(
         "random:tiny", server=address, insecure=True, wire_dtype="float32"
     ) as model:
-        tuning(model, Path(folder), resume=resume == "resume").run(lambda figures: print(figures.step, flush=True))
+        tuning(model, Path(folder)).run(lambda figures: print(figures.step, flush=True))
 """
 
 
 @pytest.mark.parametrize("server_too", [False, True])
-def test_a_client_that_was_killed_goes_on_from_its_checkpoint(whole: Path, tmp_path: Path, server_too: bool) -> None:
-    script = textwrap.dedent(CLIENT)
+def test_a_client_that_was_killed_goes_on_from_its_checkpoint(
+    whole: Path, server: ServerProcess, tmp_path: Path, server_too: bool
+) -> None:
     folder = tmp_path / "run"
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
-    server = ServerProcess("random:tiny", threads=1, secure=False)
+    mortal = ServerProcess("random:tiny", threads=1, secure=False) if server_too else server
+    reborn = mortal
     try:
-        arguments = [sys.executable, "-c", script, server.address, str(folder)]
-        client = subprocess.Popen([*arguments, "begin"], stdout=subprocess.PIPE, text=True, env=environment)
+        script = [sys.executable, "-c", textwrap.dedent(CLIENT), mortal.address, str(folder)]
+        client = subprocess.Popen(script, stdout=subprocess.PIPE, text=True, env=environment)
         assert client.stdout is not None
         while client.stdout.readline().strip() != "4":
             assert client.poll() is None
@@ -207,14 +209,15 @@ def test_a_client_that_was_killed_goes_on_from_its_checkpoint(whole: Path, tmp_p
         client.wait()
         client.stdout.close()
         if server_too:
-            address = server.address
-            server.kill()
-            server = restart(address)
-            assert server.address == address  # waits until it is ready
-        resumed = subprocess.run([*arguments, "resume"], check=False, env=environment, capture_output=True, text=True)
-        assert resumed.returncode == 0, resumed.stderr[-2000:]
+            address = mortal.address
+            mortal.kill()
+            reborn = restart(address)
+        torch.manual_seed(99)
+        with meet(reborn) as model:
+            assert tuning(model, folder, resume=True).run(nothing)
     finally:
-        server.close()
+        if server_too:
+            reborn.close()
     assert losses(folder) == losses(whole)
 
 

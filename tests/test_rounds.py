@@ -371,6 +371,8 @@ def test_an_optimizer_step_unlike_the_others_is_refused(
         other,
     )
     assert "other settings" in refusal
+    states = {member.client: member for member in admin.status("test.1").members}
+    assert (states["other"].state, states["other"].straggled) == ("gone", False)  # nobody waited for it in vain
     for model in models.values():
         model.close()
 

@@ -6,6 +6,7 @@ from rich.console import Console
 
 from fedsea.bench.federation_exactness import federation_exactness
 from fedsea.bench.federation_flower import federation_overhead, federation_scale
+from fedsea.bench.federation_quality import federation_quality
 from fedsea.bench.federation_speed import federation_memory, federation_speed
 from fedsea.bench.results import Report
 from fedsea.bench.topics import Topics, run_topics
@@ -16,6 +17,7 @@ TOPICS: Topics = {
     "speed": federation_speed,
     "server-memory": federation_memory,
     "flower": federation_overhead,
+    "quality": federation_quality,
     "scale": federation_scale,
 }
 

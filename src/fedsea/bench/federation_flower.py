@@ -90,7 +90,7 @@ def federation_scale(bench: Workbench) -> Iterator[Line]:
             "model": TINY,
             "task": "cb",
             "clients": many,
-            "min-clients": many,
+            "min-clients": chosen,
             "fraction-train": chosen / many,
             "rounds": rounds,
             "local-steps": 2,

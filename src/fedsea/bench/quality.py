@@ -15,7 +15,7 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -360,8 +360,12 @@ class QualityBench:
         partial.replace(file)
 
 
-def train_whole(model: Any, batches: Batches, recipe: Recipe) -> list[float]:
+def train_whole(
+    model: Any, batches: Batches, recipe: Recipe, on_step: Callable[[int], None] = lambda _step: None
+) -> list[float]:
     """The recipe as PEFT's users write it, on a whole model with its adapter; returns each step's loss.
+
+    `on_step` is told each step's number, from 1.
 
     Raises
     ------
@@ -394,6 +398,7 @@ def train_whole(model: Any, batches: Batches, recipe: Recipe) -> list[float]:
         schedule.step()
         optimizer.zero_grad()
         losses.append(total)
+        on_step(step + 1)
     return losses
 
 

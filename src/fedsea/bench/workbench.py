@@ -39,12 +39,15 @@ class Settings:
         Compute threads of each side: the whole model, the client, and the server.
     plots
         Folder for drawings; None draws none.
+    data
+        Folder with a folder for each task, named as the task's title; None leaves out what needs one.
     """
 
     model: str = "smollm2-135m"
     quick: bool = False
     threads: int = 2
     plots: Path | None = None
+    data: Path | None = None
 
 
 class Workbench:

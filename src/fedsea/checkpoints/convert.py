@@ -4,10 +4,12 @@ A process of its own, because a conversion needs several times the memory of the
 should be left behind in the process that goes on to use a part of the model.
 """
 
+import functools
 import sys
 from pathlib import Path
 from typing import Any
 
+import gguf
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -45,6 +47,9 @@ def convert(source: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    # transformers parses the file three times, and draws up the table of tensor names for each tensor anew.
+    gguf.GGUFReader = functools.cache(gguf.GGUFReader)  # type: ignore[misc,assignment]
+    gguf.get_tensor_name_map = functools.cache(gguf.get_tensor_name_map)
     try:
         convert(Path(sys.argv[1]), Path(sys.argv[2]))
     except ModelNotFoundError as error:

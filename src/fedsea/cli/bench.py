@@ -20,6 +20,7 @@ app = typer.Typer(help="Measure what FedSEA claims, on this machine.", no_args_i
 
 
 JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the lines as a JSON list.")]
+Plots = Annotated[Path | None, typer.Option(metavar="DIR", help="Draw curves as PNG files.")]
 Strict = Annotated[
     bool, typer.Option("--strict", help="Exit with 1 if a measured target is missed; by default that is a result.")
 ]
@@ -39,7 +40,12 @@ class BenchOptions:
     markdown: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the lines as a Markdown table.")] = None
     strict: Strict = False
 
-    def measure(self, run: "Callable[[Settings, Console, list[str]], Report]", plots: Path | None = None) -> None:
+    def measure(
+        self,
+        run: "Callable[[Settings, Console, list[str]], Report]",
+        plots: Path | None = None,
+        data: Path | None = None,
+    ) -> None:
         """Run a bench, write its lines, and exit as `strict` asks.
 
         Raises
@@ -54,7 +60,7 @@ class BenchOptions:
         from fedsea.bench.results import markdown_table, write_json
         from fedsea.bench.workbench import Settings
 
-        settings = Settings(self.model, self.quick, self.threads or torch.get_num_threads(), plots)
+        settings = Settings(self.model, self.quick, self.threads or torch.get_num_threads(), plots, data)
         console = Console()
         if self.quick:
             console.print("Quick: fewer repetitions and smaller cases; figures are rougher than those of a full run.")
@@ -85,7 +91,7 @@ def require_folders(*files: Path | None) -> None:
 @spread
 def inference(
     options: BenchOptions,
-    plots: Annotated[Path | None, typer.Option(metavar="DIR", help="Draw curves as PNG files.")] = None,
+    plots: Plots = None,
 ) -> None:
     """Private inference beside the whole model: exactness, speed, bytes, memory. A full run takes about ten minutes."""
     from fedsea.bench.inference import run
@@ -104,11 +110,17 @@ def training(options: BenchOptions) -> None:
 
 @app.command()
 @spread
-def federation(options: BenchOptions) -> None:
-    """Training together: each strategy beside its definition, its time and its memory."""
+def federation(
+    options: BenchOptions,
+    data: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="For the topic quality: a folder each for CB and RTE.")
+    ] = None,
+    plots: Plots = None,
+) -> None:
+    """Training together: each strategy beside its definition, its time, its memory, and how good the adapter is."""
     from fedsea.bench.federation import run
 
-    options.measure(run)
+    options.measure(run, plots, data)
 
 
 @app.command()

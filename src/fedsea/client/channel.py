@@ -50,7 +50,7 @@ class RunChannel:
         self._unasked: set[int] = set()  # operations whose answer nobody waits for
         self._answers: dict[int, Reply] = {}
         self._number = self._received = 0
-        self._closed = False
+        self._closed = self._refused = False
         self.frame_bytes = self.micro_batches = 0
         self.shared = False
 
@@ -118,6 +118,7 @@ class RunChannel:
         """Do what needs the connection, and connect anew as often as it takes."""
         patience = Patience(self._settings.reconnect_seconds)
         before = self._received
+        self._refused = False
         while True:
             try:
                 if self._connection is None:
@@ -141,6 +142,7 @@ class RunChannel:
                 # Refused: what was sent behind it is not done either. The run itself goes on, from where it is.
                 self._drop()
                 self._forget()
+                self._refused = True
                 raise
 
     def _connect(self, *, begin: bool, token: str | None = None) -> Attached:
@@ -255,6 +257,10 @@ class RunChannel:
     def close(self, *, end: bool) -> None:
         """Let go of the connection; with `end`, the server gives the run up. Safe to call twice."""
         self._closed = True
+        if end and self._connection is None and self._refused:
+            # The server is there and has the run: whoever waits for it there should not wait in vain.
+            with contextlib.suppress(ConnectionLost, FedSEAError):
+                self._connect(begin=False)
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.close(Message(Kind.CLOSE, {}) if end else None)

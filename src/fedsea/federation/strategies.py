@@ -35,7 +35,7 @@ def make_strategy(settings: Settings) -> FedSEAMixin:
         strategy: FedSEAMixin = made(
             fraction_train=settings.fraction_train,
             fraction_evaluate=settings.fraction_evaluate,
-            min_train_nodes=settings.min_clients,
+            min_train_nodes=1,  # the fraction decides; so many are only to be there
             min_evaluate_nodes=1,
             min_available_nodes=settings.min_clients,
             **settings.options,

@@ -1,0 +1,246 @@
+"""How good a federation's adapter is, round by round: beside one training on all the data, and each client alone.
+
+All of them take the same steps: a round of the federation is `LOCAL_STEPS` steps of each client, `BATCH` texts a step;
+the centralised training takes steps of all clients' texts together, and a client alone takes its own. What is compared
+after each round is the score on the whole validation split. In the federation the clients have a part of it each, and
+Flower averages their scores by their numbers of examples.
+"""
+
+import itertools
+import statistics
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import get_peft_model
+
+from fedsea.bench.flower_simulation import SimulationLink
+from fedsea.bench.processes import ServerProcess
+from fedsea.bench.quality import train_whole
+from fedsea.bench.results import Line
+from fedsea.bench.training_case import ADAPTER_TEXT, RANK, adapter_config
+from fedsea.bench.workbench import Workbench
+from fedsea.checkpoints import load_tokenizer
+from fedsea.errors import FedSEAError, UsageError
+from fedsea.federation.shards import Sharding, read_shard
+from fedsea.federation.status import read_status
+from fedsea.tasks import Example, Task, encode, evaluate, get_task
+from fedsea.training.batches import Batches
+from fedsea.training.loop import Recipe
+
+TASKS = ("cb", "rte")
+CLIENTS, ALPHA, BATCH, LR, MAX_TOKENS, SEED = 4, 0.5, 2, 5e-4, 256, 0
+ROUNDS, LOCAL_STEPS, EXAMPLES = 6, 12, 120
+QUICK_ROUNDS, QUICK_LOCAL_STEPS, QUICK_EXAMPLES = 2, 2, 16
+FEDERATED, CENTRALISED, ALONE = "federated", "centralised", "alone"
+METRICS = ("accuracy", "answer_loss")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """How a training goes.
+
+    Attributes
+    ----------
+    label
+        `federated`, `centralised`, or `alone` and which client.
+    points
+        For each round, from 0 (untrained): the scores by name.
+    examples
+        That it learns from.
+    """
+
+    label: str
+    points: tuple[dict[str, float], ...]
+    examples: int
+
+    def last(self, metric: str) -> float:
+        """The score after the last round."""
+        return self.points[-1][metric]
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is done: rounds, steps in each, and examples of the validation split."""
+
+    rounds: int
+    steps: int
+    examples: int
+
+
+def federation_quality(bench: Workbench) -> Iterator[Line]:
+    """Federated, centralised and alone, on each task."""
+    quick, data = bench.settings.quick, bench.settings.data
+    size = Size(QUICK_ROUNDS, QUICK_LOCAL_STEPS, QUICK_EXAMPLES) if quick else Size(ROUNDS, LOCAL_STEPS, EXAMPLES)
+    reason = ""
+    if data is None:
+        reason = "give --data, a folder with a folder for each task: CB, RTE"
+    else:
+        try:
+            SimulationLink().close()
+        except UsageError as error:
+            reason = str(error)
+    curves: dict[str, list[Curve]] = {}
+    for name in TASKS:
+        task = get_task(name)
+        if reason or data is None:
+            yield Line.skipped(f"{FEDERATED} and {CENTRALISED}, {name}", "", reason=reason)
+            continue
+        with tempfile.TemporaryDirectory(prefix="fedsea-bench-") as folder:
+            copy = _copied(task, data / task.title, Path(folder) / task.title, size.examples)
+            curves[name] = list(_curves(bench, task, copy, size))
+        yield from _lines(bench, task, curves[name], size)
+    if curves and bench.settings.plots is not None:
+        draw_curves(curves, bench.settings.plots / "federation-quality.png", bench.settings.model)
+
+
+def _lines(bench: Workbench, task: Task, curves: Sequence[Curve], size: Size) -> Iterator[Line]:
+    federated, centralised, *alone = curves
+    sizes = ", ".join(str(curve.examples) for curve in alone)
+    conditions = (
+        f"{bench.settings.model}, {CLIENTS} clients with {sizes} examples (Dirichlet {ALPHA:g} by label), server-"
+        f"hierarchical, FedAvg; {size.rounds} rounds of {size.steps} steps of {BATCH} texts a client, lr {LR:g}, "
+        f"{ADAPTER_TEXT}; first {size.examples} of validation; one seed"
+    )
+    for metric in METRICS:
+        rounds = {
+            curve.label: " ".join(f"{point[metric]:.3f}" for point in curve.points)
+            for curve in (federated, centralised)
+        }
+        ratio = federated.last(metric) / centralised.last(metric)
+        yield Line.of(
+            f"{FEDERATED} / {CENTRALISED}, {task.name}: {metric} after the last round",
+            ratio,
+            "x",
+            target=">= 0.95" if metric == "accuracy" else "<= 1.1",
+            conditions=f"by round: {'; '.join(f'{label} {values}' for label, values in rounds.items())}; {conditions}",
+        )
+        lone = [curve.last(metric) for curve in alone]
+        yield Line.of(
+            f"{FEDERATED} / {ALONE}, {task.name}: {metric}, mean of the clients",
+            federated.last(metric) / statistics.mean(lone),
+            "x",
+            samples=[federated.last(metric) / one for one in lone],
+            conditions=f"alone {', '.join(f'{one:.3f}' for one in lone)}; {conditions}",
+        )
+
+
+def _curves(bench: Workbench, task: Task, data: Path, size: Size) -> Iterator[Curve]:
+    """The federated one, the centralised one, and each client alone."""
+    validation = task.read(str(data), "validation")
+    start = _scores(bench, bench.whole, task, validation)
+    train = task.read(str(data), "train")
+    with bench.step(f"{task.title}: a federation of {CLIENTS} clients, {size.rounds} rounds of {size.steps} steps"):
+        yield Curve(FEDERATED, (start, *_federated(bench, task, data, size)), len(train))
+    with bench.step(f"{task.title}: one training on all the data"):
+        points = _in_one_place(bench, task, train, validation, size, BATCH * CLIENTS)
+    yield Curve(CENTRALISED, (start, *points), len(train))
+    for number in range(CLIENTS):
+        sharding = Sharding("dirichlet", number, CLIENTS, SEED, ALPHA)
+        own = read_shard(task, str(data), sharding)
+        with bench.step(f"{task.title}: client {number} alone, {len(own)} examples"):
+            points = _in_one_place(bench, task, own, validation, size, BATCH)
+        yield Curve(f"{ALONE}, client {number}", (start, *points), len(own))
+
+
+def _federated(bench: Workbench, task: Task, data: Path, size: Size) -> list[dict[str, float]]:
+    with (
+        tempfile.TemporaryDirectory(prefix="fedsea-bench-") as folder,
+        SimulationLink() as link,
+        ServerProcess(bench.settings.model, threads=bench.settings.threads, secure=False) as server,
+    ):
+        settings: dict[str, Any] = {
+            "model": bench.settings.model,
+            "task": task.name,
+            "clients": CLIENTS,
+            "min-clients": CLIENTS,
+            "rounds": size.rounds,
+            "local-steps": size.steps,
+            "batch-size": BATCH,
+            "lr": LR,
+            "lora-rank": RANK,
+            "max-tokens": MAX_TOKENS,
+            "eval-every": 1,
+            "seed": SEED,
+            "shards": f"dirichlet={ALPHA}",
+            "servers": server.address,
+            "insecure": True,
+            "data": str(data),
+            "output": folder,
+            "straggler-seconds": 300.0,
+        }
+        link.run(settings, actors=CLIENTS)
+        reports = read_status(Path(folder)).reports
+    missing = [report["round"] for report in reports if len(report.get("evaluation", {}).get("clients", ())) < CLIENTS]
+    if missing or len(reports) < size.rounds:
+        raise FedSEAError(f"not all clients have evaluated in round {missing[0] if missing else len(reports) + 1}")
+    return [report["evaluation"]["metrics"] for report in reports]
+
+
+def _in_one_place(
+    bench: Workbench, task: Task, train: Sequence[Example], validation: Sequence[Example], size: Size, batch_size: int
+) -> list[dict[str, float]]:
+    """PEFT on the whole model, as the federation's clients train: the scores after each round's steps."""
+    tokenizer = load_tokenizer(bench.settings.model)
+    encoded = [encode(task, example, tokenizer, MAX_TOKENS) for example in train]
+    recipe = Recipe(size.rounds * size.steps, batch_size, lr=LR, schedule="constant", seed=SEED)
+    points = []
+    torch.manual_seed(SEED)
+    model: Any = get_peft_model(bench.whole, adapter_config())
+
+    def look(step: int) -> None:
+        if step % size.steps == 0:
+            points.append(_scores(bench, model, task, validation))
+            model.train()
+
+    try:
+        train_whole(model, Batches(encoded, batch_size, SEED), recipe, look)
+    finally:
+        model.unload()
+        bench.whole.eval()
+    return points
+
+
+def _scores(bench: Workbench, model: Any, task: Task, examples: Sequence[Example]) -> dict[str, float]:
+    tokenizer = load_tokenizer(bench.settings.model)
+    model.eval()
+    found = evaluate(model, tokenizer, task, examples, max_tokens=MAX_TOKENS, answer_loss=True)
+    return {metric: found.metrics[metric] for metric in METRICS}
+
+
+def _copied(task: Task, source: Path, folder: Path, examples: int) -> Path:
+    """A task's files with a shorter validation split."""
+    folder.mkdir()
+    for split, limit in (("train", None), ("validation", examples)):
+        names = [name for name in task.files[split] if (source / name).is_file()]  # type: ignore[index]
+        if not names:
+            raise UsageError(f"{source} has no file {' or '.join(task.files[split])}")  # type: ignore[index]
+        with (source / names[0]).open() as stream:
+            (folder / names[0]).write_text("".join(itertools.islice(stream, limit)))
+    return folder
+
+
+def draw_curves(curves: dict[str, list[Curve]], path: Path, model: str) -> None:
+    """Draw each task's scores by round as a PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5 * len(curves), 7), layout="constrained")
+    grid = figure.subplots(len(METRICS), len(curves), squeeze=False)
+    for column, (name, all_curves) in enumerate(curves.items()):
+        for row, metric in enumerate(METRICS):
+            axes = grid[row][column]
+            lone = [curve for curve in all_curves if curve.label.startswith(ALONE)]
+            for number, curve in enumerate(lone):
+                label = f"{ALONE} ({len(lone)} clients)" if not number else None
+                axes.plot([point[metric] for point in curve.points], color="grey", linewidth=1, label=label)
+            for label, style in ((CENTRALISED, "--"), (FEDERATED, "-")):
+                curve = next(curve for curve in all_curves if curve.label == label)
+                axes.plot([point[metric] for point in curve.points], style, marker="o", label=label)
+            title = f"{get_task(name).title}, {model}" if not row else ""
+            axes.set(xlabel="round", ylabel=metric.replace("answer_loss", "answer loss (nats a token)"), title=title)
+            axes.legend(fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
