@@ -167,17 +167,27 @@ def _add_now(status: FederationStatus, now: Mapping[str, Any]) -> None:
         client.state, client.note = "refused", str(why)
 
 
+def app_is_gone(output: Path, since: float) -> bool:
+    """Whether a coordinator's app that has written to this folder since then has ended without being done."""
+    now = _read_now(output / NOW)
+    return float(now.get("time", 0.0)) >= since and now.get("doing") != "done" and not _runs(now)
+
+
 def _runs(now: Mapping[str, Any]) -> bool:
     """Whether the app that wrote this is at work, as far as can be seen from here."""
     if now.get("doing") in (None, "done"):
         return False
     try:
-        os.kill(int(now["pid"]), 0)
+        pid = int(now["pid"])
+        os.kill(pid, 0)
     except PermissionError:
         return True
     except (OSError, KeyError, ValueError, TypeError):
         return False
-    return True
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (OSError, IndexError):
+        return True  # there is no /proc
 
 
 def _read_now(file: Path) -> dict[str, Any]:

@@ -12,10 +12,12 @@ from fedsea.federation.control import Control, FlowerRun
 from fedsea.federation.deployment import Deployment, Invitation, check_name, require_flower, require_port, write_object
 from fedsea.federation.process import Child, flower_environment
 from fedsea.federation.settings import Settings
+from fedsea.federation.status import app_is_gone
 from fedsea.wire.address import format_address, is_loopback, parse_address
 
 START_SECONDS = 600.0  # a large model is read first
 SUPERLINK_SECONDS = 60.0
+GONE_SECONDS = 3.0
 LOOK_SECONDS = 0.5
 RESTARTS = 3  # of the block server
 
@@ -213,6 +215,7 @@ class Federation:
         FedSEAError
             If the run fails, or a server dies.
         """
+        began, gone = time.time(), 0
         number = self.control.start(run_config(self.settings))
         try:
             while True:
@@ -223,6 +226,11 @@ class Federation:
                     on_look()
                 if state.status == "finished":
                     break
+                # Flower itself notices after a minute. One that ends by itself may take a moment to be reported.
+                gone = gone + 1 if app_is_gone(self.deployment.output, began) else 0
+                if gone * LOOK_SECONDS > GONE_SECONDS:
+                    self.control.stop(number)
+                    raise FedSEAError("the coordinator's app has died; the same command goes on after the last round")
                 time.sleep(LOOK_SECONDS)
         except KeyboardInterrupt:
             self.control.stop(number)
