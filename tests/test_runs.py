@@ -1,6 +1,7 @@
 """The server's half of a run, without a network: what is done once, what is refused, what is left as it was."""
 
 import gc
+import math
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -474,7 +475,8 @@ def test_the_limits_of_all_runs_name_themselves(make_table: Callable[..., RunTab
     begin(table)
     with pytest.raises(LimitExceededError, match="the server has 1 runs, its limit"):
         begin(table, "two", "b")
-    table = make_table(run_bytes=SPEC.parameter_bytes(table._shapes) * 4 * 4 // 6)  # its four middle layers, once
+    weights = SPEC.weight_shapes(table.modules, range(1, 5)).values()
+    table = make_table(run_bytes=4 * 4 * sum(map(math.prod, weights)))  # of its four middle layers, once
     begin(table)
     with pytest.raises(LimitExceededError, match=r"memory for adapters .* is used up: the run needs 0.1 MiB"):
         begin(table, "two")

@@ -2,8 +2,8 @@
 
 All of them take the same steps: a round of the federation is `LOCAL_STEPS` steps of each client, `BATCH` texts a step;
 the centralised training takes steps of all clients' texts together, and a client alone takes its own. What is compared
-after each round is the score on the whole validation split. In the federation the clients have a part of it each, and
-Flower averages their scores by their numbers of examples.
+after each round (for a client alone: after the last) is the score on the whole validation split. In the federation the
+clients have a part of it each, and Flower averages their scores by their numbers of examples.
 """
 
 import itertools
@@ -32,8 +32,8 @@ from fedsea.training.batches import Batches
 from fedsea.training.loop import Recipe
 
 TASKS = ("cb", "rte")
-CLIENTS, ALPHA, BATCH, LR, MAX_TOKENS, SEED = 4, 0.5, 2, 5e-4, 256, 0
-ROUNDS, LOCAL_STEPS, EXAMPLES = 6, 12, 120
+CLIENTS, ALPHA, BATCH, LR, MAX_TOKENS, SEED = 4, 0.5, 2, 1e-3, 256, 0
+ROUNDS, LOCAL_STEPS, EXAMPLES = 5, 8, 56
 QUICK_ROUNDS, QUICK_LOCAL_STEPS, QUICK_EXAMPLES = 2, 2, 16
 FEDERATED, CENTRALISED, ALONE = "federated", "centralised", "alone"
 METRICS = ("accuracy", "answer_loss")
@@ -48,18 +48,18 @@ class Curve:
     label
         `federated`, `centralised`, or `alone` and which client.
     points
-        For each round, from 0 (untrained): the scores by name.
+        Rounds after which it was scored, from 0 (untrained), and the scores by name.
     examples
         That it learns from.
     """
 
     label: str
-    points: tuple[dict[str, float], ...]
+    points: tuple[tuple[int, dict[str, float]], ...]
     examples: int
 
     def last(self, metric: str) -> float:
         """The score after the last round."""
-        return self.points[-1][metric]
+        return self.points[-1][1][metric]
 
 
 @dataclass(frozen=True)
@@ -90,14 +90,14 @@ def federation_quality(bench: Workbench) -> Iterator[Line]:
             yield Line.skipped(f"{FEDERATED} and {CENTRALISED}, {name}", "", reason=reason)
             continue
         with tempfile.TemporaryDirectory(prefix="fedsea-bench-") as folder:
-            copy = _copied(task, data / task.title, Path(folder) / task.title, size.examples)
+            copy = copy_task(task, data / task.title, Path(folder) / task.title, size.examples)
             curves[name] = list(_curves(bench, task, copy, size))
-        yield from _lines(bench, task, curves[name], size)
-    if curves and bench.settings.plots is not None:
-        draw_curves(curves, bench.settings.plots / "federation-quality.png", bench.settings.model)
+        yield from quality_lines(bench, task, curves[name], size)
+        if bench.settings.plots is not None:
+            draw_curves(curves, bench.settings.plots / "federation-quality.png", bench.settings.model)
 
 
-def _lines(bench: Workbench, task: Task, curves: Sequence[Curve], size: Size) -> Iterator[Line]:
+def quality_lines(bench: Workbench, task: Task, curves: Sequence[Curve], size: Size) -> Iterator[Line]:
     federated, centralised, *alone = curves
     sizes = ", ".join(str(curve.examples) for curve in alone)
     conditions = (
@@ -107,7 +107,7 @@ def _lines(bench: Workbench, task: Task, curves: Sequence[Curve], size: Size) ->
     )
     for metric in METRICS:
         rounds = {
-            curve.label: " ".join(f"{point[metric]:.3f}" for point in curve.points)
+            curve.label: " ".join(f"{scores[metric]:.3f}" for _, scores in curve.points)
             for curve in (federated, centralised)
         }
         ratio = federated.last(metric) / centralised.last(metric)
@@ -131,22 +131,22 @@ def _lines(bench: Workbench, task: Task, curves: Sequence[Curve], size: Size) ->
 def _curves(bench: Workbench, task: Task, data: Path, size: Size) -> Iterator[Curve]:
     """The federated one, the centralised one, and each client alone."""
     validation = task.read(str(data), "validation")
-    start = _scores(bench, bench.whole, task, validation)
+    start = (0, _scores(bench, bench.whole, task, validation))
     train = task.read(str(data), "train")
     with bench.step(f"{task.title}: a federation of {CLIENTS} clients, {size.rounds} rounds of {size.steps} steps"):
         yield Curve(FEDERATED, (start, *_federated(bench, task, data, size)), len(train))
     with bench.step(f"{task.title}: one training on all the data"):
-        points = _in_one_place(bench, task, train, validation, size, BATCH * CLIENTS)
+        points = train_in_one_place(bench, task, train, validation, size, BATCH * CLIENTS, size.steps)
     yield Curve(CENTRALISED, (start, *points), len(train))
     for number in range(CLIENTS):
         sharding = Sharding("dirichlet", number, CLIENTS, SEED, ALPHA)
         own = read_shard(task, str(data), sharding)
         with bench.step(f"{task.title}: client {number} alone, {len(own)} examples"):
-            points = _in_one_place(bench, task, own, validation, size, BATCH)
+            points = train_in_one_place(bench, task, own, validation, size, BATCH, size.steps * size.rounds)
         yield Curve(f"{ALONE}, client {number}", (start, *points), len(own))
 
 
-def _federated(bench: Workbench, task: Task, data: Path, size: Size) -> list[dict[str, float]]:
+def _federated(bench: Workbench, task: Task, data: Path, size: Size) -> list[tuple[int, dict[str, float]]]:
     with (
         tempfile.TemporaryDirectory(prefix="fedsea-bench-") as folder,
         SimulationLink() as link,
@@ -177,13 +177,19 @@ def _federated(bench: Workbench, task: Task, data: Path, size: Size) -> list[dic
     missing = [report["round"] for report in reports if len(report.get("evaluation", {}).get("clients", ())) < CLIENTS]
     if missing or len(reports) < size.rounds:
         raise FedSEAError(f"not all clients have evaluated in round {missing[0] if missing else len(reports) + 1}")
-    return [report["evaluation"]["metrics"] for report in reports]
+    return [(report["round"], report["evaluation"]["metrics"]) for report in reports]
 
 
-def _in_one_place(
-    bench: Workbench, task: Task, train: Sequence[Example], validation: Sequence[Example], size: Size, batch_size: int
-) -> list[dict[str, float]]:
-    """PEFT on the whole model, as the federation's clients train: the scores after each round's steps."""
+def train_in_one_place(
+    bench: Workbench,
+    task: Task,
+    train: Sequence[Example],
+    validation: Sequence[Example],
+    size: Size,
+    batch_size: int,
+    every: int,
+) -> list[tuple[int, dict[str, float]]]:
+    """PEFT on the whole model, as the federation's clients train: the scores after every so many steps."""
     tokenizer = load_tokenizer(bench.settings.model)
     encoded = [encode(task, example, tokenizer, MAX_TOKENS) for example in train]
     recipe = Recipe(size.rounds * size.steps, batch_size, lr=LR, schedule="constant", seed=SEED)
@@ -192,8 +198,8 @@ def _in_one_place(
     model: Any = get_peft_model(bench.whole, adapter_config())
 
     def look(step: int) -> None:
-        if step % size.steps == 0:
-            points.append(_scores(bench, model, task, validation))
+        if step % every == 0:
+            points.append((step // size.steps, _scores(bench, model, task, validation)))
             model.train()
 
     try:
@@ -211,7 +217,7 @@ def _scores(bench: Workbench, model: Any, task: Task, examples: Sequence[Example
     return {metric: found.metrics[metric] for metric in METRICS}
 
 
-def _copied(task: Task, source: Path, folder: Path, examples: int) -> Path:
+def copy_task(task: Task, source: Path, folder: Path, examples: int) -> Path:
     """A task's files with a shorter validation split."""
     folder.mkdir()
     for split, limit in (("train", None), ("validation", examples)):
@@ -235,12 +241,16 @@ def draw_curves(curves: dict[str, list[Curve]], path: Path, model: str) -> None:
             lone = [curve for curve in all_curves if curve.label.startswith(ALONE)]
             for number, curve in enumerate(lone):
                 label = f"{ALONE} ({len(lone)} clients)" if not number else None
-                axes.plot([point[metric] for point in curve.points], color="grey", linewidth=1, label=label)
+                _plot(axes, curve, metric, color="grey", marker=".", linewidth=1, label=label)
             for label, style in ((CENTRALISED, "--"), (FEDERATED, "-")):
                 curve = next(curve for curve in all_curves if curve.label == label)
-                axes.plot([point[metric] for point in curve.points], style, marker="o", label=label)
+                _plot(axes, curve, metric, linestyle=style, marker="o", label=label)
             title = f"{get_task(name).title}, {model}" if not row else ""
             axes.set(xlabel="round", ylabel=metric.replace("answer_loss", "answer loss (nats a token)"), title=title)
             axes.legend(fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
+
+
+def _plot(axes: Any, curve: Curve, metric: str, **style: Any) -> None:
+    axes.plot([number for number, _ in curve.points], [scores[metric] for _, scores in curve.points], **style)

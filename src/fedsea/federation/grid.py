@@ -15,7 +15,7 @@ from flwr.serverapp import Grid
 from fedsea.federation.members import Directory, push
 from fedsea.wire.rounds import MemberStatus
 
-POLL_SECONDS = (0.05, 0.5)  # between two looks for replies: at first, and after a while
+POLL_SECONDS = (0.05, 0.2)  # between two looks for replies: at first, and after a while
 WATCH_SECONDS = 0.5  # between two looks at the block servers
 
 Conduct = Callable[[Sequence[Message], float | None], Iterable[Message]]

@@ -3,12 +3,12 @@
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from fedsea.checkpoints import Fingerprint, open_checkpoint
@@ -130,14 +130,9 @@ def adapter_shapes(spec: AdapterSpec, config: PreTrainedConfig) -> dict[str, tup
     """Shapes of an adapter's weights by name, for a whole model of which only the configuration is there."""
     with torch.device("meta"):
         whole = AutoModelForCausalLM.from_config(config)
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, (rank, _alpha) in sorted(spec.targets.items()):
-        module: Any = whole.get_submodule(name)
-        shapes[f"{name}.lora_A.weight"] = (rank, module.in_features)
-        shapes[f"{name}.lora_B.weight"] = (module.out_features, rank)
-        if spec.use_dora:
-            shapes[f"{name}.lora_magnitude_vector.weight"] = (module.out_features,)
-    return shapes
+    modules = {name: part for name, part in whole.named_modules() if isinstance(part, nn.Linear)}
+    sizes = {name: (part.out_features, part.in_features) for name, part in modules.items()}
+    return spec.weight_shapes(sizes, range(config.num_hidden_layers))
 
 
 def _first_adapter(settings: Settings, spec: AdapterSpec, config: PreTrainedConfig, shapes: Shapes) -> Arrays:

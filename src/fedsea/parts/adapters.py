@@ -158,13 +158,28 @@ class AdapterSpec:
         kinds = ["lora_A", "lora_B", *["lora_magnitude_vector"] * self.use_dora]
         return {f"{name}.{kind}.weight" for name in self.within(layers) for kind in kinds}
 
-    def parameter_bytes(self, shapes: Mapping[str, tuple[int, int]]) -> int:
-        """Bytes of the adapter's float32 weights on modules of these shapes (out, in), by name; others are left out."""
-        total = 0
-        for name, (rank, _alpha) in self.targets.items():
-            if name in shapes:
-                total += 4 * (rank * sum(shapes[name]) + (shapes[name][0] if self.use_dora else 0))
-        return total
+    def weight_shapes(self, modules: Mapping[str, tuple[int, int]], layers: range) -> dict[str, tuple[int, ...]]:
+        """Shapes of the adapter's weights in the given layers, by name.
+
+        Parameters
+        ----------
+        modules
+            The model's linear modules by name: (out features, in features).
+
+        Raises
+        ------
+        ProtocolError
+            If a target is none of them.
+        """
+        shapes: dict[str, tuple[int, ...]] = {}
+        for name, (rank, _alpha) in self.within(layers).items():
+            if name not in modules:
+                raise ProtocolError(f"{name} is not a linear module of the model")
+            to, of = modules[name]
+            shapes[f"{name}.lora_A.weight"], shapes[f"{name}.lora_B.weight"] = (rank, of), (to, rank)
+            if self.use_dora:
+                shapes[f"{name}.lora_magnitude_vector.weight"] = (to,)
+        return shapes
 
     def put_on(self, module: nn.Module, layers: Iterable[int], adapter: str = "default") -> None:
         """Put PEFT's modules on those of a part's layers that are targets, at their start; only they are trainable.

@@ -410,15 +410,13 @@ class RoundTable:
                 f"{len(plan.members)} members do not fit: the server's limit is {runs.limits.runs} runs, "
                 f"{expected} seats of other rounds are taken"
             )
-        names = plan.adapter.weight_names(middle.layers)
-        unknown = sorted(weights.keys() - names)
-        if unknown:
-            raise ProtocolError(f"the round's adapter has no weight {unknown[0]!r} in the block server's layers")
-        opened = Round(plan, weights, self)
-        runs.trainer(plan.adapter, middle.layers, None, counted=False).load(
-            {f"{ADAPTER}/{name}": weight for name, weight in weights.items()}
-        )  # refused now, not at the first member
-        self.rounds[plan.label] = opened
+        shapes = plan.adapter.weight_shapes(runs.modules, middle.layers)
+        for name, weight in weights.items():  # refused now, not at the first member
+            if name not in shapes:
+                raise ProtocolError(f"the round's adapter has no weight {name!r} in the block server's layers")
+            if tuple(weight.shape) != shapes[name]:
+                raise ProtocolError(f"{name} has shape {list(weight.shape)}, the model's {list(shapes[name])}")
+        self.rounds[plan.label] = Round(plan, weights, self)
 
     def find(self, label: str) -> Round:
         """A round.

@@ -16,6 +16,7 @@ and is sent again to a client that comes back without it.
 All of it belongs to the thread of the event loop, except `RunTable.do`, which computes in the worker's.
 """
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -113,7 +114,7 @@ class RunTable:
     ) -> None:
         self.middle, self.limits, self.max_tokens, self.dtype, self.clock = middle, limits, max_tokens, dtype, clock
         self._runs: dict[str, Run] = {}
-        self._shapes = {
+        self.modules = {
             name: (module.out_features, module.in_features)
             for name, module in middle.named_modules()
             if isinstance(module, nn.Linear)
@@ -202,26 +203,24 @@ class RunTable:
         if any(int(name.split(".")[2]) >= num_layers for name in wish.adapter.targets):
             raise ProtocolError(f"the adapter names layers that the model does not have; it has {num_layers}")
 
-    def trainer(
-        self, spec: AdapterSpec, layers: range, share: Trainer | None = None, *, counted: bool = True
-    ) -> Trainer:
+    def trainer(self, spec: AdapterSpec, layers: range, share: Trainer | None = None) -> Trainer:
         """The middle's half of a run.
 
         Parameters
         ----------
         share
             Another one whose adapter it trains as well; None for one of its own, for which there must be memory.
-        counted
-            Whether that is asked.
 
         Raises
         ------
         LimitExceededError
             If there is none.
+        ProtocolError
+            If a target of the adapter is not a linear module of the model.
         """
-        if share is None and counted:
-            here = {name: shape for name, shape in self._shapes.items() if int(name.split(".")[2]) in layers}
-            needed = 4 * spec.parameter_bytes(here)  # weights, gradient, two moments
+        if share is None:
+            shapes = spec.weight_shapes(self.modules, layers)
+            needed = 4 * 4 * sum(math.prod(shape) for shape in shapes.values())  # weights, gradient, two moments
             used = sum({id(run.trainer.trained): run.trainer.state_bytes for run in self._runs.values()}.values())
             if self.limits.run_bytes is not None and used + needed > self.limits.run_bytes:
                 raise LimitExceededError(
