@@ -52,7 +52,7 @@ def test_no_two_sources_agree_and_no_seed_reaches_them() -> None:
 
 
 def test_two_strengths_never_share_draws(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedsea.privacy.noise.secrets.token_bytes", lambda count: b"s" * count)
+    monkeypatch.setattr("fedsea.privacy.source.secrets.token_bytes", lambda count: b"s" * count)
     weak, strong = (NoiseSource(GaussianNoise(std)) for std in (0.1, 0.2))
     assert not set(weak.extend(b"", [1, 2])) & set(strong.extend(b"", [1, 2]))
 

@@ -154,6 +154,7 @@ def finetune(
         "examples_sha256": _digest(encoded),
         "noise_std": client.noise_std,
         "noise_level": client.noise_level,
+        "mechanism": client.mechanism,
         "dtype": client.dtype,
         **dataclasses.asdict(lora),
         **dataclasses.asdict(recipe),

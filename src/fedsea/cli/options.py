@@ -58,6 +58,14 @@ class ClientOptions:
     noise_level: Annotated[
         float | None, typer.Option(help="The same, as a multiple of the mean |h_A|.", show_default="no noise")
     ] = None
+    mechanism: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT",
+            help="Another protection of what leaves: clipped-gaussian:clip=30,std=4 or clip:norm=30+gaussian:std=4.",
+            show_default="no noise",
+        ),
+    ] = None
     dtype: ComputeDtype = "float32"
     wire_dtype: Annotated[Dtype | None, typer.Option(help="What to send hidden states in.", show_default="16 bits")] = (
         None
@@ -77,7 +85,7 @@ class ClientOptions:
             Whatever is wrong with the options, the model or the server.
         """
         require_one_security(self.credentials, self.insecure)
-        noise = self._noise()
+        noise = self.noise()
         prepare_torch(self.device, self.threads)
         from fedsea.client.model import SplitModelForCausalLM
 
@@ -94,11 +102,29 @@ class ClientOptions:
             reconnect_seconds=self.reconnect_seconds,
         )
 
-    def _noise(self) -> "Noise":
-        from fedsea.privacy import GaussianNoise, RelativeGaussianNoise
+    def noise(self) -> "Noise":
+        """What happens to hidden states before they leave, not calibrated.
 
-        if self.noise_std is not None and self.noise_level is not None:
-            raise UsageError("give --noise-std or --noise-level, not both: each sets the noise's standard deviation")
+        Raises
+        ------
+        UsageError
+            If more than one of its options is given, or one cannot be used.
+        """
+        from fedsea.privacy import GaussianNoise, RelativeGaussianNoise, parse_mechanism
+
+        given = [
+            option
+            for option, value in (
+                ("--noise-std", self.noise_std),
+                ("--noise-level", self.noise_level),
+                ("--mechanism", self.mechanism),
+            )
+            if value is not None
+        ]
+        if len(given) > 1:
+            raise UsageError(f"give {' or '.join(given)}, not both: each says what noise there is")
+        if self.mechanism is not None:
+            return parse_mechanism(self.mechanism)
         if self.noise_level is not None:
             return RelativeGaussianNoise(self.noise_level)
         return GaussianNoise(self.noise_std or 0.0)
@@ -158,8 +184,7 @@ class AnswerOptions:
         """
         if self.guesses is not None:
             return self.guesses
-
-        return 0 if client.noise_std or client.noise_level else GUESSES
+        return 0 if client.noise().alters else GUESSES
 
     def sampling(self) -> "Sampling":
         """The same as the decode loop takes it.

@@ -334,7 +334,7 @@ class SplitModelForCausalLM(TrainingMixin, PreTrainedModel, GenerationMixin):  #
         if cache.session is None:
             hidden: Tensor = self.input_blocks(tokens, rows, cache.input_cache)
             return hidden
-        noised = not (isinstance(self.noise, GaussianNoise) and self.noise.std == 0)
+        noised = self.noise.alters
         if noised:
             self._extend_digests(tokens, rows, cache)
 

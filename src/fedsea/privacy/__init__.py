@@ -1,5 +1,24 @@
-"""What happens to hidden states before they leave the client."""
+"""What happens to hidden states before they leave the client, and what that is worth."""
 
-from fedsea.privacy.noise import GaussianNoise, Noise, NoiseSource, RelativeGaussianNoise
+from fedsea.privacy.clipped import Clip, ClippedGaussianNoise, RelativeClip, RelativeClippedGaussianNoise
+from fedsea.privacy.compose import Chain
+from fedsea.privacy.gaussian import GaussianNoise
+from fedsea.privacy.mechanism import Channel, Magnitude, Noise
+from fedsea.privacy.parse import parse_mechanism
+from fedsea.privacy.relative import RelativeGaussianNoise
+from fedsea.privacy.source import NoiseSource
 
-__all__ = ["GaussianNoise", "Noise", "NoiseSource", "RelativeGaussianNoise"]
+__all__ = [
+    "Chain",
+    "Channel",
+    "Clip",
+    "ClippedGaussianNoise",
+    "GaussianNoise",
+    "Magnitude",
+    "Noise",
+    "NoiseSource",
+    "RelativeClip",
+    "RelativeClippedGaussianNoise",
+    "RelativeGaussianNoise",
+    "parse_mechanism",
+]

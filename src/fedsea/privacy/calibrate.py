@@ -6,6 +6,7 @@ from torch import Tensor
 from fedsea.checkpoints import Checkpoint
 from fedsea.errors import ModelNotFoundError
 from fedsea.parts import InputBlocks, Rows
+from fedsea.privacy.mechanism import Magnitude
 
 TEXT = """The patient, a woman of fifty-four, came to the clinic on Monday with pain in her left arm that had begun two
 days before. She had taken no medicine for it. Her blood pressure was 150 over 90, her pulse regular at 82 beats a
@@ -20,22 +21,24 @@ def mean(values): return sum(values) / len(values)"""
 
 
 @torch.no_grad()
-def measure_magnitude(input_blocks: InputBlocks, checkpoint: Checkpoint) -> float:
-    """Mean |h_A| of a model's input blocks on a fixed public text.
+def measure_magnitude(input_blocks: InputBlocks, checkpoint: Checkpoint) -> Magnitude:
+    """Mean |h_A| of a model's input blocks on a fixed public text, and with it the mean L2 norm of a token's state.
 
     The first position is left out: it is an outlier in most models. The user's own text has no part in it, so one model
     and partition has one magnitude. A model without a tokenizer (the random ones) is measured on draws from its
     vocabulary.
     """
-    ids = _token_ids(checkpoint)[:, : checkpoint.config.max_position_embeddings].to(input_blocks.device)
-    hidden = input_blocks(ids, Rows.uniform(1, 0, ids.shape[1]), input_blocks.new_cache())
-    return float(hidden[:, 1:].float().abs().mean())
+    ids = public_tokens(checkpoint)[: checkpoint.config.max_position_embeddings].to(input_blocks.device)
+    hidden = input_blocks(ids.unsqueeze(0), Rows.uniform(1, 0, len(ids)), input_blocks.new_cache())
+    states = hidden[0, 1:].float()
+    return Magnitude(float(states.abs().mean()), float(torch.linalg.vector_norm(states, dim=1).mean()))
 
 
-def _token_ids(checkpoint: Checkpoint) -> Tensor:
+def public_tokens(checkpoint: Checkpoint) -> Tensor:
+    """A fixed public text as the model's tokenizer cuts it, int64 `[tokens]`; without a tokenizer, draws of tokens."""
     try:
         tokenizer = checkpoint.tokenizer()
     except ModelNotFoundError:
-        return torch.randint(checkpoint.config.vocab_size, (1, 512), generator=torch.Generator().manual_seed(0))
-    ids: Tensor = tokenizer(TEXT, return_tensors="pt").input_ids
+        return torch.randint(checkpoint.config.vocab_size, (512,), generator=torch.Generator().manual_seed(0))
+    ids: Tensor = tokenizer(TEXT, return_tensors="pt").input_ids[0]
     return ids

@@ -1,0 +1,340 @@
+"""How much of a text can be read from noised states by anybody, whatever the attack: bits a token, and accuracy.
+
+A state `h` (`d` numbers) leaves as `h + noise`, the noise Gaussian with standard deviation `s` on every element. What
+that tells of `h`, and so of the text that made it, is the mutual information of a Gaussian channel, which has bounds:
+
+- From the power: `d/2 * log2(1 + P / (d s^2))` bits, where `P` is the mean squared norm of `h` (`power_capacity`). It
+  holds for every distribution of that power. A state clipped to norm `c` has `P <= c^2`, for every text: a guarantee.
+- From the power, where directions differ in noise: water-filling gives the power to where there is least noise
+  (`water_filling`). With equal noise everywhere it is the formula above.
+- From the covariance: `sum of 1/2 * log2(1 + l_i / s^2)` over its eigenvalues `l_i` (`covariance_capacity`). It holds
+  for every distribution with that covariance and is never above the first. Nobody knows the covariance of texts to
+  come: from a sample it is an estimate, and one that comes out too small where the sample is small.
+- From a sample (`observed_capacity`): `I(h; Y) <= mean over h of KL(P(Y | h), Q)` for any distribution `Q` of the
+  output. `Q` is a Gaussian fitted to one half of the sample, and the mean is over the other: an estimate that does not
+  come out too small for want of states.
+
+A text of `n` states tells at most `n` times as much, whatever hangs together in it, and also where the next token is
+chosen after an answer (feedback does not widen such a channel). What the provider computes from the states, `h_B` among
+it, adds nothing. What it is sent beside them is not covered: gradients in training, lengths and timing.
+
+From bits to accuracy
+---------------------
+An attacker who is to name each token of a text from a source of `H` bits a token lacks `H - C` bits a token at least
+(`C` being what the channel carries). Fano's inequality turns that into the smallest error `e`:
+`h(e) + e * log2(V - 1) >= H - C`, with `h` the entropy of a coin and `V` the size of the vocabulary. Where it is known
+how often the best guess without looking is right (`g`), there is a second bound, the sharper one under strong noise:
+the accuracy `a` fulfils `a * log2(a / g) + (1 - a) * log2((1 - a) / (1 - g)) <= C`. Both hold, so the smaller counts.
+For uniform tokens they are the same.
+
+The source is an assumption in either case. For uniform tokens (keys, numbers, names that nobody can guess) nothing has
+to be believed. Real text is easier to guess than that. A language model's cross entropy stands for its `H` only as far
+as the model is the best guesser there is: an attacker with a better one starts from less. So a bound on bits can be a
+guarantee, a bound on the accuracy of naming real text cannot.
+
+Sources: Cover and Thomas, Elements of Information Theory, chapters 2 (Fano), 9 (Gaussian channels, water-filling,
+feedback) and 13 (the bound by an output distribution).
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedsea.errors import UsageError
+from fedsea.privacy.clipped import clip_norms
+from fedsea.privacy.mechanism import Noise
+
+HALVINGS = 200  # of the interval in which a root is searched: more than float64 can tell apart
+
+
+@dataclass(frozen=True)
+class Source:
+    """What an attacker knows of a text before it sees any state.
+
+    Attributes
+    ----------
+    entropy
+        Bits a token.
+    guess
+        How often the best guess is right, in [0, 1], given all tokens before; 1 if it is not known.
+    vocabulary
+        Tokens that there are.
+    name
+        In words.
+    """
+
+    entropy: float
+    guess: float
+    vocabulary: int
+    name: str
+
+
+def uniform_source(vocabulary: int) -> Source:
+    """Tokens drawn uniformly: nothing is known of the text."""
+    return Source(math.log2(vocabulary), 1 / vocabulary, vocabulary, "uniform tokens")
+
+
+def language_source(cross_entropy: Tensor, vocabulary: int, right: Tensor | None = None) -> Source:
+    """Text as a language model sees it.
+
+    Parameters
+    ----------
+    cross_entropy
+        Of each token given those before it, in nats, `[tokens]`: what a causal language model's loss is the mean of.
+    vocabulary
+        Tokens that there are.
+    right
+        Whether the model's first choice was the token, bool, `[tokens]`; None if that is not known.
+
+    Raises
+    ------
+    UsageError
+        If there is no token, or an entropy is negative or not finite.
+    """
+    values = cross_entropy.double()
+    if len(values) == 0 or not bool(torch.isfinite(values).all()) or bool((values < 0).any()):
+        raise UsageError(
+            "the cross entropies of a text must be finite numbers, 0 or more, one a token; measure them anew"
+        )
+    guess = 1.0 if right is None else float(right.double().mean())
+    entropy = min(float(values.mean()) / math.log(2), math.log2(vocabulary))  # no source has more
+    return Source(entropy, guess, vocabulary, "text as the language model sees it")
+
+
+@dataclass(frozen=True)
+class LeakageBound:
+    """What anybody can read from the states of a text.
+
+    Attributes
+    ----------
+    bits
+        That the states of a token carry at most; infinite without noise.
+    guarantee
+        True if that holds for every text, as states are clipped; False if it is estimated from a sample of states.
+    looks
+        How often each token's state is seen, with fresh noise each time.
+    source
+        What the attacker knows of the text beforehand.
+    """
+
+    bits: float
+    guarantee: bool
+    looks: int
+    source: Source
+
+    @property
+    def leaked(self) -> float:
+        """Bits a token: what the states carry, no more than there is to know."""
+        return min(self.bits, self.source.entropy)
+
+    @property
+    def accuracy(self) -> float:
+        """The largest share of tokens that anybody can name, in [0, 1], on average over texts of the source."""
+        remaining = max(0.0, self.source.entropy - self.bits)
+        return min(fano_accuracy(remaining, self.source.vocabulary), guess_accuracy(self.bits, self.source.guess))
+
+
+def guaranteed_bound(
+    noise: Noise, hidden_size: int, source: Source, looks: int = 1, *, same_states: bool = True
+) -> LeakageBound:
+    """What anybody can read, for every text.
+
+    Parameters
+    ----------
+    noise
+        The mechanism, calibrated; it clips before it adds noise.
+    hidden_size
+        Numbers in a state.
+    source
+        What the attacker knows of the text beforehand.
+    looks
+        How often each token's state is seen with fresh noise: 1 if a text is sent from one process, with the same
+        weights, however often. More for further processes and, in training, for steps of the input blocks' adapter.
+    same_states
+        Whether the looks are at the same states (further processes): their mean has variance `s^2 / looks`. Else (the
+        adapter has moved) each look may tell something of its own, and the bits add up.
+
+    Raises
+    ------
+    UsageError
+        If nothing bounds the states, or `looks` is not positive.
+    """
+    channel = noise.channel
+    if math.isinf(channel.clip):
+        raise UsageError(f"{noise} guarantees nothing: states are not bounded before noise; use clipped-gaussian")
+
+    def capacity(std: float) -> float:
+        return power_capacity(channel.clip**2, std, hidden_size)
+
+    return LeakageBound(_of_looks(capacity, channel.std, looks, same_states=same_states), True, looks, source)
+
+
+def estimated_bound(
+    noise: Noise, states: Tensor, source: Source, looks: int = 1, *, same_states: bool = True
+) -> LeakageBound:
+    """What anybody can read of texts like those of a sample.
+
+    Parameters
+    ----------
+    noise
+        The mechanism, calibrated; with a clip or without.
+    states
+        A sample of `h_A` as the model makes it, before the mechanism, `[tokens, hidden]`, in the order of the text. The
+        first position of a text is an outlier in most models, and tells little: leave it out.
+    source, looks, same_states
+        As for `guaranteed_bound`.
+
+    Raises
+    ------
+    UsageError
+        If there are fewer than four states, or `looks` is not positive.
+    """
+    channel = noise.channel
+    clipped = clip_norms(states.double(), channel.clip) if math.isfinite(channel.clip) else states
+
+    def capacity(std: float) -> float:
+        return observed_capacity(clipped, std)
+
+    return LeakageBound(_of_looks(capacity, channel.std, looks, same_states=same_states), False, looks, source)
+
+
+def _of_looks(capacity: Callable[[float], float], std: float, looks: int, *, same_states: bool) -> float:
+    if looks < 1:
+        raise UsageError(f"a state is looked at once or more; got {looks}")
+    return capacity(std / math.sqrt(looks)) if same_states else looks * capacity(std)
+
+
+def power_capacity(power: float, std: float, dimensions: int) -> float:
+    """Bits that states of a mean squared norm `power` carry at most through noise of standard deviation `std`.
+
+    `power` and `std^2` are in the same unit; `dimensions` is how many numbers a state has, or the dimension of the
+    subspace that states are known to lie in. Infinite if `std` is 0 and `power` is not.
+    """
+    if power == 0:
+        return 0.0
+    if std == 0:
+        return math.inf
+    return dimensions / 2 * math.log1p(power / (dimensions * std**2)) / math.log(2)
+
+
+def water_filling(power: float, variances: NDArray[np.float64]) -> float:
+    """Bits that states of a mean squared norm `power` carry at most, given the noise's variance in each direction.
+
+    The capacity of parallel Gaussian channels: direction `i` gets the power `max(0, level - variances[i])`, with the
+    level such that it adds up to `power`.
+
+    Parameters
+    ----------
+    power
+        Mean squared norm, 0 or more.
+    variances
+        Above 0, `[directions]`.
+    """
+    ordered = np.sort(variances.astype(np.float64))
+    levels = (power + np.cumsum(ordered)) / np.arange(1, len(ordered) + 1)  # if the first 1, 2, ... are filled
+    level = levels[np.flatnonzero(levels >= ordered)[-1]]
+    return float(np.log2(np.maximum(level / ordered, 1.0)).sum() / 2)
+
+
+def covariance_capacity(eigenvalues: NDArray[np.float64], std: float) -> float:
+    """Bits that states with a covariance of these eigenvalues carry at most through noise of standard deviation `std`.
+
+    `eigenvalues` are 0 or more, `[directions]`, in the squared unit of `std`. Infinite if `std` is 0 and one is not.
+    """
+    if std == 0:
+        return math.inf if eigenvalues.any() else 0.0
+    return float(np.log1p(eigenvalues / std**2).sum() / (2 * math.log(2)))
+
+
+def observed_capacity(states: Tensor, std: float) -> float:
+    """Bits that states like these carry at most through noise of standard deviation `std`, estimated.
+
+    Each half of the sample is coded with a Gaussian fitted to the other half. Its covariance is drawn towards equal
+    variance everywhere, the more so the fewer states there are. Never above `power_capacity`. Infinite if `std` is 0.
+
+    Parameters
+    ----------
+    states
+        `[tokens, hidden]`, in the order of the text, in the unit of `std`.
+
+    Raises
+    ------
+    UsageError
+        If there are fewer than four.
+    """
+    if len(states) < 4:
+        raise UsageError(f"a bound is estimated from four states or more, and much better from many; got {len(states)}")
+    if std == 0:
+        return math.inf
+    sample = states.double().cpu().numpy() / std
+    half = len(sample) // 2
+    halves = sample[:half], sample[half:]
+    nats = (_coding_nats(*halves) * (len(sample) - half) + _coding_nats(*reversed(halves)) * half) / len(sample)
+    power = float((sample**2).sum(1).mean())
+    return min(max(0.0, nats / math.log(2)), power_capacity(power, 1.0, sample.shape[1]))
+
+
+def _coding_nats(fitted: NDArray[np.float64], coded: NDArray[np.float64]) -> float:
+    """Mean over the states `coded` of KL(N(state, 1), Q), with Q the Gaussian of noised states like `fitted`."""
+    count, size = fitted.shape
+    mean = fitted.mean(0)
+    _left, values, directions = np.linalg.svd(fitted - mean, full_matrices=False)
+    variances = values**2 / count
+    share = size / (size + count)
+    even = variances.sum() / size * share
+    inside = 1 + (1 - share) * variances + even  # variances of Q in the directions that `fitted` has
+    outside = 1 + even  # and in all others
+    centred = coded - mean
+    along = ((centred @ directions.T) ** 2).mean(0)
+    across = max(0.0, float((centred**2).sum(1).mean() - along.sum()))
+    rest = size - len(variances)
+    logs = np.log(inside).sum() + rest * math.log(outside)
+    traces = ((1 + along) / inside).sum() + (rest + across) / outside
+    return float(logs + traces - size) / 2
+
+
+def fano_accuracy(remaining: float, vocabulary: int) -> float:
+    """The largest accuracy, in [0, 1], of whoever lacks `remaining` bits a token, of `vocabulary` tokens (Fano)."""
+
+    def lacking(error: float) -> float:
+        return _coin(error) + error * math.log2(vocabulary - 1)
+
+    most = 1 - 1 / vocabulary  # the error of guessing; lacking() rises up to there
+    if remaining >= math.log2(vocabulary):
+        return 1 / vocabulary
+    return 1 - _largest(lambda error: lacking(error) < remaining, 0.0, most)
+
+
+def guess_accuracy(bits: float, guess: float) -> float:
+    """The largest accuracy, in [0, 1], of whoever learns `bits` a token and guesses right `guess` of the time without.
+
+    The relative entropy of the two is at most `bits`, by the data-processing inequality.
+    """
+    if guess >= 1 or math.isinf(bits):
+        return 1.0
+    if guess <= 0:  # what no guess ever finds: the relative entropy is infinite
+        return 0.0
+
+    def learnt(accuracy: float) -> float:
+        against = accuracy * math.log2(accuracy / guess)
+        return against + ((1 - accuracy) * math.log2((1 - accuracy) / (1 - guess)) if accuracy < 1 else 0.0)
+
+    return 1.0 if learnt(1.0) <= bits else _largest(lambda accuracy: learnt(accuracy) <= bits, guess, 1.0)
+
+
+def _coin(chance: float) -> float:
+    """Entropy in bits of a coin."""
+    return -sum(one * math.log2(one) for one in (chance, 1 - chance) if one > 0)
+
+
+def _largest(holds: Callable[[float], bool], low: float, high: float) -> float:
+    """Where a condition that holds at first ceases to hold between `low` and `high`."""
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return low
