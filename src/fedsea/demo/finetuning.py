@@ -106,7 +106,7 @@ def run_finetuning_demo(
     """
     torch.set_num_threads(threads)
     partition = Partition(input_layers=1, output_layers=1)
-    with audience.step(f"Opening {name} (half a minute at its first use, to convert it)"):
+    with audience.step(f"Opening {name} (a quarter of a minute at its first use, to convert it)"):
         checkpoint = open_checkpoint(name)
         tokenizer = checkpoint.tokenizer()
         require_chat_template(tokenizer)

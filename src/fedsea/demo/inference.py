@@ -126,7 +126,7 @@ def run_demo(name: str, audience: Audience, *, threads: int) -> DemoReport:
     """
     torch.set_num_threads(threads)
     partition = Partition(input_layers=1, output_layers=1)
-    with audience.step(f"Opening {name} (half a minute at its first use, to convert it)"):
+    with audience.step(f"Opening {name} (a quarter of a minute at its first use, to convert it)"):
         checkpoint = open_checkpoint(name)
         tokenizer = checkpoint.tokenizer()
         require_chat_template(tokenizer)
