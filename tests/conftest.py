@@ -12,7 +12,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedsea import SplitModelForCausalLM
 from fedsea.checkpoints import load_tokenizer, load_whole_model, open_checkpoint
+from fedsea.client.channel import RunChannel
 from fedsea.server.service import BlockServer, ServerOptions
+from fedsea.wire.run_frames import Forward, Operation
 
 # Several test processes share the cores, a thread each; a test that is run alone has two.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
@@ -113,3 +115,18 @@ def save_small_model(folder: Path, **settings: object) -> str:
 def small(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A small random model with the default model's tokenizer."""
     return save_small_model(tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture
+def forwards(monkeypatch: pytest.MonkeyPatch) -> list[Forward]:
+    """All forward passes that clients in training put on the wire, as often as they do."""
+    seen: list[Forward] = []
+    put = RunChannel._put
+
+    def keep(self: RunChannel, operation: Operation) -> None:
+        put(self, operation)
+        if isinstance(operation, Forward):
+            seen.append(operation)
+
+    monkeypatch.setattr(RunChannel, "_put", keep)
+    return seen

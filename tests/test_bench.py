@@ -3,6 +3,8 @@
 import io
 import json
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -192,3 +194,26 @@ def test_command_runs_one_topic_and_writes_files(tmp_path: Path) -> None:
     (line,) = json.loads(json_file.read_text())
     assert line["measured"] == pytest.approx(9.897, abs=1e-3)
     assert "client weights" in markdown.read_text()
+
+
+def test_a_bench_that_is_killed_leaves_no_server() -> None:
+    code = (
+        "import time; from fedsea.bench.processes import ServerProcess; "
+        "server = ServerProcess('random:tiny', threads=1, secure=False); print(server.pid, flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as bench:
+        assert bench.stdout is not None
+        server = int(bench.stdout.readline())
+        assert Path(f"/proc/{server}").exists()
+        bench.kill()
+    deadline = time.monotonic() + 60
+    while (status := _status(server)) not in ("gone", "Z"):
+        assert time.monotonic() < deadline, status
+        time.sleep(0.05)
+
+
+def _status(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "gone"

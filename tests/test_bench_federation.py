@@ -13,7 +13,7 @@ from fedsea.bench.federation_exactness import federation_exactness
 from fedsea.bench.federation_quality import (
     ALONE,
     CENTRALISED,
-    FEDERATED,
+    MODES,
     Curve,
     Size,
     copy_task,
@@ -43,7 +43,7 @@ def curves(task: str) -> list[Curve]:
         return ((0, {"accuracy": 0.5, "answer_loss": 1.0}), (2, {"accuracy": last, "answer_loss": 1 - last}))
 
     alone = [Curve(f"{ALONE}, client {number}", points(0.6 + number / 100), 10 + number) for number in range(4)]
-    return [Curve(FEDERATED, points(0.7), 46), Curve(CENTRALISED, points(0.75), 46), *alone]
+    return [*(Curve(mode, points(0.7), 46) for mode in MODES), Curve(CENTRALISED, points(0.75), 46), *alone]
 
 
 def test_every_strategy_is_what_it_is_defined_as(bench: Workbench) -> None:
@@ -61,7 +61,8 @@ def test_without_data_quality_is_skipped_and_says_what_it_needs() -> None:
 
 
 def test_quality_compares_the_last_scores(bench: Workbench, tmp_path: Path) -> None:
-    ratio, alone, loss, _ = quality_lines(bench, get_task("cb"), curves("cb"), Size(2, 1, 6))
+    ratio, alone, loss, _, *others = quality_lines(bench, get_task("cb"), curves("cb"), Size(2, 1, 6))
+    assert (ratio.name.split(" / ")[0], others[0].name.split(" / ")[0]) == MODES
     assert ratio.measured == pytest.approx(0.7 / 0.75)
     assert not ratio.holds  # below 0.95
     assert alone.measured == pytest.approx(0.7 / 0.615)

@@ -365,6 +365,17 @@ def test_quality_keeps_each_result_and_goes_on_where_it_was(
     assert not (quality_bench.output / "runs/cb/split/seed-0/checkpoints").exists()
 
 
+def test_any_mechanism_is_a_setting(quality_bench: QualityBench) -> None:
+    text = "clip:norm=0.1+gaussian:std=2"
+    setting = plan(mechanisms=(text, text)).settings[-1]
+    assert (setting, setting.name) == (Setting("split", mechanism=text), "split-clip-norm-0.1-gaussian-std-2")
+    assert setting not in plan().settings
+    result = quality_bench._do(Job("cb", setting, 0))
+    assert result.first_loss != quality_bench._do(Job("cb", SPLIT, 0)).first_loss
+    found = {**results(), Job("cb", setting, 0): result}
+    assert f"| split, {text} | 0.5000 |" in tables(plan(mechanisms=(text,)), found)
+
+
 def test_quality_goes_on_with_a_training_that_was_interrupted(
     quality_bench: QualityBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -404,6 +415,7 @@ def test_quality_says_which_file_is_missing_before_it_begins(tmp_path: Path) -> 
     ("how", "message"),
     [
         ({"levels": (-1.0,)}, "noise level"),
+        ({"mechanisms": ("gauss:std=1",)}, "no mechanism 'gauss'"),
         ({"tasks": ("cbs",)}, "no task"),
         ({"steps": 0}, "steps"),
         ({"seeds": 0}, "0"),

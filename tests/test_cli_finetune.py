@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from fedsea.bench.processes import ServerProcess
 from fedsea.checkpoints import load_whole_model
 from fedsea.cli import run
-from fedsea.cli.finetune import RecipeOptions
+from fedsea.cli.finetune import MANY, DataOptions, RecipeOptions
 from fedsea.training.export import whole_with_adapter
 from fedsea.training.loop import Recipe
 
@@ -75,6 +75,15 @@ def test_it_trains_writes_and_exports(
         bare = load_whole_model(small)(ids).logits
     assert torch.allclose(adapted, merged, atol=1e-5)
     assert not torch.allclose(adapted, bare, atol=1e-5)
+
+
+def test_preparing_many_examples_is_shown(small: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = tmp_path / "many.jsonl"
+    data.write_text('{"text": "a b"}\n' * MANY)
+    assert len(DataOptions("text", str(data)).read(small)) == MANY
+    assert capsys.readouterr().err == f"… preparing {MANY} examples\n"
+    assert len(DataOptions("text", str(data), limit=3).read(small)) == 3
+    assert capsys.readouterr().err == ""
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(

@@ -19,10 +19,11 @@ from torch import Tensor
 
 from fedsea import SplitModelForCausalLM
 from fedsea.checkpoints import open_checkpoint
-from fedsea.errors import CredentialsError
-from fedsea.federation import client_app, server_app
+from fedsea.errors import CredentialsError, UsageError
+from fedsea.federation import client_app, server_app, strategy
 from fedsea.federation.arrays import from_record
 from fedsea.federation.data import Texts
+from fedsea.federation.own_ends import OwnEnds, read_ends
 from fedsea.federation.recipe import lora_config
 from fedsea.federation.server_app import adapter_shapes
 from fedsea.federation.settings import Settings
@@ -32,6 +33,7 @@ from fedsea.parts.adapter_files import read_adapter
 from fedsea.parts.adapters import AdapterSpec
 from fedsea.tasks import get_task
 from fedsea.training.batches import Batches
+from fedsea.training.export import export_adapter
 from fedsea.wire.credentials import Credentials, create_credentials
 from tests.conftest import RunningServer
 from tests.flower_grid import InProcessGrid
@@ -192,6 +194,14 @@ def assert_same(found: dict[str, np.ndarray], expected: dict[str, Tensor], atol:
         np.testing.assert_allclose(found[name], weight.numpy(), rtol=1e-4, atol=atol, err_msg=name)
 
 
+def assert_near(found: dict[str, np.ndarray], expected: dict[str, Tensor], first: dict[str, Tensor]) -> None:
+    """The same up to what Adam makes of the rounding of a gradient that is all but 0."""
+    assert found.keys() == expected.keys()
+    apart = sum(np.square(found[name] - expected[name].numpy()).sum() for name in expected) ** 0.5
+    moved = sum(float((expected[name] - first[name]).square().sum()) for name in expected) ** 0.5
+    assert apart < 1e-2 * moved
+
+
 @pytest.mark.parametrize("mode", ["server-hierarchical", "sequential"])
 def test_a_federation_is_what_its_mode_says(
     server: RunningServer, data: str, tmp_path: Path, apart: AllApart, mode: str
@@ -297,6 +307,61 @@ def test_local_differential_privacy_is_of_the_ends_only(
     assert np.std(moved) == pytest.approx(sigma, rel=0.1)
     for name in middle:  # the same as without: nothing of it is protected
         np.testing.assert_allclose(noised[name], plain[name], atol=1e-4)
+
+
+def test_private_ends_stay_with_their_owners(
+    server: RunningServer, data: str, tmp_path: Path, apart: AllApart, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = config(server.address, data, tmp_path / "out", private_ends=True, eval_every=1)
+    reference = Reference(server, given)
+    came: list[str] = []
+    honest = strategy.checked.read_reply
+
+    def seen(message: Message, shapes: Any) -> Any:
+        came.extend(name for record in message.content.array_records.values() for name in record)
+        return honest(message, shapes)
+
+    monkeypatch.setattr(strategy.checked, "read_reply", seen)
+    found = run(apart, given)
+    assert not came  # no weight of anybody has come
+    assert [len(one["clients"]) for one in rounds(given)] == [3, 3]
+
+    sizes = [len(texts.train) for texts in reference.texts]
+    wholes = [reference.first] * 3
+    for number in range(2):
+        parts = [reference.train(whole, client, number) for client, whole in enumerate(wholes)]
+        middle = {
+            name: sum(size * part[name] for size, part in zip(sizes, parts, strict=True)) / sum(sizes)
+            for name in reference.first
+            if layer_of(name) in range(1, 5)
+        }
+        wholes = [part | middle for part in parts]
+    ends = {name: weight for name, weight in reference.first.items() if name not in middle}
+    assert_same({name: found[name] for name in ends}, ends)  # as at the start
+    assert_near(found, reference.first | middle, reference.first)
+    for client, whole in enumerate(wholes):
+        file = tmp_path / "out" / "own-ends" / f"client-{client}.safetensors"
+        export_adapter(tmp_path / "out" / "adapter", tmp_path / f"own-{client}", read_ends(file)[0])
+        own = read_adapter(tmp_path / f"own-{client}")[1]
+        assert_near({name: weight.numpy() for name, weight in own.items()}, whole, reference.first)
+
+
+def test_ends_of_another_federation_are_not_taken(
+    server: RunningServer, data: str, tmp_path: Path, apart: AllApart
+) -> None:
+    first = config(server.address, data, tmp_path / "out", private_ends=True, clients=1, name="first")
+    run(apart, first, 1)
+    kept = tmp_path / "out" / "own-ends" / "client-0.safetensors"
+    assert read_ends(kept)[1] == "first"
+    with pytest.raises(UsageError, match="has the ends of the federation 'first', this one is 'second'"):
+        OwnEnds(kept, "second").load()
+    kept.write_bytes(b"no tensors")
+    with pytest.raises(UsageError, match="cannot be read"):
+        OwnEnds(kept, "first").load()
+    with pytest.raises(UsageError, match="leave one of them out"):
+        Settings(private_ends=True, dp_clip=1.0, dp_epsilon=1.0)
+    with pytest.raises(UsageError, match="private-ends"):  # a federation goes on as it was begun
+        run(apart, config(server.address, data, tmp_path / "out", clients=1, name="first", rounds=3), 1)
 
 
 def test_a_data_owner_s_own_privacy_settings_count(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from fedsea.federation.server_app import adapter_shapes
 from fedsea.federation.settings import Settings
 from fedsea.partition import layer_of
 from fedsea.parts.adapters import AdapterSpec
+from fedsea.privacy import GaussianNoise, parse_mechanism
 from fedsea.training.batches import Batches
 from fedsea.wire.rounds import RoundPlan, Seat, Ticket, new_seat
 from tests.conftest import RunningServer
@@ -289,6 +290,37 @@ def test_whoever_watches_may_stop_the_training(coordinator: Coordinator, data: s
     assert [step for step, _ in steps] == [1, 2]
     assert coordinator.admin.status(coordinator.label).members[0].state == "gone"
     participant.close()
+
+
+def test_what_leaves_is_protected_as_its_owner_says(coordinator: Coordinator, data: str) -> None:
+    whole, losses = weights(), {}
+    for mechanism in ("", "clip:norm=0.5"):
+        (ticket,) = coordinator.open("ann", whole=whole)
+        shelf = ModelShelf(1)
+        participant = Participant(options(data, mechanism=mechanism), shelf)
+        metrics, _ = participant.train(body(ticket), local(whole))
+        losses[mechanism] = metrics["train-loss"]
+        (model,) = shelf._models.values()
+        assert model.noise == (parse_mechanism(mechanism) if mechanism else GaussianNoise(0.0))
+        participant.close()
+    assert abs(losses[""] - losses["clip:norm=0.5"]) > 1e-4
+    with pytest.raises(UsageError, match="not both"):
+        Participant(options(data, mechanism="gaussian:std=1", noise_level=1.0))
+    with pytest.raises(UsageError, match="no mechanism 'gauss'"):
+        Participant(options(data, mechanism="gauss:std=1"))
+
+
+def test_a_data_owner_insists_on_its_own_ends(coordinator: Coordinator, data: str, tmp_path: Path) -> None:
+    whole = weights()
+    (ticket,) = coordinator.open("ann", whole=whole)
+    insists = Participant(options(data, insist_private=True, private_ends=str(tmp_path / "own")))
+    with pytest.raises(UsageError, match="keeps the adapter of its own blocks"):
+        insists.train(body(ticket), local(whole))
+    metrics, sent = insists.train(body(ticket, **{"private-ends": "us"}), local(whole))
+    assert (metrics["steps"], sent) == (3, {})
+    insists.close()
+    with pytest.raises(UsageError, match="no place to keep them"):
+        Participant(options(data)).train(body(ticket, **{"private-ends": "us"}), local(whole))
 
 
 def test_options_survive_as_json(data: str) -> None:

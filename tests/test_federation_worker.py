@@ -96,6 +96,24 @@ def wait_until_trains(worker: RunningWorker) -> None:
         time.sleep(0.02)
 
 
+def test_a_worker_that_answers_at_once_and_goes_has_answered() -> None:
+    here, there = socket.socketpair()
+
+    class Slow(socket.socket):
+        """The other side is done by the time that a call returns."""
+
+        def sendall(self, data: Any, *flags: Any) -> None:
+            super().sendall(data, *flags)
+            if there.fileno() >= 0:
+                assert receive_frame(there) == ({"do": "ping"}, b"")
+                send_frame(there, {"value": 1})
+                there.close()
+
+    with Slow(fileno=here.detach()) as connection:
+        send_frame(connection, {"do": "ping"})
+        assert receive_frame(connection) == ({"value": 1}, b"")
+
+
 def test_requests_and_their_outcomes_pass_through(worker: RunningWorker) -> None:
     metrics, trained = worker.client.train({"round": 2}, WEIGHTS)
     assert metrics == {"num-examples": 3, "train-loss": 0.5}

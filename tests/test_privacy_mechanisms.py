@@ -334,21 +334,6 @@ def assert_all_noise(sent: torch.Tensor) -> None:
     assert sent.float().mean(dim=1).abs().max() < 6 / math.sqrt(sent.shape[1])
 
 
-@pytest.fixture
-def forwards(monkeypatch: pytest.MonkeyPatch) -> list[Forward]:
-    """All forward passes that clients in training put on the wire, as often as they do."""
-    seen: list[Forward] = []
-    put = RunChannel._put
-
-    def keep(self: RunChannel, operation: Operation) -> None:
-        put(self, operation)
-        if isinstance(operation, Forward):
-            seen.append(operation)
-
-    monkeypatch.setattr(RunChannel, "_put", keep)
-    return seen
-
-
 @pytest.mark.parametrize(
     "options", [{}, {"num_beams": 3}, {"use_cache": False}, {"prompt_lookup_num_tokens": 3}], ids=str
 )
@@ -468,10 +453,10 @@ def test_options_name_one_mechanism() -> None:
 
 
 def test_nothing_is_guessed_where_states_are_noised() -> None:
-    assert AnswerOptions().guessed(ClientOptions("m", "s", noise_level=0.0)) == GUESSES
+    assert AnswerOptions().guessed(ClientOptions("m", "s", noise_level=0.0).noise()) == GUESSES
     for noised in (ClientOptions("m", "s", mechanism="gaussian:std=1"), ClientOptions("m", "s", noise_std=0.1)):
-        assert AnswerOptions().guessed(noised) == 0
-        assert AnswerOptions(guesses=3).guessed(noised) == 3
+        assert AnswerOptions().guessed(noised.noise()) == 0
+        assert AnswerOptions(guesses=3).guessed(noised.noise()) == 3
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ ORDER = [
     "training",
     "tasks",
     "federation",
+    "audit",
     "bench",
     "demo",
     "cli",

@@ -238,7 +238,7 @@ def test_sessions_of_one_client_are_limited(desk: Desk) -> None:
         (step(2, start=3, rows=2), "has 1 rows, the step has 2"),
         (step(2, start=3, row_map=(1,)), "has 1 rows, the row map names row 1"),
         (step(2, start=3, states=torch.zeros(3, 64, dtype=torch.float16)), "wire dtype is torch.float32"),
-        (step(2, start=3, states=torch.zeros(3, 63)), "hidden size is 64, the step has 63"),
+        (step(2, start=3, states=torch.zeros(3, 63)), "hidden size is 64, the states that came have 63"),
     ],
 )
 def test_a_step_that_does_not_follow_is_refused_and_changes_nothing(desk: Desk, wrong: Step, says: str) -> None:

@@ -8,6 +8,8 @@ from fedsea.errors import PartitionError
 EMBEDDING = "model.embed_tokens."
 NORM = "model.norm."
 HEAD = "lm_head."
+# A narrow cut's two halves: at the client, after the input blocks; at the block server, before the middle blocks.
+PROJECT, LIFT = "narrow_cut.project.weight", "narrow_cut.lift.weight"
 
 
 def layer_of(name: str) -> int | None:
@@ -16,6 +18,11 @@ def layer_of(name: str) -> int | None:
     if len(parts) > 3 and parts[:2] == ["model", "layers"] and parts[2].isdecimal():
         return int(parts[2])
     return None
+
+
+def in_middle(name: str, middle: range) -> bool:
+    """Whether a trained weight is the block server's: of a layer in the middle, or the lift of a narrow cut."""
+    return name == LIFT or layer_of(name) in middle
 
 
 @dataclass(frozen=True)

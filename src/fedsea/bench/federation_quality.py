@@ -31,11 +31,12 @@ from fedsea.tasks import Example, Task, encode, evaluate, get_task
 from fedsea.training.batches import Batches
 from fedsea.training.loop import Recipe
 
-TASKS = ("cb", "rte")
-CLIENTS, ALPHA, BATCH, LR, MAX_TOKENS, SEED = 4, 0.5, 2, 1e-3, 256, 0
+TASKS = ("cb", "copa")
+CLIENTS, ALPHA, BATCH, LR, MAX_TOKENS, SEED = 4, 0.5, 2, 2e-3, 256, 0
 ROUNDS, LOCAL_STEPS, EXAMPLES = 5, 8, 56
 QUICK_ROUNDS, QUICK_LOCAL_STEPS, QUICK_EXAMPLES = 2, 2, 16
-FEDERATED, CENTRALISED, ALONE = "federated", "centralised", "alone"
+MODES = ("client-batch", "server-hierarchical")
+CENTRALISED, ALONE = "centralised", "alone"
 METRICS = ("accuracy", "answer_loss")
 
 
@@ -46,7 +47,7 @@ class Curve:
     Attributes
     ----------
     label
-        `federated`, `centralised`, or `alone` and which client.
+        A way to train together (`MODES`), `centralised`, or `alone` and which client.
     points
         Rounds after which it was scored, from 0 (untrained), and the scores by name.
     examples
@@ -77,7 +78,7 @@ def federation_quality(bench: Workbench) -> Iterator[Line]:
     size = Size(QUICK_ROUNDS, QUICK_LOCAL_STEPS, QUICK_EXAMPLES) if quick else Size(ROUNDS, LOCAL_STEPS, EXAMPLES)
     reason = ""
     if data is None:
-        reason = "give --data, a folder with a folder for each task: CB, RTE"
+        reason = "give --data, a folder with a folder for each task: CB, COPA"
     else:
         try:
             require_ray()
@@ -87,7 +88,7 @@ def federation_quality(bench: Workbench) -> Iterator[Line]:
     for name in TASKS:
         task = get_task(name)
         if reason or data is None:
-            yield Line.skipped(f"{FEDERATED} and {CENTRALISED}, {name}", "", reason=reason)
+            yield Line.skipped(f"{' and '.join(MODES)} / {CENTRALISED}, {name}", "", reason=reason)
             continue
         with tempfile.TemporaryDirectory(prefix="fedsea-bench-") as folder:
             copy = copy_task(task, data / task.title, Path(folder) / task.title, size.examples)
@@ -99,43 +100,44 @@ def federation_quality(bench: Workbench) -> Iterator[Line]:
 
 def quality_lines(bench: Workbench, task: Task, curves: Sequence[Curve], size: Size) -> Iterator[Line]:
     """How the federation's last scores compare with the others'; `curves` are as `draw_curves` takes them."""
-    federated, centralised, *alone = curves
+    together, (centralised, *alone) = curves[: len(MODES)], curves[len(MODES) :]
     sizes = ", ".join(str(curve.examples) for curve in alone)
     conditions = (
-        f"{bench.settings.model}, {CLIENTS} clients with {sizes} examples (Dirichlet {ALPHA:g} by label), server-"
-        f"hierarchical, FedAvg; {size.rounds} rounds of {size.steps} steps of {BATCH} texts a client, lr {LR:g}, "
-        f"{ADAPTER_TEXT}; first {size.examples} of validation; one seed"
+        f"{bench.settings.model}, {CLIENTS} clients with {sizes} examples (Dirichlet {ALPHA:g} by label), FedAvg; "
+        f"{size.rounds} rounds of {size.steps} steps of {BATCH} texts a client, lr {LR:g}, {ADAPTER_TEXT}; first "
+        f"{size.examples} of validation; one seed"
     )
-    for metric in METRICS:
-        rounds = {
-            curve.label: " ".join(f"{scores[metric]:.3f}" for _, scores in curve.points)
-            for curve in (federated, centralised)
-        }
-        ratio = federated.last(metric) / centralised.last(metric)
+    for curve, metric in itertools.product(together, METRICS):
+        ratio = curve.last(metric) / centralised.last(metric)
+        by_round = "; ".join(
+            f"{one.label} {' '.join(f'{scores[metric]:.3f}' for _, scores in one.points)}"
+            for one in (curve, centralised)
+        )
         yield Line.of(
-            f"{FEDERATED} / {CENTRALISED}, {task.name}: {metric} after the last round",
+            f"{curve.label} / {CENTRALISED}, {task.name}: {metric} after the last round",
             ratio,
             "x",
             target=">= 0.95" if metric == "accuracy" else "<= 1.1",
-            conditions=f"by round: {'; '.join(f'{label} {values}' for label, values in rounds.items())}; {conditions}",
+            conditions=f"by round: {by_round}; {conditions}",
         )
-        lone = [curve.last(metric) for curve in alone]
+        lone = [one.last(metric) for one in alone]
         yield Line.of(
-            f"{FEDERATED} / {ALONE}, {task.name}: {metric}, mean of the clients",
-            federated.last(metric) / statistics.mean(lone),
+            f"{curve.label} / {ALONE}, {task.name}: {metric}, mean of the clients",
+            curve.last(metric) / statistics.mean(lone),
             "x",
-            samples=[federated.last(metric) / one for one in lone],
+            samples=[curve.last(metric) / one for one in lone],
             conditions=f"alone {', '.join(f'{one:.3f}' for one in lone)}; {conditions}",
         )
 
 
 def _curves(bench: Workbench, task: Task, data: Path, size: Size) -> Iterator[Curve]:
-    """The federated one, the centralised one, and each client alone."""
+    """Those that are trained together, the centralised one, and each client alone."""
     validation = task.read(str(data), "validation")
     start = (0, _scores(bench, bench.whole, task, validation))
     train = task.read(str(data), "train")
-    with bench.step(f"{task.title}: a federation of {CLIENTS} clients, {size.rounds} rounds of {size.steps} steps"):
-        yield Curve(FEDERATED, (start, *_federated(bench, task, data, size)), len(train))
+    for mode in MODES:
+        with bench.step(f"{task.title}: {CLIENTS} clients, {mode}, {size.rounds} rounds of {size.steps} steps"):
+            yield Curve(mode, (start, *_federated(bench, task, data, size, mode)), len(train))
     with bench.step(f"{task.title}: one training on all the data"):
         points = train_in_one_place(bench, task, train, validation, size, BATCH * CLIENTS, size.steps)
     yield Curve(CENTRALISED, (start, *points), len(train))
@@ -147,7 +149,7 @@ def _curves(bench: Workbench, task: Task, data: Path, size: Size) -> Iterator[Cu
         yield Curve(f"{ALONE}, client {number}", (start, *points), len(own))
 
 
-def _federated(bench: Workbench, task: Task, data: Path, size: Size) -> list[tuple[int, dict[str, float]]]:
+def _federated(bench: Workbench, task: Task, data: Path, size: Size, mode: str) -> list[tuple[int, dict[str, float]]]:
     with (
         tempfile.TemporaryDirectory(prefix="fedsea-bench-") as folder,
         SimulationLink() as link,
@@ -156,6 +158,7 @@ def _federated(bench: Workbench, task: Task, data: Path, size: Size) -> list[tup
         settings: dict[str, Any] = {
             "model": bench.settings.model,
             "task": task.name,
+            "mode": mode,
             "clients": CLIENTS,
             "min-clients": CLIENTS,
             "rounds": size.rounds,
@@ -243,7 +246,7 @@ def draw_curves(curves: dict[str, list[Curve]], path: Path, model: str) -> None:
             for number, curve in enumerate(lone):
                 label = f"{ALONE} ({len(lone)} clients)" if not number else None
                 _plot(axes, curve, metric, color="grey", marker=".", linewidth=1, label=label)
-            for label, style in ((CENTRALISED, "--"), (FEDERATED, "-")):
+            for label, style in ((CENTRALISED, "--"), *zip(MODES, ("-", "-."), strict=True)):
                 curve = next(curve for curve in all_curves if curve.label == label)
                 _plot(axes, curve, metric, linestyle=style, marker="o", label=label)
             title = f"{get_task(name).title}, {model}" if not row else ""

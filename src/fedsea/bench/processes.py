@@ -69,7 +69,9 @@ class ServerProcess:
         self.folder = Path(self._folder.name)
         self._client: Path | None = None
         security = "--insecure"
-        command = [sys.executable, "-m", "fedsea", "serve", model, "--listen", "127.0.0.1:0", "--json", *options]
+        # On a leash: a bench that is killed leaves no server behind.
+        command = [sys.executable, "-m", "fedsea.federation.leash", "fedsea", "serve", model]
+        command += ["--listen", "127.0.0.1:0", "--json", *options]
         if secure:
             # Imported here: a bench without TLS runs where `cryptography` is not installed.
             from fedsea.wire.credentials import create_credentials
@@ -81,6 +83,7 @@ class ServerProcess:
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 [*command, security],
+                stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
@@ -132,8 +135,9 @@ class ServerProcess:
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
-        if self._process.stdout is not None:
-            self._process.stdout.close()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                pipe.close()
         self._folder.cleanup()
 
     def kill(self) -> None:

@@ -11,6 +11,7 @@ checkpoint. PEFT's training of the whole model begins again.
 
 import json
 import math
+import re
 import shutil
 import statistics
 import tempfile
@@ -33,7 +34,7 @@ from fedsea.bench.workbench import PARTITION
 from fedsea.checkpoints import load_tokenizer, load_whole_model
 from fedsea.client.model import SplitModelForCausalLM
 from fedsea.errors import NonFiniteError, UsageError
-from fedsea.privacy import RelativeGaussianNoise
+from fedsea.privacy import Noise, RelativeGaussianNoise, parse_mechanism
 from fedsea.tasks import Example, Task, encode, evaluate, get_task
 from fedsea.training.batches import Batches
 from fedsea.training.folder import RunFolder
@@ -44,15 +45,26 @@ LAST_STEPS = 10  # over which the loss at a training's end is averaged
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to have a model: `untrained`, `whole`, or `split` with a noise `level` (a multiple of the mean |h_A|)."""
+    """One way to have a model: `untrained`, `whole`, or `split` with a noise `level` (a multiple of the mean |h_A|).
+
+    Or `split` with another mechanism, as users write it.
+    """
 
     kind: str
     level: float = 0.0
+    mechanism: str = ""
 
     @property
     def name(self) -> str:
         """As tables and folders call it."""
+        if self.mechanism:
+            return f"{self.kind}-{re.sub('[^a-z0-9.]+', '-', self.mechanism.lower())}"
         return f"{self.kind}-noise-{self.level:g}" if self.level else self.kind
+
+    @property
+    def noise(self) -> Noise:
+        """How what leaves is protected, not calibrated."""
+        return parse_mechanism(self.mechanism) if self.mechanism else RelativeGaussianNoise(self.level)
 
 
 UNTRAINED, WHOLE = Setting("untrained"), Setting("whole")
@@ -70,6 +82,8 @@ class Plan:
         Their names.
     levels
         Noise levels of the split model; 0 is none.
+    mechanisms
+        Further protections of the split model, as users write them (`--mechanism`).
     seeds
         How many times each training is done, with seeds 0, 1 and so on.
     steps, batch_size, lr
@@ -85,6 +99,7 @@ class Plan:
     data: Path
     tasks: tuple[str, ...] = ("cb", "rte", "multirc", "xsum")
     levels: tuple[float, ...] = (0.0, 0.1, 0.3, 1.0)
+    mechanisms: tuple[str, ...] = ()
     seeds: int = 3
     model: str = "smollm2-135m"
     steps: int = 150
@@ -101,6 +116,8 @@ class Plan:
             get_task(name)
         if not all(math.isfinite(level) and level >= 0 for level in self.levels):
             raise UsageError("a noise level is a number, 0 or more")
+        for text in self.mechanisms:
+            parse_mechanism(text)
         if self.seeds < 1:
             raise UsageError(f"each training is done at least once; got {self.seeds} seeds")
         self.recipe(0)
@@ -108,7 +125,8 @@ class Plan:
     @property
     def settings(self) -> list[Setting]:
         """Those that are trained."""
-        return [WHOLE, *(Setting("split", level) for level in sorted(set(self.levels)))]
+        levels = [Setting("split", level) for level in sorted(set(self.levels))]
+        return [WHOLE, *levels, *(Setting("split", mechanism=text) for text in dict.fromkeys(self.mechanisms))]
 
     @property
     def jobs(self) -> list["Job"]:
@@ -124,8 +142,8 @@ class Plan:
         return Recipe(steps=self.steps, batch_size=self.batch_size, lr=self.lr, seed=seed)
 
     def common(self) -> dict[str, Any]:
-        """What all results of a folder must have in common; further tasks, levels and seeds may come later."""
-        free = {"data", "tasks", "levels", "seeds", "threads"}
+        """What all results of a folder must have in common; further tasks, settings and seeds may come later."""
+        free = {"data", "tasks", "levels", "mechanisms", "seeds", "threads"}
         return {name: value for name, value in asdict(self).items() if name not in free}
 
 
@@ -252,7 +270,7 @@ class QualityBench:
     def _whole_job(self, job: Job) -> Result:
         recipe = self.plan.recipe(job.seed)
         with tempfile.TemporaryDirectory(prefix="fedsea-bench-") as start:
-            with self._connect(0.0) as split:
+            with self._connect(Setting("split")) as split:
                 split.add_adapter(adapter_config(), seed=job.seed)
                 split.save_adapter(start)
             with peft_on(self._whole, Path(start)) as model:
@@ -261,10 +279,12 @@ class QualityBench:
 
     def _split_job(self, job: Job) -> Result:
         settings = {**self.plan.common(), "task": job.task, "seed": job.seed, "noise_level": job.setting.level}
+        if job.setting.mechanism:
+            settings["mechanism"] = job.setting.mechanism
         folder = RunFolder(self.output / "runs" / job.path, self._tell)
         resume = folder.path.exists()
         name = folder.resume(settings) if resume else folder.begin(settings)
-        with self._connect(job.setting.level) as model:
+        with self._connect(job.setting) as model:
             config = adapter_config()
             model.add_adapter(config, run=name, take_up=resume, seed=job.seed)
             training = FineTuning(
@@ -329,11 +349,11 @@ class QualityBench:
         server = ServerProcess(self.plan.model, threads=self.plan.threads, secure=secure, options=options)
         return self._things.enter_context(server)
 
-    def _connect(self, level: float) -> SplitModelForCausalLM:
+    def _connect(self, setting: Setting) -> SplitModelForCausalLM:
         return SplitModelForCausalLM.from_pretrained(
             self.plan.model,
             partition=PARTITION,
-            noise=RelativeGaussianNoise(level),
+            noise=setting.noise,
             dtype=self.plan.dtype,
             device=self.plan.device,
             notice=self._tell,

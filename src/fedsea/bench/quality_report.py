@@ -126,7 +126,8 @@ def _table(plan: Plan, results: Results, task: str) -> str:
         shown = [summary(results, task, setting, metric) for metric in metrics]
         ends = [found.last_loss for found in jobs_of(results, task, setting) if found.last_loss is not None]
         cells = [str(one) if one is not None else "broke off" for one in shown]
-        rows.append([setting.name.replace("-noise-", ", noise "), *cells, str(Summary(tuple(ends))) if ends else "–"])
+        name = f"split, {setting.mechanism}" if setting.mechanism else setting.name.replace("-noise-", ", noise ")
+        rows.append([name, *cells, str(Summary(tuple(ends))) if ends else "–"])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
 
 
@@ -154,7 +155,7 @@ def draw(plan: Plan, results: Results, path: Path) -> None:
 
 
 def _points(plan: Plan, results: Results, task: str, metric: str) -> Sequence[tuple[float, Summary]]:
-    split = [setting for setting in plan.settings if setting.kind == "split"]
+    split = [setting for setting in plan.settings if setting.kind == "split" and not setting.mechanism]
     found = ((setting.level, summary(results, task, setting, metric)) for setting in split)
     return [(level, one) for level, one in found if one is not None]
 

@@ -43,7 +43,7 @@ def run(arguments: Sequence[str]) -> int:
     from fedsea.cli.app import app
 
     try:
-        outcome = app(list(arguments), prog_name="fedsea", standalone_mode=False)
+        outcome = app(list(arguments), prog_name="fedsea", standalone_mode=False, obj=tuple(arguments))
     except click.exceptions.NoArgsIsHelpError as error:
         print(error.format_message())
         return error.exit_code

@@ -6,6 +6,8 @@ import typer
 
 import fedsea
 from fedsea.cli import bench, credentials, federation
+from fedsea.cli.audit import audit
+from fedsea.cli.calibrate import calibrate
 from fedsea.cli.chat import chat
 from fedsea.cli.demo import demo
 from fedsea.cli.evaluate import evaluate
@@ -34,6 +36,8 @@ app.command()(generate)
 app.command()(finetune)
 app.command()(evaluate)
 app.command("export-adapter")(export_adapter)
+app.command()(audit)
+app.command()(calibrate)
 app.command()(serve)
 app.add_typer(credentials.app, name="credentials")
 app.add_typer(federation.app, name="federation")

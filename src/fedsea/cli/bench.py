@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedsea.cli.options import ComputeDtype, Device, Threads, prepare_torch, spread
+from fedsea.cli.options import ComputeDtype, Device, Threads, prepare_torch, require_folders, spread
 from fedsea.errors import UsageError
 
 if TYPE_CHECKING:  # --help needs no torch
@@ -74,19 +74,6 @@ class BenchOptions:
             raise typer.Exit(1)
 
 
-def require_folders(*files: Path | None) -> None:
-    """Check before a long run that there is a folder for each file.
-
-    Raises
-    ------
-    UsageError
-        If there is not.
-    """
-    for file in files:
-        if file is not None and not file.parent.is_dir():
-            raise UsageError(f"there is no folder {file.parent} to write {file.name} into")
-
-
 @app.command()
 @spread
 def inference(
@@ -113,7 +100,7 @@ def training(options: BenchOptions) -> None:
 def federation(
     options: BenchOptions,
     data: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="For the topic quality: a folder each for CB and RTE.")
+        Path | None, typer.Option(metavar="DIR", help="For the topic quality: a folder each for CB and COPA.")
     ] = None,
     plots: Plots = None,
 ) -> None:
@@ -121,6 +108,15 @@ def federation(
     from fedsea.bench.federation import run
 
     options.measure(run, plots, data)
+
+
+@app.command()
+@spread
+def privacy(options: BenchOptions, plots: Plots = None) -> None:
+    """What a provider reads of what is sent, beside a bound on what anybody can; by noise, attack and partition."""
+    from fedsea.bench.privacy import run
+
+    options.measure(run, plots)
 
 
 @app.command()
@@ -136,6 +132,10 @@ def quality(
     levels: Annotated[
         str, typer.Option(metavar="LEVELS", help="Noise levels, multiples of the mean |h_A|, with commas.")
     ] = "0,0.1,0.3,1.0",
+    mechanism: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="A further protection, as for fedsea chat; may be given several times."),
+    ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="How many times each training is done.")] = 3,
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of each training.")] = 150,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples a step.")] = 4,
@@ -165,6 +165,7 @@ def quality(
         data=data,
         tasks=tuple(name.strip().lower() for name in tasks.split(",") if name.strip()),
         levels=_numbers(levels),
+        mechanisms=tuple(mechanism or ()),
         seeds=seeds,
         model=model,
         steps=steps,

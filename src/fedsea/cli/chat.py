@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fedsea.cli.generate import stats_line
+from fedsea.cli.leakage import prepare_view, show_turn
 from fedsea.cli.options import AdaptedClientOptions, AnswerOptions, spread
 from fedsea.errors import LimitExceededError, UsageError
 
 if TYPE_CHECKING:  # --help needs no torch
+    from fedsea.audit.live import LiveLeakage
     from fedsea.client.conversation import Conversation
 
 HELP = """\
@@ -28,6 +30,10 @@ def chat(
     client: AdaptedClientOptions,
     answers: AnswerOptions,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="The system message.")] = None,
+    show_leakage: Annotated[
+        bool,
+        typer.Option("--show-leakage", help="After each answer, show what the provider could read of the turn. Slow."),
+    ] = False,
 ) -> None:
     """Chat with MODEL, its middle at a block server. Reads standard input, so a pipe works as well."""
     sampling = answers.sampling()
@@ -46,8 +52,9 @@ def chat(
             system,
             sampling=sampling,
             max_new_tokens=answers.max_new_tokens,
-            guesses=answers.guessed(client),
+            guesses=answers.guessed(model.noise),
         )
+        view = _leakage_of(conversation, client.model) if show_leakage else None
         if interactive:
             print(f"Chatting with {client.model}, its middle at {client.server}. /help lists the commands.")
         for line in _lines(interactive=interactive):
@@ -55,8 +62,8 @@ def chat(
                 break
             if line.startswith("/"):
                 _command(conversation, line)
-            else:
-                _answer(conversation, line)
+            elif _answer(conversation, line) and view is not None:
+                show_turn(view)
 
 
 def _lines(*, interactive: bool) -> Iterator[str]:
@@ -89,8 +96,17 @@ def _command(conversation: "Conversation", line: str) -> None:
         print(f"There is no command {line}.\n{HELP}")
 
 
-def _answer(conversation: "Conversation", question: str) -> None:
-    """Print the answer as it comes. A limit or a wrong question is told, and the chat goes on."""
+def _leakage_of(conversation: "Conversation", model: str) -> "LiveLeakage":
+    from fedsea.audit.live import LiveLeakage
+    from fedsea.checkpoints import open_checkpoint
+
+    view = LiveLeakage(conversation, open_checkpoint(model))
+    prepare_view(view)
+    return view
+
+
+def _answer(conversation: "Conversation", question: str) -> bool:
+    """Print the answer as it comes. A limit or a wrong question is told, and the chat goes on; whether there is one."""
     try:
         with _stop_on_interrupt() as stopped:
             pieces = conversation.ask(question)
@@ -101,10 +117,12 @@ def _answer(conversation: "Conversation", question: str) -> None:
                     print(" (stopped)", end="")
                     break
         print()
+        return True
     except KeyboardInterrupt:
         print("\n(stopped)")
     except (LimitExceededError, UsageError) as error:
         print(f"\nfedsea: error: {error}", file=sys.stderr)
+    return False
 
 
 @contextmanager

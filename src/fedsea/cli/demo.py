@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from fedsea.cli.demo_audit import show_audit
 from fedsea.cli.demo_federation import show_federation
 from fedsea.cli.demo_finetune import show_finetuning
 from fedsea.cli.generate import stats_json
@@ -38,6 +39,9 @@ def demo(
     federation: Annotated[
         bool, typer.Option("--federation", help="Train one adapter with three clients instead: three minutes.")
     ] = False,
+    audit: Annotated[
+        bool, typer.Option("--audit", help="Show what a provider reads of private texts instead: two minutes.")
+    ] = False,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -48,8 +52,8 @@ def demo(
     as_json: AsJson = False,
 ) -> None:
     """Watch it work: a server and a client on this machine, one question, everything measured."""
-    if finetune and federation:
-        raise UsageError("one demonstration at a time: --finetune or --federation")
+    if finetune + federation + audit > 1:
+        raise UsageError("one demonstration at a time: --finetune, --federation or --audit")
     if output is not None and not (finetune or federation):
         raise UsageError("--output is for --finetune and --federation; without them nothing is kept")
     # A terminal that closes, or a `kill`, must not leave the block server behind: unwind as for Ctrl-C.
@@ -66,6 +70,9 @@ def demo(
         return
     if federation:
         show_federation(model, audience, console, threads=threads, output=output, as_json=as_json)
+        return
+    if audit:
+        show_audit(model, audience, console, threads=threads, as_json=as_json)
         return
     with audience.step("Loading PyTorch and transformers"):
         from fedsea.demo.inference import run_demo
@@ -133,6 +140,7 @@ def _show(report: "DemoReport", console: Console) -> None:
     ):
         console.print(f"  {escape(command)}", soft_wrap=True)
     console.print("[bold]Or teach it something that only you know, in two minutes:[/bold]  fedsea demo --finetune")
+    console.print("[bold]Or see what the provider can read of your text, in two:[/bold]  fedsea demo --audit")
     console.print("[bold]Or have three clinics train it together, in three:[/bold]  fedsea demo --federation")
 
 

@@ -83,6 +83,8 @@ def _with_adapter(model: Any, adapter: Path, name: str) -> Any:
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors import SafetensorError, safe_open
 
+    from fedsea.training.export import with_cut
+
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # missing weights are told below, deprecations are not the user's
@@ -93,6 +95,7 @@ def _with_adapter(model: Any, adapter: Path, name: str) -> Any:
         reason = " ".join(str(error).split())
     else:
         if not strangers:
+            with_cut(model, adapter)
             return adapted
         reason = f"{len(strangers)} weights are only in one of them, such as {min(strangers)}"
     shown = reason if len(reason) <= 200 else reason[:200] + " …"

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from fedsea.cli.options import ComputeDtype
+from fedsea.errors import UsageError
 
 
 def export_adapter(
@@ -19,17 +20,34 @@ def export_adapter(
             show_default="the adapter alone",
         ),
     ] = None,
+    ends: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Put in the adapter of your own blocks, which a federation with private-ends has left with you.",
+            show_default="RUN's own",
+        ),
+    ] = None,
     dtype: ComputeDtype = "float32",
 ) -> None:
     """Write the adapter of RUN as a standard PEFT adapter of the whole model."""
+    if ends is not None and merge is not None:
+        raise UsageError("give --ends or --merge, not both: put the ends in first, then merge what comes out")
     import torch
 
     from fedsea.training.export import export_adapter as export
     from fedsea.training.export import merge_adapter
 
+    own = None
+    if ends is not None:
+        from fedsea.federation.own_ends import read_ends
+
+        own = read_ends(ends)[0]
     if merge is None:
-        export(run, out)
-        print(f"The adapter is in {out}; peft.PeftModel.from_pretrained(model, {str(out)!r}) loads it.")
+        if export(run, out, own):
+            print(f"The adapter is in {out}, with its narrow cut: fedsea's commands take both, PEFT does not.")
+        else:
+            print(f"The adapter is in {out}; peft.PeftModel.from_pretrained(model, {str(out)!r}) loads it.")
     else:
         merge_adapter(run, merge, out, dtype=getattr(torch, dtype))
         print(

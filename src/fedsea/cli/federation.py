@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from fedsea.cli.options import AsJson, ComputeDtype, Device, Dtype, Threads, spread
+from fedsea.cli.options import AsJson, ComputeDtype, Device, Threads, WireDtype, spread
 from fedsea.errors import UsageError
 
 if TYPE_CHECKING:  # --help needs neither torch nor Flower
@@ -155,6 +155,10 @@ def join(
     noise_level: Annotated[
         float, typer.Option(min=0.0, help="Noise on what leaves, as a multiple of the mean |h_A|.")
     ] = 0.0,
+    mechanism: Annotated[
+        str,
+        typer.Option(metavar="TEXT", help="Another protection, as for fedsea chat.", show_default="none"),
+    ] = "",
     shard: Annotated[
         str,
         typer.Option(
@@ -163,12 +167,13 @@ def join(
     ] = "",
     shard_seed: Annotated[int, typer.Option(min=0, help="Of the shards; the same for all clients.")] = 0,
     max_tokens: Annotated[int, typer.Option(min=2, help="Longest text.")] = 512,
+    private_ends: Annotated[
+        bool, typer.Option("--private-ends", help="Take part only if the adapter of your own blocks stays here.")
+    ] = False,
     *,
     privacy: PrivacyOptions,
     dtype: ComputeDtype = "float32",
-    wire_dtype: Annotated[Dtype | None, typer.Option(help="What to send hidden states in.", show_default="16 bits")] = (
-        None
-    ),
+    wire_dtype: WireDtype = None,
     device: Device = "cpu",
     threads: Threads = None,
 ) -> None:
@@ -184,9 +189,11 @@ def join(
         input_layers=input_layers,
         output_layers=output_layers,
         noise_level=noise_level,
+        mechanism=mechanism,
         shard=shard,
         shard_seed=shard_seed,
         max_tokens=max_tokens,
+        insist_private=private_ends,
         dtype=dtype,
         wire_dtype=wire_dtype,
         device=device,

@@ -15,12 +15,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from fedsea.cli.options import AsJson, ClientOptions, spread
+from fedsea.cli.progress import progress_bar
 from fedsea.errors import FedSEAError, NonFiniteError, UsageError
 
 if TYPE_CHECKING:  # --help needs no torch
+    from fedsea.tasks import Example
     from fedsea.training.examples import Encoded
     from fedsea.training.loop import Figures, FineTuning, Recipe
 
+MANY = 500  # examples to prepare, up to tens of milliseconds each: that is shown
 LINE_SECONDS = 10.0  # between two lines of progress where there is no terminal
 
 
@@ -117,7 +120,18 @@ class DataOptions:
         task = get_task(self.task)
         examples = task.read(self.data, "train")[: self.limit]
         tokenizer = load_tokenizer(model)
-        return [encode(task, example, tokenizer, self.max_tokens, self.loss_on_prompt) for example in examples]
+
+        def prepared(example: "Example") -> "Encoded":
+            return encode(task, example, tokenizer, self.max_tokens, self.loss_on_prompt)
+
+        if len(examples) < MANY:
+            return [prepared(example) for example in examples]
+        encoded = []
+        with progress_bar() as progress:
+            for done, example in enumerate(examples, 1):
+                encoded.append(prepared(example))
+                progress(f"preparing {len(examples):,} examples", done, len(examples))
+        return encoded
 
 
 @spread

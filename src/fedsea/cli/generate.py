@@ -55,7 +55,7 @@ def generate(
             cache=model.new_cache(),
             max_new_tokens=length,
             sampling=sampling,
-            guesses=answers.guessed(client),
+            guesses=answers.guessed(model.noise),
         )
         for piece in answer:
             if not as_json:

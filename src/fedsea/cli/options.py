@@ -3,13 +3,16 @@
 import dataclasses
 import functools
 import inspect
+import shlex
 import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import click
 import typer
 
+from fedsea.cli.leakage import warn_of_leakage
 from fedsea.client.lookup import GUESSES
 from fedsea.errors import UsageError
 from fedsea.partition import Partition
@@ -40,6 +43,13 @@ Credentials = Annotated[
 ]
 Insecure = Annotated[bool, typer.Option("--insecure", help="No TLS. On loopback addresses only.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")]
+NoiseStd = Annotated[
+    float | None, typer.Option(help="Standard deviation of the noise on what leaves.", show_default="no noise")
+]
+NoiseLevel = Annotated[
+    float | None, typer.Option(help="The same, as a multiple of the mean |h_A|.", show_default="no noise")
+]
+WireDtype = Annotated[Dtype | None, typer.Option(help="What to send hidden states in.", show_default="16 bits")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,24 +62,18 @@ class ClientOptions:
     insecure: Insecure = False
     input_layers: Annotated[int, typer.Option(min=0, help="Decoder layers to run here, after the embedding.")] = 1
     output_layers: Annotated[int, typer.Option(min=0, help="Decoder layers to run here, before the head.")] = 1
-    noise_std: Annotated[
-        float | None, typer.Option(help="Standard deviation of the noise on what leaves.", show_default="no noise")
-    ] = None
-    noise_level: Annotated[
-        float | None, typer.Option(help="The same, as a multiple of the mean |h_A|.", show_default="no noise")
-    ] = None
+    noise_std: NoiseStd = None
+    noise_level: NoiseLevel = None
     mechanism: Annotated[
         str | None,
         typer.Option(
             metavar="TEXT",
-            help="Another protection of what leaves: clipped-gaussian:clip=30,std=4 or clip:norm=30+gaussian:std=4.",
+            help="Another protection of what leaves: clip:norm=30+gaussian:std=4, narrow-cut:rank=64+gaussian:std=4.",
             show_default="no noise",
         ),
     ] = None
     dtype: ComputeDtype = "float32"
-    wire_dtype: Annotated[Dtype | None, typer.Option(help="What to send hidden states in.", show_default="16 bits")] = (
-        None
-    )
+    wire_dtype: WireDtype = None
     device: Device = "cpu"
     threads: Threads = None
     reconnect_seconds: Annotated[
@@ -89,7 +93,7 @@ class ClientOptions:
         prepare_torch(self.device, self.threads)
         from fedsea.client.model import SplitModelForCausalLM
 
-        return SplitModelForCausalLM.from_pretrained(
+        model = SplitModelForCausalLM.from_pretrained(
             self.model,
             server=self.server,
             credentials=self.credentials,
@@ -101,6 +105,8 @@ class ClientOptions:
             device=self.device,
             reconnect_seconds=self.reconnect_seconds,
         )
+        warn_of_leakage(self, model)
+        return model
 
     def noise(self) -> "Noise":
         """What happens to hidden states before they leave, not calibrated.
@@ -177,14 +183,14 @@ class AnswerOptions:
         ),
     ] = None
 
-    def guessed(self, client: ClientOptions) -> int:
-        """How many tokens to guess ahead: without noise 8, with noise none unless asked.
+    def guessed(self, noise: "Noise") -> int:
+        """How many tokens to guess ahead: without noise 8, with noise (an adapter's own too) none unless asked.
 
         A wrong guess shows the server one more noised state of a token that the text has elsewhere.
         """
         if self.guesses is not None:
             return self.guesses
-        return 0 if client.noise().alters else GUESSES
+        return 0 if noise.alters else GUESSES
 
     def sampling(self) -> "Sampling":
         """The same as the decode loop takes it.
@@ -261,3 +267,23 @@ def prepare_torch(device: str, threads: int | None) -> None:
         raise UsageError(f"there is no device {device!r} here; there is {', '.join(known)}") from None
     if threads is not None:
         torch.set_num_threads(threads)
+
+
+def require_folders(*files: Path | None) -> None:
+    """Check before a long run that there is a folder for each file.
+
+    Raises
+    ------
+    UsageError
+        If there is not.
+    """
+    for file in files:
+        if file is not None and not file.parent.is_dir():
+            raise UsageError(f"there is no folder {file.parent} to write {file.name} into")
+
+
+def command_line() -> str:
+    """The command that is running, as it would be typed."""
+    context = click.get_current_context(silent=True)
+    arguments = context.find_root().obj if context is not None else None
+    return shlex.join(["fedsea", *(arguments or ())])

@@ -61,6 +61,11 @@ class Conversation:
         self._cache: SplitCache | None = None
         self._held: list[int] = []  # the tokens that the cache holds
 
+    @property
+    def tokens(self) -> list[int]:
+        """The conversation as tokens, the last answer with it; the very last of them has not been sent."""
+        return list(self._held)
+
     def ask(self, text: str) -> Generator[str]:
         """Ask, and get the answer piece by piece.
 

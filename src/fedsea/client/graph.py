@@ -56,7 +56,7 @@ class Exchange:
     def receive_states(self) -> Tensor:
         """`h_B`, `[tokens, hidden]`."""
         answer = self.run.states_of(self.number)
-        return self._local(answer.states)
+        return self._local(answer.states, self.run.hidden_size)
 
     def send_gradient(self, gradient: Tensor) -> None:
         """The gradient at `h_B`, `[tokens, hidden]`; one that is not finite stays here, and spoils the step."""
@@ -69,18 +69,19 @@ class Exchange:
         self.number = self.run.send_gradient(self.micro, gradient, self.loss_exponent, self.weight)
 
     def receive_gradient(self) -> Tensor | None:
-        """The gradient at `h_A`, `[tokens, hidden]`; None if nobody wanted it."""
+        """The gradient at what was sent, `[tokens, width]`; None if nobody wanted it."""
+        width = self.run.width
         if self.spoiled:
-            return self._local(torch.full((self.rows.total, self.run.hidden_size), math.nan))
+            return self._local(torch.full((self.rows.total, width), math.nan), width)
         answer = self.run.gradient_of(self.number)
         if answer.states is None:
             if self.want_gradient:
-                return self._local(torch.full((self.rows.total, self.run.hidden_size), math.nan))
+                return self._local(torch.full((self.rows.total, width), math.nan), width)
             return None
-        return self._local(answer.states.float() * 2.0 ** (self.loss_exponent - answer.exponent))
+        return self._local(answer.states.float() * 2.0 ** (self.loss_exponent - answer.exponent), width)
 
-    def _local(self, states: Tensor | None) -> Tensor:
-        if states is None or states.shape != (self.rows.total, self.run.hidden_size):
+    def _local(self, states: Tensor | None, width: int) -> Tensor:
+        if states is None or states.shape != (self.rows.total, width):
             raise ProtocolError("the block server answered with states of another shape")
         return states.to(device=self.device, dtype=self.dtype)
 

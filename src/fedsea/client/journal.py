@@ -10,10 +10,10 @@ from fedsea.parts.rows import gather_rows
 
 
 class Journal:
-    """The states that a session has sent, `[rows, positions, hidden]` in the wire dtype, exactly as they left."""
+    """The states that a session has sent, `[rows, positions, width]` in the wire dtype, exactly as they left."""
 
-    def __init__(self, hidden_size: int, dtype: torch.dtype) -> None:
-        self._states = torch.empty(0, 0, hidden_size, dtype=dtype)
+    def __init__(self, width: int, dtype: torch.dtype) -> None:
+        self._states = torch.empty(0, 0, width, dtype=dtype)
         self.lengths: list[int] = []
 
     def select(self, chosen: Sequence[int]) -> None:
@@ -22,7 +22,7 @@ class Journal:
         self.lengths = gather_rows(self.lengths, chosen)
 
     def write(self, rows: Rows, states: Tensor) -> None:
-        """Keep a step's states `[rows.total, hidden]`; what a row held from its start position on is dropped."""
+        """Keep a step's states `[rows.total, width]`; what a row held from its start position on is dropped."""
         if not self.lengths:
             self._states = self._states.new_empty(len(rows), 0, self._states.shape[2])
         if self._states.shape[1] < rows.reach:
@@ -36,7 +36,7 @@ class Journal:
         self.lengths = list(rows.ends)
 
     def read(self, rows: Rows) -> Tensor:
-        """The states at these places, `[rows.total, hidden]`."""
+        """The states at these places, `[rows.total, width]`."""
         return torch.cat(
             [
                 self._states[row, start : start + count]

@@ -16,13 +16,14 @@ from fedsea.checkpoints import Checkpoint, open_checkpoint
 from fedsea.client.backbone import SplitBackbone
 from fedsea.client.cache import SplitCache
 from fedsea.client.connection import Endpoint, client_credentials
+from fedsea.client.narrow import check_rank, narrow_at_start
 from fedsea.client.rounds import RoundMixin
 from fedsea.client.session import Session, SessionSettings
 from fedsea.client.traffic import Traffic
 from fedsea.errors import LimitExceededError, UsageError
 from fedsea.partition import Partition
 from fedsea.parts import InputBlocks, OutputBlocks, Rows
-from fedsea.privacy import GaussianNoise, Noise, NoiseSource
+from fedsea.privacy import GaussianNoise, Magnitude, Noise
 from fedsea.privacy.calibrate import measure_magnitude
 from fedsea.wire.credentials import Credentials
 from fedsea.wire.frames import to_wire, wire_dtype
@@ -64,6 +65,9 @@ class SplitModelForCausalLM(RoundMixin, PreTrainedModel, GenerationMixin):  # ty
         Where the cuts are.
     noise
         The mechanism that is applied to every hidden state that leaves.
+    tap
+        Told after each step of a session which places it had, and what left for them and came back, as it crossed the
+        wire, `[tokens, hidden]`; None for nobody.
     """
 
     input_blocks: InputBlocks
@@ -80,6 +84,7 @@ class SplitModelForCausalLM(RoundMixin, PreTrainedModel, GenerationMixin):  # ty
         output_blocks: OutputBlocks,
         partition: Partition,
         noise: Noise,
+        measure: Callable[[], Magnitude],
         endpoint: Endpoint | None,
         settings: SessionSettings,
     ) -> None:
@@ -90,13 +95,14 @@ class SplitModelForCausalLM(RoundMixin, PreTrainedModel, GenerationMixin):  # ty
         self.model.layers = nn.ModuleDict({**input_blocks.model.layers, **output_blocks.model.layers})
         self.model.norm = output_blocks.model.norm
         self.lm_head = output_blocks.lm_head
+        self.narrow_cut = input_blocks.narrow_cut
         # The parts share these modules. They are put past nn.Module's registration, so that each weight has one name,
         # the whole model's.
         self.__dict__.update(input_blocks=input_blocks, output_blocks=output_blocks)
         self.partition, self.traffic = partition, Traffic()
-        self.noise = noise
+        self._protect(noise, measure)
         self.max_tokens: int = self.config.max_position_embeddings
-        self._source = NoiseSource(noise)
+        self.tap: Callable[[Rows, Tensor, Tensor], None] | None = None
         self._endpoint, self._settings = endpoint, settings
         self._caches: weakref.WeakSet[SplitCache] = weakref.WeakSet()
         self._prepare_training()
@@ -133,7 +139,8 @@ class SplitModelForCausalLM(RoundMixin, PreTrainedModel, GenerationMixin):  # ty
         partition
             Input and output layers to keep here.
         noise
-            What to add to the hidden states that leave.
+            How to protect the hidden states that leave. One with a narrow cut is of use with an adapter only: the cut's
+            weights are trained with it.
         dtype
             Compute dtype: float32, bfloat16 or float16.
         wire_dtype
@@ -154,6 +161,7 @@ class SplitModelForCausalLM(RoundMixin, PreTrainedModel, GenerationMixin):  # ty
         computed = compute_dtype(dtype)
         sent = wire_dtype_for(wire_dtype, computed)
         middle = partition.middle(checkpoint.config.num_hidden_layers)
+        check_rank(noise, checkpoint.config.hidden_size, middle)
         endpoint = Endpoint(server, client_credentials(server, credentials, insecure)) if middle else None
         settings = SessionSettings(
             partition=partition,
@@ -173,11 +181,23 @@ class SplitModelForCausalLM(RoundMixin, PreTrainedModel, GenerationMixin):  # ty
         output_blocks = OutputBlocks.from_checkpoint(
             checkpoint, partition, dtype=computed, device=device, embedding=input_blocks.model.embed_tokens.weight
         )
-        noise = noise.calibrated(lambda: measure_magnitude(input_blocks, checkpoint))
-        model = cls(input_blocks, output_blocks, partition, noise, endpoint, settings)
+        if noise.width is not None:
+            narrow_at_start(input_blocks, checkpoint, noise.width)
+
+        def measure() -> Magnitude:
+            return measure_magnitude(input_blocks, checkpoint)
+
+        model = cls(input_blocks, output_blocks, partition, noise, measure, endpoint, settings)
         model.generation_config = checkpoint.generation_config
         model.max_tokens = max_tokens
         return model
+
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: str | Path, *args: Any, **kwargs: Any
+    ) -> None:
+        """As transformers' models (with an adapter: the adapter), and a narrow cut beside it."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        self._save_cut(save_directory)
 
     def new_cache(self) -> SplitCache:
         """An empty cache, with a session of its own; pass it to `generate` or `forward` as `past_key_values`."""
@@ -334,6 +354,7 @@ class SplitModelForCausalLM(RoundMixin, PreTrainedModel, GenerationMixin):  # ty
         if cache.session is None:
             hidden: Tensor = self.input_blocks(tokens, rows, cache.input_cache)
             return hidden
+        self._check_width(cache.session)
         noised = self.noise.alters
         if noised:
             self._extend_digests(tokens, rows, cache)
@@ -345,7 +366,18 @@ class SplitModelForCausalLM(RoundMixin, PreTrainedModel, GenerationMixin):  # ty
             self._run.channel.settle()  # an optimizer step may be on its way
         row_map, cache.row_map = cache.row_map, None
         packed = cache.session.forward(leaving, rows, row_map)
+        if self.tap is not None:
+            self.tap(rows, cache.session.sent(rows), packed)
         return rows.unpack(packed.to(device=self.device, dtype=self.dtype))
+
+    def _check_width(self, session: Session) -> None:
+        if self.noise.width is not None and self._run is None:
+            raise UsageError(
+                "a narrow cut needs its other half at the block server: fine-tune with it first, or load the adapter "
+                "that was trained with it (--adapter DIR, model.load_adapter)"
+            )
+        if session.width != self._settings.width:
+            raise UsageError("the cache was begun before the model had its narrow cut; begin a new one")
 
     def _leaving(self, tokens: Tensor, rows: Rows, chunk: Rows, cache: SplitCache, *, noised: bool) -> Tensor:
         """`h_A` of some of the step's places, noised, in the wire dtype: what leaves the client."""
@@ -388,6 +420,11 @@ class SplitModelForCausalLM(RoundMixin, PreTrainedModel, GenerationMixin):  # ty
     def device(self) -> torch.device:
         """Where the client computes."""
         return self.input_blocks.device
+
+    @property
+    def wire_dtype(self) -> torch.dtype:
+        """What states are rounded to on the wire."""
+        return self._settings.wire_dtype
 
     @property
     def dtype(self) -> torch.dtype:

@@ -148,6 +148,7 @@ class PassMixin:
         return split
 
     def _noised(self, tokens: Tensor, rows: Rows, hidden: Tensor) -> Tensor:
+        """What leaves of some texts' states `[tokens, width]`."""
         start = self._noise_start()
         drawn = [
             digest

@@ -32,10 +32,12 @@ class RoundMixin(TrainingMixin):
         Raises
         ------
         UsageError
-            If the model has another adapter.
+            If the model has another adapter, or a narrow cut.
         RefusedTicketError, StragglerError, ModelMismatchError
             Why the block server does not admit it.
         """
+        if self.noise.width is not None:
+            raise UsageError("federated rounds train no narrow cuts; load the model with another mechanism")
         spec = self._adapter if self._lora == adapter_config else None
         if spec is None:
             spec = AdapterSpec.from_config(adapter_config, self.config)

@@ -71,6 +71,8 @@ class MiddleRun:
         Optimizer steps that the run has done.
     hidden_size, wire_dtype
         Of the states and gradients that cross.
+    width
+        Numbers of a state on its way up, and of the gradient at it: `hidden_size`, or the rank of a narrow cut.
     scale
         How the loss is scaled, as float16 needs; None for other dtypes.
     context
@@ -93,12 +95,14 @@ class MiddleRun:
         version: int,
         *,
         hidden_size: int,
+        width: int,
         wire_dtype: torch.dtype,
         scale: LossScale | None,
         context: str,
     ) -> None:
         self.channel, self.handle, self.version = channel, handle, version
-        self.hidden_size, self._wire_dtype, self._context = hidden_size, wire_dtype, context
+        self.hidden_size, self.width = hidden_size, width
+        self._wire_dtype, self._context = wire_dtype, context
         self.scale = scale
         self.trouble: str | None = None
         self.local: dict[str, dict[str, nn.Parameter]] = {}
@@ -112,7 +116,7 @@ class MiddleRun:
     def send(
         self, hidden: Tensor, rows: Rows, *, want_gradient: bool, training: bool, recompute: bool, seed: int
     ) -> tuple[Exchange, Tensor]:
-        """Send a micro-batch's `h_A` `[tokens, hidden]`; returns its exchange, and the token to receive `h_B` with."""
+        """Send a micro-batch's `h_A` `[tokens, width]`; returns its exchange, and the token to receive `h_B` with."""
         self._tell_abandoned()
         self._micro += 1
         leaving = to_wire(hidden, self._wire_dtype)
@@ -293,6 +297,8 @@ class MiddleRun:
             layers = [layer for layer in bad if layer is not None]
             if layers:
                 return f"a gradient is not finite: first at layer {max(layers)}, in the {side}"
+            if bad:
+                return "a gradient is not finite: first in the narrow cut's projection"
         return "a gradient is not finite: first outside of the adapter"
 
     def state(self) -> dict[str, Tensor]:

@@ -36,6 +36,8 @@ class SessionSettings:
         Told one line when a connection is lost and when it is back.
     run
         The run whose adapter the middle has; None for the base model.
+    narrow
+        Rank of that run's narrow cut; 0 if it has none.
     """
 
     partition: Partition
@@ -45,6 +47,12 @@ class SessionSettings:
     reconnect_seconds: float
     notice: Callable[[str], None]
     run: str | None = None
+    narrow: int = 0
+
+    @property
+    def width(self) -> int:
+        """Numbers of a state on its way up."""
+        return self.narrow or self.hidden_size
 
     @property
     def wire_name(self) -> str:
@@ -57,13 +65,18 @@ class Session:
 
     def __init__(self, endpoint: Endpoint, settings: SessionSettings, traffic: Traffic) -> None:
         self._endpoint, self._settings, self._traffic = endpoint, settings, traffic
-        self._journal = Journal(settings.hidden_size, settings.wire_dtype)
+        self._journal = Journal(settings.width, settings.wire_dtype)
         self._connection: Connection | None = None
         self._name: str | None = None  # the server's name for it; None until OPENED came
         self._whole = True  # the server's session has all that came before the step that is under way
         self._awaits_opened = False
         self._step = 0  # the last step sent to the server's session
         self._closed = False
+
+    @property
+    def width(self) -> int:
+        """Numbers of a state on its way up."""
+        return self._settings.width
 
     def open(self) -> Opened:
         """Open the session and wait for the server's answer; tried once, so that a wrong address shows at once.
@@ -89,7 +102,7 @@ class Session:
         Parameters
         ----------
         states
-            Gives `h_A` of some of the step's places, `[tokens, hidden]`, ready to leave, in the wire dtype. It is
+            Gives `h_A` of some of the step's places, `[tokens, width]`, ready to leave, in the wire dtype. It is
             asked chunk by chunk, each place once: while the server works on one, the client prepares the next.
         rows
             All places of the step.
@@ -139,6 +152,10 @@ class Session:
                 self.close()
                 raise
 
+    def sent(self, rows: Rows) -> Tensor:
+        """What was sent for these places last, `[rows.total, hidden]`, in the wire dtype."""
+        return self._journal.read(rows)
+
     def _run(self, exchange: "_Exchange", states: Callable[[Rows], Tensor]) -> Tensor:
         """Send the chunks that have no result yet; collect the results."""
         if self._connection is None:
@@ -187,7 +204,7 @@ class Session:
         settings = self._settings
         self._connection = self._endpoint.stream(self._traffic)
         self._awaits_opened = True
-        wish = Open(settings.partition, settings.fingerprint, settings.wire_name, resume, settings.run)
+        wish = Open(settings.partition, settings.fingerprint, settings.wire_name, resume, settings.run, settings.narrow)
         self._connection.send(Message(Kind.OPEN, wish.to_body()))
 
     def _await_opened(self) -> Opened:

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from fedsea.client.channel import RunChannel
 from fedsea.client.connection import Endpoint
-from fedsea.client.passes import PassMixin
+from fedsea.client.narrow import NarrowMixin
 from fedsea.client.run import LossScale, MiddleRun, keep_state
 from fedsea.client.session import SessionSettings
 from fedsea.client.traffic import Traffic
 from fedsea.errors import ModelMismatchError, UsageError
-from fedsea.partition import Partition, layer_of
+from fedsea.partition import LIFT, Partition, in_middle, layer_of
 from fedsea.parts.adapter_files import read_adapter, save_adapter
 from fedsea.parts.adapters import AdapterSpec, adapter_parameters, stand_in
 from fedsea.wire.address import is_loopback, parse_address
@@ -32,7 +32,7 @@ HANDLE = "lora_middle"
 MICRO_BATCHES = 4  # where client and server compute on machines of their own
 
 
-class TrainingMixin(PassMixin):
+class TrainingMixin(NarrowMixin):
     """What `SplitModelForCausalLM` is trained with. Uses its attributes, and adds:
 
     Attributes
@@ -109,7 +109,8 @@ class TrainingMixin(PassMixin):
         if self._adapter is not None:
             raise UsageError("the model has an adapter already; load the model again for another one")
         drawn = int(torch.randint(1 << 62, ())) if seed is None else seed
-        self._add(AdapterSpec.from_config(adapter_config, self.config, drawn), adapter_config, run, take_up=take_up)
+        spec = AdapterSpec.from_config(adapter_config, self.config, drawn)
+        self._add(replace(spec, narrow=self.noise.width or 0), adapter_config, run, take_up=take_up)
 
     def check_adapter(self, adapter_config: LoraConfig) -> None:
         """Raise what `add_adapter` would say of a configuration, and do nothing."""
@@ -130,6 +131,7 @@ class TrainingMixin(PassMixin):
         if run is None:
             return
         self.lora_middle.requires_grad_(True)
+        self.narrow_cut.requires_grad_(True)
         run.local = {
             "output blocks": adapter_parameters(self.output_blocks),
             "input blocks": adapter_parameters(self.input_blocks),
@@ -153,6 +155,8 @@ class TrainingMixin(PassMixin):
             return
         if list(configs) != ["default"]:
             raise UsageError("a split model has one adapter, named 'default'")
+        if self.noise.width is not None:
+            raise UsageError("PEFT keeps no narrow cut: use model.add_adapter(LoraConfig(...)) and model.save_adapter")
         spec = AdapterSpec.from_config(configs["default"], self.config, int(torch.randint(1 << 62, ())))
         self._begin_run(spec, None)
         for parameter in adapter_parameters(self._module).values():
@@ -169,18 +173,22 @@ class TrainingMixin(PassMixin):
         scale, local = (self._run.scale, self._run.local) if self._run is not None else (None, {})
         channel = RunChannel(self._endpoint, self._settings, spec, name, self.traffic)
         attached = channel.open(take_up=take_up, token=token)
-        settings = self._settings
+        settings = replace(self._settings, run=name, narrow=spec.narrow)
         self._run = MiddleRun(
             channel,
             self.lora_middle,
             attached.version,
             hidden_size=settings.hidden_size,
+            width=settings.width,
             wire_dtype=settings.wire_dtype,
             scale=scale or (LossScale() if self._module.dtype is torch.float16 else None),
             context=f"noise: {self.noise!r}; dtype: {str(self._module.dtype).removeprefix('torch.')}",
         )
         self._run.local = local
-        self._settings = replace(settings, run=name)
+        self._settings = settings
+        if spec.narrow and attached.new:
+            # Until it is trained, the lift undoes what it can of the projection, whose rows are orthonormal.
+            self._run.load({f"{ADAPTER}/{LIFT}": self._projection.T})
         # Nobody may close the model: the server should hear of its end all the same.
         if self._goodbye is not None:
             self._goodbye.detach()
@@ -210,6 +218,8 @@ class TrainingMixin(PassMixin):
     def save_adapter(self, folder: str | Path) -> None:
         """Write the adapter of A, B and C together: a standard PEFT adapter of the whole model.
 
+        A narrow cut goes into files beside it; the adapter alone is not the model then, and says so.
+
         Raises
         ------
         UsageError
@@ -217,7 +227,7 @@ class TrainingMixin(PassMixin):
         """
         weights = self.adapter_state()
         assert self._lora is not None
-        save_adapter(folder, self._lora, weights, self.config.name_or_path or None)
+        save_adapter(folder, self._lora, weights, self.config.name_or_path or None, self.cut_record())
 
     def load_adapter(
         self,
@@ -229,6 +239,9 @@ class TrainingMixin(PassMixin):
         **kwargs: Any,
     ) -> None:
         """Load a PEFT LoRA adapter of the whole model, trained in any partition or in one place.
+
+        A narrow cut beside it is taken up, and with it the mechanism that it was trained with, unless this model has
+        one of its own: that is then done on what the cut leaves. A `notice` says which it is.
 
         Parameters
         ----------
@@ -242,16 +255,22 @@ class TrainingMixin(PassMixin):
         Raises
         ------
         ModelNotFoundError, UsageError
-            If the folder is no such adapter.
+            If the folder is no such adapter, or has no narrow cut where the model's mechanism asks for one.
         ModelMismatchError
             If the adapter is of another model, or of other targets or ranks than the one that the model has.
+        PartitionError
+            If it has a narrow cut after another layer.
         """
         if kwargs:
             raise UsageError(f"a split model's load_adapter does not take {', '.join(sorted(kwargs))}")
         lora, weights = read_adapter(peft_model_id)
-        spec = AdapterSpec.from_config(lora, self.config, fresh=False)
+        cut = self._read_cut(peft_model_id)
+        narrow = cut[0].rank if cut is not None else 0
+        spec = replace(AdapterSpec.from_config(lora, self.config, fresh=False), narrow=narrow)
         if self._adapter is None:
             self._check_fits(spec, weights, peft_model_id)
+            if cut is not None:
+                self._take_up_cut(*cut, peft_model_id)
             self._add(spec, lora, run)
         else:
             different = spec.difference(self._adapter)
@@ -281,8 +300,9 @@ class TrainingMixin(PassMixin):
         """
         local = adapter_parameters(self._module)
         middle = self.partition.middle(self.config.num_hidden_layers)
-        remote = {name: weight for name, weight in weights.items() if layer_of(name) in middle}
+        remote = {name: weight for name, weight in weights.items() if in_middle(name, middle)}
         expected = self._adapter.weight_names(middle) if self._adapter is not None else set()
+        expected |= {LIFT} if self._adapter is not None and self._adapter.narrow else set()
         for name in (local.keys() | expected) ^ weights.keys():
             raise ModelMismatchError(f"the adapter does not fit this model: {name} is on one side only")
         for name, parameter in local.items():
@@ -353,9 +373,7 @@ class TrainingMixin(PassMixin):
             self._run.set_version(step, clear=True)
         self.set_adapter_state(adapter)
         if self._run is not None:
-            self._run.load(
-                {name: state for name, state in states.items() if layer_of(name.partition("/")[2]) in middle}
-            )
+            self._run.load({name: state for name, state in states.items() if in_middle(name.partition("/")[2], middle)})
         for name, weight in adapter_parameters(self._module).items():
             kinds = {full.partition("/")[0]: state for full, state in states.items() if full.partition("/")[2] == name}
             if kinds:
@@ -401,7 +419,7 @@ def _add_middle(module: Any, state: dict[str, Tensor], prefix: str, _metadata: A
     if module._adapter is not None:
         for name, weight in module._middle_weights().items():
             head, tail = name.rsplit(".", 1)
-            state[f"{prefix}{head}.default.{tail}"] = weight
+            state[prefix + (name if name == LIFT else f"{head}.default.{tail}")] = weight
 
 
 def _take_middle(
@@ -416,7 +434,7 @@ def _take_middle(
 ) -> None:
     """What a state has for the middle's adapter goes to the server."""
     middle = module.partition.middle(module.config.num_hidden_layers)
-    taken = {}
+    taken = {f"{ADAPTER}/{LIFT}": state.pop(prefix + LIFT)} if prefix + LIFT in state else {}
     for full in [name for name in state if ".lora_" in name and ".default." in name]:
         name = full.removeprefix(prefix).replace(".default.", ".")
         if layer_of(name) in middle:

@@ -64,6 +64,11 @@ class WeightedMean:
         self._sums[name] = self._sums[name] + part if name in self._sums else part
         self._weights[name] = self._weights.get(name, 0.0) + weight
 
+    @property
+    def names(self) -> list[str]:
+        """That have a value."""
+        return list(self._sums)
+
     def of(self, names: Iterable[str]) -> Arrays:
         """The means of some names."""
         return {name: (self._sums[name] / self._weights[name]).astype(np.float32) for name in names}

@@ -66,7 +66,10 @@ def protect(message: Message, context: Context, call_next: Callable[[Message, Co
         return _failure(message, UsageError("dp-clip needs dp-epsilon above 0 and dp-delta between 0 and 1"))
     # Any two updates of a norm up to the clip are at most twice the clip apart.
     sensitivity = float(chosen.get("dp-sensitivity", 0.0)) or 2 * clip
-    return LocalDpMod(clip, sensitivity, epsilon, delta)(message, context, call_next)
+    reply = call_next(message, context)
+    if reply.has_error() or not any(reply.content.array_records.values()):
+        return reply  # nothing is sent that could be protected
+    return LocalDpMod(clip, sensitivity, epsilon, delta)(message, context, lambda _message, _context: reply)
 
 
 @app.query()
@@ -222,9 +225,11 @@ def simulated_options(settings: Settings, node_config: Mapping[str, Any]) -> dic
         "credentials": credentials,
         "insecure": credentials is None,
         "noise_level": settings.noise_level,
+        "mechanism": settings.mechanism,
         "dtype": settings.dtype,
         "threads": settings.threads,
         "max_tokens": settings.max_tokens,
+        "private_ends": f"{settings.output}/own-ends/{name}.safetensors" if settings.private_ends else "",
         "shard": settings.shards if settings.shards == "folders" else f"{settings.shards}:{index}/{count}",
         "shard_seed": settings.seed,
     }

@@ -30,6 +30,7 @@ YOUNG_SECONDS = 20.0
 LET_IN_SECONDS = 90.0
 TRY_AGAIN_SECONDS = 3.0
 QUIET_SECONDS = 10.0  # without a connection: then the reason is looked for
+OWN_ENDS = "own-ends.safetensors"
 NOT_LET_IN = "[code: 2004] "
 
 
@@ -77,6 +78,7 @@ class Member:
             model=options.model or self.invitation.model,
             task=options.task or self.invitation.task,
             credentials=str(self._folder),
+            private_ends=str(self._folder / OWN_ENDS),
         )
         if not self._options.task:
             raise UsageError("the coordinator leaves the task open: give --task TASK")

@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,10 +15,11 @@ from fedsea.checkpoints import Fingerprint, open_checkpoint
 from fedsea.client.model import SplitModelForCausalLM
 from fedsea.errors import FedSEAError, ModelMismatchError, NonFiniteError, ProtocolError, UsageError
 from fedsea.federation.data import Texts, task_schema, tokenizer_of
+from fedsea.federation.own_ends import OwnEnds
 from fedsea.federation.participant_options import ParticipantOptions
 from fedsea.federation.recipe import LocalRecipe, lora_config
 from fedsea.federation.shards import Sharding
-from fedsea.federation.shelf import ModelShelf
+from fedsea.federation.shelf import ModelShelf, protection
 from fedsea.parts.adapters import adapter_parameters
 from fedsea.tasks import evaluate, get_task
 from fedsea.training.batches import Batches
@@ -55,6 +57,7 @@ class Participant:
         self._shelf = shelf if shelf is not None else ModelShelf(1)
         self._lock = threading.Lock()
         self._next_batch = 0
+        protection(options)  # what is wrong with it shows before anything is loaded
         config, self._fingerprint = _model_facts(options.model)
         options.partition.middle(config.num_hidden_layers)
         self._task = get_task(options.task)
@@ -85,7 +88,8 @@ class Participant:
         Parameters
         ----------
         body
-            `ticket`, `lora`, `recipe`; `proximal-mu`, and `first-batch`, where the last round ended, if given.
+            `ticket`, `lora`, `recipe`; `proximal-mu`, and `first-batch`, where the last round ended, if given. With
+            `private-ends`, the federation's name, A's and C's adapter stays here; `round` 1 begins it.
         weights
             A's and C's adapter at the start, by names of the whole model.
 
@@ -95,7 +99,7 @@ class Participant:
             `num-examples` (that the client has), `train-loss` (mean over the round's learnt tokens), `steps`, `tokens`,
             `bytes-up`, `bytes-down`, `seconds`, `next-batch`.
         weights
-            A's and C's adapter, trained: float32.
+            A's and C's adapter, trained: float32. None of it where it stays with its owner.
 
         Raises
         ------
@@ -110,7 +114,8 @@ class Participant:
             if not isinstance(first, int) or first < 0:
                 raise ProtocolError("the round's first batch must be a number, 0 or more")
             began = time.perf_counter()
-            model = self._join(body, weights)
+            own = self._own_ends(body)
+            model = self._join(body, _start(own, body, weights))
             before = model.traffic.copy()
             try:
                 figures = self._steps(model, recipe, first)
@@ -121,6 +126,9 @@ class Participant:
                 raise
             if not all(bool(torch.isfinite(weight).all()) for weight in trained.values()):
                 raise NonFiniteError("the adapter is not finite after the round; a lower learning rate may help")
+            if own is not None:
+                own.save(trained)
+                trained = {}
             moved = model.traffic.since(before)
             self._next_batch = first + recipe.local_steps * recipe.accumulation
             return {
@@ -158,7 +166,7 @@ class Participant:
                     examples = self._texts.validation(limit)
                 case _:
                     raise ProtocolError("how to evaluate cannot be read")
-            model = self._join(body, weights)
+            model = self._join(body, _start(self._own_ends(body), {}, weights))
             try:
                 result = evaluate(
                     model,
@@ -179,6 +187,18 @@ class Participant:
     def close(self) -> None:
         """Leave the block server."""
         self._shelf.close()
+
+    def _own_ends(self, body: Mapping[str, Any]) -> OwnEnds | None:
+        federation = body.get("private-ends", "")
+        if not isinstance(federation, str):
+            raise ProtocolError("whose ends these are cannot be read")
+        if not federation:
+            if self.options.insist_private:
+                raise UsageError("this client keeps the adapter of its own blocks; this federation asks for it")
+            return None
+        if not self.options.private_ends:
+            raise UsageError("this federation leaves each client its ends, and this client has no place to keep them")
+        return OwnEnds(Path(self.options.private_ends), federation)
 
     def _join(self, body: Mapping[str, Any], weights: Mapping[str, Tensor]) -> SplitModelForCausalLM:
         ticket, lora = Ticket.from_body(body.get("ticket")), body.get("lora")
@@ -239,6 +259,12 @@ class Participant:
             if self.on_step is not None:
                 self.on_step(step, loss)
         return {"train-loss": losses / max(1.0, learnt), "steps": recipe.local_steps, "tokens": int(tokens)}
+
+
+def _start(own: OwnEnds | None, body: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """What A's and C's adapter is at the start of a round: what came, or what this client has kept since the first."""
+    kept = own.load() if own is not None and body.get("round") != 1 else None
+    return weights if kept is None else kept
 
 
 @lru_cache(maxsize=4)

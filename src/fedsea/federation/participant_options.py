@@ -24,8 +24,12 @@ class ParticipantOptions:
         all clients.
     credentials, insecure
         Its folder of `fedsea credentials init`; or no TLS, on this machine only.
-    noise_level
-        Noise on what leaves, as a multiple of the mean |h_A|.
+    noise_level, mechanism
+        How what leaves is protected: noise, as a multiple of the mean |h_A|, or a mechanism as `parse_mechanism` reads
+        it. Not both.
+    private_ends
+        Where to keep the adapter of its own blocks in a federation that leaves it to its owner (a file); empty for
+        nowhere. `insist_private` refuses one that does not.
     max_tokens
         The longest text; what is more is cut from its context.
     wire_dtype
@@ -45,6 +49,7 @@ class ParticipantOptions:
     credentials: str | None = None
     insecure: bool = False
     noise_level: float = 0.0
+    mechanism: str = ""
     dtype: str = "float32"
     wire_dtype: str | None = None
     device: str = "cpu"
@@ -54,6 +59,8 @@ class ParticipantOptions:
     shard_seed: int = 0
     lora: Mapping[str, Any] | None = None
     reconnect_seconds: float = 30.0
+    private_ends: str = ""
+    insist_private: bool = False
 
     @property
     def partition(self) -> Partition:

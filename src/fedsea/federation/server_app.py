@@ -27,6 +27,7 @@ from fedsea.federation.stage import Admin, BlockServers, Terms
 from fedsea.federation.strategies import make_strategy
 from fedsea.parts.adapter_files import read_adapter
 from fedsea.parts.adapters import AdapterSpec
+from fedsea.parts.cut_files import read_cut
 from fedsea.tasks import get_task
 
 log = logging.getLogger("flwr")  # what Flower shows and collects
@@ -138,6 +139,8 @@ def adapter_shapes(spec: AdapterSpec, config: PreTrainedConfig) -> dict[str, tup
 def _first_adapter(settings: Settings, spec: AdapterSpec, config: PreTrainedConfig, shapes: Shapes) -> Arrays:
     if settings.adapter:
         given, weights = read_adapter(settings.adapter)
+        if read_cut(settings.adapter) is not None:
+            raise UsageError(f"the adapter in {settings.adapter} has a narrow cut; a federation does not train those")
         different = AdapterSpec.from_config(given, config, fresh=False).difference(spec)
         if different is not None:
             raise UsageError(f"the adapter in {settings.adapter} is not as the lora settings say: it has {different}")

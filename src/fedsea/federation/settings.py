@@ -74,11 +74,15 @@ class Settings:
     dp_clip, dp_epsilon, dp_delta, dp_sensitivity
         Local differential privacy of what the coordinator gets (`fedsea.federation.client_app`); off at a clip of 0.
         A sensitivity of 0 is twice the clip.
+    private_ends
+        Each client keeps the adapter of its input and output blocks to itself; only the middle is averaged
+        (`fedsea.federation.own_ends`).
     output, resume
         Where rounds and adapters are written; whether to go on with the federation that is there.
-    data, shards, input_layers, output_layers, max_tokens, noise_level, dtype, threads, client_credentials
+    data, shards, input_layers, output_layers, max_tokens, noise_level, mechanism, dtype, threads, client_credentials
         Of simulated clients: where the data are and how they are cut (`iid`, `dirichlet=0.5`, `source=COLUMN`,
-        `folders`), the partition, the longest text, the noise, what they compute in and with how many threads each, and
+        `folders`), the partition, the longest text, how what leaves is protected (one of the two, as for
+        `fedsea finetune`), what they compute in and with how many threads each, and
         the folder with a folder of credentials for each client (`client-0`, ...), empty for no TLS.
     """
 
@@ -120,6 +124,7 @@ class Settings:
     dp_epsilon: float = 0.0
     dp_delta: float = 1e-5
     dp_sensitivity: float = 0.0
+    private_ends: bool = False
     output: str = "fedsea-federation"
     resume: bool = True
     data: str = ""
@@ -128,6 +133,7 @@ class Settings:
     output_layers: int = 1
     max_tokens: int = 512
     noise_level: float = 0.0
+    mechanism: str = ""
     dtype: str = "float32"
     threads: int = 1
     client_credentials: str = ""
@@ -152,6 +158,8 @@ class Settings:
             raise UsageError("dp-clip needs dp-epsilon: clipping without noise protects nothing")
         if self.dp_clip and not self.dp_delta:
             raise UsageError("dp-delta must be above 0")
+        if self.dp_clip and self.private_ends:
+            raise UsageError("with private-ends nothing is sent that dp-clip could protect; leave one of them out")
 
     @classmethod
     def from_run_config(cls, config: Mapping[str, Any]) -> "Settings":
@@ -220,7 +228,8 @@ class Settings:
     def identity(self) -> dict[str, Any]:
         """What makes it this federation and no other: to go on with one, these must be as they were."""
         names = ("name", "model", "task", "mode", "strategy", "adapter")
-        return {**{_key(name): getattr(self, name) for name in names}, "lora": self.lora()}
+        private = {"private-ends": True} if self.private_ends else {}  # not in what was begun before there was such
+        return {**{_key(name): getattr(self, name) for name in names}, "lora": self.lora(), **private}
 
 
 def _key(name: str) -> str:

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from fedsea.client.model import SplitModelForCausalLM
+from fedsea.errors import UsageError
 from fedsea.federation.participant_options import ParticipantOptions
-from fedsea.privacy import GaussianNoise, RelativeGaussianNoise
+from fedsea.privacy import GaussianNoise, Noise, RelativeGaussianNoise, parse_mechanism
 
+DECIDES = ("model", "partition", "credentials", "insecure", "noise_level", "mechanism", "dtype", "wire_dtype", "device")
 WARM_MODELS = 2  # in one process; simulated clients that differ in partition or noise share a process
 
 
@@ -35,8 +37,7 @@ class ModelShelf:
         FedSEAError
             Whatever keeps it from being loaded.
         """
-        names = ("model", "partition", "credentials", "insecure", "noise_level", "dtype", "wire_dtype", "device")
-        key = (*(getattr(options, name) for name in names), repr(sorted(lora.items())))
+        key = (*(getattr(options, name) for name in DECIDES), repr(sorted(lora.items())))
         if key not in self._models:
             while len(self._models) >= self._size:
                 self._models.popitem(last=False)[1].close()
@@ -57,16 +58,30 @@ class ModelShelf:
 
 
 def _load(options: ParticipantOptions, server: str) -> SplitModelForCausalLM:
-    noise = RelativeGaussianNoise(options.noise_level) if options.noise_level else GaussianNoise(0.0)
     return SplitModelForCausalLM.from_pretrained(
         options.model,
         server=server,
         credentials=Path(options.credentials) if options.credentials else None,
         insecure=options.insecure,
         partition=options.partition,
-        noise=noise,
+        noise=protection(options),
         dtype=options.dtype,
         wire_dtype=options.wire_dtype,
         device=options.device,
         reconnect_seconds=options.reconnect_seconds,
     )
+
+
+def protection(options: ParticipantOptions) -> Noise:
+    """How a data owner's hidden states are protected, not calibrated.
+
+    Raises
+    ------
+    UsageError
+        If its options say so twice, or cannot be read.
+    """
+    if not options.mechanism:
+        return RelativeGaussianNoise(options.noise_level) if options.noise_level else GaussianNoise(0.0)
+    if options.noise_level:
+        raise UsageError("give a noise level or a mechanism, not both: each says what noise there is")
+    return parse_mechanism(options.mechanism)

@@ -21,7 +21,7 @@ from flwr.serverapp import Grid
 
 from fedsea.errors import UsageError
 from fedsea.federation import replies as checked
-from fedsea.federation.arrays import Arrays, WeightedMean, from_record, to_record
+from fedsea.federation.arrays import Arrays, Shapes, WeightedMean, from_record, to_record
 from fedsea.federation.exchange import Federation, Round, Watch
 from fedsea.federation.grid import FederationGrid, exchange
 from fedsea.federation.members import Member
@@ -234,6 +234,7 @@ class FedSEAMixin(stock.FedAvg):
             "recipe": federation.settings.recipe(),
             "evaluation": federation.settings.evaluation(),
             "round": this.number,
+            "private-ends": federation.settings.name if federation.settings.private_ends else "",
         }
         config = ConfigRecord({**this.config, "fedsea": json.dumps(own)})
         content = RecordDict({ARRAYS: to_record({name: this.weights[name] for name in local}), CONFIG: config})
@@ -242,10 +243,9 @@ class FedSEAMixin(stock.FedAvg):
 
     def _check(self, this: Round, stage: Stage, replies: Sequence[Message]) -> list[tuple[Member, checked.Reply]]:
         good = []
-        terms = self.federation.servers.terms
         for message in replies:
             member = this.members[message.metadata.src_node_id]
-            shapes = terms.local_of(member) if this.training else None
+            shapes = self._wanted(member) if this.training else None
             reply = checked.read_reply(message, shapes)
             if isinstance(reply, str):
                 stage.failed[member.name] = reply
@@ -255,8 +255,18 @@ class FedSEAMixin(stock.FedAvg):
                 good.append((member, reply))
         return sorted(good, key=lambda one: one[0].name)
 
+    def _wanted(self, member: Member) -> Shapes:
+        """What a client's reply must have."""
+        return {} if self.federation.settings.private_ends else self.federation.servers.terms.local_of(member)
+
     def _whole(self, this: Round, member: Member, reply: checked.Reply) -> Arrays:
-        """A client's reply as a whole adapter: what it has trained, and the average of its middle."""
+        """A client's reply as a whole adapter: what it has trained, and the average of its middle.
+
+        Where clients keep their ends, these are as they were at the start, and every layer that was in anybody's middle
+        is the average over those in whose it was.
+        """
+        if self.federation.settings.private_ends:
+            return this.weights | this.mean.of(this.mean.names)
         return reply.arrays | this.mean.of(self.federation.servers.terms.middle_of(member))
 
     # What is told

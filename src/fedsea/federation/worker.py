@@ -131,7 +131,8 @@ def send_frame(connection: socket.socket, body: Mapping[str, Any], tensors: byte
     """
     text = json.dumps(body).encode()
     connection.sendall(LENGTHS.pack(len(text), len(tensors)) + text)
-    connection.sendall(tensors)
+    if tensors:  # to send nothing fails as well, where the other side has answered and gone meanwhile
+        connection.sendall(tensors)
 
 
 def receive_frame(connection: socket.socket) -> tuple[dict[str, Any], bytes] | None:

@@ -6,19 +6,28 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from peft import LoraConfig
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedsea.errors import ModelNotFoundError, UsageError
+from fedsea.partition import LIFT, PROJECT
+from fedsea.parts.cut_files import CutRecord, read_cut, save_cut
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
+HAS_CUT = "narrow_cut"  # in the metadata of an adapter's file: the adapter alone is not the model
 MAGNITUDE = ".lora_magnitude_vector"  # DoRA's: PEFT's files leave the `.weight` behind it out
 
 
-def save_adapter(folder: str | Path, lora: LoraConfig, weights: Mapping[str, Tensor], base_model: str | None) -> None:
-    """Write a PEFT adapter of the whole model.
+def save_adapter(
+    folder: str | Path,
+    lora: LoraConfig,
+    weights: Mapping[str, Tensor],
+    base_model: str | None,
+    cut: CutRecord | None = None,
+) -> None:
+    """Write a PEFT adapter of the whole model, and the narrow cut that it was trained with beside it.
 
     Parameters
     ----------
@@ -28,6 +37,8 @@ def save_adapter(folder: str | Path, lora: LoraConfig, weights: Mapping[str, Ten
         By names as `adapter_parameters` gives them; all layers.
     base_model
         The name under which the base model is found.
+    cut
+        Of a narrow cut, whose weights are among `weights`; None if there is none.
 
     Raises
     ------
@@ -42,14 +53,17 @@ def save_adapter(folder: str | Path, lora: LoraConfig, weights: Mapping[str, Ten
         tensors = {
             PREFIX + (name.removesuffix(".weight") if MAGNITUDE in name else name): tensor.detach().cpu().contiguous()
             for name, tensor in weights.items()
+            if name not in (PROJECT, LIFT)
         }
-        save_file(tensors, Path(folder) / WEIGHTS, metadata={"format": "pt"})
+        more = {HAS_CUT: str(cut.rank)} if cut is not None else {}
+        save_file(tensors, Path(folder) / WEIGHTS, metadata={"format": "pt", **more})
+        save_cut(Path(folder), weights, cut)
     except (OSError, SafetensorError) as error:
         raise UsageError(f"cannot write the adapter to {folder}: {error}") from None
 
 
 def read_adapter(folder: str | Path) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """Read a PEFT LoRA adapter; names are as `adapter_parameters` gives them.
+    """Read a PEFT LoRA adapter; names are as `adapter_parameters` gives them. Those of a narrow cut are among them.
 
     Raises
     ------
@@ -71,9 +85,14 @@ def read_adapter(folder: str | Path) -> tuple[LoraConfig, dict[str, Tensor]]:
             raise UsageError(f"{path} is a PEFT adapter of the kind {kind}; FedSEA takes LORA")
         config = LoraConfig.from_pretrained(str(path))
         tensors = load_file(path / WEIGHTS)
+        with safe_open(path / WEIGHTS, "pt") as file:
+            has_cut = HAS_CUT in (file.metadata() or {})
     except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise ModelNotFoundError(f"the adapter in {path} cannot be read: {error}") from None
-    return config, {
+    cut = read_cut(path)
+    if has_cut and cut is None:
+        raise ModelNotFoundError(f"the adapter in {path} was trained with a narrow cut, whose files are not there")
+    return config, (cut[1] if cut is not None else {}) | {
         name.removeprefix(PREFIX) + (".weight" if name.endswith(MAGNITUDE) else ""): tensor
         for name, tensor in tensors.items()
     }

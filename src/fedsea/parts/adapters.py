@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from fedsea.errors import ProtocolError, UsageError
-from fedsea.partition import layer_of
+from fedsea.partition import LIFT, PROJECT, layer_of
 
 MAX_RANK = 4096
+MAX_NARROW = 1 << 16
 SUFFIXES = re.compile(r"[a-z_]+\.[a-z_]+")
 _FIELDS = {"r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform"}
 _FIELDS |= {"layers_pattern", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "init_lora_weights"}
@@ -52,6 +53,8 @@ class AdapterSpec:
         Start from a Gaussian instead of PEFT's default, Kaiming's uniform.
     seed
         What the start depends on, with the names.
+    narrow
+        Rank of the narrow cut that is trained with it; 0 if states cross as they are.
     """
 
     targets: Mapping[str, tuple[int, float]]
@@ -60,6 +63,7 @@ class AdapterSpec:
     use_dora: bool = False
     gaussian: bool = False
     seed: int = field(default=0, compare=False)
+    narrow: int = 0
 
     @classmethod
     def from_config(
@@ -119,6 +123,7 @@ class AdapterSpec:
             "use_dora": self.use_dora,
             "gaussian": self.gaussian,
             "seed": self.seed,
+            "narrow": self.narrow,
         }
 
     @classmethod
@@ -143,11 +148,12 @@ class AdapterSpec:
             _require(_is_number(body["dropout"]) and 0 <= body["dropout"] < 1, "a dropout from 0 to below 1")
             _require(all(type(body[name]) is bool for name in ("use_rslora", "use_dora", "gaussian")), "switches")
             _require(type(body["seed"]) is int and 0 <= body["seed"] < 1 << 64, "a seed")
+            narrow = body.get("narrow", 0)
+            _require(type(narrow) is int and 0 <= narrow <= MAX_NARROW, f"a narrow cut's rank of at most {MAX_NARROW}")
         except (KeyError, TypeError, ValueError, OverflowError):
             raise ProtocolError("the adapter's description is incomplete") from None
-        return cls(
-            targets, float(body["dropout"]), body["use_rslora"], body["use_dora"], body["gaussian"], body["seed"]
-        )
+        switches = (body["use_rslora"], body["use_dora"], body["gaussian"])
+        return cls(targets, float(body["dropout"]), *switches, body["seed"], narrow)
 
     def within(self, layers: range) -> dict[str, tuple[int, float]]:
         """Those of the targets that are in the given layers."""
@@ -242,6 +248,8 @@ class AdapterSpec:
                 )
         if (self.use_dora, self.use_rslora) != (other.use_dora, other.use_rslora):
             return "another kind (DoRA or rsLoRA)"
+        if self.narrow != other.narrow:
+            return f"{_cut_words(self.narrow)} beside {_cut_words(other.narrow)}"
         return None
 
 
@@ -284,12 +292,15 @@ def stand_in(module: nn.Module, names: Iterable[str]) -> None:
 
 
 def adapter_parameters(module: nn.Module, adapter: str = "default") -> dict[str, nn.Parameter]:
-    """A module's adapter weights by their names in a PEFT adapter of the whole model, without PEFT's own prefix."""
+    """A module's adapter weights by their names in a PEFT adapter of the whole model, without PEFT's own prefix.
+
+    Its half of a narrow cut is among them.
+    """
     infix = f".{adapter}."
     return {
         name.replace(infix, "."): parameter
         for name, parameter in module.named_parameters()
-        if ".lora_" in name and infix in name
+        if (".lora_" in name and infix in name) or name in (PROJECT, LIFT)
     }
 
 
@@ -303,6 +314,10 @@ def _refuse_unsupported(lora: LoraConfig, *, fresh: bool) -> None:
         raise UsageError(
             f"init_lora_weights={lora.init_lora_weights!r} is not supported by a split model; use True or 'gaussian'"
         )
+
+
+def _cut_words(rank: int) -> str:
+    return f"a narrow cut of rank {rank}" if rank else "no narrow cut"
 
 
 def _is_number(value: Any) -> bool:

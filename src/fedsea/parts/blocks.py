@@ -16,6 +16,7 @@ from fedsea.errors import PartitionError
 from fedsea.partition import Partition, weight_names
 from fedsea.parts.cache import RowCache
 from fedsea.parts.families import family_of
+from fedsea.parts.narrow import LinearMap
 from fedsea.parts.rows import Rows, attention_mask
 
 
@@ -43,6 +44,7 @@ class Part(nn.Module):
             if head:
                 self.model.norm = family.norm(config.hidden_size, eps=config.rms_norm_eps)
                 self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.narrow_cut = nn.ModuleDict()  # its half of a narrow cut, if there is one
         self.rotary = family.rotary(self.config)
         self.eval()
 
@@ -154,9 +156,22 @@ class InputBlocks(Part):
         layers = partition.input(checkpoint.config.num_hidden_layers)
         return cls(checkpoint.config, layers, embedding=True)._load(checkpoint, dtype=dtype, device=device)
 
+    def narrow(self, weight: Tensor) -> None:
+        """Cut `h_A` narrow from now on: project it by a weight `[rank, hidden]`, of which a copy is kept."""
+        self.narrow_cut["project"] = LinearMap(weight).to(self.device)
+
     def forward(self, input_ids: Tensor, rows: Rows, cache: RowCache | None) -> Tensor:
-        """Token ids `[rows, width]` -> hidden states `h_A` `[rows, width, hidden]`, without noise."""
-        return self.run_layers(self.model.embed_tokens(input_ids), rows, cache, self.layers)
+        """Token ids `[rows, width]` -> hidden states `h_A` `[rows, width, hidden]`, without noise.
+
+        With a narrow cut what it leaves of them, `[rows, width, rank]`.
+        """
+        return self.narrowed(self.run_layers(self.model.embed_tokens(input_ids), rows, cache, self.layers))
+
+    def narrowed(self, hidden: Tensor) -> Tensor:
+        """What leaves of states `[..., hidden]`; with a narrow cut `[..., hidden]` -> `[..., rank]`."""
+        if self.narrow_cut:
+            hidden = self.narrow_cut["project"](hidden)
+        return hidden
 
 
 class MiddleBlocks(Part):
@@ -191,9 +206,22 @@ class MiddleBlocks(Part):
         other.rotary = self.rotary
         return other
 
+    def widen(self, weight: Tensor) -> None:
+        """Take what a narrow cut leaves of `h_A` from now on, and lift it by a copy of a weight `[hidden, rank]`."""
+        self.narrow_cut["lift"] = LinearMap(weight).to(self.device)
+
+    def lifted(self, hidden: Tensor) -> Tensor:
+        """What came, `[rows, width, hidden]`; with a narrow cut `[rows, width, rank]` -> `[rows, width, hidden]`."""
+        if self.narrow_cut:
+            hidden = self.narrow_cut["lift"](hidden)
+        return hidden
+
     def forward(self, hidden: Tensor, rows: Rows, cache: RowCache | None, layers: range) -> Tensor:
-        """Hidden states `h_A` `[rows, width, hidden]` -> `h_B`, the same shape, through `layers`."""
-        return self.run_layers(hidden, rows, cache, layers)
+        """What came over the cut -> `h_B` `[rows, width, hidden]`, through `layers`.
+
+        `hidden` is `h_A` `[rows, width, hidden]`, or with a narrow cut what that leaves of it, `[rows, width, rank]`.
+        """
+        return self.run_layers(self.lifted(hidden), rows, cache, layers)
 
 
 class OutputBlocks(Part):

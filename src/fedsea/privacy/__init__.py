@@ -4,6 +4,7 @@ from fedsea.privacy.clipped import Clip, ClippedGaussianNoise, RelativeClip, Rel
 from fedsea.privacy.compose import Chain
 from fedsea.privacy.gaussian import GaussianNoise
 from fedsea.privacy.mechanism import Channel, Magnitude, Noise
+from fedsea.privacy.narrow import NarrowCut
 from fedsea.privacy.parse import parse_mechanism
 from fedsea.privacy.relative import RelativeGaussianNoise
 from fedsea.privacy.source import NoiseSource
@@ -15,6 +16,7 @@ __all__ = [
     "ClippedGaussianNoise",
     "GaussianNoise",
     "Magnitude",
+    "NarrowCut",
     "Noise",
     "NoiseSource",
     "RelativeClip",

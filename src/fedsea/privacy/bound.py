@@ -89,7 +89,8 @@ def language_source(cross_entropy: Tensor, vocabulary: int, right: Tensor | None
     vocabulary
         Tokens that there are.
     right
-        Whether the model's first choice was the token, bool, `[tokens]`; None if that is not known.
+        Whether the model's first choice was the token, bool, `[tokens]`; None if that is not known. How often it is
+        right is estimated by the upper end of the 95 % interval (Wilson's): few tokens prove little.
 
     Raises
     ------
@@ -101,9 +102,15 @@ def language_source(cross_entropy: Tensor, vocabulary: int, right: Tensor | None
         raise UsageError(
             "the cross entropies of a text must be finite numbers, 0 or more, one a token; measure them anew"
         )
-    guess = 1.0 if right is None else float(right.double().mean())
+    guess = 1.0 if right is None else _at_most(int(right.sum()), len(right))
     entropy = min(float(values.mean()) / math.log(2), math.log2(vocabulary))  # no source has more
     return Source(entropy, guess, vocabulary, "text as the language model sees it")
+
+
+def _at_most(hits: int, tries: int, deviations: float = 1.96) -> float:
+    """Upper end of Wilson's score interval of a share."""
+    share, spread = hits / tries, deviations**2 / tries
+    return (share + spread / 2 + math.sqrt(share * (1 - share) * spread + spread**2 / 4)) / (1 + spread)
 
 
 @dataclass(frozen=True)
@@ -149,7 +156,7 @@ def guaranteed_bound(
     noise
         The mechanism, calibrated; it clips before it adds noise.
     hidden_size
-        Numbers in a state.
+        Numbers in a state of the model. With a narrow cut only those count that it leaves.
     source
         What the attacker knows of the text beforehand.
     looks
@@ -169,7 +176,7 @@ def guaranteed_bound(
         raise UsageError(f"{noise} guarantees nothing: states are not bounded before noise; use clipped-gaussian")
 
     def capacity(std: float) -> float:
-        return power_capacity(channel.clip**2, std, hidden_size)
+        return power_capacity(channel.clip**2, std, hidden_size if channel.width is None else channel.width)
 
     return LeakageBound(_of_looks(capacity, channel.std, looks, same_states=same_states), True, looks, source)
 
@@ -184,17 +191,20 @@ def estimated_bound(
     noise
         The mechanism, calibrated; with a clip or without.
     states
-        A sample of `h_A` as the model makes it, before the mechanism, `[tokens, hidden]`, in the order of the text. The
-        first position of a text is an outlier in most models, and tells little: leave it out.
+        A sample of `h_A` as the model makes it, before the mechanism, `[tokens, hidden]`, in the order of the text;
+        with a narrow cut what that leaves of it, `[tokens, width]`. The first position of a text is an outlier in most
+        models, and tells little: leave it out.
     source, looks, same_states
         As for `guaranteed_bound`.
 
     Raises
     ------
     UsageError
-        If there are fewer than four states, or `looks` is not positive.
+        If there are fewer than four states, they are not of the mechanism's width, or `looks` is not positive.
     """
     channel = noise.channel
+    if channel.width is not None and states.shape[1] != channel.width:
+        raise UsageError(f"{noise} sends {channel.width} numbers a state; project the sample, it has {states.shape[1]}")
     clipped = clip_norms(states.double(), channel.clip) if math.isfinite(channel.clip) else states
 
     def capacity(std: float) -> float:

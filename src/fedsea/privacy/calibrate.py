@@ -24,14 +24,20 @@ def mean(values): return sum(values) / len(values)"""
 def measure_magnitude(input_blocks: InputBlocks, checkpoint: Checkpoint) -> Magnitude:
     """Mean |h_A| of a model's input blocks on a fixed public text, and with it the mean L2 norm of a token's state.
 
-    The first position is left out: it is an outlier in most models. The user's own text has no part in it, so one model
-    and partition has one magnitude. A model without a tokenizer (the random ones) is measured on draws from its
-    vocabulary.
+    Of what is left of it, if the input blocks have a narrow cut. The first position is left out: it is an outlier in
+    most models. The user's own text has no part in it, so one model and partition has one magnitude. A model without a
+    tokenizer (the random ones) is measured on draws from its vocabulary.
     """
-    ids = public_tokens(checkpoint)[: checkpoint.config.max_position_embeddings].to(input_blocks.device)
-    hidden = input_blocks(ids.unsqueeze(0), Rows.uniform(1, 0, len(ids)), input_blocks.new_cache())
-    states = hidden[0, 1:].float()
+    states = public_states(input_blocks, checkpoint)[1:]
     return Magnitude(float(states.abs().mean()), float(torch.linalg.vector_norm(states, dim=1).mean()))
+
+
+@torch.no_grad()
+def public_states(input_blocks: InputBlocks, checkpoint: Checkpoint) -> Tensor:
+    """What a model's input blocks make of a fixed public text, `[tokens, hidden]`, float32."""
+    ids = public_tokens(checkpoint)[: checkpoint.config.max_position_embeddings].to(input_blocks.device)
+    hidden: Tensor = input_blocks(ids.unsqueeze(0), Rows.uniform(1, 0, len(ids)), input_blocks.new_cache())
+    return hidden[0].float()
 
 
 def public_tokens(checkpoint: Checkpoint) -> Tensor:

@@ -27,7 +27,7 @@ class Chain(Noise):
     Raises
     ------
     UsageError
-        If there are fewer than two parts, or more than one adds noise.
+        If there are fewer than two parts, more than one adds noise, or a narrow cut is not the first.
     """
 
     name: ClassVar[str] = "chain"
@@ -38,6 +38,13 @@ class Chain(Noise):
             raise UsageError("a chain of mechanisms has two or more")
         if sum(part.adds_noise for part in self.parts) > 1:
             raise UsageError(f"{self} adds noise more than once; give it once, with the standard deviation of the sum")
+        if any(part.width is not None for part in self.parts[1:]):
+            raise UsageError(f"{self} narrows states that were protected already; write narrow-cut first, and once")
+
+    @property
+    def width(self) -> int | None:
+        """That of the first part, if it is a narrow cut."""
+        return self.parts[0].width
 
     @property
     def adds_noise(self) -> bool:  # type: ignore[override]
@@ -57,8 +64,8 @@ class Chain(Noise):
             channel = part.channel
             clip = min(clip, channel.clip)
             if channel.std:
-                return Channel(clip, channel.std)
-        return Channel(clip, 0.0)
+                return Channel(clip, channel.std, self.width)
+        return Channel(clip, 0.0, self.width)
 
     def calibrated(self, measure: Callable[[], Magnitude]) -> Noise:
         """The chain of the calibrated parts."""

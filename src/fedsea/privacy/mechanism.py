@@ -46,10 +46,13 @@ class Channel:
         Largest L2 norm of a token's state before the noise; infinite if nothing bounds it.
     std
         The noise's standard deviation on every element, in the unit of the states; 0 for none.
+    width
+        Numbers of a state where it meets clip and noise; None for as many as the model's have.
     """
 
     clip: float
     std: float
+    width: int | None = None
 
 
 class Noise(ABC):
@@ -65,6 +68,11 @@ class Noise(ABC):
 
     name: ClassVar[str]
     adds_noise: bool = True
+
+    @property
+    def width(self) -> int | None:
+        """Numbers that are left of a state before it is protected and leaves; None for all of them."""
+        return None
 
     @property
     @abstractmethod
@@ -93,7 +101,7 @@ class Noise(ABC):
         Parameters
         ----------
         hidden
-            `h_A`, `[tokens, hidden]`.
+            `h_A`, `[tokens, hidden]`; with a narrow cut what that leaves of it, `[tokens, width]`.
         normals
             Gives standard normal draws, float32, `[tokens, hidden]`: the same for the same state.
 

@@ -10,6 +10,7 @@ from fedsea.privacy.clipped import Clip, ClippedGaussianNoise, RelativeClip, Rel
 from fedsea.privacy.compose import Chain
 from fedsea.privacy.gaussian import GaussianNoise
 from fedsea.privacy.mechanism import Noise
+from fedsea.privacy.narrow import NarrowCut
 from fedsea.privacy.relative import RelativeGaussianNoise
 
 MECHANISMS: Mapping[str, type[Any]] = {
@@ -21,8 +22,12 @@ MECHANISMS: Mapping[str, type[Any]] = {
         RelativeClippedGaussianNoise,
         Clip,
         RelativeClip,
+        NarrowCut,
     )
 }
+
+# A + before a letter: one before a digit belongs to a number such as 1e+3.
+PLUS = re.compile(r"\+(?=\s*[A-Za-z]|\s*$)")
 
 
 def parse_mechanism(text: str) -> Noise:
@@ -44,8 +49,7 @@ def parse_mechanism(text: str) -> Noise:
     UsageError
         If there is no such mechanism or option, an option is missing or given twice, or its value cannot be used.
     """
-    # A + before a letter: one before a digit belongs to a number such as 1e+3.
-    parts = [_parse_one(part.strip()) for part in re.split(r"\+(?=\s*[A-Za-z]|\s*$)", text)]
+    parts = [_parse_one(part.strip()) for part in re.split(PLUS, text)]
     return parts[0] if len(parts) == 1 else Chain(tuple(parts))
 
 

@@ -399,6 +399,10 @@ class RoundTable:
             If there is no room for so many members.
         """
         runs, middle = self.runs, self.runs.middle
+        if plan.adapter.narrow:
+            raise ProtocolError(
+                "federated rounds train no narrow cuts: they compute the states of several clients together"
+            )
         targets = plan.adapter.within(middle.layers)
         if not targets:
             raise PartitionError("the adapter has no target in the layers that the block server holds")

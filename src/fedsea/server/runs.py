@@ -29,7 +29,7 @@ from fedsea.errors import FedSEAError, LimitExceededError, ProtocolError, RunLos
 from fedsea.parts import MiddleBlocks
 from fedsea.parts.adapters import AdapterSpec
 from fedsea.server.limits import MIB, Limits
-from fedsea.server.sessions import State, check_layers
+from fedsea.server.sessions import State, check_layers, check_width
 from fedsea.server.trainer import Trainer
 from fedsea.wire.frames import wire_dtype
 from fedsea.wire.run_frames import Backward, Command, Forward, Operation, Outcome, Reply, Tensors, encode_run
@@ -202,6 +202,9 @@ class RunTable:
         check_layers(self.middle, wish.partition.middle(num_layers))
         if any(int(name.split(".")[2]) >= num_layers for name in wish.adapter.targets):
             raise ProtocolError(f"the adapter names layers that the model does not have; it has {num_layers}")
+        size = self.middle.config.hidden_size
+        if wish.adapter.narrow >= size:
+            raise ProtocolError(f"a narrow cut of rank {wish.adapter.narrow} is not narrow: the hidden size is {size}")
 
     def trainer(self, spec: AdapterSpec, layers: range, share: Trainer | None = None) -> Trainer:
         """The middle's half of a run.
@@ -220,7 +223,8 @@ class RunTable:
         """
         if share is None:
             shapes = spec.weight_shapes(self.modules, layers)
-            needed = 4 * 4 * sum(math.prod(shape) for shape in shapes.values())  # weights, gradient, two moments
+            numbers = sum(math.prod(shape) for shape in shapes.values()) + spec.narrow * self.middle.config.hidden_size
+            needed = 4 * 4 * numbers  # weights, gradient, two moments
             used = sum({id(run.trainer.trained): run.trainer.state_bytes for run in self._runs.values()}.values())
             if self.limits.run_bytes is not None and used + needed > self.limits.run_bytes:
                 raise LimitExceededError(
@@ -309,9 +313,8 @@ class RunTable:
         tensor = operation.states if isinstance(operation, Forward) else operation.gradient
         if tensor.dtype != run.wire_dtype:
             raise ProtocolError(f"the run's wire dtype is {run.wire_dtype}, the tensor has {tensor.dtype}")
-        size = self.middle.config.hidden_size
-        if tensor.shape[1] != size:
-            raise ProtocolError(f"the model's hidden size is {size}, the tensor has {tensor.shape[1]}")
+        narrow = run.trainer.spec.narrow if isinstance(operation, Forward) else 0
+        check_width(tensor.shape[1], narrow, self.middle.config.hidden_size)
         if isinstance(operation, Forward) and operation.rows.width > self.max_tokens:
             raise LimitExceededError(
                 f"a row of {operation.rows.width} tokens is longer than the model's {self.max_tokens} positions"

@@ -31,7 +31,7 @@ from fedsea.server.rounds import Member, Round, RoundTable
 from fedsea.server.run_stream import RunStream
 from fedsea.server.runs import Run, RunTable
 from fedsea.server.scheduler import Scheduler
-from fedsea.server.sessions import Session, SessionTable, State
+from fedsea.server.sessions import Session, SessionTable, State, check_cut
 from fedsea.server.stream import Stream
 from fedsea.wire import contract
 from fedsea.wire.address import format_address, is_loopback, parse_address
@@ -77,10 +77,21 @@ class BlockServer:
 
     `start` binds and begins to serve, `wait` returns when `stop` was called. Loading the weights (the constructor) and
     serving are apart, so that a port that is taken is found before and a health check says SERVING only after.
+
+    Parameters
+    ----------
+    tap
+        Called for each new stream; gives what is shown its frames (`Stream`'s `on_frame`). For audits: what a curious
+        provider would keep.
     """
 
-    def __init__(self, checkpoint: Checkpoint, options: ServerOptions) -> None:
-        self.options = options
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        options: ServerOptions,
+        tap: Callable[[], Callable[[bool, bytes], None]] | None = None,
+    ) -> None:
+        self.options, self._tap = options, tap
         self.host, self.port = parse_address(options.listen, allow_port_zero=True)
         if options.credentials is None and not is_loopback(self.host):
             raise UsageError(
@@ -192,7 +203,7 @@ class BlockServer:
 
     async def _call(self, context: Any, serve: Callable[[Stream], Awaitable[FedSEAError | None]]) -> None:
         """One call: a stream that is in the server's list while it lasts."""
-        stream = Stream(context, self.table.limits.frame_bytes)
+        stream = Stream(context, self.table.limits.frame_bytes, self._tap() if self._tap is not None else None)
         try:
             refusal = await serve(stream)
             # Not within an `except`: gRPC keeps what ends a call, and with it would keep a failed step's tensors.
@@ -372,6 +383,7 @@ class BlockServer:
             return None
         layers, dtype = wish.partition.middle(self.num_layers), wire_dtype(wish.wire_dtype)
         adapted = self.runs.find(wish.run, stream.client).trainer if wish.run is not None else None
+        check_cut(wish.narrow, adapted)
         if wish.resume is not None:
             session = self.table.attach(wish.resume, stream.client, layers, dtype, stream.end)
             if session is not None:

@@ -26,6 +26,7 @@ import torch
 
 from fedsea.errors import FedSEAError, LimitExceededError, PartitionError, ProtocolError
 from fedsea.parts import MiddleBlocks, RowCache
+from fedsea.parts.adapters import AdapterSpec
 from fedsea.server.limits import MIB, Limits
 from fedsea.wire.frames import Result, Step, to_wire
 
@@ -42,6 +43,7 @@ class Adapted(Protocol):
     """What a session needs of a run whose adapter it goes through."""
 
     blocks: MiddleBlocks
+    spec: AdapterSpec
 
     @property
     def changes(self) -> int:
@@ -257,9 +259,8 @@ class SessionTable:
             raise ProtocolError(f"step {step.number} came after step {session.step}; {session.step + 1} was expected")
         if step.states.dtype != session.wire_dtype:
             raise ProtocolError(f"the session's wire dtype is {session.wire_dtype}, the step has {step.states.dtype}")
-        size = self.middle.config.hidden_size
-        if step.states.shape[1] != size:
-            raise ProtocolError(f"the model's hidden size is {size}, the step has {step.states.shape[1]}")
+        narrow = session.adapted.spec.narrow if session.adapted is not None else 0
+        check_width(step.states.shape[1], narrow, self.middle.config.hidden_size)
         before = cache.lengths
         if step.row_map is not None:
             if any(row >= len(before) for row in step.row_map):
@@ -306,6 +307,33 @@ def check_layers(middle: MiddleBlocks, layers: range) -> None:
         raise PartitionError(
             f"the server holds layers {held.start}:{held.stop}, the partition's middle is {layers.start}:{layers.stop}"
         )
+
+
+def check_width(width: int, narrow: int, hidden_size: int) -> None:
+    """Check how many numbers a state that came has.
+
+    Raises
+    ------
+    ProtocolError
+        If they are not as many as the narrow cut leaves (`narrow`, 0 for none), or as the model's have.
+    """
+    if width != (narrow or hidden_size):
+        what = f"the run's narrow cut has rank {narrow}" if narrow else f"the model's hidden size is {hidden_size}"
+        raise ProtocolError(f"{what}, the states that came have {width} numbers")
+
+
+def check_cut(narrow: int, adapted: Adapted | None) -> None:
+    """Check that a session is cut as narrow as the run is whose adapter it goes through.
+
+    Raises
+    ------
+    ProtocolError
+        If it is not: client and server would mean different states.
+    """
+    held = adapted.spec.narrow if adapted is not None else 0
+    if narrow != held:
+        here = f"the run's narrow cut has rank {held}" if held else "there is no narrow cut at the server"
+        raise ProtocolError(f"{here}, the session's mechanism has {f'rank {narrow}' if narrow else 'none'}")
 
 
 def _unchanged(session: Session, adapted: Adapted, step: Step) -> MiddleBlocks:

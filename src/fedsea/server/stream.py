@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import grpc
@@ -21,6 +22,8 @@ class Stream:
         gRPC's context of the call.
     frame_bytes
         Longest frame that may come.
+    on_frame
+        Shown each frame that passes, as bytes: whether it came from the client, and the frame.
 
     Attributes
     ----------
@@ -34,11 +37,11 @@ class Stream:
         Why `end` was called; None if it was not.
     """
 
-    def __init__(self, context: Any, frame_bytes: int) -> None:
+    def __init__(self, context: Any, frame_bytes: int, on_frame: Callable[[bool, bytes], None] | None = None) -> None:
         task = asyncio.current_task()
         assert task is not None
         self._context, self.frame_bytes, self._task = context, frame_bytes, task
-        self._writing = False
+        self._writing, self._on_frame = False, on_frame
         self.reason: FedSEAError | None = None
         shown = context.auth_context()
         names = shown.get("x509_common_name")
@@ -59,7 +62,11 @@ class Stream:
     async def read_bytes(self) -> bytes | None:
         """The next frame as it came; None if the stream is over."""
         data: Any = await self._context.read()
-        return None if data is grpc.aio.EOF else data
+        if data is grpc.aio.EOF:
+            return None
+        if self._on_frame is not None:
+            self._on_frame(True, data)
+        return bytes(data)
 
     async def write(self, data: bytes) -> None:
         """Send a frame; waits while the client does not read.
@@ -71,6 +78,8 @@ class Stream:
         grpc.aio.InternalError
             If the connection is lost.
         """
+        if self._on_frame is not None:
+            self._on_frame(False, data)
         self._writing = True
         try:
             await self._context.write(data)

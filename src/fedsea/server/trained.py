@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsea.errors import ProtocolError
-from fedsea.partition import layer_of
+from fedsea.partition import in_middle, layer_of
 from fedsea.wire.run_frames import ADAPTER, Tensors
 from fedsea.wire.runs import OptimizerStep
 
@@ -203,7 +203,7 @@ class TrainedAdapter:
         """
         for full, tensor in tensors.items():
             kind, _, name = full.partition("/")
-            parameter = self.parameters.get(name) if self._layers.get(name) in layers else None
+            parameter = self.parameters.get(name) if in_middle(name, layers) else None
             if kind != ADAPTER and kind not in STATES:
                 raise ProtocolError(f"optimizers have no state {kind!r}")
             if parameter is None:
@@ -239,7 +239,7 @@ class TrainedAdapter:
 
     def _everything(self, layers: range) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self.parameters.items():
-            if self._layers[name] not in layers:
+            if not in_middle(name, layers):
                 continue
             yield f"{ADAPTER}/{name}", parameter
             states = self._optimizer.state[parameter] if self._optimizer is not None else self._restored.get(name, {})

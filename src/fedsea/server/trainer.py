@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsea.errors import NonFiniteError, PartitionError, ProtocolError
-from fedsea.partition import layer_of
+from fedsea.partition import in_middle
 from fedsea.parts import MiddleBlocks
 from fedsea.parts.adapters import AdapterSpec, adapter_parameters
 from fedsea.server.micros import Graph, Micro, Pull, count_kept_bytes, take_back
@@ -80,6 +80,10 @@ class Trainer:
             spec.put_on(self.blocks, layers)
             self._draws = torch.Generator(middle.device)
             _draw_from(self._draws, self.blocks, spec.dropout)
+            if spec.narrow:
+                # Its client says where it starts.
+                self.blocks.widen(torch.zeros(middle.config.hidden_size, spec.narrow))
+                self.blocks.narrow_cut.requires_grad_(True)
             self.trained = TrainedAdapter(adapter_parameters(self.blocks))
         else:
             different = spec.difference(share.spec)
@@ -91,7 +95,7 @@ class Trainer:
             self.blocks, self._draws, self.trained = share.blocks, share._draws, share.trained
             self.trained.share()
         self.parameters = {
-            name: parameter for name, parameter in self.trained.parameters.items() if layer_of(name) in layers
+            name: parameter for name, parameter in self.trained.parameters.items() if in_middle(name, layers)
         }
         adapted: dict[str, Any] = {name: self.blocks.get_submodule(name) for name in spec.within(layers)}
         self.scalings: dict[str, float] = {name: module.scaling["default"] for name, module in adapted.items()}
@@ -294,9 +298,9 @@ class Trainer:
 
     @torch.no_grad()
     def _explain_forward(self, micro: Micro) -> str:
-        hidden = micro.hidden
+        hidden = self.blocks.lifted(micro.hidden)
         for layer in self.layers:
-            hidden = self.blocks(hidden, micro.rows, None, range(layer, layer + 1))
+            hidden = self.blocks.run_layers(hidden, micro.rows, None, range(layer, layer + 1))
             if not bool(torch.isfinite(micro.rows.pack(hidden)).all()):
                 return f"the hidden states are not finite: first after layer {layer}, in the middle blocks"
         return "the hidden states are not finite in the middle blocks"

@@ -3,6 +3,7 @@
     checkpoints/step-00000100/
         adapter_config.json         a standard PEFT adapter of the whole model:
         adapter_model.safetensors   A, B and C
+        narrow_cut.*                a narrow cut, if there is one (fedsea.parts.cut_files)
         optimizer.safetensors       the optimizer's states, by the weights' names in the whole model
         random.safetensors          torch's random state
         state.json                  step, schedule, loss scale
@@ -10,7 +11,7 @@
 
 A checkpoint is written beside its place and moved there once it is complete and on the disk, so a crash, a full disk or
 a lost mains plug leaves the one before it. Everything goes by names of the whole model: a training may be resumed in
-another partition.
+another partition, but a narrow cut stays where it is.
 """
 
 import hashlib
@@ -30,6 +31,7 @@ from torch import Tensor
 
 from fedsea.errors import UsageError
 from fedsea.parts.adapter_files import read_adapter, save_adapter
+from fedsea.parts.cut_files import CutRecord, read_cut
 
 MANIFEST = "manifest.json"
 KEEP = 2
@@ -51,6 +53,8 @@ class TrainingState:
         Torch's random state: `cpu`, and `cuda` where there is one.
     state
         What is small: JSON.
+    cut
+        Of the narrow cut that is trained with the adapter, if there is one.
     """
 
     step: int
@@ -58,6 +62,7 @@ class TrainingState:
     optimizer: Mapping[str, Tensor]
     random: Mapping[str, Tensor]
     state: dict[str, Any] = field(default_factory=dict)
+    cut: CutRecord | None = None
 
 
 class CheckpointFolder:
@@ -87,7 +92,7 @@ class CheckpointFolder:
         try:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-            save_adapter(partial, lora, checkpoint.adapter, base_model)
+            save_adapter(partial, lora, checkpoint.adapter, base_model, checkpoint.cut)
             for name, tensors in (("optimizer", checkpoint.optimizer), ("random", checkpoint.random)):
                 save_file(
                     {key: tensor.contiguous() for key, tensor in tensors.items()}, partial / f"{name}.safetensors"
@@ -128,12 +133,14 @@ class CheckpointFolder:
             return None
         state = json.loads((folder / "state.json").read_text())
         _lora, adapter = read_adapter(folder)
+        cut = read_cut(folder)
         return TrainingState(
             state.pop("step"),
             adapter,
             load_file(folder / "optimizer.safetensors"),
             load_file(folder / "random.safetensors"),
             state,
+            cut[0] if cut is not None else None,
         )
 
     def _folder(self, step: int) -> Path:

@@ -1,15 +1,24 @@
-"""From a training to what others can use: a PEFT adapter, or the whole model with the adapter merged in."""
+"""From a training to what others can use: a PEFT adapter, or the whole model with the adapter merged in.
+
+A narrow cut goes with its adapter, and can neither be merged nor be loaded by PEFT: `with_cut` runs a whole model
+through one.
+"""
 
 import shutil
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fedsea.checkpoints import load_whole_model, open_checkpoint
 from fedsea.errors import ModelMismatchError, UsageError
-from fedsea.parts.adapter_files import CONFIG, WEIGHTS, read_adapter
+from fedsea.partition import LIFT, PROJECT
+from fedsea.parts.adapter_files import CONFIG, WEIGHTS, read_adapter, save_adapter
+from fedsea.parts.cut_files import CUT, CUT_WEIGHTS, read_cut
+from fedsea.parts.narrow import project
 from fedsea.training.folder import RUN, RunFolder
 
 
@@ -36,22 +45,39 @@ def find_adapter(source: Path, notice: Any = lambda _line: None) -> Path:
     raise UsageError(f"{source} is neither a training's output folder nor an adapter")
 
 
-def export_adapter(source: Path, out: Path) -> None:
-    """Write a training's adapter as a standard PEFT adapter of the whole model.
+def export_adapter(source: Path, out: Path, ends: Mapping[str, Tensor] | None = None) -> bool:
+    """Write a training's adapter as a standard PEFT adapter of the whole model, and a narrow cut beside it.
+
+    Returns whether there is a narrow cut: PEFT alone does not make the trained model of it then.
+
+    Parameters
+    ----------
+    ends
+        Weights by names of the whole model that take the place of the adapter's own.
 
     Raises
     ------
     UsageError
         If there is none, or `out` cannot be written or is taken.
+    ModelMismatchError
+        If the adapter has no such weights.
     """
     adapter = find_adapter(source)
-    read_adapter(adapter)  # a damaged one is not passed on
+    lora, weights = read_adapter(adapter)  # a damaged one is not passed on
+    if ends is not None:
+        for name, weight in ends.items():
+            if name not in weights or weights[name].shape != weight.shape:
+                raise ModelMismatchError(f"the ends do not belong to the adapter in {adapter}: {name} does not fit")
+        save_adapter(_make(out), lora, {**weights, **ends}, lora.base_model_name_or_path)
+        return False
+    has_cut = read_cut(adapter) is not None
     _make(out)
     try:
-        for name in (CONFIG, WEIGHTS):
+        for name in (CONFIG, WEIGHTS, *([CUT, CUT_WEIGHTS] if has_cut else [])):
             shutil.copyfile(adapter / name, out / name)
     except OSError as error:
         raise UsageError(f"cannot write to {out}: {error.strerror}") from None
+    return has_cut
 
 
 def merge_adapter(source: Path, model: str, out: Path, *, dtype: torch.dtype, device: str = "cpu") -> None:
@@ -62,10 +88,15 @@ def merge_adapter(source: Path, model: str, out: Path, *, dtype: torch.dtype, de
     ModelMismatchError
         If the adapter is not one of this model.
     UsageError, ModelNotFoundError
-        If there is no adapter, the model's weights are not to be had, or `out` cannot be written or is taken.
+        If there is no adapter, it has a narrow cut, the model's weights are not to be had, or `out` cannot be written
+        or is taken.
     """
     adapter = find_adapter(source)
     read_adapter(adapter)
+    if read_cut(adapter) is not None:
+        raise UsageError(
+            f"the adapter in {adapter} has a narrow cut, which no merged model can hold; use it as it is, by --adapter"
+        )
     _make(out)
     whole = load_whole_model(model, dtype=dtype, device=device)
     try:
@@ -77,19 +108,35 @@ def merge_adapter(source: Path, model: str, out: Path, *, dtype: torch.dtype, de
 
 
 def whole_with_adapter(whole: Any, adapter: Path) -> Any:
-    """A whole model with an adapter, as PEFT loads it, in evaluation mode."""
+    """A whole model with an adapter, as PEFT loads it, and its narrow cut if it has one, in evaluation mode."""
     from peft import PeftModel
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT's own use of what transformers has deprecated
         adapted: Any = PeftModel.from_pretrained(whole, str(adapter))
+    with_cut(whole, adapter)
     return adapted.eval()
 
 
-def _make(out: Path) -> None:
+def with_cut(whole: Any, adapter: Path) -> None:
+    """Have transformers' whole model go through the narrow cut beside an adapter, if there is one, without noise."""
+    found = read_cut(adapter)
+    if found is None:
+        return
+    cut, weights = found
+
+    def narrowed(module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        down, up = (weights[name].to(inputs[0].device) for name in (PROJECT, LIFT))
+        return project(project(inputs[0], down), up), *inputs[1:]
+
+    whole.model.layers[cut.input_layers].register_forward_pre_hook(narrowed)
+
+
+def _make(out: Path) -> Path:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} is there already; choose another place")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"cannot write to {out}: {error.strerror}") from None
+    return out

@@ -140,10 +140,14 @@ class FineTuning:
         ------
         ModelMismatchError
             If it is of another adapter.
+        PartitionError
+            If its narrow cut is after another layer.
         """
         checkpoint = self.folder.checkpoints.load()
         if checkpoint is None:
             return False
+        if checkpoint.cut is not None:
+            checkpoint.cut.check_place(self.model.partition.input_layers, self.folder.path)
         self.optimizer.zero_grad()
         self.model.set_training_state(self.optimizer, checkpoint.adapter, checkpoint.optimizer, checkpoint.step)
         set_random_state(checkpoint.random)
@@ -162,7 +166,7 @@ class FineTuning:
         """
         adapter, states = self.model.training_state(self.optimizer)
         state = {"recipe": asdict(self.recipe), "loss_exponent": self.model.loss_exponent}
-        checkpoint = TrainingState(self.step, adapter, states, random_state(), state)
+        checkpoint = TrainingState(self.step, adapter, states, random_state(), state, self.model.cut_record())
         self.folder.checkpoints.save(checkpoint, self._lora, self._base_model)
         self._saved_at = time.monotonic()
 

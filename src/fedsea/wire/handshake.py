@@ -13,7 +13,7 @@ from fedsea.wire.frames import WIRE_DTYPES
 class Open:
     """The client's wish: this model, this partition, this wire dtype; or the session `resume` that it lost.
 
-    With `run`, the middle has the adapter of that run of the client.
+    With `run`, the middle has the adapter of that run of the client; `narrow` is its narrow cut's rank, or 0.
     """
 
     partition: Partition
@@ -21,6 +21,7 @@ class Open:
     wire_dtype: str
     resume: str | None = None
     run: str | None = None
+    narrow: int = 0
 
     def to_body(self) -> dict[str, Any]:
         """As the JSON object of an OPEN frame."""
@@ -31,6 +32,7 @@ class Open:
             "wire_dtype": self.wire_dtype,
             "resume": self.resume,
             "run": self.run,
+            "narrow": self.narrow,
         }
 
     @classmethod
@@ -50,7 +52,8 @@ class Open:
         if run is not None and not isinstance(run, str):
             raise ProtocolError("the run must be a text")
         partition, fingerprint = read_model(body)
-        return cls(partition, fingerprint, wire_dtype, resume, run)
+        narrow = read_count(body, "narrow") if "narrow" in body else 0
+        return cls(partition, fingerprint, wire_dtype, resume, run, narrow)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,111 @@
+"""What the backward pass through C's layers does to a gradient, at a text whose h_B is known: a linear map."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedsea.parts import OutputBlocks, Rows
+
+COPIES = 256  # of a position that are run at once
+
+
+class OutputLayers:
+    """C's layers at one text.
+
+    Parameters
+    ----------
+    blocks
+        C, float32.
+    returned
+        `h_B`, `[tokens, hidden]`.
+
+    Attributes
+    ----------
+    states
+        What the layers make of it, before the final norm, `[tokens, hidden]`.
+    """
+
+    def __init__(self, blocks: OutputBlocks, returned: Tensor) -> None:
+        self._blocks, self._given = blocks, returned
+        self._rotary = copy.deepcopy(blocks.rotary)
+        with torch.enable_grad():
+            self._hidden = returned.clone().requires_grad_()
+            self._states = blocks(self._hidden.unsqueeze(0), Rows.uniform(1, 0, len(returned)), None)[0]
+        self.states = self._states.detach()
+        self._past = _Past({})
+        if blocks.layers:
+            with torch.no_grad():
+                self._run(returned.unsqueeze(0), torch.arange(len(returned)).unsqueeze(0), self._past)
+
+    def back(self, place: int, gradient: Tensor) -> Tensor:
+        """What a gradient `[hidden]` at one position's state comes to at h_B, `[tokens, hidden]`."""
+        if not self._blocks.layers:
+            found = torch.zeros_like(self._given)
+            found[place] = gradient
+            return found
+        at_states = torch.zeros_like(self.states)
+        at_states[place] = gradient
+        return torch.autograd.grad(self._states, self._hidden, at_states, retain_graph=True)[0]
+
+    def through(self, place: int, gradients: Tensor) -> Tensor:
+        """What gradients `[many, hidden]`, one by one, at a position's state come to at its own h_B: the same shape."""
+        if not self._blocks.layers:
+            return gradients
+        past = _Past(
+            {
+                layer: tuple(part[:, :, _first(place, self._blocks.windows[layer]) : place] for part in pair)  # type: ignore[misc]
+                for layer, pair in self._past.pairs.items()
+            }
+        )
+        found = []
+        for some in gradients.split(COPIES):
+            with torch.enable_grad():
+                hidden = self._given[place].expand(len(some), 1, -1).clone().requires_grad_()
+                states = self._run(hidden, torch.full((len(some), 1), place), past)
+            found.append(torch.autograd.grad(states, hidden, some.unsqueeze(1))[0][:, 0])
+        return torch.cat(found)
+
+    def _run(self, hidden: Tensor, positions: Tensor, past: "_Past") -> Tensor:
+        rotary = self._rotary(hidden, positions)
+        for layer in self._blocks.layers:
+            hidden = self._blocks.model.layers[str(layer)](
+                hidden,
+                attention_mask=self._mask(layer, hidden.shape[1]),
+                position_embeddings=rotary,
+                position_ids=positions,
+                past_key_values=past,
+                use_cache=True,
+            )
+        return hidden
+
+    def _mask(self, layer: int, width: int) -> Tensor | None:
+        """Of a whole text; a single position sees all that is left of its past."""
+        window = self._blocks.windows[layer]
+        if width == 1 or window is None:
+            return None
+        apart = torch.arange(width)[:, None] - torch.arange(width)
+        return ((apart >= 0) & (apart < window))[None, None]
+
+
+class _Past:
+    """Keys and values before a position, by layer; takes the place of a cache. Keeps those of a text if it has none."""
+
+    def __init__(self, pairs: dict[int, tuple[Tensor, Tensor]]) -> None:
+        self.pairs = pairs
+        self._keeps = not pairs
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_more: Any) -> tuple[Tensor, Tensor]:
+        if self._keeps:
+            self.pairs[layer_idx] = keys, values
+            return keys, values
+        before, known = self.pairs[layer_idx]
+        return (
+            torch.cat([before.expand(len(keys), -1, -1, -1), keys], 2),
+            torch.cat([known.expand(len(values), -1, -1, -1), values], 2),
+        )
+
+
+def _first(place: int, window: int | None) -> int:
+    return 0 if window is None else max(0, place + 1 - window)

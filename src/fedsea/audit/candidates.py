@@ -1,0 +1,164 @@
+"""What A makes of each token that could come next: the tables and exact states that attackers search in.
+
+Candidates for one position are run as siblings: one row, all at the same position, each attending to the prefix and to
+itself only. So a layer runs hundreds of them at once, and the prefix's keys and values are not copied for each.
+"""
+
+import copy
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from fedsea.parts import InputBlocks, Rows
+from fedsea.privacy import Noise
+
+SIBLINGS = 256  # run at once: each attends over all of them, though all but itself are masked
+TYPICAL_TOKENS = 16
+
+
+class Prefix:
+    """A text as far as it has been recovered, held in A's KV cache; its next position is where candidates stand.
+
+    Parameters
+    ----------
+    blocks
+        A, float32.
+    """
+
+    def __init__(self, blocks: InputBlocks) -> None:
+        self._blocks = blocks
+        self._cache = blocks.new_cache()
+        self._cache.lengths = [0]
+
+    @property
+    def length(self) -> int:
+        """Tokens."""
+        return self._cache.lengths[0]
+
+    def copy(self) -> "Prefix":
+        """One that goes on by itself."""
+        other = Prefix(self._blocks)
+        other._cache = copy.deepcopy(self._cache)
+        return other
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        """Go on with tokens, at least one."""
+        if self._blocks.layers:
+            self._blocks(torch.tensor([list(tokens)]), Rows.uniform(1, self.length, len(tokens)), self._cache)
+        else:
+            self._cache.lengths = [self.length + len(tokens)]
+
+    def states(self, tokens: Tensor) -> Tensor:
+        """`h_A` of each candidate at the next position, without noise.
+
+        Parameters
+        ----------
+        tokens
+            Candidates, int64, `[candidates]`.
+
+        Returns
+        -------
+        Tensor
+            `[candidates, hidden]`, float32.
+        """
+        return torch.cat([self._siblings(some) for some in tokens.split(SIBLINGS)])
+
+    def _siblings(self, tokens: Tensor) -> Tensor:
+        blocks, place, count = self._blocks.model, self.length, len(tokens)
+        hidden: Tensor = blocks.embed_tokens(tokens).unsqueeze(0)
+        if not self._blocks.layers:
+            return self._blocks.narrowed(hidden[0])
+        # Begun and never finished: the next step writes over the candidates' keys and values.
+        self._cache.begin(Rows((place,), (count,)))
+        positions = torch.full((1, count), place)
+        rotary = self._cache.rotary(hidden, positions)
+        masks = {window: _sibling_mask(place, count, window) for window in set(self._blocks.windows.values())}
+        for layer in self._blocks.layers:
+            hidden = blocks.layers[str(layer)](
+                hidden,
+                attention_mask=masks[self._blocks.windows[layer]],
+                position_embeddings=rotary,
+                position_ids=positions,
+                past_key_values=self._cache,
+                use_cache=True,
+            )
+        return self._blocks.narrowed(hidden[0])
+
+
+def _sibling_mask(place: int, count: int, window: int | None) -> Tensor:
+    """`[1, 1, candidates, prefix + candidates]`: each sees what its window holds of the prefix, and itself."""
+    mask = torch.zeros(count, place + count, dtype=torch.bool)
+    mask[:, 0 if window is None else max(0, place + 1 - window) : place] = True
+    mask[:, place:].fill_diagonal_(True)
+    return mask[None, None]
+
+
+class Candidates:
+    """Every token of the vocabulary, as A and the mechanism make it.
+
+    Parameters
+    ----------
+    blocks
+        A, float32.
+    noise
+        The mechanism, calibrated. What it does to a state beside adding draws, candidates undergo as well.
+    context
+        Public text, at least `TYPICAL_TOKENS` tokens: what precedes the candidates in `typical`.
+    """
+
+    def __init__(self, blocks: InputBlocks, noise: Noise, context: Sequence[int]) -> None:
+        self._blocks, self._noise, self._context = blocks, noise, context[:TYPICAL_TOKENS]
+        self.vocabulary: int = blocks.config.vocab_size
+
+    def prefix(self, tokens: Sequence[int] = ()) -> Prefix:
+        """A prefix to search after."""
+        prefix = Prefix(self._blocks)
+        if tokens:
+            prefix.extend(tokens)
+        return prefix
+
+    def expected(self, prefix: Prefix, tokens: Tensor) -> Tensor:
+        """What would be observed of candidates (int64, `[candidates]`) if all draws were 0: `[candidates, hidden]`."""
+        return protected(prefix.states(tokens), self._noise)
+
+    @cached_property
+    def alone(self) -> Tensor:
+        """Of every token as a text's first, `[vocabulary, hidden]`: exact there, and a token without context elsewhere.
+
+        A rotary embedding is relative, so a token that attends to itself alone is the same at every position.
+        """
+        return self.expected(self.prefix(), torch.arange(self.vocabulary))
+
+    @cached_property
+    def typical(self) -> Tensor:
+        """Of every token after some public text, `[vocabulary, hidden]`.
+
+        Nearer to what a token is within a text than `alone`: attention has something to look at beside the token.
+        """
+        if not self._blocks.layers:
+            return self.alone
+        return self.expected(self.prefix(self._context), torch.arange(self.vocabulary))
+
+    @cached_property
+    def squares(self) -> Tensor:
+        """Squared length of each row of `typical`, `[vocabulary]`."""
+        return self.typical.square().sum(1)
+
+
+def protected(hidden: Tensor, noise: Noise) -> Tensor:
+    """`[tokens, hidden]` as the mechanism sends it where its draws are 0."""
+    return noise.apply(hidden, lambda: torch.zeros_like(hidden))
+
+
+def same_without_draws(one: Noise, other: Noise, hidden_size: int) -> bool:
+    """Whether two mechanisms send the same where their draws are 0: they differ in the strength of noise at most.
+
+    Tried on states of all lengths from 1e-4 to 1e6: a mechanism that bounds lengths shows where it does.
+    """
+    if one.width != other.width:
+        return False
+    directions = torch.randn(64, one.width or hidden_size, generator=torch.Generator().manual_seed(0))
+    probes = torch.nn.functional.normalize(directions, dim=1) * torch.logspace(-4, 6, 64).unsqueeze(1)
+    return torch.equal(protected(probes, one), protected(probes, other))

@@ -1,0 +1,154 @@
+"""What a provider could have read of a conversation, turn by turn, computed by the client from what it sent and got."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedsea.audit.attack import Recovery
+from fedsea.audit.attacks import get_attack
+from fedsea.audit.observation import Knowledge, Observation
+from fedsea.checkpoints import Checkpoint
+from fedsea.client.conversation import Conversation, chat_tokens, common_prefix
+from fedsea.errors import UsageError
+from fedsea.parts import Rows
+
+PROBES = ("A", "7 and b")  # what is equal around both belongs to the chat template
+
+
+class Tap:
+    """What left the client and what came back, place by place, as it stands after the last step of one text."""
+
+    def __init__(self) -> None:
+        self._sent: list[Tensor] = []
+        self._returned: list[Tensor] = []
+        self.first = 0  # where this turn began
+
+    def __call__(self, rows: Rows, sent: Tensor, returned: Tensor) -> None:
+        """Keep a step's tensors, `[tokens, hidden]`; what was rolled back before it is dropped."""
+        if len(rows) != 1:
+            raise UsageError("what is read can be shown of one text at a time")
+        (start,) = rows.starts
+        self.first = min(self.first, start)
+        del self._sent[start:], self._returned[start:]
+        self._sent += sent.float().unbind()
+        self._returned += returned.detach().float().cpu().unbind()
+
+    def observation(self, length: int) -> Observation:
+        """The text's first places, as the provider has them."""
+        return Observation(torch.stack(self._sent[:length]), torch.stack(self._returned[:length]))
+
+    def __len__(self) -> int:
+        return len(self._sent)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one attack got of a part of a turn.
+
+    Attributes
+    ----------
+    part
+        `question` or `answer`.
+    attack
+        Its name.
+    right, tokens
+        How many of the part's tokens it named, and how many there are.
+    text
+        What it read.
+    """
+
+    part: str
+    attack: str
+    right: int
+    tokens: int
+    text: str
+
+
+class LiveLeakage:
+    """Follows a conversation and attacks each of its turns, in the client's own process.
+
+    Of a turn only what is new is attacked: what went before has been read in its own turn, rightly or wrongly, and that
+    is what the search goes on from. The chat template is taken as known, the system message that a user gives is not.
+
+    Parameters
+    ----------
+    conversation
+        What is followed; its model's `tap` is taken.
+    checkpoint
+        The public base model, which attackers know. They do not know an adapter.
+
+    Raises
+    ------
+    UsageError
+        If nothing leaves the client.
+    """
+
+    def __init__(self, conversation: Conversation, checkpoint: Checkpoint) -> None:
+        model = conversation.model
+        if not model.partition.middle(checkpoint.config.num_hidden_layers):
+            raise UsageError("this partition leaves no middle: nothing leaves the client, and there is nothing to read")
+        self._conversation, self._tokenizer = conversation, conversation.tokenizer
+        self._knowledge = Knowledge(
+            checkpoint,
+            model.partition,
+            model.noise,
+            self._tokenizer,
+            projection=model.projection,
+            wire_dtype=model.wire_dtype,
+        )
+        self._tap = model.tap = Tap()
+        self._search, self._read_out = get_attack("search"), get_attack("read-out")
+        self._read: tuple[int | None, ...] = ()
+
+    def prepare(self) -> None:
+        """Make the attackers' tables, which takes some seconds, once."""
+        self._search.prepare(self._knowledge)
+        self._read_out.prepare(self._knowledge)
+        _ = self._knowledge.candidates.typical
+
+    def turn(self) -> list[Reading]:
+        """Attack the turn that has just ended."""
+        tokens, (*asked, _answer) = self._conversation.tokens, self._conversation.messages
+        length = min(len(self._tap), len(tokens) - 1)
+        question = question_span(self._tokenizer, asked)
+        prompt = len(chat_tokens(self._tokenizer, asked))
+        seen = self._tap.observation(length)
+        known = self._read[: self._tap.first] or public_start(self._tokenizer, asked)
+        start = tuple(token if token is not None else 0 for token in known[: question.start])
+        (search,) = self._search.run([[seen]], self._knowledge.but(start=start))
+        (read_out,) = self._read_out.run([[seen]], self._knowledge)
+        self._read, self._tap.first = search.tokens, length
+        answer = range(prompt, length)
+        return [
+            self._reading("question", "search", search, tokens, question),
+            self._reading("answer", "search", search, tokens, answer),
+            self._reading("answer", "read-out", read_out, tokens, answer),
+        ]
+
+    def _reading(self, part: str, attack: str, got: Recovery, tokens: Sequence[int], where: range) -> Reading:
+        guesses = [got.tokens[at] for at in where]
+        right = sum(guess == tokens[at] for at, guess in zip(where, guesses, strict=True))
+        text = self._tokenizer.decode([guess for guess in guesses if guess is not None], skip_special_tokens=True)
+        return Reading(part, attack, right, len(where), text)
+
+
+def question_span(tokenizer: Any, messages: Sequence[dict[str, str]]) -> range:
+    """Where in a chat's tokens the last message stands, without what the template puts around it."""
+    tokens = chat_tokens(tokenizer, messages)
+    others = [chat_tokens(tokenizer, [*messages[:-1], {**messages[-1], "content": probe}]) for probe in PROBES]
+    before = min(common_prefix(tokens, other) for other in others)
+    after = min(common_prefix(tokens[::-1], other[::-1]) for other in others)
+    return range(before, max(before, len(tokens) - after))
+
+
+def public_start(tokenizer: Any, messages: Sequence[dict[str, str]]) -> tuple[int, ...]:
+    """What every chat of this model begins with: the template's tokens up to where a user's own words begin."""
+
+    def written(probe: str) -> list[int]:
+        return chat_tokens(tokenizer, [{**message, "content": probe} for message in messages[:1]])
+
+    one, other = map(written, PROBES)
+    return tuple(one[: common_prefix(one, other)])

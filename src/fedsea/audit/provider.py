@@ -1,0 +1,177 @@
+"""A provider that keeps what it sees: a real block server, whose frames are read as they pass."""
+
+import asyncio
+import threading
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from fedsea.audit.observation import Observation
+from fedsea.checkpoints import Checkpoint
+from fedsea.errors import ProtocolError
+from fedsea.parts import Rows
+from fedsea.server.service import BlockServer, ServerOptions
+from fedsea.wire.frames import Result, Step, decode
+from fedsea.wire.run_frames import Backward, Forward, States, decode_run
+
+START_SECONDS = 600.0
+
+
+class CuriousProvider:
+    """A block server in a thread of its own, and a record of every frame; a context manager.
+
+    Clients reach it at `address`. What it has seen of their sessions is in `sessions`, of their training in `runs`.
+
+    Parameters
+    ----------
+    checkpoint
+        What it serves.
+    options
+        Where and how.
+
+    Raises
+    ------
+    FedSEAError
+        If the server cannot start.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, options: ServerOptions | None = None) -> None:
+        self._streams: list[_Record] = []
+        self._started = threading.Event()
+        self._loop = asyncio.new_event_loop()
+        self._server: BlockServer | None = None
+        self._failure: BaseException | None = None
+        self.address = ""
+        chosen = options if options is not None else ServerOptions(listen="127.0.0.1:0")
+        self._thread = threading.Thread(target=self._main, args=(checkpoint, chosen), daemon=True)
+        self._thread.start()
+        self._started.wait(START_SECONDS)
+        if self._failure is not None:
+            raise self._failure
+
+    def sessions(self) -> list[list[Observation]]:
+        """Of each session that has sent anything, in the order in which they began: what was seen of each row."""
+        return [record.session_rows() for record in self._streams if record.steps]
+
+    def runs(self) -> list[list[Observation]]:
+        """Of each run that has sent anything: what was seen of each text, in the order in which they were sent."""
+        return [record.run_rows() for record in self._streams if record.forwards]
+
+    def forget(self) -> None:
+        """Drop the record of streams that are over, and of what the others have sent so far."""
+        for record in self._streams:
+            record.clear()
+
+    def _tap(self) -> Callable[[bool, bytes], None]:
+        record = _Record()
+        self._streams.append(record)
+        return record.keep
+
+    def _main(self, checkpoint: Checkpoint, options: ServerOptions) -> None:
+        async def live() -> None:
+            try:
+                self._server = BlockServer(checkpoint, options, tap=self._tap)
+                self.address = await self._server.start()
+            except BaseException as error:
+                self._failure = error
+            finally:
+                self._started.set()
+            if self._server is not None and self._failure is None:
+                await self._server.wait()
+
+        self._loop.run_until_complete(live())
+
+    def close(self) -> None:
+        """Stop the server. The record stays. Safe to call twice."""
+        if self._thread.is_alive() and self._server is not None:
+            asyncio.run_coroutine_threadsafe(self._server.stop(), self._loop).result(30)
+            self._thread.join(30)
+            self._server = None  # its weights are not needed to look at the record
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class _Record:
+    """The frames of one stream."""
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        self.steps: dict[int, tuple[Step, Tensor | None]] = {}
+        self.forwards: dict[int, tuple[Forward, Tensor | None]] = {}
+        self.gradients: dict[int, Tensor] = {}
+        self._of_micro: dict[int, int] = {}
+
+    def keep(self, inbound: bool, data: bytes) -> None:
+        """Take note of a frame; OPEN, OPENED and CLOSE say nothing of a text."""
+        try:
+            frame = decode(data)
+        except ProtocolError:
+            frame, _ = decode_run(data)  # type: ignore[assignment]
+        match frame:
+            case Step():
+                self.steps[frame.number] = (frame, None)
+            case Result() if frame.number in self.steps and frame.states is not None:
+                self.steps[frame.number] = (self.steps[frame.number][0], frame.states.float())
+            case Forward():
+                self.forwards[frame.number] = (frame, None)
+                self._of_micro[frame.micro] = frame.number
+            case States() if frame.number in self.forwards and frame.states is not None:
+                self.forwards[frame.number] = (self.forwards[frame.number][0], frame.states.float())
+            case Backward() if inbound and frame.micro in self._of_micro:
+                self.gradients[self._of_micro[frame.micro]] = frame.gradient.float() * 2.0**-frame.exponent
+
+    def session_rows(self) -> list[Observation]:
+        """What was seen of each row, as it stands after the last step."""
+        rows: list[list[tuple[Tensor, Tensor | None]]] = []
+        for _number, (step, returned) in sorted(self.steps.items()):
+            if step.row_map is not None:
+                rows = [list(rows[at]) for at in step.row_map]
+            elif not rows:
+                rows = [[] for _ in range(len(step.rows))]
+            sent = step.states.float().split(step.rows.counts)
+            back = returned.split(step.rows.counts) if returned is not None else [None] * len(sent)
+            for row, start, states, answer in zip(rows, step.rows.starts, sent, back, strict=True):
+                del row[start:]  # rolled back
+                row += [(state, answer[at] if answer is not None else None) for at, state in enumerate(states)]
+        return [_observation(row) for row in rows]
+
+    def run_rows(self) -> list[Observation]:
+        """What was seen of each text of each forward pass."""
+        found = []
+        for number, (forward, returned) in sorted(self.forwards.items()):
+            gradient = self.gradients.get(number)
+            sent = forward.states.float()
+            for part in _parts(forward.rows):
+                found.append(
+                    Observation(
+                        sent[part],
+                        returned[part] if returned is not None else None,
+                        gradient[part] if gradient is not None else None,
+                    )
+                )
+        return found
+
+
+def _parts(rows: Rows) -> list[slice]:
+    parts, first = [], 0
+    for count in rows.counts:
+        parts.append(slice(first, first + count))
+        first += count
+    return parts
+
+
+def _observation(row: list[tuple[Tensor, Tensor | None]]) -> Observation:
+    sent = torch.stack([state for state, _ in row])
+    returned = [answer for _, answer in row if answer is not None]
+    return Observation(sent, torch.stack(returned) if len(returned) == len(row) else None)

@@ -1,0 +1,203 @@
+"""How much of a text an attack has recovered. All scores run from 0 to 1, each text has one of its own."""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+
+from fedsea.audit.attack import Recovery
+from fedsea.errors import UsageError
+
+RESAMPLES = 2000
+_WORD = re.compile(r"\w+|[^\w\s]")
+_NUMBER = re.compile(r"\d[\d.,:/]*\d|\d")
+_NAME = re.compile(r"[^\W\d_]+(?:[-'’][^\W\d_]+)*")
+_TITLE = re.compile(r"\b(Mrs?|Ms|Dr|Prof|St)\.$")
+_SENTENCE_ENDS = set('.!?:\n"“”')
+
+
+@dataclass(frozen=True)
+class Score:
+    """A score over texts.
+
+    Attributes
+    ----------
+    mean
+        Over texts that have the score.
+    low, high
+        95 % interval of the mean, by resampling texts (percentile bootstrap); the mean itself for one text.
+    values
+        Of each text; None where the text has nothing to score (no names and numbers in it).
+    """
+
+    mean: float
+    low: float
+    high: float
+    values: tuple[float | None, ...]
+
+    @classmethod
+    def of(cls, values: Sequence[float | None]) -> Self | None:
+        """The score of texts; None if none of them has one."""
+        known = np.array([value for value in values if value is not None])
+        if not len(known):
+            return None
+        # Seeded: the same report twice has the same intervals.
+        drawn = np.random.default_rng(0).integers(len(known), size=(RESAMPLES, len(known)))
+        low, high = np.quantile(known[drawn].mean(1), [0.025, 0.975])
+        return cls(float(known.mean()), float(low), float(high), tuple(values))
+
+
+def score(
+    truths: Sequence[Sequence[int]],
+    recoveries: Sequence[Recovery],
+    tokenizer: Any = None,
+    masks: Sequence[Sequence[bool]] | None = None,
+) -> dict[str, Score]:
+    """Compare what was recovered with the texts.
+
+    Parameters
+    ----------
+    truths
+        The texts' tokens.
+    recoveries
+        Of each text; a position without a guess is wrong.
+    tokenizer
+        Turns tokens into words. None leaves out what is counted in words.
+    masks
+        Of each text, which positions count: not what everybody knows, such as a chat template. None counts all.
+
+    Returns
+    -------
+    dict
+        `tokens`: share of right tokens. `exact`: whether all are right. With a tokenizer also `rouge1`, `rouge2`,
+        `rougeL`, `bleu4`, and `details` (`details_recall`). A score that no text has is left out.
+
+    Raises
+    ------
+    UsageError
+        If a text and what was recovered of it differ in length, or the package rouge-score is missing.
+    """
+    rows: dict[str, list[float | None]] = {}
+    for place, (truth, recovery) in enumerate(zip(truths, recoveries, strict=True)):
+        mask = masks[place] if masks is not None else [True] * len(truth)
+        if not len(truth) == len(recovery.tokens) == len(mask):
+            raise UsageError(f"a text of {len(truth)} tokens was recovered as {len(recovery.tokens)}")
+        pairs = [(right, guess) for right, guess, counts in zip(truth, recovery.tokens, mask, strict=True) if counts]
+        for name, value in _of_text(pairs, tokenizer).items():
+            rows.setdefault(name, []).append(value)
+    scores = {name: Score.of(values) for name, values in rows.items()}
+    return {name: found for name, found in scores.items() if found is not None}
+
+
+def label_scores(truths: Sequence[Sequence[int]], recoveries: Sequence[Recovery]) -> dict[str, Score]:
+    """Compare what an attack says was learnt with what was.
+
+    Parameters
+    ----------
+    truths
+        Of each text, the tokens where they were learnt, -100 elsewhere; the first position is not counted, as nothing
+        predicts it. Empty where nothing was.
+    recoveries
+        Of each text.
+
+    Returns
+    -------
+    dict
+        `labels`: share of the learnt tokens that are named. `class`: whether all of a text's are, which in a
+        classification names the class. `learnt`: share of positions of which it is rightly said whether a token was
+        learnt there. Empty if the attack says nothing of it.
+    """
+    rows: dict[str, list[float | None]] = {}
+    for truth, recovery in zip(truths, recoveries, strict=True):
+        pairs = list(zip(truth, recovery.labels, strict=True))[1:] if truth and recovery.labels else []
+        hits = [label == guess for label, guess in pairs if label >= 0]
+        rows.setdefault("labels", []).append(sum(hits) / len(hits) if hits else None)
+        rows.setdefault("class", []).append(float(all(hits)) if hits else None)
+        told = [(label >= 0) == (guess is not None) for label, guess in pairs]
+        rows.setdefault("learnt", []).append(sum(told) / len(told) if told else None)
+    scores = {name: Score.of(values) for name, values in rows.items()}
+    return {name: found for name, found in scores.items() if found is not None}
+
+
+def _of_text(pairs: Sequence[tuple[int, int | None]], tokenizer: Any) -> Mapping[str, float | None]:
+    if not pairs:
+        values: dict[str, float | None] = {"tokens": None, "exact": None}
+    else:
+        hits = [right == guess for right, guess in pairs]
+        values = {"tokens": sum(hits) / len(hits), "exact": float(all(hits))}
+    if tokenizer is None:
+        return values
+    truth = tokenizer.decode([right for right, _ in pairs], skip_special_tokens=True)
+    guess = tokenizer.decode([guess for _, guess in pairs if guess is not None], skip_special_tokens=True)
+    if not truth.strip():
+        return values | dict.fromkeys(("rouge1", "rouge2", "rougeL", "bleu4", "details"))
+    return values | rouge(truth, guess) | {"bleu4": bleu4(truth, guess), "details": details_recall(truth, guess)}
+
+
+def rouge(truth: str, guess: str) -> dict[str, float]:
+    """ROUGE-1, ROUGE-2 and ROUGE-L, the F-measure of each, with Porter's stemmer (Lin 2004).
+
+    Raises
+    ------
+    UsageError
+        If the package rouge-score is missing.
+    """
+    try:
+        import rouge_score  # noqa: F401
+    except ImportError:
+        raise UsageError("ROUGE needs a package that is not installed here: pip install rouge-score") from None
+    from fedsea.tasks import metrics
+
+    return metrics.rouge([truth], [guess])
+
+
+def bleu4(truth: str, guess: str) -> float:
+    """BLEU-4 of one text (Papineni et al. 2002), of words and punctuation marks as they are written.
+
+    One text often has no four words in a row that are right, which would make the product 0: counts of two and more
+    words get one added, above and below the line (Lin and Och 2004, BLEU+1).
+    """
+    right, words = _WORD.findall(truth), _WORD.findall(guess)
+    logs = []
+    for size in range(1, 5):
+        wanted, given = _grams(right, size), _grams(words, size)
+        hits, total = sum((wanted & given).values()), max(1, sum(given.values()))
+        if size > 1:
+            hits, total = hits + 1, total + 1
+        if not hits:
+            return 0.0
+        logs.append(math.log(hits / total))
+    brevity = min(0.0, 1 - len(right) / len(words))
+    return math.exp(brevity + sum(logs) / 4)
+
+
+def details(text: str) -> Counter[str]:
+    """Names and numbers in a text: numbers, and words with a capital that no sentence begins with."""
+    found = Counter(_NUMBER.findall(text))
+    for match in _NAME.finditer(text):
+        before = text[: match.start()].rstrip(" \t'‘(")
+        word = match[0]
+        begins = not before or (before[-1] in _SENTENCE_ENDS and not _TITLE.search(before))
+        if word[0].isupper() and word != "I" and not begins:
+            found[word] += 1
+    return found
+
+
+def details_recall(truth: str, guess: str) -> float | None:
+    """Share of a text's names and numbers that stand in what was recovered, as often; None if it has none.
+
+    Where in it they stand makes no difference.
+    """
+    wanted = details(truth)
+    if not wanted:
+        return None
+    given = Counter(_NUMBER.findall(guess)) + Counter(_NAME.findall(guess))
+    return sum((wanted & given).values()) / sum(wanted.values())
+
+
+def _grams(words: Sequence[str], size: int) -> Counter[tuple[str, ...]]:
+    return Counter(tuple(words[at : at + size]) for at in range(len(words) - size + 1))

@@ -1,0 +1,90 @@
+"""What protection costs: how much worse a model does on the same texts or task."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedsea.partition import LIFT, PROJECT, Partition
+from fedsea.parts.cut_files import read_cut
+from fedsea.parts.narrow import project
+from fedsea.privacy import Noise
+from fedsea.training.export import whole_with_adapter
+
+
+@torch.inference_mode()
+def text_loss(model: Any, text: Sequence[int]) -> tuple[float, int]:
+    """Sum of a causal model's cross entropies, nats, of a text's tokens but the first; and how many they are."""
+    ids = torch.tensor([list(text)], device=model.device)
+    logits = model(ids, use_cache=False).logits[0, :-1].float()
+    return float(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum")), len(text) - 1
+
+
+@contextmanager
+def adapted_model(model: Any, adapter: Path | None) -> Iterator[Any]:
+    """Within the block, a whole model with a PEFT adapter on it; the model itself if there is none."""
+    if adapter is None:
+        yield model
+        return
+    adapted = whole_with_adapter(model, adapter)
+    try:
+        yield adapted
+    finally:
+        adapted.unload()
+
+
+@contextmanager
+def protected_model(
+    model: Any, partition: Partition, noise: Noise, wire_dtype: torch.dtype, adapter: Path | None = None
+) -> Iterator[Any]:
+    """Within the block, a whole model computes as if its middle had been sent what the mechanism lets out.
+
+    What a split model computes through a block server, without one: after the input blocks each token's state goes
+    through the mechanism, with draws, and is rounded as on the wire.
+
+    Parameters
+    ----------
+    model
+        A whole causal language model of transformers, PEFT's adapters on it or not.
+    partition
+        Where it is cut.
+    noise
+        The mechanism, calibrated.
+    wire_dtype
+        What states are rounded to, at both cuts.
+    adapter
+        Whose narrow cut states go through, if it has one.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    layers = base.model.layers
+    middle = partition.middle(len(layers))
+    cut = read_cut(adapter) if adapter is not None else None
+    down, up = (cut[1][name] for name in (PROJECT, LIFT)) if cut is not None else (None, None)
+
+    def leave(_module: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden: Tensor = arguments[0]
+        states = hidden.flatten(0, -2) if down is None else project(hidden.flatten(0, -2), down)
+        sent = noise.apply(states, lambda: torch.randn(states.shape, generator=generator)).to(wire_dtype)
+        back = sent.to(hidden.dtype) if up is None else project(sent.to(hidden.dtype), up)
+        return (back.view_as(hidden), *arguments[1:])
+
+    def come_back(_module: Any, _arguments: Any, output: Any) -> Any:
+        states = output[0] if isinstance(output, tuple) else output
+        rounded = states.to(wire_dtype).to(states.dtype)
+        return (rounded, *output[1:]) if isinstance(output, tuple) else rounded
+
+    generator = torch.Generator().manual_seed(0)  # the same twice: only what it costs is measured, nothing leaves
+    hooks = []
+    if middle:
+        hooks = [
+            layers[middle.start].register_forward_pre_hook(leave),
+            layers[middle.stop - 1].register_forward_hook(come_back),
+        ]
+    try:
+        yield model
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,24 @@
+"""`fedsea bench privacy`: what a provider reads, what nobody can read, and what it costs, line by line."""
+
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from fedsea.bench.privacy_bound import bound_holds
+from fedsea.bench.privacy_partition import partition_study
+from fedsea.bench.privacy_search import search_reads, search_speed
+from fedsea.bench.results import Report
+from fedsea.bench.topics import Topics, run_topics
+from fedsea.bench.workbench import Settings
+
+TOPICS: Topics = {
+    "search": search_reads,
+    "speed": search_speed,
+    "bound": bound_holds,
+    "partition": partition_study,
+}
+
+
+def run(settings: Settings, console: Console, only: Sequence[str] = ()) -> Report:
+    """Measure and print all topics, or `only` some; parameters and errors are those of `run_topics`."""
+    return run_topics(TOPICS, settings, console, only)

@@ -1,0 +1,201 @@
+"""`fedsea calibrate`: the mechanism and the strength that keep an attack below a target."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fedsea.cli.options import AsJson, Model, Threads, WireDtype, prepare_torch, spread
+from fedsea.cli.progress import progress_bar
+from fedsea.errors import UsageError
+from fedsea.partition import Partition
+
+if TYPE_CHECKING:  # --help needs no torch
+    from fedsea.audit.calibrate import Calibration, Outcome, TaskData, Trial
+
+WIDTH = 120  # where there is no terminal
+
+
+@dataclasses.dataclass(frozen=True)
+class AttackedTexts:
+    """Which texts the attack is made on."""
+
+    audit_data: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Texts to attack: a line each, or a .jsonl with the column text.",
+            show_default="a few made-up ones",
+        ),
+    ] = None
+    texts: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="The first N texts only.", show_default="all")
+    ] = None
+    tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens of each text at most.")] = 64
+    answer_tokens: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Tokens of an answer to each text, attacked as well.")
+    ] = 0
+    looks: Annotated[
+        int, typer.Option(min=1, metavar="N", help="How often each text is sent, each time with fresh noise.")
+    ] = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class CostOptions:
+    """What the cost in utility is measured on."""
+
+    task: Annotated[
+        str | None,
+        typer.Option(metavar="TASK", help="A task, as for fedsea evaluate.", show_default="loss on the attacked texts"),
+    ] = None
+    data: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Its data: a file, a folder with its splits, or hub:NAME.")
+    ] = None
+    limit: Annotated[int, typer.Option(min=1, metavar="N", help="The first N examples of its validation split.")] = 64
+
+    def read(self, model: str) -> "TaskData | None":
+        """The task's examples; None if there is no task.
+
+        Raises
+        ------
+        FedSEAError
+            If a task or its data is missing, or cannot be read.
+        """
+        if (self.task is None) != (self.data is None):
+            raise UsageError("give --task TASK and --data PATH, both or neither")
+        if self.task is None or self.data is None:
+            return None
+        from fedsea.audit.calibrate import TaskData
+        from fedsea.checkpoints import load_tokenizer
+        from fedsea.tasks import get_task
+
+        task = get_task(self.task)
+        return TaskData(task, task.read(self.data, "validation")[: self.limit], load_tokenizer(model))
+
+
+@spread
+def calibrate(
+    model: Model,
+    attacked: AttackedTexts,
+    costs: CostOptions,
+    max_recovery: Annotated[
+        float, typer.Option(metavar="SHARE", help="The largest share of tokens that may be read, as 0.05.")
+    ],
+    attack: Annotated[
+        str, typer.Option(metavar="NAME", help="The attack to hold off, as for fedsea audit.")
+    ] = "search",
+    mechanism_family: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TEXT",
+            help="A mechanism whose strength is to be found, as relative-clipped-gaussian:clip=0.5; several times to "
+            "compare.",
+            show_default="relative, relative-clipped-gaussian",
+        ),
+    ] = None,
+    input_layers: Annotated[int, typer.Option(min=0, help="Decoder layers at the client, after the embedding.")] = 1,
+    output_layers: Annotated[int, typer.Option(min=0, help="Decoder layers at the client, before the head.")] = 1,
+    adapter: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="A PEFT adapter that the client runs with; attackers have none.")
+    ] = None,
+    wire_dtype: WireDtype = None,
+    precision: Annotated[float, typer.Option(help="Strengths whose ratio is below 1 + this are not told apart.")] = 0.1,
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Find the --mechanism under which an attack reads no more of MODEL's texts than a target, at the least cost."""
+    from fedsea.privacy.strength import parse_family
+
+    chosen = [parse_family(one) for one in mechanism_family or ("relative", "relative-clipped-gaussian")]
+    data = costs.read(model)
+    prepare_torch("cpu", threads)
+    from fedsea.audit.audit import Plan
+    from fedsea.audit.calibrate import Goal
+    from fedsea.audit.calibrate import calibrate as search
+    from fedsea.audit.samples import SAMPLES, read_texts
+
+    goal = Goal(max_recovery, attack, precision)
+    plan = Plan(
+        model=model,
+        texts=(list(SAMPLES) if attacked.audit_data is None else read_texts(attacked.audit_data))[: attacked.texts],
+        partition=Partition(input_layers, output_layers),
+        wire_dtype=wire_dtype,
+        tokens=attacked.tokens,
+        answer=attacked.answer_tokens,
+        looks=attacked.looks,
+        attacks=(attack,),
+        adapter=adapter,
+    )
+    with progress_bar() as progress:
+        found = search(plan, goal, chosen, data, progress=progress, on_trial=lambda one: _tell(one, attack))
+    if as_json:
+        print(json.dumps(_as_json(found), ensure_ascii=False))
+    else:
+        _show(found, costs.task)
+    if found.best is None:
+        raise typer.Exit(1)
+
+
+def _tell(trial: "Trial", attack: str) -> None:
+    from fedsea.audit.audit import share
+
+    got = trial.recovery
+    loss = "" if trial.loss is None else f", loss {trial.loss:.2f}"
+    between = f"{share(got.low)} … {share(got.high)}"
+    print(f"{trial.mechanism}: {attack} reads {share(got.mean)} ({between}){loss}", file=sys.stderr, flush=True)
+
+
+def _as_json(found: "Calibration") -> dict[str, Any]:
+    from fedsea.audit.audit import finite
+
+    best = found.best
+    mechanism = None if best is None or best.found is None else best.found.mechanism
+    whole: dict[str, Any] = finite({"mechanism": mechanism, **dataclasses.asdict(found)})
+    return whole
+
+
+def _show(found: "Calibration", task: str | None) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from fedsea.audit.audit import share
+
+    table = Table(box=None, pad_edge=False)
+    names = [name for name in found.unprotected_metrics if name != "perplexity"]  # the answer loss says it as well
+    for name in ["mechanism", f"{found.goal.attack} reads", "any, at most", *(names or ["loss"])]:
+        table.add_column(name, justify="left" if name == "mechanism" else "right", no_wrap=True)
+    for outcome in found.outcomes:
+        trial = outcome.found
+        if trial is None:
+            continue
+        got, bound = trial.recovery, trial.any_attacker
+        shown = [f"{share(got.mean)} (to {share(got.high)})", "–" if bound is None else share(bound)]
+        table.add_row(trial.mechanism, *shown, *_figures(names, outcome.metrics, outcome.cost))
+    table.add_row("none", "", "", *_figures(names, found.unprotected_metrics, found.unprotected), style="dim")
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = WIDTH
+    console.print(table)
+    where = "the attacked texts" if task is None else f"{task}'s right answers"
+    console.print(f"\nLoss in nats a token, on {where}. “any, at most” is an estimate for any attacker.", style="dim")
+    for outcome in found.outcomes:
+        if outcome.found is None:
+            console.print(f"Not reachable: {outcome.reason}.", markup=False, soft_wrap=True)
+    _conclude(found.best, found)
+
+
+def _conclude(best: "Outcome | None", found: "Calibration") -> None:
+    target = f"at most {100 * found.goal.max_recovery:g} % read by {found.goal.attack}"
+    if best is None or best.found is None:
+        print(f"\n{target}: not reachable with these mechanisms.")
+    else:
+        print(f"\n{target}, at the least loss of these:\n--mechanism {best.found.mechanism}")
+
+
+def _figures(names: list[str], metrics: dict[str, float], cost: float | None) -> list[str]:
+    if metrics:
+        return [f"{metrics[name]:.3f}" for name in names]
+    return ["–" if cost is None else f"{cost:.2f}"]

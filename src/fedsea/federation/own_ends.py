@@ -1,0 +1,88 @@
+"""The adapter of a data owner's own input and output blocks, where a federation leaves it with its owner.
+
+With `private-ends` the coordinator never gets it: only the middle is averaged. It is kept in a file, one for each
+federation and data owner, between rounds and afterwards. `fedsea export-adapter ADAPTER OUT --ends FILE` puts it into
+the federation's adapter, whose own ends are as they were at the start.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fedsea.errors import UsageError
+
+OF = "federation"
+
+
+class OwnEnds:
+    """A file with a data owner's own ends.
+
+    Parameters
+    ----------
+    path
+        Of the file; made with its folder when there is something to keep.
+    federation
+        Name of the federation that they belong to.
+    """
+
+    def __init__(self, path: Path, federation: str) -> None:
+        self.path, self._federation = path, federation
+
+    def load(self) -> dict[str, Tensor] | None:
+        """The weights by names of the whole model; None if there is no file yet.
+
+        Raises
+        ------
+        UsageError
+            If the file is of another federation, or cannot be read.
+        """
+        if not self.path.is_file():
+            return None
+        weights, federation = read_ends(self.path)
+        if federation != self._federation:
+            raise UsageError(
+                f"{self.path} has the ends of the federation {federation!r}, this one is {self._federation!r}: "
+                "move the file away to start anew"
+            )
+        return weights
+
+    def save(self, weights: Mapping[str, Tensor]) -> None:
+        """Keep the weights, in place of those that were kept.
+
+        Raises
+        ------
+        UsageError
+            If the file cannot be written. The old one stays.
+        """
+        partial = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            tensors = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
+            save_file(tensors, partial, metadata={OF: self._federation})
+            partial.replace(self.path)
+        except (OSError, SafetensorError) as error:
+            partial.unlink(missing_ok=True)
+            raise UsageError(f"cannot keep your own adapter in {self.path}: {error}") from None
+
+
+def read_ends(path: Path) -> tuple[dict[str, Tensor], str]:
+    """The weights of a file of own ends, by names of the whole model, and the federation that they belong to.
+
+    Raises
+    ------
+    UsageError
+        If there is none, or it cannot be read.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            federation = (file.metadata() or {}).get(OF)
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"the ends in {path} cannot be read: {error}") from None
+    if federation is None:
+        raise UsageError(f"{path} holds no data owner's ends of a federation")
+    return weights, federation

@@ -1,0 +1,97 @@
+"""A narrow cut: few numbers of each state leave, and the middle blocks go on from what can be made of them."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from fedsea.errors import ModelMismatchError, UsageError
+from fedsea.privacy.compose import Chain
+from fedsea.privacy.mechanism import Channel, Noise
+
+
+@dataclass(frozen=True)
+class NarrowCut(Noise):
+    """`h_A` projected to `rank` numbers by a learned map, before anything else; the block server lifts it again.
+
+    The map has weights, which are trained with the adapter and are the model's (`fedsea.parts.narrow`): states come
+    here projected. In a chain it comes first, and what follows works on what is left.
+
+    Raises
+    ------
+    UsageError
+        If `rank` is not a whole number, 1 or more.
+    """
+
+    name: ClassVar[str] = "narrow-cut"
+    adds_noise = False
+    rank: int
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.rank) and self.rank >= 1 and self.rank == int(self.rank)):
+            raise UsageError(f"the rank of a narrow cut must be a whole number, 1 or more; got {self.rank}")
+        object.__setattr__(self, "rank", int(self.rank))
+
+    @property
+    def width(self) -> int:
+        """The rank."""
+        return self.rank
+
+    @property
+    def alters(self) -> bool:
+        """Always."""
+        return True
+
+    @property
+    def channel(self) -> Channel:
+        """Nothing bounds the states, and there is no noise."""
+        return Channel(math.inf, 0.0, self.rank)
+
+    def apply(self, hidden: Tensor, normals: Callable[[], Tensor]) -> Tensor:
+        """The projected states as they are; nothing is drawn.
+
+        Raises
+        ------
+        UsageError
+            If they are not projected.
+        """
+        if hidden.shape[1] != self.rank:
+            raise UsageError(
+                f"{self} protects states of {self.rank} numbers; project them first, they have {hidden.shape[1]}"
+            )
+        return hidden
+
+
+def taken_up(asked: Noise, own: Noise, source: object) -> Noise:
+    """How states are to be protected by a model that takes up an adapter with a narrow cut.
+
+    Nothing that somebody has asked for is dropped: a mechanism of the user's is done on what the cut leaves; who names
+    none gets the one that the adapter was trained with, its noise included. To go without, a user names the cut alone.
+
+    Parameters
+    ----------
+    asked
+        The user's.
+    own
+        The adapter's.
+    source
+        Where the adapter is, for messages.
+
+    Raises
+    ------
+    ModelMismatchError
+        If the user names a cut of another rank.
+    """
+    assert own.width is not None
+    if asked.width is not None:
+        if asked.width != own.width:
+            raise ModelMismatchError(
+                f"the adapter in {source} has a narrow cut of rank {own.width}, the mechanism asks for rank "
+                f"{asked.width}; leave narrow-cut out, or write narrow-cut:rank={own.width}"
+            )
+        return asked
+    if not asked.alters:
+        return own
+    return Chain((NarrowCut(own.width), *(asked.parts if isinstance(asked, Chain) else (asked,))))

@@ -1,0 +1,38 @@
+"""Which configurations are known to leak, so that nobody uses them without having been told."""
+
+from collections.abc import Callable
+
+from fedsea.partition import Partition
+from fedsea.privacy.mechanism import Magnitude, Noise
+
+# Measured on SmolLM2-135M (docs/trust.md): a search still names about half of the tokens at this multiple of the mean
+# |h_A|. What a search can tell apart grows with the square root of a state's size, and so does this.
+WEAK_LEVEL, WEAK_SIZE = 10.0, 576
+
+
+def leak_warning(noise: Noise, partition: Partition, hidden_size: int, measure: Callable[[], Magnitude]) -> str | None:
+    """Why a configuration is known to let the provider read the text; None if it is not.
+
+    None says nothing in its favour: `fedsea audit` measures what is read.
+
+    Parameters
+    ----------
+    noise
+        The mechanism, calibrated.
+    partition
+        Where the model is cut.
+    hidden_size
+        Numbers in a state.
+    measure
+        Measures the model's states (`measure_magnitude`); called only where there is noise.
+    """
+    channel = noise.channel
+    if channel.std == 0:
+        return "without noise, whoever runs the middle and knows the public weights can read this text"
+    if partition.input_layers == 0:
+        return "with no input layer each state is one token's own, and is looked up in the public embedding"
+    magnitude = measure()
+    level = channel.std / (magnitude * min(1.0, channel.clip / magnitude.norm))
+    if level < WEAK_LEVEL * (hidden_size / WEAK_SIZE) ** 0.5:
+        return f"noise of {level:.3g} x the mean |h_A| is weak: a search with the public weights is likely to read much"
+    return None

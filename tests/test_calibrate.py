@@ -1,0 +1,144 @@
+"""`fedsea calibrate`: the weakest mechanism that meets a target, or why there is none."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedsea.audit.audit import Plan
+from fedsea.audit.calibrate import Goal, TaskData, calibrate, weakest
+from fedsea.audit.utility import protected_model
+from fedsea.checkpoints import load_tokenizer, load_whole_model
+from fedsea.cli import run as command
+from fedsea.errors import UsageError
+from fedsea.partition import Partition
+from fedsea.privacy import ClippedGaussianNoise, GaussianNoise, RelativeClippedGaussianNoise, parse_mechanism
+from fedsea.privacy.strength import is_relative, parse_family, with_strength
+from fedsea.tasks import evaluate, get_task
+
+TEXTS = ("The clinic sends Mr. Adeyemi home on 14 May.", "His account at Norwick Bank holds $12,400.")
+
+
+@pytest.mark.parametrize("threshold", [0.3, 1.0, 7.9, 8.0, 8.1, 100.0, 511.0])
+def test_the_weakest_is_found_from_either_side(threshold: float) -> None:
+    tried: list[float] = []
+
+    def meets(strength: float) -> bool:
+        tried.append(strength)
+        return strength >= threshold
+
+    found = weakest(meets, start=8.0, least=0.1, most=512.0, precision=0.1)
+    assert found is not None
+    assert threshold <= found < threshold * 1.12
+    assert found in tried
+    assert len(tried) <= 12
+    assert len(set(tried)) == len(tried)
+
+
+def test_the_weakest_of_what_always_or_never_holds() -> None:
+    assert weakest(lambda _: False, start=8.0, least=0.1, most=512.0, precision=0.1) is None
+    assert weakest(lambda _: True, start=8.0, least=0.125, most=512.0, precision=0.1) == 0.125
+
+
+def test_a_family_is_a_mechanism_with_its_strength_left_out() -> None:
+    assert with_strength(parse_family("relative-clipped-gaussian"), 3.0) == RelativeClippedGaussianNoise(1.0, 3.0)
+    assert with_strength(parse_family("clipped-gaussian:clip=2,std=7"), 3.0) == ClippedGaussianNoise(2.0, 3.0)
+    assert with_strength(parse_family("gaussian"), 0.0) == GaussianNoise(0.0)
+    chain = with_strength(parse_family("relative-clip:norm=0.5+relative"), 4.0)
+    assert str(chain) == "relative-clip:norm=0.5+relative:level=4.0"
+    assert is_relative(chain)
+    assert not is_relative(parse_family("clip:norm=1e+1+gaussian"))
+    for text, says in (("clip:norm=3", "adds no noise"), ("clap", "no mechanism 'clap'"), ("clip+relative", "norm")):
+        with pytest.raises(UsageError, match=says):
+            parse_family(text)
+
+
+def test_a_target_is_met_by_the_weakest_and_the_cheapest_wins(small: str) -> None:
+    """The target is measured, so what is found meets it in the very trial that is reported."""
+    plan = Plan(small, TEXTS, Partition(0, 1), tokens=8)
+    families = [parse_family("relative"), parse_family("gaussian")]
+    found = calibrate(plan, Goal(0.4, precision=0.5), families)
+    for outcome in found.outcomes:
+        assert outcome.found is not None
+        assert outcome.found.recovery.high <= 0.4
+        strengths = {trial.mechanism: trial.recovery.high <= 0.4 for trial in outcome.trials}
+        assert set(strengths.values()) == {True, False}
+        assert outcome.cost == outcome.found.loss
+        parse_mechanism(outcome.found.mechanism)
+    assert found.best is not None
+    assert found.best.cost == min(outcome.cost for outcome in found.outcomes if outcome.cost is not None)
+    assert found.unprotected is not None
+
+
+def test_noise_does_not_hide_an_answer_from_public_output_blocks(
+    small: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "texts.txt"
+    data.write_text(TEXTS[0])
+    options = [
+        "--attack",
+        "read-out",
+        "--answer-tokens",
+        "3",
+        "--tokens",
+        "6",
+        "--mechanism-family",
+        "relative",
+        "--input-layers",
+        "0",
+    ]
+    arguments = ["calibrate", small, "--max-recovery", "0.1", "--audit-data", str(data), *options, "--threads", "1"]
+    assert command([*arguments, "--json"]) == 1
+    said = json.loads(capsys.readouterr().out)
+    assert said["mechanism"] is None
+    assert "computes h_B itself" in said["outcomes"][0]["reason"]
+    assert all(trial["recovery"]["mean"] == 1.0 for trial in said["outcomes"][0]["trials"])
+
+
+def test_the_cost_is_the_tasks_loss_behind_the_mechanism(
+    small: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts, data = tmp_path / "texts.txt", tmp_path / "val.jsonl"
+    texts.write_text(TEXTS[1])
+    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    options = [
+        "--tokens",
+        "8",
+        "--input-layers",
+        "0",
+        "--mechanism-family",
+        "relative",
+        "--precision",
+        "3",
+        "--threads",
+        "1",
+    ]
+    task = ["--task", "text", "--data", str(data), "--audit-data", str(texts)]
+    assert command(["calibrate", small, "--max-recovery", "0.6", *task, *options]) == 0
+    printed = capsys.readouterr()
+    *_, line = printed.out.splitlines()
+    option, mechanism = line.split()
+    assert option == "--mechanism"
+    parse_mechanism(mechanism)
+    assert f"{mechanism}: search reads" in printed.err
+    assert "answer_loss" in printed.out
+    with pytest.raises(UsageError, match="above 0 and below 1"):
+        Goal(1.0)
+
+
+def test_a_whole_model_behind_a_mechanism_is_scored_with_the_same_noise_twice(small: str, tmp_path: Path) -> None:
+    file = tmp_path / "val.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    task = get_task("text")
+    data = TaskData(task, task.read(str(file), "validation"), load_tokenizer(small))
+    whole = load_whole_model(small, dtype=torch.float32, device="cpu")
+
+    def loss(noise: GaussianNoise | None) -> float:
+        if noise is None:
+            return evaluate(whole, data.tokenizer, task, data.examples).metrics["answer_loss"]
+        with protected_model(whole, Partition(1, 1), noise, torch.float16) as model:
+            return evaluate(model, data.tokenizer, task, data.examples).metrics["answer_loss"]
+
+    assert loss(GaussianNoise(2.0)) == loss(GaussianNoise(2.0)) != loss(None)
+    assert loss(GaussianNoise(0.0)) == pytest.approx(loss(None), rel=1e-3)
