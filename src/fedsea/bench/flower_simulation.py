@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -22,6 +22,8 @@ TOOLS = Path(sys.executable).parent
 START_SECONDS = 60.0
 RUN_SECONDS = 3600.0
 LOOK_SECONDS = 0.5
+RAY_ATTEMPTS = 3
+RAY_DID_NOT_START = "in init_ray"  # in the traceback of a simulation that ends before it begins
 
 
 def require_ray() -> None:
@@ -130,6 +132,17 @@ class SimulationLink:
             "--federation-config",
             simulated,
         ]
+        for attempt in range(RAY_ATTEMPTS):
+            failed, text = self._run_once(command, on_look)
+            # Ray's own processes now and then die as they start, long before a client has trained.
+            if not failed or RAY_DID_NOT_START not in text or attempt == RAY_ATTEMPTS - 1:
+                break
+            print("fedsea: Ray did not start; once more", file=sys.stderr)
+        if failed:
+            raise FedSEAError(f"the simulated federation did not end well: {' '.join(text.split())[-600:]}")
+
+    def _run_once(self, command: Sequence[str | Path], on_look: Callable[[], None]) -> tuple[bool, str]:
+        """Whether the run failed, and all that it said."""
         said = Path(self._folder.name) / "run.log"
         with said.open("wb") as log:
             run = subprocess.Popen(command, env=self._environment, stdout=log, stderr=log)
@@ -140,8 +153,7 @@ class SimulationLink:
             on_look()
             time.sleep(LOOK_SECONDS)
         text = said.read_text(errors="replace")
-        if run.returncode != 0 or "the adapter is in" not in text:
-            raise FedSEAError(f"the simulated federation did not end well: {' '.join(text.split())[-600:]}")
+        return run.returncode != 0 or "the adapter is in" not in text, text
 
     def close(self) -> None:
         """End it and what it has started. Safe to call twice."""
