@@ -18,11 +18,12 @@ import torch
 
 from fedsea import SplitModelForCausalLM
 from fedsea.bench.link import Link
-from fedsea.errors import LimitExceededError, UsageError
+from fedsea.errors import LimitExceededError, ProtocolError, UsageError
 from fedsea.server.limits import Limits
 from fedsea.wire.frames import Kind, Message, encode
 from tests.conftest import RunningServer, connect
 from tests.raw_stream import RawStream, assert_same_tokens, eventually, prompt, step
+from tests.split_training import adapted
 
 
 class Child:
@@ -203,6 +204,19 @@ def test_models_that_come_and_go_leave_no_threads_and_no_connections(server: Run
         assert eventually(lambda: threads_of_grpc() == 0)
         assert eventually(lambda: link.connections == 0)
     assert eventually(lambda: is_empty(server))
+
+
+def test_a_refused_model_that_the_servers_own_thread_collects_stops_nobody(server: RunningServer) -> None:
+    """In one process, the garbage collector may close a model in the thread that would have to answer it."""
+    model = adapted(server)
+    assert model._run is not None
+    with pytest.raises(ProtocolError, match="has no weight 'nothing'"):
+        model._run.load({"adapter/nothing": torch.zeros(1)})
+    model.cycle = model
+    del model
+    server._loop.call_soon_threadsafe(gc.collect)
+    with connect(server, reconnect_seconds=5.0) as another:
+        another.generate(prompt(), max_new_tokens=2)
 
 
 def test_a_forked_process_is_told_that_it_cannot_use_the_model(server: RunningServer) -> None:

@@ -261,6 +261,14 @@ class RunChannel:
             # The server is there and has the run: whoever waits for it there should not wait in vain.
             with contextlib.suppress(ConnectionLost, FedSEAError):
                 self._connect(begin=False)
+        self.abandon(end=end)
+
+    def abandon(self, *, end: bool) -> None:
+        """As `close`, but waits for nothing and connects nowhere: any thread may call it, in the middle of anything.
+
+        The garbage collector does, and may have stopped the very thread that would have to answer.
+        """
+        self._closed = True
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.close(Message(Kind.CLOSE, {}) if end else None)

@@ -192,7 +192,7 @@ class TrainingMixin(NarrowMixin):
         # Nobody may close the model: the server should hear of its end all the same.
         if self._goodbye is not None:
             self._goodbye.detach()
-        self._goodbye = weakref.finalize(self, channel.close, end=not self._run_named)
+        self._goodbye = weakref.finalize(self, channel.abandon, end=not self._run_named)
 
     # A federated round
 
