@@ -1,10 +1,13 @@
 """Scores of what an attack recovers: against cases computed by hand, and nltk's BLEU."""
 
+import json
+
 import pytest
 from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 
 from fedsea.audit.attack import Recovery
 from fedsea.audit.scores import Score, bleu4, details, details_recall, rouge, score
+from fedsea.audit.similarity import INSTALL, embedder_folder, similarity
 from fedsea.checkpoints import load_tokenizer
 from fedsea.errors import UsageError
 
@@ -73,11 +76,32 @@ def test_names_and_numbers_are_found_where_they_say_something() -> None:
     assert details_recall("saw Emil and Emil", "Emil") == 0.5
 
 
+def test_similarity_is_of_meaning_and_pooled_as_its_model_says() -> None:
+    folder = embedder_folder()
+    assert folder is not None, INSTALL
+    pooling = json.loads((folder / "1_Pooling" / "config.json").read_text())
+    assert [name for name, chosen in pooling.items() if chosen is True] == ["pooling_mode_mean_tokens"]
+    text = "The patient has had pain in her left arm since Monday."
+    again = similarity(text, "For some days the woman's arm has been hurting on the left side.")
+    other = similarity(text, "A fee was charged twice on the account, and the bank returned it.")
+    assert again is not None
+    assert other is not None
+    assert (similarity(text, text), similarity(text, " ")) == (pytest.approx(1.0), 0.0)
+    assert again > 0.5 > 0.3 > other
+
+
+def test_without_the_embedding_model_there_is_no_such_score(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedsea.audit.similarity.MODULE", "no_such_package")
+    tokenizer = load_tokenizer("smollm2-135m")
+    text = tokenizer("The branch in Bern.").input_ids
+    assert "similarity" not in score([text], [Recovery(tuple(text))], tokenizer)
+
+
 def test_words_are_counted_with_a_tokenizer() -> None:
     tokenizer = load_tokenizer("smollm2-135m")
     text = tokenizer("The branch in Bern returned 45 francs to Ilse.").input_ids
     right, nothing = (score([text], [Recovery(tuple(guess))], tokenizer) for guess in (text, [None] * len(text)))
     assert {name: value.mean for name, value in right.items()} == dict.fromkeys(
-        ("tokens", "exact", "rouge1", "rouge2", "rougeL", "bleu4", "details"), 1.0
+        ("tokens", "exact", "rouge1", "rouge2", "rougeL", "bleu4", "details", "similarity"), pytest.approx(1.0)
     )
     assert {name: value.mean for name, value in nothing.items()} == dict.fromkeys(right, 0.0)

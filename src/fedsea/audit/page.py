@@ -26,6 +26,7 @@ WORDS = {
     "rougeL": "ROUGE-L",
     "bleu4": "BLEU-4",
     "details": "names, numbers",
+    "similarity": "similar in meaning",
 }
 
 

@@ -10,6 +10,7 @@ from typing import Any, Self
 import numpy as np
 
 from fedsea.audit.attack import Recovery
+from fedsea.audit.similarity import similarity
 from fedsea.errors import UsageError
 
 RESAMPLES = 2000
@@ -74,7 +75,8 @@ def score(
     -------
     dict
         `tokens`: share of right tokens. `exact`: whether all are right. With a tokenizer also `rouge1`, `rouge2`,
-        `rougeL`, `bleu4`, and `details` (`details_recall`). A score that no text has is left out.
+        `rougeL`, `bleu4`, `details` (`details_recall`), and `similarity` of sentence embeddings, if the package with
+        the embedding model is installed. A score that no text has is left out.
 
     Raises
     ------
@@ -134,8 +136,14 @@ def _of_text(pairs: Sequence[tuple[int, int | None]], tokenizer: Any) -> Mapping
     truth = tokenizer.decode([right for right, _ in pairs], skip_special_tokens=True)
     guess = tokenizer.decode([guess for _, guess in pairs if guess is not None], skip_special_tokens=True)
     if not truth.strip():
-        return values | dict.fromkeys(("rouge1", "rouge2", "rougeL", "bleu4", "details"))
-    return values | rouge(truth, guess) | {"bleu4": bleu4(truth, guess), "details": details_recall(truth, guess)}
+        return values | dict.fromkeys(("rouge1", "rouge2", "rougeL", "bleu4", "details", "similarity"))
+    return {
+        **values,
+        **rouge(truth, guess),
+        "bleu4": bleu4(truth, guess),
+        "details": details_recall(truth, guess),
+        "similarity": similarity(truth, guess),
+    }
 
 
 def rouge(truth: str, guess: str) -> dict[str, float]:

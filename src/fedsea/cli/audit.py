@@ -216,7 +216,7 @@ def _show(report: "Report") -> None:
     answered, learnt = any(report.answers), any(finding.labels for finding in report.findings)
     table = Table(box=None, pad_edge=False)
     table.add_column("attack")
-    columns = ["tokens", "95 %", "exact texts", "ROUGE-L", "BLEU-4", "names, numbers"]
+    columns = ["tokens", "95 %", "exact texts", "ROUGE-L", "BLEU-4", "names, numbers", "meaning"]
     more = [*(["answer's tokens"] if answered else []), *(["learnt tokens"] if learnt else [])]
     for name in [*columns, *more, "s/token"]:
         table.add_column(name, justify="right")
@@ -289,7 +289,8 @@ def _line(text: str) -> str:
 def _cells(scores: "dict[str, Score]") -> list[str]:
     tokens = scores.get("tokens")
     spread_of = "–" if tokens is None else f"{tokens.low:.2f} … {tokens.high:.2f}"
-    return [_cell(tokens), spread_of, *(_cell(scores.get(name)) for name in ("exact", "rougeL", "bleu4", "details"))]
+    others = ("exact", "rougeL", "bleu4", "details", "similarity")
+    return [_cell(tokens), spread_of, *(_cell(scores.get(name)) for name in others)]
 
 
 def _cell(value: "Score | None") -> str:
