@@ -174,13 +174,18 @@ def _federated(bench: Workbench, task: Task, data: Path, size: Size, mode: str) 
             "insecure": True,
             "data": str(data),
             "output": folder,
-            "straggler-seconds": 300.0,
+            "join-seconds": 600.0,  # nobody is to be left out for being slow: that is not what is compared
+            "straggler-seconds": 600.0,
         }
         link.run(settings, actors=CLIENTS)
         reports = read_status(Path(folder)).reports
-    missing = [report["round"] for report in reports if len(report.get("evaluation", {}).get("clients", ())) < CLIENTS]
-    if missing or len(reports) < size.rounds:
-        raise FedSEAError(f"not all clients have evaluated in round {missing[0] if missing else len(reports) + 1}")
+    for report in reports:
+        evaluation = report.get("evaluation", {})
+        if len(evaluation.get("clients", ())) < CLIENTS:
+            why = "; ".join(f"{name}: {reason}" for name, reason in evaluation.get("dropped", {}).items())
+            raise FedSEAError(f"not all clients have evaluated in round {report['round']}: {why or 'not evaluated'}")
+    if len(reports) < size.rounds:
+        raise FedSEAError(f"only {len(reports)} of {size.rounds} rounds were done")
     return [(report["round"], report["evaluation"]["metrics"]) for report in reports]
 
 
