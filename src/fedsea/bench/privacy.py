@@ -7,6 +7,7 @@ from rich.console import Console
 from fedsea.bench.privacy_bound import bound_holds
 from fedsea.bench.privacy_partition import partition_study
 from fedsea.bench.privacy_search import search_reads, search_speed
+from fedsea.bench.privacy_shaped import shaped_costs
 from fedsea.bench.results import Report
 from fedsea.bench.topics import Topics, run_topics
 from fedsea.bench.workbench import Settings
@@ -16,6 +17,7 @@ TOPICS: Topics = {
     "speed": search_speed,
     "bound": bound_holds,
     "partition": partition_study,
+    "shaped": shaped_costs,
 }
 
 

@@ -19,12 +19,14 @@ from fedsea.client.connection import Endpoint, client_credentials
 from fedsea.client.narrow import check_rank, narrow_at_start
 from fedsea.client.rounds import RoundMixin
 from fedsea.client.session import Session, SessionSettings
+from fedsea.client.shape import ask_sensitivity
 from fedsea.client.traffic import Traffic
 from fedsea.errors import LimitExceededError, UsageError
 from fedsea.partition import Partition
 from fedsea.parts import InputBlocks, OutputBlocks, Rows
 from fedsea.privacy import GaussianNoise, Magnitude, Noise
 from fedsea.privacy.calibrate import measure_magnitude
+from fedsea.privacy.shape import Sensitivity
 from fedsea.wire.credentials import Credentials
 from fedsea.wire.frames import to_wire, wire_dtype
 
@@ -185,7 +187,10 @@ class SplitModelForCausalLM(RoundMixin, PreTrainedModel, GenerationMixin):  # ty
             narrow_at_start(input_blocks, checkpoint, noise.width)
 
         def measure() -> Magnitude:
-            return measure_magnitude(input_blocks, checkpoint)
+            return measure_magnitude(input_blocks, checkpoint, ask)
+
+        def ask() -> Sensitivity:
+            return ask_sensitivity(endpoint, settings, input_blocks, output_blocks, checkpoint, max_tokens)
 
         model = cls(input_blocks, output_blocks, partition, noise, measure, endpoint, settings)
         model.generation_config = checkpoint.generation_config

@@ -7,6 +7,7 @@ from fedsea.privacy.mechanism import Channel, Magnitude, Noise
 from fedsea.privacy.narrow import NarrowCut
 from fedsea.privacy.parse import parse_mechanism
 from fedsea.privacy.relative import RelativeGaussianNoise
+from fedsea.privacy.shaped import ShapedNoise
 from fedsea.privacy.source import NoiseSource
 
 __all__ = [
@@ -22,5 +23,6 @@ __all__ = [
     "RelativeClip",
     "RelativeClippedGaussianNoise",
     "RelativeGaussianNoise",
+    "ShapedNoise",
     "parse_mechanism",
 ]

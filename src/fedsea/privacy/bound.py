@@ -7,6 +7,7 @@ that tells of `h`, and so of the text that made it, is the mutual information of
   holds for every distribution of that power. A state clipped to norm `c` has `P <= c^2`, for every text: a guarantee.
 - From the power, where directions differ in noise: water-filling gives the power to where there is least noise
   (`water_filling`). With equal noise everywhere it is the formula above.
+- In a base in which such noise is white, states are states and all that follows holds as it stands.
 - From the covariance: `sum of 1/2 * log2(1 + l_i / s^2)` over its eigenvalues `l_i` (`covariance_capacity`). It holds
   for every distribution with that covariance and is never above the first. Nobody knows the covariance of texts to
   come: from a sample it is an estimate, and one that comes out too small where the sample is small.
@@ -176,6 +177,9 @@ def guaranteed_bound(
         raise UsageError(f"{noise} guarantees nothing: states are not bounded before noise; use clipped-gaussian")
 
     def capacity(std: float) -> float:
+        if channel.shape is not None:
+            stds = channel.shape.stds.double().numpy() * (std / channel.std)
+            return water_filling(channel.clip**2, stds**2)
         return power_capacity(channel.clip**2, std, hidden_size if channel.width is None else channel.width)
 
     return LeakageBound(_of_looks(capacity, channel.std, looks, same_states=same_states), True, looks, source)
@@ -206,6 +210,8 @@ def estimated_bound(
     if channel.width is not None and states.shape[1] != channel.width:
         raise UsageError(f"{noise} sends {channel.width} numbers a state; project the sample, it has {states.shape[1]}")
     clipped = clip_norms(states.double(), channel.clip) if math.isfinite(channel.clip) else states
+    if channel.shape is not None:  # where the noise is white, it is the channel that the formulas are about
+        clipped = channel.shape.whitened(clipped.double().cpu())
 
     def capacity(std: float) -> float:
         return observed_capacity(clipped, std)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fedsea.errors import UsageError
 from fedsea.privacy.mechanism import Channel, Magnitude, Noise
+from fedsea.privacy.shaped import ShapedNoise
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class Chain(Noise):
     Raises
     ------
     UsageError
-        If there are fewer than two parts, more than one adds noise, or a narrow cut is not the first.
+        If there are fewer than two parts, more than one adds noise, a narrow cut is not the first, or shaped noise is
+        behind one.
     """
 
     name: ClassVar[str] = "chain"
@@ -40,6 +42,10 @@ class Chain(Noise):
             raise UsageError(f"{self} adds noise more than once; give it once, with the standard deviation of the sum")
         if any(part.width is not None for part in self.parts[1:]):
             raise UsageError(f"{self} narrows states that were protected already; write narrow-cut first, and once")
+        if self.width is not None and any(isinstance(part, ShapedNoise) for part in self.parts):
+            raise UsageError(
+                f"{self} is not supported: noise behind a narrow cut has no shape; write relative for shaped"
+            )
 
     @property
     def width(self) -> int | None:
@@ -64,7 +70,7 @@ class Chain(Noise):
             channel = part.channel
             clip = min(clip, channel.clip)
             if channel.std:
-                return Channel(clip, channel.std, self.width)
+                return Channel(clip, channel.std, self.width, channel.shape)
         return Channel(clip, 0.0, self.width)
 
     def calibrated(self, measure: Callable[[], Magnitude]) -> Noise:

@@ -13,6 +13,7 @@ from typing import ClassVar, Self
 from torch import Tensor
 
 from fedsea.errors import UsageError
+from fedsea.privacy.shape import Sensitivity, Shape
 
 
 class Magnitude(float):
@@ -24,19 +25,22 @@ class Magnitude(float):
         Mean |h_A| of an element.
     norm
         Mean L2 norm of a token's state, in the same unit.
+    sensitivity
+        Finds out how the model's loss depends on its states, which takes a while; None if that cannot be known.
     """
 
     norm: float
+    sensitivity: Callable[[], Sensitivity] | None
 
-    def __new__(cls, mean: float, norm: float) -> Self:
+    def __new__(cls, mean: float, norm: float, sensitivity: Callable[[], Sensitivity] | None = None) -> Self:
         self = super().__new__(cls, mean)
-        self.norm = norm
+        self.norm, self.sensitivity = norm, sensitivity
         return self
 
 
 @dataclass(frozen=True)
 class Channel:
-    """What a mechanism is to whoever looks at its output: states of bounded norm with white Gaussian noise on them.
+    """What a mechanism is to whoever looks at its output: states of bounded norm with Gaussian noise on them.
 
     Whatever a mechanism does after the noise is left out: it can take information away, never add any.
 
@@ -45,14 +49,23 @@ class Channel:
     clip
         Largest L2 norm of a token's state before the noise; infinite if nothing bounds it.
     std
-        The noise's standard deviation on every element, in the unit of the states; 0 for none.
+        The noise's standard deviation on every element, in the unit of the states; 0 for none. Where noise differs by
+        direction, that of white noise which lets as much through.
     width
         Numbers of a state where it meets clip and noise; None for as many as the model's have.
+    shape
+        How the noise differs by direction; None for white noise.
     """
 
     clip: float
     std: float
     width: int | None = None
+    shape: Shape | None = None
+
+    @property
+    def least_std(self) -> float:
+        """The noise's standard deviation in the direction that has least of it."""
+        return self.std if self.shape is None else self.shape.least
 
 
 class Noise(ABC):

@@ -12,6 +12,7 @@ from fedsea.privacy.gaussian import GaussianNoise
 from fedsea.privacy.mechanism import Noise
 from fedsea.privacy.narrow import NarrowCut
 from fedsea.privacy.relative import RelativeGaussianNoise
+from fedsea.privacy.shaped import ShapedNoise
 
 MECHANISMS: Mapping[str, type[Any]] = {
     kind.name: kind
@@ -22,6 +23,7 @@ MECHANISMS: Mapping[str, type[Any]] = {
         RelativeClippedGaussianNoise,
         Clip,
         RelativeClip,
+        ShapedNoise,
         NarrowCut,
     )
 }
