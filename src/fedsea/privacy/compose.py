@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar
 
 import torch
@@ -27,7 +28,8 @@ class Chain(Noise):
     Raises
     ------
     UsageError
-        If there are fewer than two parts, more than one adds noise, or a narrow cut is not the first.
+        If there are fewer than two parts, more than one adds noise, a narrow cut is not the first, or adaptive noise
+        comes after something else than one.
     """
 
     name: ClassVar[str] = "chain"
@@ -40,6 +42,9 @@ class Chain(Noise):
             raise UsageError(f"{self} adds noise more than once; give it once, with the standard deviation of the sum")
         if any(part.width is not None for part in self.parts[1:]):
             raise UsageError(f"{self} narrows states that were protected already; write narrow-cut first, and once")
+        if any(part.follows_states and before.width is None for before, part in pairwise(self.parts)):
+            # A bound that stays, before one that moves: the ratio of clip to noise would no longer be what it was.
+            raise UsageError(f"{self} bounds states before adaptive does; leave that out, adaptive clips by itself")
 
     @property
     def width(self) -> int | None:
