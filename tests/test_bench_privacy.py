@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 
 from fedsea.audit import limits
-from fedsea.bench import privacy, privacy_bound, privacy_partition, privacy_search
+from fedsea.bench import privacy, privacy_adaptive, privacy_bound, privacy_partition, privacy_search
 from fedsea.bench.results import Line
 from fedsea.bench.workbench import Settings
 from fedsea.privacy import Noise
@@ -69,3 +69,12 @@ def test_partitions_are_compared_and_drawn(small: str, tmp_path: Path, monkeypat
     loss = found["p = 1: loss of the untrained model under noise"]
     assert loss.measured != float(loss.conditions.split()[0])
     assert (tmp_path / "partition.png").stat().st_size > 10_000
+
+
+def test_adaptive_noise_is_compared_with_noise_that_stays_on_the_same_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(privacy_adaptive, "QUICK", privacy_adaptive.Size(2, 1, 1, 4))
+    found = lines("random:tiny", "adaptive")
+    assert found["adaptive / fixed, level 3: steps until the loss that fixed ends at"].measured is not None
+    difference = found["adaptive - fixed, level 3: loss after the last step"].measured
+    assert difference is not None
+    assert 0 < abs(difference) < 1

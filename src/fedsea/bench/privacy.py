@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
+from fedsea.bench.privacy_adaptive import adaptive_noise
 from fedsea.bench.privacy_bound import bound_holds
 from fedsea.bench.privacy_partition import partition_study
 from fedsea.bench.privacy_search import search_reads, search_speed
@@ -18,6 +19,7 @@ TOPICS: Topics = {
     "bound": bound_holds,
     "partition": partition_study,
     "shaped": shaped_costs,
+    "adaptive": adaptive_noise,
 }
 
 

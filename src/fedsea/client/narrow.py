@@ -42,6 +42,38 @@ class NarrowMixin(PassMixin):
         self._source = NoiseSource(self.noise)  # a secret of its own: two mechanisms never share draws
 
     @property
+    def asked(self) -> Noise:
+        """The mechanism as it was asked for, or taken up with an adapter: not calibrated."""
+        return self._asked
+
+    def measure_states(self) -> Magnitude:
+        """How large the states are that the input blocks make of a public text now, with their adapter, and its cut."""
+        training = self.input_blocks.training
+        self.input_blocks.eval()  # dropout would draw, and a measure is to be the same whenever it is taken
+        try:
+            return self._measure()
+        finally:
+            self.input_blocks.train(training)
+
+    def protect_look(self, look: Noise | None, lasting: Noise) -> None:
+        """Protect what training passes send, and what all else does, as it is said here until it is said otherwise.
+
+        Parameters
+        ----------
+        look
+            For passes whose loss may be taken back; None for `lasting`.
+        lasting
+            `noise`: for all that leaves outside of them, chat and evaluation, and what is on record with a narrow cut.
+        """
+        # A source of its own for each: two strengths never share draws.
+        if lasting != self.noise:
+            self.noise, self._source = lasting, NoiseSource(lasting)
+        if look is None:
+            self._look = None
+        elif self._look is None or look != self._look[0]:
+            self._look = (look, NoiseSource(look))
+
+    @property
     def _projection(self) -> nn.Parameter:
         return adapter_parameters(self.input_blocks)[PROJECT]
 

@@ -33,6 +33,7 @@ class PassMixin:
     micro_batches: int
     gradient_checkpointing: bool
     _source: NoiseSource
+    _look: tuple[Noise, NoiseSource] | None
     _check_lengths: Callable[[Rows], None]
     _run: MiddleRun | None
     _adapter: AdapterSpec | None
@@ -150,12 +151,13 @@ class PassMixin:
     def _noised(self, tokens: Tensor, rows: Rows, hidden: Tensor) -> Tensor:
         """What leaves of some texts' states `[tokens, width]`."""
         start = self._noise_start()
+        noise, source = self._look if self._look is not None else (self.noise, self._source)
         drawn = [
             digest
             for row, count in zip(tokens.tolist(), rows.counts, strict=True)
-            for digest in self._source.extend(start, row[:count])
+            for digest in source.extend(start, row[:count])
         ]
-        return self.noise.apply(hidden, lambda: self._source.normals(drawn, hidden.shape[1]))
+        return noise.apply(hidden, lambda: source.normals(drawn, hidden.shape[1]))
 
     def _noise_start(self) -> bytes:
         """What noise depends on beside the text: the same state carries the same noise, another one new noise."""

@@ -64,6 +64,7 @@ class TrainingMixin(NarrowMixin):
         self._lora: LoraConfig | None = None
         self._goodbye: weakref.finalize[..., Any] | None = None
         self._passes, self._weight = 0, 1.0
+        self._look = None
         if self._endpoint is not None:
             self.lora_middle = nn.Parameter(torch.zeros(1, device=self.input_blocks.device), requires_grad=False)
         module: Any = self

@@ -1,5 +1,6 @@
 """What happens to hidden states before they leave the client, and what that is worth."""
 
+from fedsea.privacy.adaptive import AdaptiveGaussianNoise
 from fedsea.privacy.clipped import Clip, ClippedGaussianNoise, RelativeClip, RelativeClippedGaussianNoise
 from fedsea.privacy.compose import Chain
 from fedsea.privacy.gaussian import GaussianNoise
@@ -11,6 +12,7 @@ from fedsea.privacy.shaped import ShapedNoise
 from fedsea.privacy.source import NoiseSource
 
 __all__ = [
+    "AdaptiveGaussianNoise",
     "Chain",
     "Channel",
     "Clip",

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar
 
 import torch
@@ -28,8 +29,8 @@ class Chain(Noise):
     Raises
     ------
     UsageError
-        If there are fewer than two parts, more than one adds noise, a narrow cut is not the first, or shaped noise is
-        behind one.
+        If there are fewer than two parts, more than one adds noise, a narrow cut is not the first, shaped noise is
+        behind one, or adaptive noise comes after something else than one.
     """
 
     name: ClassVar[str] = "chain"
@@ -46,6 +47,9 @@ class Chain(Noise):
             raise UsageError(
                 f"{self} is not supported: noise behind a narrow cut has no shape; write relative for shaped"
             )
+        if any(part.follows_states and before.width is None for before, part in pairwise(self.parts)):
+            # A bound that stays, before one that moves: the ratio of clip to noise would no longer be what it was.
+            raise UsageError(f"{self} bounds states before adaptive does; leave that out, adaptive clips by itself")
 
     @property
     def width(self) -> int | None:

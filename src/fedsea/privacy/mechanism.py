@@ -77,10 +77,13 @@ class Noise(ABC):
         What users call it.
     adds_noise
         Whether it draws noise. A chain may do so once.
+    follows_states
+        Whether a training may change its strength as states grow or shrink.
     """
 
     name: ClassVar[str]
     adds_noise: bool = True
+    follows_states: bool = False
 
     @property
     def width(self) -> int | None:

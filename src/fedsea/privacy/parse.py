@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedsea.errors import UsageError
+from fedsea.privacy.adaptive import AdaptiveGaussianNoise
 from fedsea.privacy.clipped import Clip, ClippedGaussianNoise, RelativeClip, RelativeClippedGaussianNoise
 from fedsea.privacy.compose import Chain
 from fedsea.privacy.gaussian import GaussianNoise
@@ -21,6 +22,7 @@ MECHANISMS: Mapping[str, type[Any]] = {
         RelativeGaussianNoise,
         ClippedGaussianNoise,
         RelativeClippedGaussianNoise,
+        AdaptiveGaussianNoise,
         Clip,
         RelativeClip,
         ShapedNoise,

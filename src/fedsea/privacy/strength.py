@@ -9,7 +9,7 @@ from fedsea.privacy.mechanism import Noise
 from fedsea.privacy.parse import MECHANISMS, PLUS, parse_mechanism
 
 NAMES = ("level", "std")
-DEFAULTS = {"relative-clipped-gaussian": {"clip": "1.0"}}
+DEFAULTS = {"relative-clipped-gaussian": {"clip": "1.0"}, "adaptive": {"clip": "1.0", "looks": "1"}}
 
 
 def with_strength(noise: Noise, strength: float) -> Noise:
@@ -38,7 +38,7 @@ def parse_family(text: str) -> Noise:
     ----------
     text
         As `parse_mechanism` takes it, where the strength may be left out, and so may the clip of
-        `relative-clipped-gaussian` (once the mean norm of a state).
+        `relative-clipped-gaussian` and `adaptive` (once the mean norm of a state), and the looks of the latter (one).
 
     Returns
     -------

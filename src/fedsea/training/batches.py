@@ -88,6 +88,10 @@ class Batches:
             padded([example.labels for example in chosen], IGNORED),
         )
 
+    def passes(self, numbers: range) -> range:
+        """Which passes over the examples, from 0, some batches are of."""
+        return range(numbers.start * self._size // len(self), (numbers.stop * self._size - 1) // len(self) + 1)
+
     def _order(self, epoch: int) -> list[int]:
         if epoch not in self._orders:
             generator = torch.Generator().manual_seed((self._seed * 1_000_003 + epoch) % (1 << 63))

@@ -13,6 +13,7 @@ from fedsea.errors import RunLostError, UsageError
 from fedsea.training.batches import Batches
 from fedsea.training.checkpoints import TrainingState, random_state, set_random_state
 from fedsea.training.folder import RunFolder
+from fedsea.training.looks import Looks
 
 Schedule = Literal["cosine", "linear", "constant"]
 SAVE_SECONDS = 600.0  # a checkpoint at least so often, however slow the steps are
@@ -131,6 +132,7 @@ class FineTuning:
         schedule: Any = get_scheduler(recipe.schedule, self.optimizer, recipe.warmup, recipe.steps)
         self._factor: Callable[[int], float] = schedule.lr_lambdas[0]
         self.step = 0
+        self.looks = Looks.of(model)
         self._saved_at = time.monotonic()
 
     def resume(self) -> bool:
@@ -142,6 +144,8 @@ class FineTuning:
             If it is of another adapter.
         PartitionError
             If its narrow cut is after another layer.
+        UsageError
+            If the noise is adaptive, and it does not say what was spent.
         """
         checkpoint = self.folder.checkpoints.load()
         if checkpoint is None:
@@ -153,6 +157,15 @@ class FineTuning:
         set_random_state(checkpoint.random)
         self.model.set_loss_exponent(checkpoint.state.get("loss_exponent"))
         self.step = checkpoint.step
+        if self.looks is not None:
+            recorded = max((figures["step"] for figures in self.folder.metrics()), default=self.step)
+            seen = self.batches.passes(range(recorded * self.recipe.accumulation)).stop if recorded else 0
+            if self.looks.load(checkpoint.state.get("looks"), recorded, seen) and recorded > self.step:
+                self._notice(
+                    f"steps {self.step + 1} to {recorded} are done again, with the level's noise at least: a further "
+                    "look at their texts"
+                )
+                self.save()  # the figures that tell of these steps are about to go
         self.folder.forget_after(self.step)
         return True
 
@@ -166,6 +179,8 @@ class FineTuning:
         """
         adapter, states = self.model.training_state(self.optimizer)
         state = {"recipe": asdict(self.recipe), "loss_exponent": self.model.loss_exponent}
+        if self.looks is not None:
+            state["looks"] = self.looks.state()
         checkpoint = TrainingState(self.step, adapter, states, random_state(), state, self.model.cut_record())
         self.folder.checkpoints.save(checkpoint, self._lora, self._base_model)
         self._saved_at = time.monotonic()
@@ -183,13 +198,24 @@ class FineTuning:
             What the server refuses, or that it is gone for too long; the last checkpoint has what is needed.
         """
         self.model.train()
-        if self.step == 0:
+        try:
+            return self._run(on_step, stop)
+        finally:
+            if self.looks is not None:
+                self.looks.end()
+
+    def _run(self, on_step: Callable[[Figures], None], stop: Callable[[], bool]) -> bool:
+        if self.looks is not None:
+            self._tell_of_looks(self.looks)
+        elif self.step == 0:
             self.save()
         while self.step < self.recipe.steps:
             if stop():
                 self.save()
                 return False
             try:
+                if self.looks is not None and self.looks.decide(self._passes()):
+                    self.save()  # before any text is seen: what is spent is never forgotten
                 figures = self._one_step()
                 self.folder.record(asdict(figures))
                 on_step(figures)
@@ -206,8 +232,10 @@ class FineTuning:
     def _one_step(self) -> Figures:
         began, before = time.perf_counter(), self.model.traffic.copy()
         recipe, device = self.recipe, self.model.device
-        first = self.step * recipe.accumulation
-        batches = [self.batches[first + index] for index in range(recipe.accumulation)]
+        batches = [self.batches[number] for number in self._numbers()]
+        passes = self._passes()
+        if self.looks is not None:
+            self.looks.begin(self.step, passes)
         items = sum(batch.learnt for batch in batches)
         lr = recipe.lr * self._factor(self.step)
         for group in self.optimizer.param_groups:
@@ -222,8 +250,31 @@ class FineTuning:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
+        if self.looks is not None:
+            self.looks.learnt(passes, total)
         seconds, moved = time.perf_counter() - began, self.model.traffic.since(before)
         tokens = sum(batch.tokens for batch in batches)
         return Figures(
             self.step, total, norm, lr, tokens, tokens / seconds, moved.bytes_up, moved.bytes_down, round(seconds, 4)
         )
+
+    def _numbers(self) -> range:
+        """Of the batches of the next step."""
+        return range(self.step * self.recipe.accumulation, (self.step + 1) * self.recipe.accumulation)
+
+    def _passes(self) -> range:
+        """Which passes over the texts the next step is of."""
+        return self.batches.passes(self._numbers())
+
+    def _tell_of_looks(self, looks: Looks) -> None:
+        passes = self.batches.passes(range(self.recipe.steps * self.recipe.accumulation)).stop
+        if passes > looks.planned:
+            self._notice(
+                f"{self.recipe.steps} steps are {passes} looks at the texts, the mechanism plans for {looks.planned}; "
+                f"those beyond have the noise of its level. To divide it over all: looks={passes}"
+            )
+        elif passes < looks.planned:
+            self._notice(
+                f"{self.recipe.steps} steps are {passes} looks at the texts, the mechanism plans for {looks.planned}; "
+                f"what is left stays unspent. To use it: looks={passes}"
+            )
