@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from fedsea.bench.privacy_bound import bound_holds
+from fedsea.bench.privacy_frontier import frontier
+from fedsea.bench.privacy_paper import paper_claim
 from fedsea.bench.privacy_partition import partition_study
 from fedsea.bench.privacy_search import search_reads, search_speed
 from fedsea.bench.results import Report
@@ -16,6 +18,8 @@ TOPICS: Topics = {
     "speed": search_speed,
     "bound": bound_holds,
     "partition": partition_study,
+    "paper": paper_claim,
+    "frontier": frontier,
 }
 
 
