@@ -26,7 +26,17 @@ from fedsea.tasks.base import LabelTask
 
 TASK = "cb"
 KEPT, READ = 0.97, 10.0  # of the noise-free score, at least; points above `prior`, at most
-FULL = Size(steps=90, batch_size=4, lr=1e-3, max_tokens=112, examples=None, texts=6, tokens=32)
+FULL = Size(
+    steps=80,
+    batch_size=4,
+    lr=2e-3,
+    max_tokens=112,
+    examples=None,
+    texts=6,
+    tokens=24,
+    with_adapter=("search",),
+    attacks=("prior", "nearest", "search", "search-map", "read-out"),
+)
 QUICK = Size(
     steps=2, batch_size=2, lr=1e-3, max_tokens=96, examples=4, texts=2, tokens=8, attacks=("prior", "nearest", "search")
 )
