@@ -45,9 +45,10 @@ SEEDS = 3
 # Families that are varied in strength, each after so many input layers; `{}` stands for the strength.
 Curve = tuple[str, int]
 CURVES: Mapping[Curve, Sequence[float]] = {
-    ("relative:level={}", 1): (2.3, 10.0),
+    ("relative:level={}", 1): (4.5, 10.0),
     ("relative-clipped-gaussian:clip=1,level={}", 1): (10.0,),
-    ("narrow-cut:rank=8+relative-clip:norm=1+relative:level={}", 1): (2.0,),
+    ("narrow-cut:rank=2+relative-clip:norm=1+relative:level={}", 1): (0.5,),
+    ("narrow-cut:rank=2+relative-clip:norm=1+relative:level={}", 4): (0.5,),
 }
 QUICK_CURVES: Mapping[Curve, Sequence[float]] = {
     ("relative:level={}", 1): (10.0,),

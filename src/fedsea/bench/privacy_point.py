@@ -118,7 +118,7 @@ class Outcome:
     majority
         The main metric of always giving the most frequent label.
     read, read_with_adapter
-        Share of tokens that each attack names.
+        Share of tokens that each attack names; empty without a mechanism.
     bits, bound
         What a token's state carries at most, and the share of such tokens that anybody could name then; of a mechanism
         that clips, the bits are a guarantee. `bound` is 1 where nothing is ruled out.
@@ -174,7 +174,8 @@ def measure(bench: Workbench, server: ServerProcess, task: LabelTask, data: Path
             made = _trained(bench, server, task, data, point, size, folder)
         except NonFiniteError as error:
             return Outcome(error=str(error), seconds=round(time.monotonic() - began, 1))
-        attacked = _attacked(bench, task, data, point, size, folder.adapter)
+        # Without a mechanism a search reads everything, so what is wanted of that point is its score.
+        attacked = _attacked(bench, task, data, point, size, folder.adapter) if point.mechanism else {}
     return replace(made, **attacked, seconds=round(time.monotonic() - began, 1))
 
 
