@@ -1,5 +1,6 @@
 """The privacy bench on a small random model: its lines, and that its targets can fail."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,15 +9,27 @@ import torch
 from rich.console import Console
 
 from fedsea.audit import limits
-from fedsea.bench import privacy, privacy_adaptive, privacy_bound, privacy_partition, privacy_search
+from fedsea.bench import (
+    privacy,
+    privacy_adaptive,
+    privacy_bound,
+    privacy_frontier,
+    privacy_paper,
+    privacy_partition,
+    privacy_search,
+)
+from fedsea.bench.privacy_point import Outcome, Point
 from fedsea.bench.results import Line
 from fedsea.bench.workbench import Settings
 from fedsea.privacy import Noise
 from fedsea.privacy.bound import LeakageBound
 
+PAPER_ATTACKS = ("decoder", "paper-decoder")
 
-def lines(model: str, topic: str, plots: Path | None = None) -> dict[str, Line]:
-    report = privacy.run(Settings(model, quick=True, threads=1, plots=plots), Console(quiet=True), [topic])
+
+def lines(model: str, topic: str, plots: Path | None = None, data: Path | None = None) -> dict[str, Line]:
+    settings = Settings(model, quick=True, threads=1, plots=plots, data=data)
+    report = privacy.run(settings, Console(quiet=True), [topic])
     return {line.name: line for line in report.lines}
 
 
@@ -78,3 +91,84 @@ def test_adaptive_noise_is_compared_with_noise_that_stays_on_the_same_texts(monk
     difference = found["adaptive - fixed, level 3: loss after the last step"].measured
     assert difference is not None
     assert 0 < abs(difference) < 1
+
+
+def test_the_papers_attack_is_measured_beside_one_that_reads(
+    small: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(privacy_paper, "QUICK_DEPTHS", (0,))
+    monkeypatch.setattr(privacy_paper, "QUICK_STEPS", 2)
+    found = lines(small, "paper", tmp_path)
+    for level in ("0", "2.3"):
+        ours, paper = (found[f"{name} at p = 0, noise level {level}: share of tokens read"] for name in PAPER_ATTACKS)
+        assert ours.measured is not None
+        assert paper.measured is not None
+        assert len(ours.samples) == len(paper.samples) == 2
+    bare = found["decoder at p = 0, noise level 0: share of tokens read"]
+    assert bare.measured is not None
+    assert bare.measured > 0.9  # embeddings as they are: each is its own token's
+    claim = found["the paper's claim: share of tokens that its own attack reads under noise, largest"]
+    assert claim.holds == (claim.measured <= privacy_paper.NEAR_ZERO)  # type: ignore[operator]
+    assert (tmp_path / "privacy-paper.png").stat().st_size > 10_000
+
+
+def test_the_frontier_needs_a_task(small: str) -> None:
+    (line,) = lines(small, "frontier").values()
+    assert line.verdict == "skipped"
+    assert "--data" in line.conditions
+
+
+def test_a_frontier_is_measured_once_and_kept(small: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, plots = claims(tmp_path / "data"), tmp_path / "plots"
+    narrow = {("narrow-cut:rank=8+relative-clip:norm=1+relative:level={}", 1): (2.0,)}
+    monkeypatch.setattr(privacy_frontier, "QUICK_CURVES", narrow)
+    found = lines(small, "frontier", plots, data)
+    points = [line for name, line in found.items() if name.startswith("frontier, ")]
+    assert len(points) == len(found) == 1 + 2  # the mechanism; the best by either target
+    assert (plots / "privacy-frontier.png").stat().st_size > 10_000
+    rows = [json.loads(row) for row in (plots / "privacy-frontier.jsonl").read_text().splitlines()]
+    assert [row["point"]["mechanism"] for row in rows].count("") == 1
+    for row in rows:
+        attacked = privacy_frontier.QUICK.attacks if row["point"]["mechanism"] else ()
+        assert set(row["outcome"]["read"]) == set(attacked)
+
+    def never(*_anything: Any) -> Outcome:
+        raise AssertionError("what is kept is measured again")
+
+    monkeypatch.setattr(privacy_frontier, "measure", never)
+    assert lines(small, "frontier", plots, data) == found
+
+
+def test_a_mechanism_has_to_hide_and_to_be_learnt_under() -> None:
+    free, bad = outcome(0.8, read=1.0), outcome(0.5, read=0.05)
+    found = {Point("", 1): free, Point("relative:level=1", 1): free, Point("relative:level=9", 1): bad}
+    curves = {("relative:level={}", 1): (1.0, 9.0)}
+    leaky, hidden = places = list(privacy_frontier._places(curves, found, "accuracy"))
+    assert (leaky.kept, leaky.learnt, round(leaky.leaked)) == (1, 1, 98)
+    assert (hidden.kept, round(hidden.leaked)) == (0.625, 3)
+    best, least = privacy_frontier._best("best", ">= 0.97", places), privacy_frontier._least(places)
+    assert (best.measured, best.holds) == (0.625, False)
+    assert (round(least.measured or 0), least.holds) == (98, False)
+
+
+def outcome(accuracy: float, read: float) -> Outcome:
+    return Outcome({"accuracy": accuracy, "answer_loss": 1.0}, majority=0.4, read={"prior": 0.02, "search": read})
+
+
+def claims(data: Path) -> Path:
+    """A folder with a few examples in the form of CB."""
+    (data / "CB").mkdir(parents=True)
+    for split, count in (("train", 4), ("val", 4)):
+        rows = [
+            {
+                "premise": f"The ward had {number} beds, said the nurse of {name}.",
+                "hypothesis": f"there were {number} beds",
+                "label": label,
+                "idx": number,
+            }
+            for number, (name, label) in enumerate(
+                zip(("Bergen", "Lund", "Turku", "Aarhus"), ("entailment", "contradiction") * 2, strict=True), count
+            )
+        ]
+        (data / "CB" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return data

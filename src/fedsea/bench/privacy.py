@@ -6,6 +6,8 @@ from rich.console import Console
 
 from fedsea.bench.privacy_adaptive import adaptive_noise
 from fedsea.bench.privacy_bound import bound_holds
+from fedsea.bench.privacy_frontier import frontier
+from fedsea.bench.privacy_paper import paper_claim
 from fedsea.bench.privacy_partition import partition_study
 from fedsea.bench.privacy_search import search_reads, search_speed
 from fedsea.bench.privacy_shaped import shaped_costs
@@ -20,6 +22,8 @@ TOPICS: Topics = {
     "partition": partition_study,
     "shaped": shaped_costs,
     "adaptive": adaptive_noise,
+    "paper": paper_claim,
+    "frontier": frontier,
 }
 
 

@@ -112,11 +112,15 @@ def federation(
 
 @app.command()
 @spread
-def privacy(options: BenchOptions, plots: Plots = None) -> None:
+def privacy(
+    options: BenchOptions,
+    data: Annotated[Path | None, typer.Option(metavar="DIR", help="For the topic frontier: a folder for CB.")] = None,
+    plots: Plots = None,
+) -> None:
     """What a provider reads of what is sent, beside a bound on what anybody can; by noise, attack and partition."""
     from fedsea.bench.privacy import run
 
-    options.measure(run, plots)
+    options.measure(run, plots, data)
 
 
 @app.command()
