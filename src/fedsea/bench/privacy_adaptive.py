@@ -27,8 +27,8 @@ from fedsea.training.looks import FIRST_OVER_LAST, Looks
 from fedsea.training.loop import Figures, FineTuning, Recipe
 
 CLIP, LR, BATCH = 1.0, 2e-3, 4
-LEVELS, SEEDS = (3.0, 5.0), (0, 1)
-QUICK_LEVELS, QUICK_SEEDS = (3.0,), (0,)
+LEVEL = 3.0
+SEEDS, FEW, QUICK_SEEDS = tuple(range(8)), 3, (0,)
 FIXED, ADAPTIVE, LATE, SHORT = "fixed", "adaptive", "adaptive, late precision", "fixed, in fewer passes"
 SHORT_SHARE = 2 / 3  # of the passes, which have all of the budget then
 
@@ -43,7 +43,7 @@ class Size:
     held_out: int
 
 
-FULL, QUICK = Size(6, 6, 3, 24), Size(2, 2, 1, 4)
+FULL, QUICK = Size(6, 6, 6, 24), Size(2, 2, 1, 4)
 Curve = list[tuple[int, float]]
 """Steps, from 0, and the loss after them."""
 
@@ -52,22 +52,21 @@ def adaptive_noise(bench: Workbench) -> Iterator[Line]:
     """Steps that each needs until the loss at which noise that stays ends, and the losses at the end."""
     quick = bench.settings.quick
     size, seeds = (QUICK, QUICK_SEEDS) if quick else (FULL, SEEDS)
-    for level in QUICK_LEVELS if quick else LEVELS:
-        # At one level two more: precision that comes late, so that the direction is a finding, and the same budget in
-        # fewer equal passes, as adaptive noise spends most of it in the first ones.
-        others = (ADAPTIVE, LATE, SHORT) if level == LEVELS[0] and not quick else (ADAPTIVE,)
-        curves: dict[str, list[Curve]] = {arm: [] for arm in (FIXED, *others)}
-        for seed in seeds:
-            for arm, done in curves.items():
-                with bench.step(f"fine-tuning at level {level:g}, {arm} noise, seed {seed}"):
-                    done.append(train(bench, arm, level, seed, size))
-        for arm in others:
-            yield from compared(bench, arm, curves[arm], curves[FIXED], level, size)
+    # With few seeds, two more: precision that comes late, so that the direction is a finding, and the same budget in
+    # fewer equal passes, as adaptive noise spends most of it in the first ones.
+    arms = (FIXED, ADAPTIVE) if quick else (FIXED, ADAPTIVE, LATE, SHORT)
+    curves: dict[str, list[Curve]] = {arm: [] for arm in arms}
+    for seed in seeds:
+        for arm, done in curves.items():
+            if arm in (FIXED, ADAPTIVE) or len(done) < FEW:
+                with bench.step(f"fine-tuning at level {LEVEL:g}: {arm}, seed {seed}"):
+                    done.append(train(bench, arm, seed, size))
+    for arm, done in curves.items():
+        if arm != FIXED:
+            yield from compared(bench, arm, done, curves[FIXED][: len(done)], size)
 
 
-def compared(
-    bench: Workbench, arm: str, curves: Sequence[Curve], fixed: Sequence[Curve], level: float, size: Size
-) -> Iterator[Line]:
+def compared(bench: Workbench, arm: str, curves: Sequence[Curve], fixed: Sequence[Curve], size: Size) -> Iterator[Line]:
     """The lines of one way to divide the budget, beside noise that stays; a curve a seed."""
     goals = [curve[-1][1] for curve in fixed]
     needed = [steps_until(curve, goal) for curve, goal in zip(curves, goals, strict=True)]
@@ -85,14 +84,14 @@ def compared(
         for name, curve in zip((FIXED, arm), pair, strict=True)
     )
     yield Line.median(
-        f"{arm} / {FIXED}, level {level:g}: steps until the loss that {FIXED} ends at",
+        f"{arm} / {FIXED}, level {LEVEL:g}: steps until the loss that {FIXED} ends at",
         [1.0 if one is None else one / other for one, other in zip(needed, by_fixed, strict=True)],
         "x",
         target="<= 0.95" if arm == ADAPTIVE and not bench.settings.quick else "",
         conditions=f"{missed}{losses}; {conditions}",
     )
     yield Line.median(
-        f"{arm} - {FIXED}, level {level:g}: loss after the last step",
+        f"{arm} - {FIXED}, level {LEVEL:g}: loss after the last step",
         [curve[-1][1] - goal for curve, goal in zip(curves, goals, strict=True)],
         "nats a token",
         conditions=conditions,
@@ -119,13 +118,13 @@ def steps_until(curve: Curve, goal: float) -> float | None:
     return None
 
 
-def train(bench: Workbench, arm: str, level: float, seed: int, size: Size) -> Curve:
+def train(bench: Workbench, arm: str, seed: int, size: Size) -> Curve:
     """Fine-tune through the bench's server; returns the loss of texts that are not learnt as it goes."""
     learnt, held_out = texts(bench, seed, size)
     passes = round(SHORT_SHARE * size.passes) if arm == SHORT else size.passes
     recipe = Recipe(passes * size.steps, BATCH, lr=LR, seed=seed, save_every=passes * size.steps)
-    fixed = RelativeClippedGaussianNoise(CLIP, level)
-    adaptive = AdaptiveGaussianNoise(CLIP, level, size.passes)
+    fixed = RelativeClippedGaussianNoise(CLIP, LEVEL)
+    adaptive = AdaptiveGaussianNoise(CLIP, LEVEL, size.passes)
     curve: Curve = []
     with (
         tempfile.TemporaryDirectory(prefix="fedsea-bench-") as folder,
@@ -140,7 +139,7 @@ def train(bench: Workbench, arm: str, level: float, seed: int, size: Size) -> Cu
         if arm == LATE:
             training.looks = Looks(model, adaptive, first_over_last=1 / FIRST_OVER_LAST)
         if arm == SHORT:
-            finer = RelativeClippedGaussianNoise(CLIP, level * math.sqrt(passes / size.passes))
+            finer = RelativeClippedGaussianNoise(CLIP, LEVEL * math.sqrt(passes / size.passes))
             model.protect_look(finer.calibrated(model.measure_states), model.noise)
 
         def measure(figures: Figures | None) -> None:

@@ -15,7 +15,7 @@ from fedsea.errors import UsageError
 from fedsea.privacy import Noise
 from fedsea.privacy.adaptive import AdaptiveGaussianNoise, Look, LookBudget, adaptive_part, of_look, rounded_scale
 
-FIRST_OVER_LAST = 4.0  # early precision pays, late precision costs: `fedsea bench privacy --only adaptive`
+FIRST_OVER_LAST = 4.0  # late precision costs: `fedsea bench privacy --only adaptive`
 PROGRESS = 0.01  # by which share the loss has to be lower than a pass before, or else it stagnates
 FINER = 2.0  # the next look's share, relative to those after it, is so many times as large then
 
