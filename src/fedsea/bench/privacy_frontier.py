@@ -20,7 +20,7 @@ from fedsea.bench.privacy_point import RANK, Outcome, Point, Size, measure
 from fedsea.bench.processes import ServerProcess
 from fedsea.bench.results import Line
 from fedsea.bench.workbench import Workbench
-from fedsea.errors import UsageError
+from fedsea.errors import FedSEAError, UsageError
 from fedsea.tasks import get_task
 from fedsea.tasks.base import LabelTask
 
@@ -45,10 +45,10 @@ SEEDS = 3
 # Families that are varied in strength, each after so many input layers; `{}` stands for the strength.
 Curve = tuple[str, int]
 CURVES: Mapping[Curve, Sequence[float]] = {
-    ("relative:level={}", 1): (4.5, 10.0),
+    ("relative:level={}", 1): (1.0, 4.5, 10.0),
     ("relative-clipped-gaussian:clip=1,level={}", 1): (10.0,),
+    ("narrow-cut:rank=32+relative-clip:norm=1+relative:level={}", 1): (1.0,),
     ("narrow-cut:rank=2+relative-clip:norm=1+relative:level={}", 1): (0.5,),
-    ("narrow-cut:rank=2+relative-clip:norm=1+relative:level={}", 4): (0.5,),
 }
 QUICK_CURVES: Mapping[Curve, Sequence[float]] = {
     ("relative:level={}", 1): (10.0,),
@@ -112,6 +112,8 @@ def frontier(bench: Workbench) -> Iterator[Line]:
                     outcome = measure(bench, server, task, data / task.title, point, size)
                 kept.put(point, outcome)
             found[point] = outcome
+    if not any(not point.mechanism and not one.error for point, one in found.items()):
+        raise FedSEAError("the training without noise broke off, so there is no score to compare with")
     places = list(_places(curves, found, task.metrics[0]))
     words = _words(bench, size, found, task)
     for place in places:
@@ -119,7 +121,9 @@ def frontier(bench: Workbench) -> Iterator[Line]:
     yield _best(name, target, places)
     yield _least(places)
     if bench.settings.plots is not None:
-        draw(curves, places, bench.settings.plots / "privacy-frontier.png", bench.settings.model)
+        draw(
+            curves, places, _constant(found, task), bench.settings.plots / "privacy-frontier.png", bench.settings.model
+        )
 
 
 def _server(bench: Workbench, size: Size) -> ServerProcess:
@@ -197,6 +201,12 @@ def _places(curves: Mapping[Curve, Sequence[float]], found: Mapping[Point, Outco
             yield Place(mechanism, input_layers, tuple(of_seeds.values()), kept, learnt)
 
 
+def _constant(found: Mapping[Point, Outcome], task: LabelTask) -> float:
+    """Share of the noise-free score that the most frequent label has, whatever is asked: nothing is learnt for it."""
+    free = [one for point, one in found.items() if not point.mechanism and not one.error]
+    return free[0].majority / (statistics.mean(one.metrics[task.metrics[0]] for one in free) or 1.0)
+
+
 def _line(place: Place, metric: str, words: str) -> Line:
     first = place.outcomes[0]
     scores = " ".join(f"{one.metrics[metric]:.3f}" for one in place.outcomes)
@@ -263,19 +273,24 @@ def _words(bench: Workbench, size: Size, found: Mapping[Point, Outcome], task: L
         f"without noise {without}, loss {losses}; most frequent label {free[0].majority:.3f}; "
         f"{size.steps} steps of {size.batch_size} texts of at most {size.max_tokens} tokens, lr {size.lr:g}, LoRA of "
         f"rank {RANK} on {', '.join(size.modules)} of all parts, {size.dtype}; "
-        f"attacked: {size.texts} validation texts, {size.tokens} tokens each after the template; {bench.place}"
+        f"attacked: {size.texts} validation texts, {size.tokens} tokens each after the template, in float32; "
+        f"{bench.settings.model}"
     )
 
 
-def draw(curves: Mapping[Curve, Sequence[float]], places: Sequence[Place], path: Path, model: str) -> None:
-    """Draw leakage against utility, a curve a family, as a PNG."""
+def draw(
+    curves: Mapping[Curve, Sequence[float]], places: Sequence[Place], constant: float, path: Path, model: str
+) -> None:
+    """Draw leakage against utility, a curve a family, as a PNG; `constant` is what one answer to everything keeps."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.5, 5), layout="constrained")
     axes = figure.subplots()
-    axes.axvspan(KEPT, 10, ymax=1, color="tab:green", alpha=0.06)
+    axes.fill_between([KEPT, 10], -10, READ, color="tab:green", alpha=0.15, label="the target")
     axes.axhline(READ, color="grey", linestyle="--", linewidth=1)
     axes.axvline(KEPT, color="grey", linestyle="--", linewidth=1)
+    axes.axvline(constant, color="grey", linestyle=":", linewidth=1)
+    axes.text(constant, 50, " always the most frequent label", rotation=90, va="center", ha="right", fontsize=7)
     for (family, input_layers), strengths in curves.items():
         names = [family.format(f"{strength:g}") for strength in strengths]
         mine = [place for place in places if place.input_layers == input_layers and place.mechanism in names]
@@ -290,9 +305,10 @@ def draw(curves: Mapping[Curve, Sequence[float]], places: Sequence[Place], path:
     axes.set(
         xlabel=f"share of the noise-free score kept ({TASK})",
         ylabel="read above prior by the best attack (points of token accuracy)",
-        title=f"{model}, fine-tuned under the mechanism (the target is the lower right corner)",
+        title=f"{model}, fine-tuned under the mechanism",
+        ylim=(-5, 105),
         xlim=(min([0.5, *(place.kept for place in places)]) - 0.03, max([1.0, *(p.kept for p in places)]) + 0.05),
     )
-    axes.legend(fontsize="x-small")
+    axes.legend(fontsize="x-small", loc="center left")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
