@@ -32,8 +32,8 @@ from fedsea.training.batches import Batches
 from fedsea.training.loop import Recipe
 
 TASKS = ("cb", "copa")
-CLIENTS, ALPHA, BATCH, LR, MAX_TOKENS, SEED = 4, 0.5, 2, 7e-4, 256, 0
-ROUNDS, LOCAL_STEPS, EXAMPLES = 8, 8, 56
+CLIENTS, ALPHA, BATCH, LR, MAX_TOKENS, SEED = 4, 0.5, 2, 2e-3, 256, 0
+ROUNDS, LOCAL_STEPS, EXAMPLES = 5, 8, 56
 QUICK_ROUNDS, QUICK_LOCAL_STEPS, QUICK_EXAMPLES = 2, 2, 16
 MODES = ("client-batch", "server-hierarchical")
 CENTRALISED, ALONE = "centralised", "alone"
