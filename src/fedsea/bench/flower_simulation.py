@@ -69,8 +69,9 @@ class SimulationLink:
             "RAY_USAGE_STATS_ENABLED": "0",
             "PATH": f"{TOOLS}{os.pathsep}{os.environ.get('PATH', '')}",
         }
-        command: list[str | Path] = [
-            TOOLS / "flower-superlink",
+        # On a leash: a bench that is killed leaves neither Flower nor Ray behind.
+        command: list[str | Path] = [sys.executable, "-m", "fedsea.federation.leash", "fedsea.federation.superlink"]
+        command += [
             "--insecure",
             "--simulation",
             "--host",
@@ -83,7 +84,12 @@ class SimulationLink:
         with self._log.open("wb") as log:
             # A session of its own: what it starts ends with it.
             self._process = subprocess.Popen(
-                command, env=self._environment, stdout=log, stderr=log, start_new_session=True
+                command,
+                env=self._environment,
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
             )
         try:
             self._await(port)
