@@ -75,6 +75,8 @@ def draw(points: dict[str, list[tuple[float, Report, Limit]]], path: Path, model
             ylabel="share of tokens read",
             xlabel="noise level (x mean |h_A|)",
         )
+        axes.set_xticks(levels, [f"{level:g}" for level in levels])
+        axes.minorticks_off()
         axes.legend(fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)

@@ -78,8 +78,9 @@ def training_link(bench: Workbench) -> Iterator[Line]:
     apart = replace(bench.settings, threads=max(1, threads // 2))
     try:
         with Workbench(apart, bench.console) as real:
+            # As long texts, quick or not: with few tokens a step is mostly calls, and there is nothing to overlap.
             rows = ROWS if quick else LINK_ROWS
-            yield from _over_link(real, rows, tokens, MICRO_BATCHES, rounds=2 if quick else 5, mbit=LINK_MBIT)
+            yield from _over_link(real, rows, TOKENS, MICRO_BATCHES, rounds=2 if quick else 5, mbit=LINK_MBIT)
         with Workbench(replace(apart, model=SMALL_MODEL), bench.console) as small:
             rows = QUICK_SMALL_ROWS if quick else SMALL_ROWS
             yield from _over_link(small, rows, tokens, SMALL_MICRO_BATCHES, rounds=3 if quick else 15, mbit=None)
