@@ -91,7 +91,8 @@ def draw(
     right.set_yticks(range(len(depths)), depths)
     for row, p in enumerate(depths):
         for column, q in enumerate(depths):
-            right.text(column, row, f"{answer[p, q]:.2f}", ha="center", va="center", color="white")
+            color = "black" if answer[p, q] > 0.5 else "white"
+            right.text(column, row, f"{answer[p, q]:.2f}", ha="center", va="center", color=color)
     figure.colorbar(image, ax=right)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
