@@ -162,12 +162,6 @@ class Directory:
         """Nodes that are not to be sampled."""
         return self.refused.keys() | self._silent
 
-    def name_of(self, node: int) -> str:
-        """The client's name; its number if nobody knows it."""
-        if node in self.members:
-            return self.members[node].name
-        return self.refused[node][0] if node in self.refused else f"node {node}"
-
     def missed(self, grid: Grid, node: int) -> None:
         """A member did not answer in time: it is not waited for again until it answers a question."""
         self._silent.add(node)
