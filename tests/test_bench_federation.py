@@ -61,7 +61,7 @@ def test_without_data_quality_is_skipped_and_says_what_it_needs() -> None:
 
 
 def test_quality_compares_the_last_scores(bench: Workbench, tmp_path: Path) -> None:
-    ratio, alone, loss, _, *others = quality_lines(bench, get_task("cb"), curves("cb"), Size(2, 1, 6))
+    ratio, alone, loss, _, *others = quality_lines(bench, get_task("cb"), curves("cb"), Size(2, 1, 1, 6))
     assert (ratio.name.split(" / ")[0], others[0].name.split(" / ")[0]) == MODES
     assert ratio.measured == pytest.approx(0.7 / 0.75)
     assert not ratio.holds  # below 0.95
@@ -79,7 +79,9 @@ def test_the_other_side_is_pefts_training_in_one_place(small: str, tmp_path: Pat
     validation = task.read(str(data), "validation")
     assert len(validation) == 4
     with Workbench(Settings(small, quick=True, threads=1), silent()) as bench:
-        points = train_in_one_place(bench, task, task.read(str(data)), validation, Size(2, 3, 4), 2, every=3)
+        points = train_in_one_place(
+            bench, bench.whole, task, task.read(str(data)), validation, Size(2, 3, 1, 4), 2, every=1
+        )
         assert [number for number, _ in points] == [1, 2]
         assert points[1][1]["answer_loss"] < points[0][1]["answer_loss"]
         assert not any("lora" in name for name, _ in bench.whole.named_parameters())

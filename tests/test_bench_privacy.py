@@ -18,9 +18,11 @@ from fedsea.bench import (
     privacy_partition,
     privacy_search,
 )
-from fedsea.bench.privacy_point import Outcome, Point
+from fedsea.bench.privacy_point import Outcome, Point, without_middle
 from fedsea.bench.results import Line
 from fedsea.bench.workbench import Settings
+from fedsea.checkpoints import load_whole_model
+from fedsea.partition import Partition
 from fedsea.privacy import Noise
 from fedsea.privacy.bound import LeakageBound
 
@@ -124,12 +126,12 @@ def test_a_frontier_is_measured_once_and_kept(small: str, tmp_path: Path, monkey
     monkeypatch.setattr(privacy_frontier, "QUICK_CURVES", narrow)
     found = lines(small, "frontier", plots, data)
     points = [line for name, line in found.items() if name.startswith("frontier, ")]
-    assert len(points) == len(found) == 1 + 2  # the mechanism; the best by either target
+    assert len(points) == len(found) == 1 + 1 + 2  # the mechanism; the client alone; the best by either target
     assert (plots / "privacy-frontier.png").stat().st_size > 10_000
     rows = [json.loads(row) for row in (plots / "privacy-frontier.jsonl").read_text().splitlines()]
     assert [row["point"]["mechanism"] for row in rows].count("") == 1
     for row in rows:
-        attacked = privacy_frontier.QUICK.attacks if row["point"]["mechanism"] else ()
+        attacked = privacy_frontier.QUICK.attacks if row["point"]["mechanism"] not in ("", "alone") else ()
         assert set(row["outcome"]["read"]) == set(attacked)
 
     def never(*_anything: Any) -> Outcome:
@@ -149,6 +151,27 @@ def test_a_mechanism_has_to_hide_and_to_be_learnt_under() -> None:
     best, least = privacy_frontier._best("best", ">= 0.97", places), privacy_frontier._least(places)
     assert (best.measured, best.holds) == (0.625, False)
     assert (round(least.measured or 0), least.holds) == (98, False)
+
+
+def test_a_client_alone_is_what_a_provider_must_beat() -> None:
+    free, small = outcome(0.8, read=1.0), outcome(0.6, read=0.0)
+    found = {Point("", 1, 0): free, Point("", 1, 1): free, Point("alone", 1, 1, 4): small}
+    (alone,) = privacy_frontier._alone([(1, 1), (1, 4)], found, "accuracy")
+    assert (alone.input_layers, alone.output_layers, len(alone.outcomes)) == (1, 4, 1)
+    assert alone.kept == pytest.approx(0.75)
+
+
+def test_without_the_middle_the_first_layers_go_straight_to_the_last(small: str) -> None:
+    whole: Any = load_whole_model(small, dtype=torch.float32, device="cpu").eval()
+    last, ids = whole.model.layers[-1], torch.tensor([[5, 7, 11, 13]])
+    with torch.inference_mode():
+        states = whole(ids, output_hidden_states=True).hidden_states[1]
+        places = whole.model.rotary_emb(states, torch.arange(4)[None])
+        wanted = whole.lm_head(whole.model.norm(last(states, position_embeddings=places)))
+        alone = without_middle(whole, Partition(1, 1))
+        torch.testing.assert_close(alone(ids).logits, wanted)
+        begun = alone(ids[:, :3], use_cache=True)
+        torch.testing.assert_close(alone(ids[:, 3:], past_key_values=begun.past_key_values).logits[:, 0], wanted[:, 3])
 
 
 def outcome(accuracy: float, read: float) -> Outcome:

@@ -2,8 +2,9 @@
 
 All of them take the same steps: a round of the federation is `LOCAL_STEPS` steps of each client, `BATCH` texts a step;
 the centralised training takes steps of all clients' texts together, and a client alone takes its own. What is compared
-after each round (for a client alone: after the last) is the score on the whole validation split. In the federation the
-clients have a part of it each, and Flower averages their scores by their numbers of examples.
+after every `EVERY` rounds (for a client alone: after the last) is the score on the whole validation split. In the
+federation the clients have a part of it each, and Flower averages their scores by their numbers of examples. All hold
+the base model in `DTYPE`, and adapters in float32.
 """
 
 import itertools
@@ -23,7 +24,7 @@ from fedsea.bench.quality import train_whole
 from fedsea.bench.results import Line
 from fedsea.bench.training_case import ADAPTER_TEXT, RANK, adapter_config
 from fedsea.bench.workbench import Workbench
-from fedsea.checkpoints import load_tokenizer
+from fedsea.checkpoints import load_tokenizer, load_whole_model
 from fedsea.errors import FedSEAError, UsageError
 from fedsea.federation.shards import Sharding, read_shard
 from fedsea.federation.status import read_status
@@ -32,9 +33,9 @@ from fedsea.training.batches import Batches
 from fedsea.training.loop import Recipe
 
 TASKS = ("cb", "copa")
-CLIENTS, ALPHA, BATCH, LR, MAX_TOKENS, SEED = 4, 0.5, 2, 2e-3, 256, 0
-ROUNDS, LOCAL_STEPS, EXAMPLES = 5, 8, 56
-QUICK_ROUNDS, QUICK_LOCAL_STEPS, QUICK_EXAMPLES = 2, 2, 16
+CLIENTS, ALPHA, BATCH, LR, MAX_TOKENS, SEED, DTYPE = 4, 0.5, 2, 5e-4, 256, 0, "bfloat16"
+ROUNDS, LOCAL_STEPS, EVERY, EXAMPLES = 8, 8, 2, 56
+QUICK_ROUNDS, QUICK_LOCAL_STEPS, QUICK_EVERY, QUICK_EXAMPLES = 2, 2, 1, 16
 MODES = ("client-batch", "server-hierarchical")
 CENTRALISED, ALONE = "centralised", "alone"
 METRICS = ("accuracy", "answer_loss")
@@ -65,17 +66,22 @@ class Curve:
 
 @dataclass(frozen=True)
 class Size:
-    """How much is done: rounds, steps in each, and examples of the validation split."""
+    """How much is done: rounds, steps in each, rounds from one score to the next, examples of the validation split."""
 
     rounds: int
     steps: int
+    every: int
     examples: int
 
 
 def federation_quality(bench: Workbench) -> Iterator[Line]:
     """Federated, centralised and alone, on each task."""
     quick, data = bench.settings.quick, bench.settings.data
-    size = Size(QUICK_ROUNDS, QUICK_LOCAL_STEPS, QUICK_EXAMPLES) if quick else Size(ROUNDS, LOCAL_STEPS, EXAMPLES)
+    size = (
+        Size(QUICK_ROUNDS, QUICK_LOCAL_STEPS, QUICK_EVERY, QUICK_EXAMPLES)
+        if quick
+        else Size(ROUNDS, LOCAL_STEPS, EVERY, EXAMPLES)
+    )
     reason = ""
     if data is None:
         reason = "give --data, a folder with a folder for each task: CB, COPA"
@@ -104,8 +110,8 @@ def quality_lines(bench: Workbench, task: Task, curves: Sequence[Curve], size: S
     sizes = ", ".join(str(curve.examples) for curve in alone)
     conditions = (
         f"{bench.settings.model}, {CLIENTS} clients with {sizes} examples (Dirichlet {ALPHA:g} by label), FedAvg; "
-        f"{size.rounds} rounds of {size.steps} steps of {BATCH} texts a client, lr {LR:g}, {ADAPTER_TEXT}; first "
-        f"{size.examples} of validation; one seed"
+        f"{size.rounds} rounds of {size.steps} steps of {BATCH} texts a client, lr {LR:g}, {ADAPTER_TEXT}, "
+        f"base model in {DTYPE}; first {size.examples} of validation; one seed"
     )
     for curve, metric in itertools.product(together, METRICS):
         ratio = curve.last(metric) / centralised.last(metric)
@@ -133,19 +139,21 @@ def quality_lines(bench: Workbench, task: Task, curves: Sequence[Curve], size: S
 def _curves(bench: Workbench, task: Task, data: Path, size: Size) -> Iterator[Curve]:
     """Those that are trained together, the centralised one, and each client alone."""
     validation = task.read(str(data), "validation")
-    start = (0, _scores(bench, bench.whole, task, validation))
+    with bench.step(f"loading the whole of {bench.settings.model} as {DTYPE}"):
+        whole = load_whole_model(bench.settings.model, dtype=getattr(torch, DTYPE), device="cpu")
+    start = (0, _scores(bench, whole, task, validation))
     train = task.read(str(data), "train")
     for mode in MODES:
         with bench.step(f"{task.title}: {CLIENTS} clients, {mode}, {size.rounds} rounds of {size.steps} steps"):
             yield Curve(mode, (start, *_federated(bench, task, data, size, mode)), len(train))
     with bench.step(f"{task.title}: one training on all the data"):
-        points = train_in_one_place(bench, task, train, validation, size, BATCH * CLIENTS, size.steps)
+        points = train_in_one_place(bench, whole, task, train, validation, size, BATCH * CLIENTS, size.every)
     yield Curve(CENTRALISED, (start, *points), len(train))
     for number in range(CLIENTS):
         sharding = Sharding("dirichlet", number, CLIENTS, SEED, ALPHA)
         own = read_shard(task, str(data), sharding)
         with bench.step(f"{task.title}: client {number} alone, {len(own)} examples"):
-            points = train_in_one_place(bench, task, own, validation, size, BATCH, size.steps * size.rounds)
+            points = train_in_one_place(bench, whole, task, own, validation, size, BATCH, size.rounds)
         yield Curve(f"{ALONE}, client {number}", (start, *points), len(own))
 
 
@@ -153,7 +161,9 @@ def _federated(bench: Workbench, task: Task, data: Path, size: Size, mode: str) 
     with (
         tempfile.TemporaryDirectory(prefix="fedsea-bench-") as folder,
         SimulationLink() as link,
-        ServerProcess(bench.settings.model, threads=bench.settings.threads, secure=False) as server,
+        ServerProcess(
+            bench.settings.model, threads=bench.settings.threads, secure=False, options=("--dtype", DTYPE)
+        ) as server,
     ):
         settings: dict[str, Any] = {
             "model": bench.settings.model,
@@ -167,7 +177,8 @@ def _federated(bench: Workbench, task: Task, data: Path, size: Size, mode: str) 
             "lr": LR,
             "lora-rank": RANK,
             "max-tokens": MAX_TOKENS,
-            "eval-every": 1,
+            "eval-every": size.every,
+            "dtype": DTYPE,
             "seed": SEED,
             "shards": f"dirichlet={ALPHA}",
             "servers": server.address,
@@ -179,18 +190,20 @@ def _federated(bench: Workbench, task: Task, data: Path, size: Size, mode: str) 
         }
         link.run(settings, actors=CLIENTS)
         reports = read_status(Path(folder)).reports
-    for report in reports:
+    if len(reports) < size.rounds:
+        raise FedSEAError(f"only {len(reports)} of {size.rounds} rounds were done")
+    scored = [report for report in reports if report["round"] % size.every == 0]
+    for report in scored:
         evaluation = report.get("evaluation", {})
         if len(evaluation.get("clients", ())) < CLIENTS:
             why = "; ".join(f"{name}: {reason}" for name, reason in evaluation.get("dropped", {}).items())
             raise FedSEAError(f"not all clients have evaluated in round {report['round']}: {why or 'not evaluated'}")
-    if len(reports) < size.rounds:
-        raise FedSEAError(f"only {len(reports)} of {size.rounds} rounds were done")
-    return [(report["round"], report["evaluation"]["metrics"]) for report in reports]
+    return [(report["round"], report["evaluation"]["metrics"]) for report in scored]
 
 
 def train_in_one_place(
     bench: Workbench,
+    whole: Any,
     task: Task,
     train: Sequence[Example],
     validation: Sequence[Example],
@@ -198,16 +211,16 @@ def train_in_one_place(
     batch_size: int,
     every: int,
 ) -> list[tuple[int, dict[str, float]]]:
-    """PEFT on the whole model, as the federation's clients train: the scores after every so many steps."""
+    """PEFT on the whole model, as the federation's clients train: the scores after every so many rounds' steps."""
     tokenizer = load_tokenizer(bench.settings.model)
     encoded = [encode(task, example, tokenizer, MAX_TOKENS) for example in train]
     recipe = Recipe(size.rounds * size.steps, batch_size, lr=LR, schedule="constant", seed=SEED)
     points = []
     torch.manual_seed(SEED)
-    model: Any = get_peft_model(bench.whole, adapter_config())
+    model: Any = get_peft_model(whole, adapter_config())
 
     def look(step: int) -> None:
-        if step % every == 0:
+        if step % (every * size.steps) == 0:
             points.append((step // size.steps, _scores(bench, model, task, validation)))
             model.train()
 
@@ -215,7 +228,7 @@ def train_in_one_place(
         train_whole(model, Batches(encoded, batch_size, SEED), recipe, look)
     finally:
         model.unload()
-        bench.whole.eval()
+        whole.eval()
     return points
 
 

@@ -2,7 +2,8 @@
 
 For each mechanism, strength and seed a model is fine-tuned under it through a real block server, scored under it, and
 what it sends is attacked (`privacy_point`). What is judged is the best of all attacks by attackers who know the public
-weights and, of a narrow cut, both maps.
+weights and, of a narrow cut, both maps. Beside them is what the client's own blocks do without a provider: a mechanism
+that hides everything is worth something only above that.
 
 PLOTS/privacy-frontier.jsonl   a line for each point that is done: read afterwards, so that an interrupted run goes on
 PLOTS/privacy-frontier.png     the drawing
@@ -16,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fedsea.bench.privacy_point import RANK, Outcome, Point, Size, measure
+from fedsea.bench.privacy_point import ALONE, RANK, Outcome, Point, Size, measure
 from fedsea.bench.processes import ServerProcess
 from fedsea.bench.results import Line
 from fedsea.bench.workbench import Workbench
@@ -27,9 +28,9 @@ from fedsea.tasks.base import LabelTask
 TASK = "cb"
 KEPT, READ = 0.97, 10.0  # of the noise-free score, at least; points above `prior`, at most
 FULL = Size(
-    steps=80,
+    steps=120,
     batch_size=4,
-    lr=2e-3,
+    lr=1e-3,
     max_tokens=112,
     examples=None,
     texts=6,
@@ -45,9 +46,8 @@ SEEDS = 3
 # Families that are varied in strength, each after so many input layers; `{}` stands for the strength.
 Curve = tuple[str, int]
 CURVES: Mapping[Curve, Sequence[float]] = {
-    ("relative:level={}", 1): (1.0, 4.5, 10.0),
-    ("relative-clipped-gaussian:clip=1,level={}", 1): (10.0,),
-    ("narrow-cut:rank=32+relative-clip:norm=1+relative:level={}", 1): (1.0,),
+    ("relative:level={}", 1): (4.5, 10.0),
+    ("relative-clipped-gaussian:clip=1,level={}", 1): (10.0, 20.0),
     ("narrow-cut:rank=2+relative-clip:norm=1+relative:level={}", 1): (0.5,),
 }
 QUICK_CURVES: Mapping[Curve, Sequence[float]] = {
@@ -55,6 +55,7 @@ QUICK_CURVES: Mapping[Curve, Sequence[float]] = {
     ("narrow-cut:rank=8+relative-clip:norm=1+relative:level={}", 1): (2.0,),
 }
 NOISE_FREE = Point("", 1)
+CUTS_ALONE, QUICK_CUTS_ALONE = ((1, 1), (4, 4)), ((1, 1),)  # input and output blocks of a client that asks nobody
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,24 @@ class Place:
         return f"{self.mechanism}, p = {self.input_layers}"
 
 
+@dataclass(frozen=True)
+class Alone:
+    """What a client's own blocks do without a provider: nothing is sent, so nothing is read.
+
+    Attributes
+    ----------
+    input_layers, output_layers
+        Its blocks: the first ones go straight to the last.
+    outcomes, kept
+        As of a `Place`.
+    """
+
+    input_layers: int
+    output_layers: int
+    outcomes: tuple[Outcome, ...]
+    kept: float
+
+
 def frontier(bench: Workbench) -> Iterator[Line]:
     """Each point, the best of them, and the drawing."""
     quick, data = bench.settings.quick, bench.settings.data
@@ -97,14 +116,16 @@ def frontier(bench: Workbench) -> Iterator[Line]:
         reason = "give --data, a folder with a folder for CB"
         yield Line.skipped(name, "x", target=target, reason=reason)
         return
-    curves, size, seeds = (QUICK_CURVES, QUICK, 1) if quick else (CURVES, FULL, SEEDS)
+    curves, cuts, size, seeds = (
+        (QUICK_CURVES, QUICK_CUTS_ALONE, QUICK, 1) if quick else (CURVES, CUTS_ALONE, FULL, SEEDS)
+    )
     kept = Kept(bench, size)
     found: dict[Point, Outcome] = {}
     task = get_task(TASK)
     assert isinstance(task, LabelTask)
     with ExitStack() as things:
         server: ServerProcess | None = None
-        for point in points(curves, seeds):
+        for point in points(curves, cuts, seeds):
             outcome = kept.get(point)
             if outcome is None:
                 with bench.step(f"fine-tuning and attacks: {point}"):
@@ -114,26 +135,29 @@ def frontier(bench: Workbench) -> Iterator[Line]:
             found[point] = outcome
     if not any(not point.mechanism and not one.error for point, one in found.items()):
         raise FedSEAError("the training without noise broke off, so there is no score to compare with")
-    places = list(_places(curves, found, task.metrics[0]))
+    places, alone = list(_places(curves, found, task.metrics[0])), list(_alone(cuts, found, task.metrics[0]))
     words = _words(bench, size, found, task)
     for place in places:
         yield _line(place, task.metrics[0], words)
+    for lonely in alone:
+        yield _line_alone(lonely, task.metrics[0], words)
     yield _best(name, target, places)
     yield _least(places)
     if bench.settings.plots is not None:
-        draw(
-            curves, places, _constant(found, task), bench.settings.plots / "privacy-frontier.png", bench.settings.model
-        )
+        path = bench.settings.plots / "privacy-frontier.png"
+        draw(curves, places, alone, _constant(found, task), path, bench.settings.model)
 
 
 def _server(bench: Workbench, size: Size) -> ServerProcess:
     return ServerProcess(bench.settings.model, threads=bench.settings.threads, options=("--dtype", size.dtype))
 
 
-def points(curves: Mapping[Curve, Sequence[float]], seeds: int) -> Iterator[Point]:
+def points(curves: Mapping[Curve, Sequence[float]], cuts: Sequence[tuple[int, int]], seeds: int) -> Iterator[Point]:
     """All of them: a first seed of everything, then a second."""
     for seed in range(seeds):
         yield Point(NOISE_FREE.mechanism, NOISE_FREE.input_layers, seed)
+        for input_layers, output_layers in cuts:
+            yield Point(ALONE, input_layers, seed, output_layers)
         for (family, input_layers), strengths in curves.items():
             for strength in strengths:
                 yield Point(family.format(f"{strength:g}"), input_layers, seed)
@@ -191,14 +215,30 @@ def _places(curves: Mapping[Curve, Sequence[float]], found: Mapping[Point, Outco
                 and point.seed in free
                 and not one.error
             }
-            if not of_seeds:
-                continue
-            score = statistics.mean(one.metrics[metric] for one in of_seeds.values())
-            without = statistics.mean(free[seed].metrics[metric] for seed in of_seeds)
-            majority = free[next(iter(of_seeds))].majority
-            learnt = (score - majority) / (without - majority) if without > majority else None
-            kept = score / without if without else 0.0  # where nothing was learnt, nothing is kept
-            yield Place(mechanism, input_layers, tuple(of_seeds.values()), kept, learnt)
+            if of_seeds:
+                kept, learnt = _kept(of_seeds, free, metric)
+                yield Place(mechanism, input_layers, tuple(of_seeds.values()), kept, learnt)
+
+
+def _alone(cuts: Sequence[tuple[int, int]], found: Mapping[Point, Outcome], metric: str) -> Iterator[Alone]:
+    """Of each of these partitions, without a provider."""
+    free = {point.seed: one for point, one in found.items() if not point.mechanism and not one.error}
+    for input_layers, output_layers in cuts:
+        of_seeds = {
+            seed: found[point] for seed in free if (point := Point(ALONE, input_layers, seed, output_layers)) in found
+        }
+        if of_seeds:
+            kept, _ = _kept(of_seeds, free, metric)
+            yield Alone(input_layers, output_layers, tuple(of_seeds.values()), kept)
+
+
+def _kept(of_seeds: Mapping[int, Outcome], free: Mapping[int, Outcome], metric: str) -> tuple[float, float | None]:
+    """`Place.kept` and `Place.learnt`, of outcomes by seed."""
+    score = statistics.mean(one.metrics[metric] for one in of_seeds.values())
+    without = statistics.mean(free[seed].metrics[metric] for seed in of_seeds)
+    majority = free[next(iter(of_seeds))].majority
+    learnt = (score - majority) / (without - majority) if without > majority else None
+    return score / without if without else 0.0, learnt  # where nothing was learnt, nothing is kept
 
 
 def _constant(found: Mapping[Point, Outcome], task: LabelTask) -> float:
@@ -229,6 +269,18 @@ def _line(place: Place, metric: str, words: str) -> Line:
         "points",
         samples=[one.above_prior for one in place.outcomes],
         conditions="; ".join(filter(None, parts)),
+    )
+
+
+def _line_alone(alone: Alone, metric: str, words: str) -> Line:
+    scores = " ".join(f"{one.metrics[metric]:.3f}" for one in alone.outcomes)
+    losses = " ".join(f"{one.metrics['answer_loss']:.3f}" for one in alone.outcomes)
+    return Line.of(
+        f"frontier, the client alone, p = {alone.input_layers}, q = {alone.output_layers}: share of the score kept",
+        alone.kept,
+        "x",
+        conditions=f"nothing is sent: a mechanism that hides the text must do better; {metric} {scores}, answer loss "
+        f"{losses}; {words}",
     )
 
 
@@ -279,7 +331,12 @@ def _words(bench: Workbench, size: Size, found: Mapping[Point, Outcome], task: L
 
 
 def draw(
-    curves: Mapping[Curve, Sequence[float]], places: Sequence[Place], constant: float, path: Path, model: str
+    curves: Mapping[Curve, Sequence[float]],
+    places: Sequence[Place],
+    alone: Sequence[Alone],
+    constant: float,
+    path: Path,
+    model: str,
 ) -> None:
     """Draw leakage against utility, a curve a family, as a PNG; `constant` is what one answer to everything keeps."""
     from matplotlib.figure import Figure
@@ -302,12 +359,16 @@ def draw(
         for place in mine:
             strength = strengths[names.index(place.mechanism)]
             axes.annotate(f"{strength:g}", (place.kept, place.leaked), (4, 4), textcoords="offset points", fontsize=7)
+    for lonely, marker in zip(alone, "*Pd", strict=False):
+        label = f"the client alone, p = {lonely.input_layers}, q = {lonely.output_layers}: nothing sent"
+        axes.plot([lonely.kept], [0.0], marker, color="black", label=label)
+    shares = [*(place.kept for place in places), *(lonely.kept for lonely in alone)]
     axes.set(
         xlabel=f"share of the noise-free score kept ({TASK})",
         ylabel="read above prior by the best attack (points of token accuracy)",
         title=f"{model}, fine-tuned under the mechanism",
         ylim=(-5, 105),
-        xlim=(min([0.5, *(place.kept for place in places)]) - 0.03, max([1.0, *(p.kept for p in places)]) + 0.05),
+        xlim=(min([0.5, *shares]) - 0.03, max([1.0, *shares]) + 0.05),
     )
     axes.legend(fontsize="x-small", loc="center left")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,8 @@
 
 The training goes through a real block server, and so does the evaluation, each under the mechanism. Then the client
 sends the task's validation texts, with the adapter, to a provider that keeps what it sees, and attacks read that.
+
+What a point has to be better than is a client that asks nobody: its own blocks, fine-tuned with the middle left out.
 """
 
 import statistics
@@ -14,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
+from torch import nn
 
 from fedsea.audit.attacks import get_attack
 from fedsea.audit.audit import Plan
@@ -25,8 +28,9 @@ from fedsea.audit.observation import Knowledge, Observation, Subject
 from fedsea.audit.observe import observe_sessions
 from fedsea.audit.scores import score
 from fedsea.bench.processes import ServerProcess
+from fedsea.bench.quality import train_whole
 from fedsea.bench.workbench import Workbench
-from fedsea.checkpoints import load_tokenizer, open_checkpoint
+from fedsea.checkpoints import load_tokenizer, load_whole_model, open_checkpoint
 from fedsea.client.model import SplitModelForCausalLM
 from fedsea.errors import FedSEAError, NonFiniteError
 from fedsea.partition import PROJECT, Partition
@@ -43,6 +47,7 @@ ATTACKS = ("prior", "nearest", "search", "search-map", "read-out", "decoder")
 WITH_ADAPTER = ("search", "search-map")
 FLOOR = "prior"
 RANK = 8
+ALONE = "alone"
 LAST_STEPS = 10  # over which the loss at a training's end is averaged
 
 
@@ -86,17 +91,20 @@ class Point:
     Attributes
     ----------
     mechanism
-        Empty for none.
+        Empty for none; `ALONE` for nothing sent at all.
+    output_layers
+        One for all that is attacked: what is read of the text does not depend on it.
     """
 
     mechanism: str
     input_layers: int
     seed: int = 0
+    output_layers: int = 1
 
     @property
     def partition(self) -> Partition:
-        """One output layer always: what is read of the text does not depend on it."""
-        return Partition(self.input_layers, 1)
+        """Where the model is cut."""
+        return Partition(self.input_layers, self.output_layers)
 
     @property
     def noise(self) -> Noise:
@@ -104,7 +112,8 @@ class Point:
         return parse_mechanism(self.mechanism or "gaussian:std=0")
 
     def __str__(self) -> str:
-        return f"{self.mechanism or 'no noise'}, p = {self.input_layers}, seed {self.seed}"
+        cuts = f"p = {self.input_layers}" + (f", q = {self.output_layers}" if self.mechanism == ALONE else "")
+        return f"{self.mechanism or 'no noise'}, {cuts}, seed {self.seed}"
 
 
 @dataclass(frozen=True)
@@ -168,6 +177,8 @@ def measure(bench: Workbench, server: ServerProcess, task: LabelTask, data: Path
         Whatever is wrong with the model, the task's files or the server.
     """
     began = time.monotonic()
+    if point.mechanism == ALONE:
+        return replace(_alone(bench, task, data, point, size), seconds=round(time.monotonic() - began, 1))
     with tempfile.TemporaryDirectory(prefix="fedsea-bench-") as scratch:
         folder = RunFolder(Path(scratch) / "run", _unheard)
         try:
@@ -183,11 +194,8 @@ def _trained(
     bench: Workbench, server: ServerProcess, task: LabelTask, data: Path, point: Point, size: Size, folder: RunFolder
 ) -> Outcome:
     """The adapter, in the folder, and what the model is worth with it."""
-    tokenizer = load_tokenizer(bench.settings.model)
-    encoded = [encode(task, example, tokenizer, size.max_tokens) for example in task.read(str(data), "train")]
-    recipe = Recipe(size.steps, size.batch_size, lr=size.lr, warmup=size.steps // 10, seed=point.seed)
+    recipe, batches, lora = _recipe(bench, task, data, point, size)
     losses: list[float] = []
-    lora = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=list(size.modules))
     with SplitModelForCausalLM.from_pretrained(
         bench.settings.model,
         partition=point.partition,
@@ -197,13 +205,51 @@ def _trained(
         **server.connection,
     ) as model:
         model.add_adapter(lora, run=folder.begin({"task": task.name}), seed=point.seed)
-        batches = Batches(encoded, size.batch_size, point.seed)
         training = FineTuning(model, batches, recipe, folder, lora=lora, base_model=None, notice=_unheard)
         training.run(lambda figures: losses.append(figures.loss))
-        found = evaluate(
-            model, tokenizer, task, _validation(task, data, size), max_tokens=size.max_tokens, answer_loss=True
-        )
+        outcome = _scored(bench, model, task, data, size, losses)
         model.end_run()
+    return outcome
+
+
+def _alone(bench: Workbench, task: LabelTask, data: Path, point: Point, size: Size) -> Outcome:
+    """What the client's blocks are worth by themselves: the first ones straight to the last, trained by PEFT."""
+    recipe, batches, lora = _recipe(bench, task, data, point, size)
+    whole = load_whole_model(bench.settings.model, dtype=getattr(torch, size.dtype), device="cpu")
+    torch.manual_seed(point.seed)
+    model: Any = get_peft_model(without_middle(whole, point.partition), lora)
+    losses = train_whole(model, batches, recipe)
+    model.eval()
+    return _scored(bench, model, task, data, size, losses)
+
+
+def without_middle(model: Any, partition: Partition) -> Any:
+    """Take the middle blocks out of a whole model: what is left is the client's."""
+    layers, config = model.model.layers, model.config
+    kept = [*range(partition.input_layers), *range(len(layers) - partition.output_layers, len(layers))]
+    model.model.layers = nn.ModuleList(layers[number] for number in kept)
+    for place, layer in enumerate(model.model.layers):
+        layer.self_attn.layer_idx = place  # of its keys and values in a cache
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[number] for number in kept]
+    config.num_hidden_layers = len(kept)
+    return model
+
+
+def _recipe(
+    bench: Workbench, task: LabelTask, data: Path, point: Point, size: Size
+) -> tuple[Recipe, Batches, LoraConfig]:
+    tokenizer = load_tokenizer(bench.settings.model)
+    encoded = [encode(task, example, tokenizer, size.max_tokens) for example in task.read(str(data), "train")]
+    recipe = Recipe(size.steps, size.batch_size, lr=size.lr, warmup=size.steps // 10, seed=point.seed)
+    lora = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=list(size.modules))
+    return recipe, Batches(encoded, size.batch_size, point.seed), lora
+
+
+def _scored(bench: Workbench, model: Any, task: LabelTask, data: Path, size: Size, losses: Sequence[float]) -> Outcome:
+    """A trained model's scores, beside how its training went."""
+    tokenizer, examples = load_tokenizer(bench.settings.model), _validation(task, data, size)
+    found = evaluate(model, tokenizer, task, examples, max_tokens=size.max_tokens, answer_loss=True)
     assert found.majority is not None
     return Outcome(
         metrics=found.metrics,
