@@ -269,6 +269,8 @@ def draw_curves(curves: dict[str, list[Curve]], path: Path, model: str) -> None:
                 _plot(axes, curve, metric, linestyle=style, marker="o", label=label)
             title = f"{get_task(name).title}, {model}" if not row else ""
             axes.set(xlabel="round", ylabel=metric.replace("answer_loss", "answer loss (nats a token)"), title=title)
+            if metric == "answer_loss":
+                axes.set_yscale("log")  # of one alone it may be many times that of the others
             axes.legend(fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
