@@ -346,8 +346,7 @@ def draw(
     axes.fill_between([KEPT, 10], -10, READ, color="tab:green", alpha=0.15, label="the target")
     axes.axhline(READ, color="grey", linestyle="--", linewidth=1)
     axes.axvline(KEPT, color="grey", linestyle="--", linewidth=1)
-    axes.axvline(constant, color="grey", linestyle=":", linewidth=1)
-    axes.text(constant, 50, " always the most frequent label", rotation=90, va="center", ha="right", fontsize=7)
+    axes.axvline(constant, color="grey", linestyle=":", linewidth=1, label="always the most frequent label")
     for (family, input_layers), strengths in curves.items():
         names = [family.format(f"{strength:g}") for strength in strengths]
         mine = [place for place in places if place.input_layers == input_layers and place.mechanism in names]
