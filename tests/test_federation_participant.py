@@ -72,7 +72,7 @@ def body(ticket: Ticket, **more: Any) -> dict[str, Any]:
     return {
         "ticket": ticket.to_body(),
         "lora": SETTINGS.lora(),
-        "recipe": SETTINGS.recipe(1),
+        "recipe": SETTINGS.recipe(),
         "evaluation": SETTINGS.evaluation(),
         "round": 1,
         **more,
@@ -179,7 +179,7 @@ def test_fedprox_pulls_towards_the_start(coordinator: Coordinator, data: str) ->
     participant = Participant(options(data))
     for mu in (0.0, 100.0):
         (ticket,) = coordinator.open("ann")
-        how = {**SETTINGS.recipe(1), "local_steps": 8}
+        how = {**SETTINGS.recipe(), "local_steps": 8}
         _, trained = participant.train(
             body(ticket, recipe=how, **{"proximal-mu": mu, "first-batch": 0}), local(weights())
         )
@@ -245,8 +245,8 @@ def test_errors_are_typed_and_the_participant_lives_on(coordinator: Coordinator,
         (ProtocolError, "adapter", {"lora": {"r": 4}}, local(whole)),
         (ProtocolError, "target modules", {"lora": SETTINGS.lora() | {"target_modules": ".*"}}, local(whole)),
         (ProtocolError, "recipe", {"recipe": {"steps": 1}}, local(whole)),
-        (ProtocolError, "lr", {"recipe": SETTINGS.recipe(1) | {"lr": float("nan")}}, local(whole)),
-        (ProtocolError, "local_steps", {"recipe": SETTINGS.recipe(1) | {"local_steps": 0}}, local(whole)),
+        (ProtocolError, "lr", {"recipe": SETTINGS.recipe() | {"lr": float("nan")}}, local(whole)),
+        (ProtocolError, "local_steps", {"recipe": SETTINGS.recipe() | {"local_steps": 0}}, local(whole)),
         (UsageError, "with r=4 only", {"lora": SETTINGS.lora() | {"r": 8}}, local(whole)),
         (ModelMismatchError, "missing", {}, {}),
         (ModelMismatchError, "does not train", {}, whole),
@@ -266,7 +266,7 @@ def test_a_training_that_blows_up_is_told_and_gives_its_seat_up(coordinator: Coo
     participant = Participant(options(data))
     (ticket,) = coordinator.open("ann")
     with pytest.raises(NonFiniteError):
-        participant.train(body(ticket, recipe=SETTINGS.recipe(1) | {"lr": 1e30, "local_steps": 6}), local(weights()))
+        participant.train(body(ticket, recipe=SETTINGS.recipe() | {"lr": 1e30, "local_steps": 6}), local(weights()))
     assert coordinator.admin.status(coordinator.label).members[0].state == "gone"
     participant.close()
 

@@ -234,16 +234,6 @@ def test_a_crash_between_a_round_and_its_line_loses_nothing(tmp_path: Path) -> N
     assert run.rounds()[1] == json.loads(lines[1])
 
 
-@pytest.mark.parametrize(
-    ("schedule", "shares"),
-    [("constant", (1, 1, 1, 1)), ("linear", (1, 0.75, 0.5, 0.25)), ("cosine", (1, 0.854, 0.5, 0.146))],
-)
-def test_the_rate_goes_down_from_round_to_round(schedule: str, shares: tuple[float, ...]) -> None:
-    settings = Settings(rounds=4, lr=2.0, schedule=schedule)
-    assert [settings.recipe(number)["lr"] / 2 for number in range(1, 5)] == pytest.approx(shares, abs=1e-3)
-    assert settings.recipe(5) == settings.recipe(4)  # a federation that goes on after its last round stays there
-
-
 def test_settings_that_cannot_be_used_are_one_line() -> None:
     bad: list[tuple[dict[str, Any], str]] = [
         ({"locl-steps": 3}, "no setting 'locl-steps'; did you mean local-steps?"),
@@ -253,7 +243,6 @@ def test_settings_that_cannot_be_used_are_one_line() -> None:
         ({"lr": float("nan")}, "lr must be above 0; got nan"),
         ({"resume": 1}, "resume must be true or false; got 1"),
         ({"mode": "quick"}, "mode must be one of sequential, client-batch, server-hierarchical; got 'quick'"),
-        ({"schedule": "step"}, "schedule must be one of constant, linear, cosine; got 'step'"),
         ({"servers": " "}, "servers must name a block server"),
         ({"servers": "a:1, a:1"}, "names a block server twice"),
         ({"fraction-train": 1.5}, "fraction-train must be at most 1; got 1.5"),

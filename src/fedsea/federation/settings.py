@@ -7,7 +7,7 @@ some. Imports neither torch nor flwr: a ClientApp reads it for every message.
 import dataclasses
 import difflib
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +16,6 @@ from fedsea.errors import UsageError
 MODES = ("sequential", "client-batch", "server-hierarchical")
 LORA_KINDS = ("lora", "rslora", "dora")
 DTYPES = ("float32", "bfloat16", "float16")
-SCHEDULES: Mapping[str, Callable[[float], float]] = {  # the rate beside the first one's, by the share of rounds done
-    "constant": lambda done: 1.0,
-    "linear": lambda done: 1 - done,
-    "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
-}
 _POSITIVE = {"rounds", "clients", "min_clients", "lora_rank", "local_steps", "batch_size", "accumulation", "threads"}
 _POSITIVE |= {"eval_batch_size", "join_seconds", "straggler_seconds", "round_seconds", "lr", "max_grad_norm"}
 _POSITIVE |= {"fraction_train", "fraction_evaluate"}
@@ -69,9 +64,7 @@ class Settings:
     adapter
         A PEFT adapter's folder whose weights to start from; it must be as the lora settings say.
     local_steps, batch_size, accumulation, lr, weight_decay, max_grad_norm
-        What each client does in a round: AdamW, at one rate, its moments new in each round.
-    schedule
-        How the rate goes from round to round (`SCHEDULES`), from `lr` in the first.
+        What each client does in a round: AdamW, at a constant rate, its moments new in each round.
     eval_every
         Every so many rounds the clients evaluate; 0 for never.
     eval_examples, eval_batch_size
@@ -121,7 +114,6 @@ class Settings:
     batch_size: int = 4
     accumulation: int = 1
     lr: float = 5e-4
-    schedule: str = "constant"
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     eval_every: int = 0
@@ -156,7 +148,6 @@ class Settings:
             if (field.name in _SHARES and value > 1) or (field.name in _BELOW_ONE and value >= 1):
                 raise UsageError(f"{key} must be {'at most' if field.name in _SHARES else 'below'} 1; got {value}")
         _one_of("mode", self.mode, MODES)
-        _one_of("schedule", self.schedule, SCHEDULES)
         _one_of("lora-kind", self.lora_kind, LORA_KINDS)
         _one_of("dtype", self.dtype, DTYPES)
         if not self.addresses:
@@ -225,11 +216,10 @@ class Settings:
             "use_dora": self.lora_kind == "dora",
         }
 
-    def recipe(self, number: int) -> dict[str, Any]:
-        """What a client does in round `number`, from 1, as `fedsea.federation.recipe.LocalRecipe` takes it: JSON."""
-        names = ("local_steps", "batch_size", "accumulation", "weight_decay", "max_grad_norm", "seed")
-        done = min(number - 1, self.rounds - 1) / self.rounds
-        return {**{name: getattr(self, name) for name in names}, "lr": self.lr * SCHEDULES[self.schedule](done)}
+    def recipe(self) -> dict[str, Any]:
+        """What a client does in a round, as `fedsea.federation.recipe.LocalRecipe` takes it: JSON."""
+        names = ("local_steps", "batch_size", "accumulation", "lr", "weight_decay", "max_grad_norm", "seed")
+        return {name: getattr(self, name) for name in names}
 
     def evaluation(self) -> dict[str, Any]:
         """How a client evaluates: JSON."""
@@ -246,7 +236,7 @@ def _key(name: str) -> str:
     return name.replace("_", "-")
 
 
-def _one_of(key: str, value: str, choices: Collection[str]) -> None:
+def _one_of(key: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise UsageError(f"{key} must be one of {', '.join(choices)}; got {value!r}")
 

@@ -231,7 +231,7 @@ class FedSEAMixin(stock.FedAvg):
         own = {
             "ticket": stage.tickets[member.name].to_body(),
             "lora": dict(federation.lora),
-            "recipe": federation.settings.recipe(this.number),
+            "recipe": federation.settings.recipe(),
             "evaluation": federation.settings.evaluation(),
             "round": this.number,
             "private-ends": federation.settings.name if federation.settings.private_ends else "",
