@@ -1,6 +1,7 @@
 """The privacy bench on a small random model: its lines, and that its targets can fail."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,14 @@ from fedsea.bench import (
     privacy_partition,
     privacy_search,
 )
-from fedsea.bench.privacy_point import Outcome, Point, without_middle
+from fedsea.bench.privacy_point import Outcome, Point, measure, without_middle
 from fedsea.bench.results import Line
-from fedsea.bench.workbench import Settings
+from fedsea.bench.workbench import Settings, Workbench
 from fedsea.checkpoints import load_whole_model
 from fedsea.partition import Partition
 from fedsea.privacy import Noise
 from fedsea.privacy.bound import LeakageBound
+from fedsea.tasks import get_task
 
 PAPER_ATTACKS = ("decoder", "paper-decoder")
 
@@ -159,6 +161,17 @@ def test_a_client_alone_is_what_a_provider_must_beat() -> None:
     (alone,) = privacy_frontier._alone([(1, 1), (1, 4)], found, "accuracy")
     assert (alone.input_layers, alone.output_layers, len(alone.outcomes)) == (1, 4, 1)
     assert alone.kept == pytest.approx(0.75)
+
+
+def test_a_client_alone_whose_training_breaks_off_is_told_and_left_out(small: str, tmp_path: Path) -> None:
+    size = replace(privacy_frontier.QUICK, lr=1e30, dtype="float32")
+    with Workbench(Settings(small, quick=True, threads=1), Console(quiet=True)) as bench:
+        task: Any = get_task("cb")
+        nobody: Any = None  # no server is asked
+        broken = measure(bench, nobody, task, claims(tmp_path) / "CB", Point("alone", 1), size)
+    assert "loss" in broken.error
+    found = {Point("", 1): outcome(0.8, read=1.0), Point("alone", 1): broken}
+    assert list(privacy_frontier._alone([(1, 1)], found, "accuracy")) == []
 
 
 def test_without_the_middle_the_first_layers_go_straight_to_the_last(small: str) -> None:

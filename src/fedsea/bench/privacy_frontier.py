@@ -224,9 +224,8 @@ def _alone(cuts: Sequence[tuple[int, int]], found: Mapping[Point, Outcome], metr
     """Of each of these partitions, without a provider."""
     free = {point.seed: one for point, one in found.items() if not point.mechanism and not one.error}
     for input_layers, output_layers in cuts:
-        of_seeds = {
-            seed: found[point] for seed in free if (point := Point(ALONE, input_layers, seed, output_layers)) in found
-        }
+        own = {seed: found.get(Point(ALONE, input_layers, seed, output_layers)) for seed in free}
+        of_seeds = {seed: one for seed, one in own.items() if one is not None and not one.error}
         if of_seeds:
             kept, _ = _kept(of_seeds, free, metric)
             yield Alone(input_layers, output_layers, tuple(of_seeds.values()), kept)

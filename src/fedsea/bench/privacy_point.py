@@ -177,16 +177,18 @@ def measure(bench: Workbench, server: ServerProcess, task: LabelTask, data: Path
         Whatever is wrong with the model, the task's files or the server.
     """
     began = time.monotonic()
-    if point.mechanism == ALONE:
-        return replace(_alone(bench, task, data, point, size), seconds=round(time.monotonic() - began, 1))
     with tempfile.TemporaryDirectory(prefix="fedsea-bench-") as scratch:
         folder = RunFolder(Path(scratch) / "run", _unheard)
         try:
-            made = _trained(bench, server, task, data, point, size, folder)
+            if point.mechanism == ALONE:
+                made = _alone(bench, task, data, point, size)
+            else:
+                made = _trained(bench, server, task, data, point, size, folder)
         except NonFiniteError as error:
             return Outcome(error=str(error), seconds=round(time.monotonic() - began, 1))
-        # Without a mechanism a search reads everything, so what is wanted of that point is its score.
-        attacked = _attacked(bench, task, data, point, size, folder.adapter) if point.mechanism else {}
+        # Without a mechanism a search reads everything, and alone there is nothing to read: their scores are wanted.
+        bare = point.mechanism in ("", ALONE)
+        attacked = {} if bare else _attacked(bench, task, data, point, size, folder.adapter)
     return replace(made, **attacked, seconds=round(time.monotonic() - began, 1))
 
 
