@@ -72,12 +72,11 @@ class SplitModelForCausalLM(RoundMixin, PreTrainedModel, GenerationMixin):  # ty
         wire, `[tokens, hidden]`; None for nobody.
     """
 
-    input_blocks: InputBlocks
-    output_blocks: OutputBlocks
     main_input_name = "input_ids"
     base_model_prefix = "model"
     _supports_sdpa = True
     _no_split_modules: list[str] = []  # noqa: RUF012 - transformers' own attribute
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 - transformers' own attribute
     supports_gradient_checkpointing = True
 
     def __init__(
@@ -98,9 +97,9 @@ class SplitModelForCausalLM(RoundMixin, PreTrainedModel, GenerationMixin):  # ty
         self.model.norm = output_blocks.model.norm
         self.lm_head = output_blocks.lm_head
         self.narrow_cut = input_blocks.narrow_cut
-        # The parts share these modules. They are put past nn.Module's registration, so that each weight has one name,
-        # the whole model's.
-        self.__dict__.update(input_blocks=input_blocks, output_blocks=output_blocks)
+        # Past nn.Module's registration, so that each weight has one name, the whole model's. The parts follow what is
+        # registered: transformers replaces modules (`resize_token_embeddings`), and so may others.
+        self._parts = (input_blocks, output_blocks)
         self.partition, self.traffic = partition, Traffic()
         self._protect(noise, measure)
         self.max_tokens: int = self.config.max_position_embeddings

@@ -27,8 +27,7 @@ class PassMixin:
 
     training: bool
     noise: Noise
-    input_blocks: InputBlocks
-    output_blocks: OutputBlocks
+    _parts: tuple[InputBlocks, OutputBlocks]
     lora_middle: nn.Parameter
     micro_batches: int
     gradient_checkpointing: bool
@@ -43,6 +42,16 @@ class PassMixin:
     @property
     def _module(self) -> Any:
         return self
+
+    @property
+    def input_blocks(self) -> InputBlocks:
+        """A, of the modules that are registered in this model now."""
+        return self._parts[0].follow(self._module)
+
+    @property
+    def output_blocks(self) -> OutputBlocks:
+        """C, of the modules that are registered in this model now."""
+        return self._parts[1].follow(self._module)
 
     def answer_loss(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, items: int) -> Tensor:
         """The loss of `forward`, computed from the logits of the learnt tokens only.

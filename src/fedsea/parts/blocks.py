@@ -48,6 +48,17 @@ class Part(nn.Module):
         self.rotary = family.rotary(self.config)
         self.eval()
 
+    def follow(self, whole: Any) -> Self:
+        """Compute with the modules that a model has now under the names of this part's own."""
+        ends = [(self.model, whole.model, name) for name in ("embed_tokens", "norm") if hasattr(self.model, name)]
+        if hasattr(self, "lm_head"):
+            ends.append((self, whole, "lm_head"))
+        for own, other, name in ends:
+            setattr(own, name, getattr(other, name))
+        for layer in self.model.layers:
+            self.model.layers[layer] = whole.model.layers[layer]
+        return self
+
     def new_cache(self) -> RowCache:
         """An empty KV cache for this part's layers."""
         return RowCache(self.rotary)
