@@ -15,13 +15,14 @@ from fedsea.checkpoints import load_tokenizer, load_whole_model, open_checkpoint
 from fedsea.client.channel import RunChannel
 from fedsea.server.service import BlockServer, ServerOptions
 from fedsea.wire.run_frames import Forward, Operation
+from tests.ports import held_address
 
 # Several test processes share the cores, a thread each; a test that is run alone has two.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 class RunningServer:
-    """A real block server in a thread of its own, on a free port."""
+    """A real block server in a thread of its own."""
 
     def __init__(self, name: str, options: ServerOptions) -> None:
         self._started = threading.Event()
@@ -61,7 +62,7 @@ def start_server() -> Iterator[Callable[..., RunningServer]]:
     running: list[RunningServer] = []
 
     def start(name: str = "random:tiny", **options: object) -> RunningServer:
-        options.setdefault("listen", "127.0.0.1:0")
+        options.setdefault("listen", held_address())
         server = RunningServer(name, ServerOptions(**options))  # type: ignore[arg-type]
         running.append(server)
         return server

@@ -26,6 +26,7 @@ from fedsea.training.looks import FINER, Looks
 from fedsea.training.loop import Figures, FineTuning, Recipe
 from fedsea.wire.run_frames import Forward
 from tests.conftest import RunningServer, connect
+from tests.ports import NOWHERE
 from tests.raw_stream import prompt
 from tests.split_training import lora
 from tests.test_finetuning import examples, nothing, stop_after
@@ -364,7 +365,7 @@ def test_what_cannot_be_is_refused(mechanism: str, says: str) -> None:
 
 
 def test_a_wrong_option_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["generate", "smollm2-135m", "--server", "127.0.0.1:1", "--insecure", "--prompt", "x"]
+    command = ["generate", "smollm2-135m", "--server", NOWHERE, "--insecure", "--prompt", "x"]
     assert run([*command, "--mechanism", "adaptive:clip=1,level=4,looks=2.5"]) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert "the looks of an adaptive noise must be a whole number, 1 or more; got 2.5" in line

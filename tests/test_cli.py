@@ -21,9 +21,9 @@ from fedsea.errors import ServerUnavailableError
 from fedsea.server.limits import Limits
 from fedsea.wire.address import format_address
 from tests.conftest import RunningServer
+from tests.ports import NOWHERE
 
 NAME = "smollm2-135m"
-NOWHERE = "127.0.0.1:1"
 GENERATE = ["generate", NAME, "--server", NOWHERE, "--insecure"]
 SERVE = ["serve", "random:tiny", "--listen", "127.0.0.1:0", "--insecure"]
 
@@ -59,10 +59,10 @@ def address(start_server: Callable[..., RunningServer]) -> Iterator[str]:
         ([*SERVE, "--layers", "5:3"], 2, "LO:HI"),
         ([*SERVE, "--layers", "2:99"], 1, "0:6"),
         ([*SERVE, "--device", "abacus"], 2, "no device 'abacus'"),
-        (["serve", "random:tiny", "--credentials", "no-such-folder"], 1, "no-such-folder"),
+        ([*SERVE[:-1], "--credentials", "no-such-folder"], 1, "no-such-folder"),
         (["generate", "no-such-model", *GENERATE[2:], "--prompt", "x"], 1, "no model 'no-such-model'"),
         (["generate", "random:tiny", *GENERATE[2:], "--prompt", "x"], 1, "tokenizer"),
-        ([*GENERATE, "--prompt", "x"], 1, "no block server at 127.0.0.1:1"),
+        ([*GENERATE, "--prompt", "x"], 1, "no block server at 127.0.0.1:"),
         ([*GENERATE[:-1], "--prompt", "x"], 2, "--credentials DIR"),
         ([*GENERATE, "--credentials", "x", "--prompt", "x"], 2, "not both"),
         (["generate", NAME, "--server", "192.0.2.1:7070", "--insecure", "--prompt", "x"], 2, "stay on this machine"),

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from fedsea.checkpoints import load_whole_model
 from fedsea.cli import run
 from tests.conftest import RunningServer
+from tests.ports import NOWHERE
 
 NAME = "smollm2-135m"
 ROWS = [
@@ -104,11 +105,11 @@ def test_split_gives_what_whole_gives_with_and_without_an_adapter(
     ("options", "code", "says"),
     [
         ([], 2, "give --server HOST:PORT or --whole, one of them"),
-        (["--whole", "--server", "127.0.0.1:1"], 2, "give --server HOST:PORT or --whole, one of them"),
+        (["--whole", "--server", NOWHERE], 2, "give --server HOST:PORT or --whole, one of them"),
         (["--whole", "--noise-std", "1"], 2, "--noise-std is for --server; --whole needs none"),
         (["--whole", "--insecure"], 2, "--insecure is for --server"),
-        (["--server", "127.0.0.1:1"], 2, "--credentials DIR"),
-        (["--server", "127.0.0.1:1", "--insecure"], 1, "no block server at 127.0.0.1:1"),
+        (["--server", NOWHERE], 2, "--credentials DIR"),
+        (["--server", NOWHERE, "--insecure"], 1, "no block server at 127.0.0.1:"),
         (["--whole", "--task", "squad"], 2, "there is no task 'squad'; there are boolq, cb, copa"),
         (["--whole", "--data", "nowhere"], 2, "there is no file or folder nowhere"),
         (["--whole", "--adapter", "nowhere"], 2, "nowhere holds no PEFT adapter: there is no adapter_config.json"),

@@ -19,6 +19,7 @@ from fedsea.cli import run
 from fedsea.cli.finetune import MANY, DataOptions, RecipeOptions
 from fedsea.training.export import whole_with_adapter
 from fedsea.training.loop import Recipe
+from tests.ports import NOWHERE
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +131,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
         (["--lora-targets", "lm_head"], 2, "leave out lm_head"),
         (["--lora-targets", "w_proj"], 2, "PEFT refuses the adapter's configuration"),
         (["--resume"], 2, "holds no training: run.json is missing"),
-        (["--server", "127.0.0.1:1"], 1, "no block server at 127.0.0.1:1"),
+        (["--server", NOWHERE], 1, "no block server at 127.0.0.1:"),
         (["--noise-std", "1", "--noise-level", "1"], 2, "give --noise-std or --noise-level, not both"),
     ],
 )

@@ -22,6 +22,7 @@ from fedsea.errors import LimitExceededError, ProtocolError, UsageError
 from fedsea.server.limits import Limits
 from fedsea.wire.frames import Kind, Message, encode
 from tests.conftest import RunningServer, connect
+from tests.ports import held_address
 from tests.raw_stream import RawStream, assert_same_tokens, eventually, prompt, step
 from tests.split_training import adapted
 
@@ -79,7 +80,7 @@ def test_a_generation_outlives_a_server_that_is_killed_and_started_again(
         child = spawn("-m", "fedsea", "serve", "random:tiny", "--listen", listen, "--insecure", "--json")
         return child, json.loads(child.line())["address"]
 
-    first, address = serve("127.0.0.1:0")
+    first, address = serve(held_address())
     notices: list[str] = []
 
     def kill_and_start_again() -> None:

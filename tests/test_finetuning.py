@@ -26,6 +26,7 @@ from fedsea.training.examples import Encoded
 from fedsea.training.export import export_adapter
 from fedsea.training.folder import RunFolder
 from fedsea.training.loop import Figures, FineTuning, Recipe
+from tests.ports import held_address
 
 RECIPE = Recipe(steps=6, batch_size=3, accumulation=2, lr=1e-2, warmup=1, save_every=2)
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], lora_dropout=0.1)
@@ -148,14 +149,14 @@ def test_it_goes_on_in_another_partition(server: ServerProcess, tmp_path: Path) 
 
 def test_a_server_that_was_killed_gets_the_last_checkpoint(whole: Path, tmp_path: Path) -> None:
     torch.manual_seed(7)
-    server = ServerProcess("random:tiny", threads=1, secure=False)
-    address = server.address
+    address = held_address()
+    server = serve_at(address)
     restarted: list[ServerProcess] = []
 
     def kill_at_step_3(figures: Figures) -> None:
         if figures.step == 3 and not restarted:
             server.kill()
-            restarted.append(restart(address))
+            restarted.append(serve_at(address))
 
     told: list[str] = []
     try:
@@ -172,7 +173,7 @@ def test_a_server_that_was_killed_gets_the_last_checkpoint(whole: Path, tmp_path
     assert any("lost; reconnecting" in line for line in told)
 
 
-def restart(address: str) -> ServerProcess:
+def serve_at(address: str) -> ServerProcess:
     return ServerProcess("random:tiny", threads=1, secure=False, options=("--listen", address))
 
 
@@ -197,7 +198,7 @@ def test_a_client_that_was_killed_goes_on_from_its_checkpoint(
 ) -> None:
     folder = tmp_path / "run"
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
-    mortal = ServerProcess("random:tiny", threads=1, secure=False) if server_too else server
+    mortal = serve_at(held_address()) if server_too else server
     reborn = mortal
     try:
         script = [sys.executable, "-c", textwrap.dedent(CLIENT), mortal.address, str(folder)]
@@ -211,7 +212,7 @@ def test_a_client_that_was_killed_goes_on_from_its_checkpoint(
         if server_too:
             address = mortal.address
             mortal.kill()
-            reborn = restart(address)
+            reborn = serve_at(address)
         torch.manual_seed(99)
         with meet(reborn) as model:
             assert tuning(model, folder, resume=True).run(nothing)

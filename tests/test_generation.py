@@ -12,6 +12,7 @@ from fedsea import GaussianNoise, Partition, SplitModelForCausalLM
 from fedsea.checkpoints import load_whole_model
 from fedsea.errors import LimitExceededError, PartitionError, UsageError
 from tests.conftest import RunningServer, connect
+from tests.ports import NOWHERE
 
 PAD = 0
 
@@ -241,9 +242,7 @@ def test_what_cannot_be_done_is_said(split: SplitModelForCausalLM) -> None:
     with pytest.raises(LimitExceededError, match="513 tokens"):
         split(random_ids(1, 513))
     with pytest.raises(PartitionError, match="more than the model's 6"):
-        SplitModelForCausalLM.from_pretrained(
-            "random:tiny", server="127.0.0.1:1", insecure=True, partition=Partition(4, 3)
-        )
+        SplitModelForCausalLM.from_pretrained("random:tiny", server=NOWHERE, insecure=True, partition=Partition(4, 3))
 
 
 def test_noise_reaches_the_middle_and_changes_the_answer(tiny_server: RunningServer, whole_tiny: Any) -> None:

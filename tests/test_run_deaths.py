@@ -22,6 +22,7 @@ from fedsea.server.trainer import Trainer
 from fedsea.wire.frames import tensor_bytes
 from fedsea.wire.run_frames import Forward, Operation
 from tests.conftest import RunningServer, connect
+from tests.ports import held_address
 from tests.raw_stream import eventually, prompt
 from tests.split_training import adamw, adapted, batch, batches, lora, snapshot, train, trained
 from tests.test_deaths import Child, spawn  # noqa: F401 - a fixture
@@ -243,7 +244,7 @@ def test_a_server_that_is_killed_loses_the_run_and_says_so_and_a_stopped_one_is_
     start_server: Callable[..., RunningServer],
     spawn: Callable[..., Child],  # noqa: F811
 ) -> None:
-    child = spawn("-m", "fedsea", "serve", "random:tiny", "--listen", "127.0.0.1:0", "--insecure", "--json")
+    child = spawn("-m", "fedsea", "serve", "random:tiny", "--listen", held_address(), "--insecure", "--json")
     address = json.loads(child.line())["address"]
     model = SplitModelForCausalLM.from_pretrained(
         "random:tiny", server=address, insecure=True, notice=lambda _line: None
