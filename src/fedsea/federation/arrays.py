@@ -1,5 +1,6 @@
 """Adapters as Flower carries them: named numpy arrays, float32, by names of the whole model. Without torch."""
 
+import io
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -39,16 +40,26 @@ def read_arrays(record: ArrayRecord, shapes: Shapes) -> Arrays | str:
         return f"its adapter {'lacks' if strange[0] in shapes else 'also has'} {strange[0]}"
     arrays: Arrays = {}
     for name, array in record.items():
-        try:
-            value = array.numpy()
-        except Exception:
-            return f"its {name} cannot be read"
-        if value.dtype != np.float32 or value.shape != shapes[name]:
-            return f"its {name} is {value.dtype} {list(value.shape)}, not float32 {list(shapes[name])}"
-        if not np.isfinite(value).all():
-            return f"its {name} is not finite"
+        value = _read_npy(array.data, shapes[name])
+        if isinstance(value, str):
+            return f"its {name} {value}"
         arrays[name] = value
     return arrays
+
+
+def _read_npy(data: bytes, shape: tuple[int, ...]) -> NDArray[np.float32] | str:
+    """An array of numpy's own format and nothing else; its header is compared before anything is allocated for it."""
+    stream = io.BytesIO(data)
+    try:
+        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        its, _fortran, dtype = read[np.lib.format.read_magic(stream)](stream)
+        if dtype != np.float32 or its != shape:
+            return f"is {dtype} {list(its)}, not float32 {list(shape)}"
+        stream.seek(0)
+        value: NDArray[np.float32] = np.lib.format.read_array(stream, allow_pickle=False)
+    except Exception:  # numpy names no classes of errors for what is no array
+        return "cannot be read"
+    return value if bool(np.isfinite(value).all()) else "is not finite"
 
 
 class WeightedMean:

@@ -12,7 +12,7 @@ from typing import Any
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
-from fedsea.federation.members import Directory, push
+from fedsea.federation.members import Directory, pull, push
 from fedsea.wire.rounds import MemberStatus
 
 POLL_SECONDS = (0.05, 0.2)  # between two looks for replies: at first, and after a while
@@ -75,7 +75,7 @@ class FederationGrid(Grid):
 
 def exchange(
     grid: Grid, messages: Sequence[Message], seconds: float, late: Callable[[set[int]], Mapping[int, str]]
-) -> tuple[list[Message], dict[int, str]]:
+) -> tuple[list[tuple[int, Message | None]], dict[int, str]]:
     """Send messages and wait for the replies.
 
     Parameters
@@ -89,21 +89,22 @@ def exchange(
     Returns
     -------
     replies
-        In the order in which they came.
+        In the order in which they came, each with the node that was asked: what a reply says of its sender is not
+        looked at, and an error that Flower itself answers with has no node for a sender. None is one that cannot be
+        read.
     dropped
         By node, why there is no reply.
     """
     end = time.monotonic() + seconds
     pending = push(grid, messages)
-    replies: list[Message] = []
+    replies: list[tuple[int, Message | None]] = []
     dropped = {message.metadata.dst_node_id: "Flower did not take its message" for message in messages}
     for node in pending.values():
         dropped.pop(node)
     pause, watched = POLL_SECONDS[0], time.monotonic()
     while pending:
-        for reply in grid.pull_messages(list(pending)):
-            if pending.pop(reply.metadata.reply_to_message_id, None) is not None:
-                replies.append(reply)
+        for asked, reply in pull(grid, list(pending)):
+            replies.append((pending.pop(asked), reply))
         if not pending:
             break
         now = time.monotonic()

@@ -10,13 +10,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import httpx
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from fedsea.checkpoints import Fingerprint
 from fedsea.errors import FedSEAError, ProtocolError, UsageError
+from fedsea.federation.replies import MAX_COUNT, error_text, one_line
 from fedsea.partition import Partition
 from fedsea.wire.rounds import run_name
+from fedsea.wire.runs import NAME
 
 DESCRIPTION = "description"
 POLL_SECONDS = 0.1
@@ -59,7 +62,7 @@ class Member:
             if not all(isinstance(text, str) for text in texts.values()) or type(body["examples"]) is not int:
                 raise ProtocolError("what the client says of itself cannot be read")
             fingerprint, lora = Fingerprint.from_json(body["fingerprint"]), body.get("lora")
-            if body["examples"] < 1 or not isinstance(lora, dict | None):
+            if not 1 <= body["examples"] <= MAX_COUNT or not isinstance(lora, dict | None):
                 raise ProtocolError("what the client says of itself cannot be used")
             return cls(
                 node, **texts, partition=Partition(first, last), examples=body["examples"], fingerprint=fingerprint,
@@ -225,28 +228,30 @@ class Directory:
     def _take_answers(self, grid: Grid) -> None:
         if not self._asked:
             return
-        answers = list(grid.pull_messages(list(self._asked)))
-        # By name, so that of two nodes with one name the same one is admitted whatever the order of the answers.
-        for reply in sorted(answers, key=lambda reply: self._asked.get(reply.metadata.reply_to_message_id, 0)):
-            node = self._asked.pop(reply.metadata.reply_to_message_id, None)
-            if node is not None:
-                self._silent.discard(node)
-                self._judge(node, reply)
+        answers = pull(grid, list(self._asked))
+        # By node, so that of two nodes with one name the same one is admitted whatever the order of the answers.
+        for asked, reply in sorted(answers, key=lambda answer: self._asked.get(answer[0], 0)):
+            node = self._asked.pop(asked)
+            self._silent.discard(node)
+            self._judge(node, reply)
 
-    def _judge(self, node: int, reply: Message) -> None:
+    def _judge(self, node: int, reply: Message | None) -> None:
         self.members.pop(node, None)
         name = f"node {node}"
         try:
+            if reply is None:
+                raise ProtocolError("its answer cannot be read")
             if reply.has_error():
-                raise UsageError(reply.error.reason or "it failed without a reason")
+                raise UsageError(error_text(reply))
             member = Member.from_body(node, json.loads(str(_description(reply))))
-            name = member.name
+            name = member.name if NAME.fullmatch(member.name) else name
             others = (other.name for other in self.members.values() if other.node not in self._silent)
             reason = NAME_TAKEN if name in others else self.requirements.refusal(member)
-        except ValueError:
-            reason = "what the client says of itself cannot be read"
         except FedSEAError as error:
             reason = str(error)
+        except Exception:  # of one client: the others are judged by what they say
+            reason = "what the client says of itself cannot be read"
+        reason = None if reason is None else one_line(reason)
         if reason is None:
             self.refused.pop(node, None)
             self.members[node] = member
@@ -260,6 +265,23 @@ class Directory:
 def _description(reply: Message) -> object:
     records = list(reply.content.config_records.values())
     return records[0].get(DESCRIPTION) if len(records) == 1 else None
+
+
+def pull(grid: Grid, identifiers: Iterable[str]) -> list[tuple[str, Message | None]]:
+    """Replies that have come, each with the message's id that it answers; None for one that cannot be read.
+
+    Flower builds replies from what clients have sent, and one that cannot be built raises for all that are asked for:
+    so each is asked for by itself.
+    """
+    found: list[tuple[str, Message | None]] = []
+    for identifier in identifiers:
+        try:
+            found += [(identifier, reply) for reply in list(grid.pull_messages([identifier]))[:1]]
+        except httpx.HTTPError:  # it is the SuperLink that does not answer
+            raise
+        except Exception:
+            found.append((identifier, None))
+    return found
 
 
 def push(grid: Grid, messages: Sequence[Message]) -> dict[str, int]:

@@ -1,6 +1,7 @@
 """What clients answer: checked before it is averaged."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,11 @@ from fedsea.federation.arrays import Arrays, Shapes, read_arrays
 
 EXAMPLES = "num-examples"
 TRAINING = (EXAMPLES, "train-loss", "steps", "tokens", "bytes-up", "bytes-down", "seconds")
+MAX_COUNT = 2.0**53
+MAX_LOSS = 1e30
+MAX_METRICS = 64
+MAX_REASON = 500
+_METRIC = re.compile(r"[A-Za-z0-9][A-Za-z0-9_./-]{0,63}")
 CHANGED = (ModelMismatchError.code, PartitionError.code, ProtocolError.code)
 """How an error begins after which a client may be another than it said it was."""
 
@@ -31,11 +37,13 @@ class Reply:
     arrays: Arrays
 
 
-def read_reply(message: Message, shapes: Shapes | None) -> Reply | str:
-    """Check and read a client's reply.
+def read_reply(message: Message | None, shapes: Shapes | None) -> Reply | str:
+    """Check and read a client's reply, whatever it is.
 
     Parameters
     ----------
+    message
+        None for one that Flower could not read.
     shapes
         Of the weights that the client trains; None for an evaluation, which brings none.
 
@@ -44,22 +52,47 @@ def read_reply(message: Message, shapes: Shapes | None) -> Reply | str:
     Reply or str
         What it says; or why it does not count, in words.
     """
+    if message is None:
+        return "its reply cannot be read"
+    try:
+        return _read(message, shapes)
+    except Exception as error:  # of one client: it must not end the round of the others
+        return f"its reply cannot be read ({type(error).__name__})"
+
+
+def error_text(message: Message) -> str:
+    """What a client says has gone wrong."""
+    return one_line(str(message.error.reason or f"error {message.error.code} without a reason"))
+
+
+def one_line(text: str) -> str:
+    """A peer's words as one line that can be printed, of a length that can be kept."""
+    text = "".join(letter if letter.isprintable() else "?" for letter in " ".join(text[: 2 * MAX_REASON].split()))
+    return text if len(text) <= MAX_REASON else f"{text[:MAX_REASON]}..."
+
+
+def _read(message: Message, shapes: Shapes | None) -> Reply | str:
     if message.has_error():
-        return " ".join(str(message.error.reason or f"error {message.error.code} without a reason").split())
+        return error_text(message)
     content = message.content
     if len(content.metric_records) != 1 or len(content.array_records) != (shapes is not None):
         counts = len(content.array_records), len(content.metric_records)
         return f"its reply has {counts[0]} records of arrays and {counts[1]} of metrics"
     found = next(iter(content.metric_records.values()))
     names = TRAINING if shapes is not None else tuple(found)
+    if len(names) > MAX_METRICS or not all(_METRIC.fullmatch(name) for name in names):
+        return f"its metrics are more than {MAX_METRICS}, or have names that are none"
     metrics: dict[str, float] = {}
     for name in (EXAMPLES, *names):
         value = found.get(name)
         if not isinstance(value, int | float) or not math.isfinite(value):
             return f"its {name} is no finite number"
         metrics[name] = value
-    if not 1 <= metrics[EXAMPLES] <= 1e12 or any(metrics[name] < 0 for name in names if name != "train-loss"):
+    whole = [name for name in (EXAMPLES, *TRAINING) if name in metrics and name != "train-loss"]
+    if metrics[EXAMPLES] < 1 or any(metrics[name] < 0 for name in names if name != "train-loss"):
         return "its metrics cannot be: a count is below 0, or it has no examples"
+    if any(metrics[name] > MAX_COUNT for name in whole) or any(abs(value) > MAX_LOSS for value in metrics.values()):
+        return "its metrics cannot be: a number is too large"
     if shapes is None:
         return Reply(metrics, {})
     arrays = read_arrays(next(iter(content.array_records.values())), shapes)

@@ -241,10 +241,12 @@ class FedSEAMixin(stock.FedAvg):
         kind = MessageType.TRAIN if this.training else MessageType.EVALUATE
         return Message(content, member.node, kind, group_id=str(this.number))
 
-    def _check(self, this: Round, stage: Stage, replies: Sequence[Message]) -> list[tuple[Member, checked.Reply]]:
+    def _check(
+        self, this: Round, stage: Stage, replies: Sequence[tuple[int, Message | None]]
+    ) -> list[tuple[Member, checked.Reply]]:
         good = []
-        for message in replies:
-            member = this.members[message.metadata.src_node_id]
+        for node, message in replies:
+            member = this.members[node]
             shapes = self._wanted(member) if this.training else None
             reply = checked.read_reply(message, shapes)
             if isinstance(reply, str):
