@@ -51,7 +51,7 @@ def strike(victim: str, up: Command, bob: Command) -> bool:
         case "supernode and worker":
             return kill(bob, "fedsea.federation.supernode") and kill(bob, "fedsea.federation.worker_process")
         case "block server":
-            return kill(up, "fedsea.federation.leash fedsea serve")
+            return kill(up, "fedsea.process fedsea serve")
         case _:
             return kill(up, "flwr-serverapp")
 

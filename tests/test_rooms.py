@@ -15,6 +15,7 @@ ORDER = [
     "errors",
     "partition",
     "threads",
+    "process",
     "checkpoints",
     "parts",
     "privacy",

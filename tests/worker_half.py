@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from fedsea.errors import StragglerError
-from fedsea.federation.leash import put_on_leash
 from fedsea.federation.worker_process import run_worker
+from fedsea.process import put_on_leash
 
 
 class AddOne:

@@ -1,6 +1,6 @@
 """FedSEA: use and fine-tune a large language model whose middle is run by somebody else."""
 
-from typing import TYPE_CHECKING, Any
+TYPE_CHECKING = False  # as in `typing`, which `python -m fedsea` would look for in the current folder
 
 __version__ = "0.1.0"
 
@@ -21,7 +21,7 @@ _HOMES = {
 __all__ = ["GaussianNoise", "Partition", "RelativeGaussianNoise", "SplitModelForCausalLM", "load_tokenizer"]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """Import a public name when it is first used: `import fedsea` alone is quick."""
     if name not in _HOMES:
         raise AttributeError(f"module 'fedsea' has no attribute {name!r}")

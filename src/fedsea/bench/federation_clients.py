@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -17,6 +16,7 @@ from fedsea.checkpoints import open_checkpoint
 from fedsea.errors import FedSEAError
 from fedsea.federation.blockserver import BlockServerAdmin
 from fedsea.parts.adapters import AdapterSpec
+from fedsea.process import module_command
 from fedsea.wire.rounds import RoundPlan, Strategy, new_seat
 
 CLIENTS = 8
@@ -70,7 +70,7 @@ class Federation:
             "tokens": tokens,
             "micro_batches": 1,
         }
-        command = [sys.executable, "-m", "fedsea.bench.federation_client", json.dumps(options)]
+        command = module_command("fedsea.bench.federation_client", json.dumps(options))
         process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,

@@ -15,10 +15,9 @@ from typing import Any, Self
 
 from fedsea.errors import FedSEAError, UsageError
 from fedsea.federation.flower_app import project_file
-from fedsea.federation.process import QUIET_FLOWER
-from fedsea.threads import WAITING
+from fedsea.federation.process import flower_environment
+from fedsea.process import TOOLS, module_command
 
-TOOLS = Path(sys.executable).parent
 START_SECONDS = 60.0
 RUN_SECONDS = 3600.0
 LOOK_SECONDS = 0.5
@@ -61,30 +60,16 @@ class SimulationLink:
         (home / "config.toml").write_text(
             f'[superlink]\ndefault = "here"\n\n[superlink.here]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
         )
-        self._environment = {
-            **WAITING,
-            **QUIET_FLOWER,
-            **os.environ,
-            "FLWR_HOME": str(home),
-            "RAY_USAGE_STATS_ENABLED": "0",
-            "PATH": f"{TOOLS}{os.pathsep}{os.environ.get('PATH', '')}",
-        }
+        self._environment = flower_environment(home) | {"RAY_USAGE_STATS_ENABLED": "0"}
         # On a leash: a bench that is killed leaves neither Flower nor Ray behind.
-        command: list[str | Path] = [sys.executable, "-m", "fedsea.federation.leash", "fedsea.federation.superlink"]
-        command += [
-            "--insecure",
-            "--simulation",
-            "--host",
-            "127.0.0.1",
-            "--port",
-            str(port),
-        ]
-        command += ["--disable-runtime-dependency-installation"]
+        options = ["--insecure", "--simulation", "--host", "127.0.0.1", "--port", str(port)]
+        options += ["--disable-runtime-dependency-installation"]
         self._log = home / "superlink.log"
         with self._log.open("wb") as log:
             # A session of its own: what it starts ends with it.
             self._process = subprocess.Popen(
-                command,
+                module_command("fedsea.federation.superlink", *options, leash=True),
+                cwd=home,  # Ray's processes import from where they run, whatever Python is told
                 env=self._environment,
                 stdin=subprocess.PIPE,
                 stdout=log,

@@ -7,20 +7,18 @@ on request. It needs no privileges and no kernel support.
 import asyncio
 import contextlib
 import json
-import os
 import selectors
 import subprocess
-import sys
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Coroutine
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
 from fedsea.bench.relay import Relay
 from fedsea.errors import FedSEAError, UsageError
+from fedsea.process import child_environment, module_command
 
 _T = TypeVar("_T")
 
@@ -195,18 +193,15 @@ class LinkProcess(_Link):
     """
 
     def __init__(self, target: str, *, delay_ms: float = 0.0, rate_mbit: float | None = None) -> None:
-        command = [sys.executable, "-m", "fedsea.bench.link_worker", target, "--delay-ms", str(delay_ms)]
+        command = module_command("fedsea.bench.link_worker", target, "--delay-ms", str(delay_ms))
         if rate_mbit is not None:
             command += ["--rate-mbit", str(rate_mbit)]
-        # The process is to import this same package, also where it is run from a source tree.
-        paths = (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", ""))
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=environment,
+            env=child_environment(),
             start_new_session=True,  # an interrupt typed at the terminal is for the caller, who then closes the link
         )
         try:

@@ -7,7 +7,6 @@ values, called by `run_fresh`. This module is what that process starts with, so 
 import contextlib
 import importlib
 import json
-import os
 import queue
 import signal
 import subprocess
@@ -21,7 +20,7 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 from fedsea.errors import FedSEAError
-from fedsea.threads import WAITING
+from fedsea.process import child_environment, module_command
 
 START_SECONDS = 600.0  # a large model is drawn or read first
 STOP_SECONDS = 20.0
@@ -29,7 +28,7 @@ STOP_SECONDS = 20.0
 
 def environment(threads: int) -> dict[str, str]:
     """Environment of a process that computes on `threads` threads beside others; the user's own settings stay."""
-    return WAITING | os.environ | {"OMP_NUM_THREADS": str(threads)}
+    return child_environment({"OMP_NUM_THREADS": str(threads)})
 
 
 class ServerProcess:
@@ -70,8 +69,7 @@ class ServerProcess:
         self._client: Path | None = None
         security = "--insecure"
         # On a leash: a bench that is killed leaves no server behind.
-        command = [sys.executable, "-m", "fedsea.federation.leash", "fedsea", "serve", model]
-        command += ["--listen", "127.0.0.1:0", "--json", *options]
+        command = module_command("fedsea", "serve", model, "--listen", "127.0.0.1:0", "--json", *options, leash=True)
         if secure:
             # Imported here: a bench without TLS runs where `cryptography` is not installed.
             from fedsea.wire.credentials import create_credentials
@@ -180,7 +178,7 @@ def run_fresh(function: Callable[..., Any], *, threads: int, **arguments: Any) -
         If it fails; its own message is on standard error.
     """
     name = f"{function.__module__}:{function.__qualname__}"
-    command = [sys.executable, "-m", "fedsea.bench.processes", name, json.dumps(arguments)]
+    command = module_command("fedsea.bench.processes", name, json.dumps(arguments))
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment(threads), check=False)
     if done.returncode != 0:
         raise FedSEAError(f"the measurement {name} failed in its process (exit status {done.returncode})")

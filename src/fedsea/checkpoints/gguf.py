@@ -12,7 +12,6 @@ import logging
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsea.errors import ModelNotFoundError
+from fedsea.process import child_environment, module_command
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -85,10 +85,9 @@ def _convert(source: Path, folder: Path) -> None:
 
 
 def _run_converter(source: Path, made: Path) -> None:
-    paths = os.pathsep.join(entry for entry in sys.path if entry)
     done = subprocess.run(
-        [sys.executable, "-m", "fedsea.checkpoints.convert", str(source), str(made)],
-        env=os.environ | {"PYTHONPATH": paths},
+        module_command("fedsea.checkpoints.convert", str(source), str(made)),
+        env=child_environment(),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

@@ -22,6 +22,7 @@ from fedsea.cli.demo_finetune import show_finetuning
 from fedsea.cli.generate import stats_json
 from fedsea.cli.options import AsJson, Threads
 from fedsea.errors import UsageError
+from fedsea.process import TOOLS
 
 if TYPE_CHECKING:  # --help needs no torch
     from fedsea.demo.inference import DemoReport
@@ -131,7 +132,7 @@ def _show(report: "DemoReport", console: Console) -> None:
     )
     console.print("\n[bold]The server is stopped, its certificates are gone. Next:[/bold]")
     if shutil.which("fedsea") is None:
-        activate = os.path.relpath(Path(sys.executable).parent / "activate")
+        activate = os.path.relpath(TOOLS / "activate")
         console.print(f"  source {escape(activate)}", soft_wrap=True)
     for command in (
         "fedsea credentials init credentials",

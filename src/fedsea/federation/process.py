@@ -7,14 +7,13 @@ import queue
 import re
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from fedsea.threads import WAITING
+from fedsea.process import TOOLS, child_environment, module_command
 
 STOP_SECONDS = 10.0
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
@@ -29,15 +28,15 @@ QUIET_FLOWER = {
 
 def flower_environment(home: Path) -> dict[str, str]:
     """Environment of Flower's processes: its files under `home`, its commands those beside this Python."""
-    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
-    return QUIET_FLOWER | os.environ | {"FLWR_HOME": str(home), "PATH": path}
+    path = os.pathsep.join((str(TOOLS), os.environ.get("PATH", "")))
+    return child_environment(QUIET_FLOWER | os.environ | {"FLWR_HOME": str(home), "PATH": path})
 
 
 class Child:
     """A Python module as a process of its own, in a process group of its own; a context manager.
 
     An interrupt typed at the terminal does not reach it: whoever started it stops it. If that process is killed, the
-    child ends, too (`leash.py`).
+    child ends, too.
 
     Parameters
     ----------
@@ -59,17 +58,16 @@ class Child:
         environment: Mapping[str, str] | None = None,
         stdin: str | None = None,
     ) -> None:
-        leash = ["fedsea.federation.leash"] if stdin is None else []
         self.log = log
         log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with log.open("wb") as errors:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", *leash, module, *arguments],
+                module_command(module, *arguments, leash=stdin is None),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,
-                env=WAITING | os.environ | dict(environment or {}),
+                env=child_environment(environment),
                 start_new_session=True,
             )
         if stdin is not None:

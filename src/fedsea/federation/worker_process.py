@@ -24,8 +24,8 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fedsea.errors import FedSEAError, ProtocolError, UsageError
-from fedsea.federation.leash import put_on_leash
 from fedsea.federation.worker import receive_frame, send_frame, write_error
+from fedsea.process import put_on_leash
 from fedsea.threads import let_idle_threads_sleep
 
 if TYPE_CHECKING:

@@ -1,0 +1,95 @@
+"""Processes that FedSEA starts: nothing is imported from the folder in which they run."""
+
+import ast
+import posixpath
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import fedsea
+from fedsea.bench.link import LinkProcess
+from fedsea.bench.processes import ServerProcess, run_fresh
+from fedsea.checkpoints import open_checkpoint
+from fedsea.errors import FedSEAError, ModelNotFoundError
+from fedsea.federation.process import Child, flower_environment
+
+SOURCE = Path(fedsea.__file__).parent
+# What the children import sooner or later, of Python itself and of others.
+NAMES = ("json", "asyncio", "tempfile", "subprocess", "typer", "click", "rich", "torch", "gguf", "accelerate", "flwr")
+
+
+@pytest.fixture
+def hostile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A current folder whose modules leave a mark when they are imported; the path of the mark."""
+    folder, mark = tmp_path / "here", tmp_path / "mark"
+    folder.mkdir()
+    for name in NAMES:
+        (folder / f"{name}.py").write_text(f"open({str(mark)!r}, 'a').write('{name} ')\nraise SystemExit(7)\n")
+    monkeypatch.chdir(folder)
+    return mark
+
+
+def convert() -> None:
+    Path("model.gguf").write_bytes(b"GGUF" + bytes(100))
+    with pytest.raises(ModelNotFoundError, match="cannot be converted"):
+        open_checkpoint("model.gguf")
+
+
+def federate() -> None:
+    environment = flower_environment(Path("flower").resolve())
+    with Child("fedsea.federation.superlink", ["--help"], Path("log"), environment) as child:
+        while child.running:
+            child.says(1.0)
+        assert child.exit_code == 0, child.last_words()
+
+
+def work() -> None:
+    Path("open").mkdir(mode=0o755)
+    with Child("fedsea.federation.worker_process", ["open/socket"], Path("log"), stdin="{}") as child:
+        said = child.says(60.0)
+        assert said is not None, child.last_words()
+        assert "chmod 700" in str(said["error"])
+
+
+def serve() -> None:
+    starting = ServerProcess("random:tiny", threads=1, secure=False, options=("--layers", "none"))
+    with starting as server, pytest.raises(FedSEAError, match="LO:HI"):
+        _ = server.address
+
+
+def link() -> None:
+    with LinkProcess("127.0.0.1:1") as started:
+        assert started.counters().connections == 0
+
+
+def measure() -> None:
+    assert run_fresh(posixpath.basename, threads=1, p="a/b") == "b"
+
+
+def command() -> None:
+    ran = subprocess.run([sys.executable, "-m", "fedsea", "--version"], capture_output=True, text=True, check=False)
+    assert ran.stdout == f"fedsea {fedsea.__version__}\n", ran.stderr
+
+
+@pytest.mark.parametrize("start", [convert, federate, work, serve, link, measure, command])
+def test_no_code_of_the_current_folder_runs_in_a_child(
+    start: Callable[[], None], hostile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FEDSEA_CACHE", str(tmp_path / "cache"))
+    start()
+    assert not hostile.exists(), hostile.read_text()
+
+
+def test_commands_that_run_python_are_built_in_one_place() -> None:
+    for path in SOURCE.rglob("*.py"):
+        if path == SOURCE / "process.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            where = f"{path.relative_to(SOURCE)}:{getattr(node, 'lineno', 0)}: see fedsea.process"
+            # `-m` and `-c` are how Python is told what to run; nobody else needs its interpreter, or a shell.
+            assert not (isinstance(node, ast.Constant) and node.value in ("-m", "-Im")), where
+            assert not (isinstance(node, ast.Attribute) and node.attr in ("executable", "system", "popen")), where
+            assert not (isinstance(node, ast.keyword) and node.arg in ("shell", "executable")), where
