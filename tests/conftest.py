@@ -5,6 +5,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,22 +25,22 @@ torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 class RunningServer:
     """A real block server in a thread of its own."""
 
-    def __init__(self, name: str, options: ServerOptions) -> None:
+    def __init__(self, name: str, options: ServerOptions, tap: Any = None) -> None:
         self._started = threading.Event()
         self._loop = asyncio.new_event_loop()
         self.server: BlockServer
         self.address = ""
         self.failure: BaseException | None = None
-        self._thread = threading.Thread(target=self._main, args=(name, options), daemon=True)
+        self._thread = threading.Thread(target=self._main, args=(name, options, tap), daemon=True)
         self._thread.start()
         self._started.wait(60)
         if self.failure is not None:
             raise self.failure
 
-    def _main(self, name: str, options: ServerOptions) -> None:
+    def _main(self, name: str, options: ServerOptions, tap: Any) -> None:
         async def live() -> None:
             try:
-                self.server = BlockServer(open_checkpoint(name), options)
+                self.server = BlockServer(open_checkpoint(name), options, tap)
                 self.address = await self.server.start()
             except BaseException as error:
                 self.failure = error
@@ -61,9 +62,9 @@ def start_server() -> Iterator[Callable[..., RunningServer]]:
     """Start block servers; all are stopped at the end."""
     running: list[RunningServer] = []
 
-    def start(name: str = "random:tiny", **options: object) -> RunningServer:
+    def start(name: str = "random:tiny", tap: Any = None, **options: object) -> RunningServer:
         options.setdefault("listen", held_address())
-        server = RunningServer(name, ServerOptions(**options))  # type: ignore[arg-type]
+        server = RunningServer(name, ServerOptions(**options), tap)  # type: ignore[arg-type]
         running.append(server)
         return server
 

@@ -157,7 +157,9 @@ def count_kept_bytes(*, known: bool) -> Iterator[list[int]]:
         if not isinstance(tensor, torch.nn.Parameter) and not tensor.is_leaf and storage.data_ptr() not in seen:
             seen.add(storage.data_ptr())
             total[0] += storage.nbytes()
-        return tensor
+        # Not the tensor itself: where an operation keeps its own output, that holds the operation, which would hold it
+        # through this hook. No collector sees such a cycle; only a backward pass would ever break it.
+        return tensor.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield total
