@@ -15,48 +15,7 @@ from transformers import LlamaForCausalLM
 from fedsea.checkpoints import load_whole_model, open_checkpoint
 from fedsea.checkpoints.convert import convert
 from fedsea.errors import ModelNotFoundError
-
-gguf = pytest.importorskip("gguf")
-
-
-def write_gguf(model: LlamaForCausalLM, path: Path, without: str = "") -> None:
-    """Write a Llama as llama.cpp's converter does: its own names, rotary halves of q and k interleaved.
-
-    `without`: the name of a weight to leave out.
-    """
-    config = model.config
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("gpt2")
-    letters = [chr(0x100 + index) for index in range(config.vocab_size - 3)]
-    tokens = ["<start>", "<end>", *letters, letters[0] + letters[1]]
-    writer.add_token_list(tokens)
-    writer.add_token_types([gguf.TokenType.CONTROL] * 2 + [gguf.TokenType.NORMAL] * (config.vocab_size - 2))
-    writer.add_token_merges([f"{letters[0]} {letters[1]}"])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(1)
-    writer.add_chat_template("{{ messages[0]['content'] }}")
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    for name, tensor in model.state_dict().items():
-        if name == without:
-            continue
-        for projection, count in heads.items():
-            if projection in name:
-                tensor = tensor.view(count, 2, -1, tensor.shape[-1]).transpose(1, 2).reshape(tensor.shape)
-        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), tensor.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+from tests.gguf_files import write_gguf
 
 
 @pytest.fixture(scope="module")
@@ -178,6 +137,18 @@ def test_replaced_source_is_converted_anew(
     write_gguf(other, source)
     assert before.mismatches(open_checkpoint(source).fingerprint()) == ["layer 2"]
     assert len(conversions) == 2
+
+
+def test_what_an_earlier_version_converted_is_not_used_again(
+    source: Path, cache: Path, conversions: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as earlier:
+        earlier.setattr("fedsea.checkpoints.gguf.FORMAT", 1)
+        open_checkpoint(source)
+    before = converted(cache)
+    open_checkpoint(source)
+    assert len(conversions) == 2
+    assert converted(cache) != before  # and its room is given back
 
 
 def test_leftovers_of_a_killed_conversion_are_no_model(source: Path, cache: Path, conversions: list[Path]) -> None:

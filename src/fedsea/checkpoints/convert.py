@@ -6,6 +6,7 @@ should be left behind in the process that goes on to use a part of the model.
 
 import functools
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import gguf
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+from fedsea.checkpoints.pretokenizers import complete_tokenizer
 from fedsea.errors import ModelNotFoundError
 
 
@@ -24,10 +26,12 @@ def convert(source: Path, folder: Path) -> None:
     Raises
     ------
     ModelNotFoundError
-        If the file lacks weights. Whatever else transformers raises when it cannot read the file passes through.
+        If the file lacks weights, or its tokenizer is of a kind that is not supported. Whatever else transformers
+        raises when it cannot read the file passes through.
     """
     where: dict[str, Any] = {"gguf_file": source.name, "local_files_only": True}
     tokenizer = AutoTokenizer.from_pretrained(source.parent, **where)
+    complete_tokenizer(tokenizer, _tokenizer_keys(source))
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         source.parent,
         **where,
@@ -44,6 +48,16 @@ def convert(source: Path, folder: Path) -> None:
             setattr(model.generation_config, token, getattr(tokenizer, token))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def _tokenizer_keys(source: Path) -> Callable[[str], Any]:
+    fields = gguf.GGUFReader(str(source)).fields
+
+    def read(key: str) -> Any:
+        field = fields.get(f"tokenizer.ggml.{key}")
+        return None if field is None else field.contents()
+
+    return read
 
 
 if __name__ == "__main__":

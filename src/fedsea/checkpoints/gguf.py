@@ -21,7 +21,7 @@ from typing import Any
 from fedsea.errors import ModelNotFoundError
 from fedsea.process import child_environment, module_command
 
-FORMAT = 1
+FORMAT = 2  # one more for each change of what a conversion writes: what an earlier version made is not used again
 MANIFEST = "manifest.json"
 
 _log = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ def converted_folder(source: Path) -> Path:
     """
     source = source.resolve()
     place = hashlib.sha256(str(source).encode()).hexdigest()[:16]
-    folder = cache_folder() / "gguf" / f"{source.stem}-{place}"
+    folder = cache_folder() / "gguf" / f"{source.stem}-{place}-v{FORMAT}"
     try:
         if _is_current(folder, source):
             return folder
@@ -55,6 +55,7 @@ def converted_folder(source: Path) -> Path:
         with _lock(folder.with_name(folder.name + ".lock")):
             if not _is_current(folder, source) and not _is_same_content(folder, source):
                 _convert(source, folder)
+                _remove_earlier(folder, place)
     except OSError as error:
         raise ModelNotFoundError(
             f"{source} could not be converted into {folder.parent} ({error}); set FEDSEA_CACHE to a folder with room"
@@ -82,6 +83,13 @@ def _convert(source: Path, folder: Path) -> None:
     finally:
         for leftover in (made, old):
             shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _remove_earlier(folder: Path, place: str) -> None:
+    """Give back the room that an earlier version's conversion of the same file takes."""
+    for other in folder.parent.glob(f"*-{place}*"):
+        if other.is_dir() and other != folder:
+            shutil.rmtree(other, ignore_errors=True)
 
 
 def _run_converter(source: Path, made: Path) -> None:
