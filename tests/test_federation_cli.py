@@ -1,5 +1,6 @@
 """`fedsea federation`: folders, errors, what is let in and what is not, and a real deployment."""
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -15,11 +16,15 @@ import tomllib
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from flwr.supercore.fab import Fab
 
 from fedsea.cli import run
 from fedsea.errors import FedSEAError, UsageError
+from fedsea.federation import supernode
 from fedsea.federation.deployment import SUPERNODE_KEY, Deployment, Invitation, federation_name
 from fedsea.federation.flower_app import COMPONENTS, bundle, check_bundle, project_file
 from fedsea.federation.join import Member
@@ -164,9 +169,44 @@ def test_an_app_that_could_run_anything_else_is_refused() -> None:
         packed({"pyproject.toml": project}, "pyproject.toml"),
         packed({"pyproject.toml": project.replace(COMPONENTS["clientapp"], "os:system")}),
         packed({"pyproject.toml": project + " " * (1 << 20)}),
+        packed({"pyproject.toml": project, "README.md": "\0" * (200 << 20)}),
+        packed({"pyproject.toml": project}) + bytes(1 << 20),
+        packed({"pyproject.toml": project.replace("clientapp =", 'agentapp = "antigravity:fly"\nclientapp =')}),
+        packed({"pyproject.toml": project.replace("serverapp =", "other =")}),
+        packed({"pyproject.toml": project.replace(COMPONENTS["serverapp"], "os:system")}),
+        packed({"pyproject.toml": project.replace("dependencies = []", 'dependencies = ["antigravity"]')}),
+        packed({"pyproject.toml": project + '\n[tool.flwr.federations]\ndefault = "here"\n'}),
+        packed({"pyproject.toml": project.replace("local-steps = 10", "local-steps = 11")}),
+        packed({"pyproject.toml": "[tool.flwr.app]\ncomponents = [1]\n"}),
+        packed({"pyproject.toml": "[tool.flwr.app]\ncomponents = 3\n"}),
+        packed({"pyproject.toml": "tool = 1979-05-27\n"}),
+        packed({"pyproject.toml": "\x00" + project}),
+        packed({"pyproject.toml": "a = " + "[" * 50_000}),
     ):
         with pytest.raises(UsageError, match="not run here"):
             check_bundle(content)
+
+
+def test_the_supernode_runs_nothing_for_a_run_that_is_no_federation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flower would start an agent, which the app's pyproject.toml names, beside the data."""
+
+    @contextlib.contextmanager
+    def connect(**_options: Any) -> Iterator[tuple[Any, ...]]:
+        def get_run(number: int) -> Any:
+            return SimpleNamespace(primary_task_type=("flwr-serverapp", "flwr-agentapp", "anything")[number])
+
+        def get_fab(fab_hash: str, number: int) -> Fab:
+            return Fab(fab_hash, bundle(), {})
+
+        yield 1, None, None, get_run, get_fab
+
+    told: list[dict[str, Any]] = []
+    with supernode._connector(connect, lambda **body: told.append(body))() as (*_others, get_run, get_fab):
+        for number in range(3):
+            get_run(number)
+        licensed = [bool(get_fab("x", number).verifications.get("valid_license")) for number in range(4)]
+    assert licensed == [True, False, False, False]
+    assert len([body for body in told if "not run here" in body.get("refused", "")]) == 3
 
 
 @pytest.mark.parametrize(

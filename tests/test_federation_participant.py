@@ -3,27 +3,41 @@
 import json
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from flwr.app import Message, RecordDict
 from torch import Tensor
 
 from fedsea.checkpoints import open_checkpoint
-from fedsea.errors import FedSEAError, ModelMismatchError, NonFiniteError, ProtocolError, RefusedTicketError, UsageError
+from fedsea.errors import (
+    FedSEAError,
+    ModelMismatchError,
+    ModelNotFoundError,
+    NonFiniteError,
+    ProtocolError,
+    RefusedTicketError,
+    TermsError,
+    UsageError,
+)
+from fedsea.federation import client_app
 from fedsea.federation.blockserver import BlockServerAdmin
 from fedsea.federation.data import tokenizer_of
 from fedsea.federation.participant import ModelShelf, Participant, ParticipantOptions
 from fedsea.federation.recipe import lora_config
 from fedsea.federation.server_app import adapter_shapes
 from fedsea.federation.settings import Settings
+from fedsea.federation.worker import write_error
 from fedsea.partition import layer_of
 from fedsea.parts.adapters import AdapterSpec
 from fedsea.privacy import GaussianNoise, parse_mechanism
 from fedsea.training.batches import Batches
 from fedsea.wire.rounds import RoundPlan, Seat, Ticket, new_seat
 from tests.conftest import RunningServer
+from tests.flower_grid import InProcessGrid
 
 LABELS = ("entailment", "contradiction", "neutral")
 SETTINGS = Settings(lora_rank=4, lora_targets="q_proj,v_proj", local_steps=3, batch_size=2, lr=1e-2)
@@ -84,6 +98,7 @@ class Coordinator:
 
     def __init__(self, server: RunningServer) -> None:
         self.admin, self._server, self._rounds = BlockServerAdmin(server.address, insecure=True), server, 0
+        self.address = server.address
 
     def open(self, *clients: str, strategy: str = "server-hierarchical", whole: Any = None) -> list[Ticket]:
         self._rounds += 1
@@ -260,6 +275,54 @@ def test_errors_are_typed_and_the_participant_lives_on(coordinator: Coordinator,
     metrics, _ = participant.train(body(ticket), local(whole))
     assert metrics["steps"] == 3
     participant.close()
+
+
+def test_a_ticket_moves_nobody_to_where_its_owner_did_not_agree_to(coordinator: Coordinator, data: str) -> None:
+    """Neither out of the block servers that the data owner was told of, nor in plaintext out of this machine."""
+    whole = weights()
+    agreed = Participant(options(data, servers=(coordinator.address,)))
+    anywhere = Participant(options(data))
+    for participant in (agreed, anywhere):
+        (ticket,) = coordinator.open("ann")
+        participant.train(body(ticket), local(whole))
+    for server in (
+        "203.0.113.7:7070",
+        "0.0.0.0:7070",
+        "[::]:7070",
+        "hub.example.org:7070",
+        "unix:/run/x",
+        "",
+        "a\nb:1",
+    ):
+        (ticket,) = coordinator.open("ann")
+        elsewhere = body(replace(ticket, server=server))
+        with pytest.raises(TermsError, match="none of this federation's block servers"):
+            agreed.train(elsewhere, local(whole))
+        with pytest.raises(UsageError, match=r"stay on this machine|is no address"):
+            anywhere.train(elsewhere, local(whole))
+    for participant in (agreed, anywhere):
+        (ticket,) = coordinator.open("ann")
+        assert participant.train(body(ticket), local(whole))[0]["steps"] == 3
+        participant.close()
+
+
+def test_what_is_wrong_with_the_data_stays_with_their_owner(tmp_path: Path) -> None:
+    folder = write_cb(tmp_path / "cb")
+    with (tmp_path / "cb" / "val.jsonl").open("a") as file:
+        file.write('{"premise": "a", "hypothesis": "b", "label": "Mr. Meier has it"}\n')
+    participant = Participant(options(folder))
+    with pytest.raises(UsageError, match="Meier") as caught:
+        participant.evaluate({"evaluation": SETTINGS.evaluation()}, {})
+    for error in (caught.value, ValueError("Mr. Meier has it"), ModelNotFoundError("no /data/meier/model")):
+        written = json.dumps(write_error(error))
+        assert "eier" not in written
+        assert type(error).__name__ in written
+        assert "eier" in write_error(error, to_owner=True)["message"]
+    grid = InProcessGrid(lambda message, _context: client_app._failure(message, caught.value), 1)
+    (reply,) = grid.send_and_receive([Message(RecordDict({}), 1, "train")])
+    assert reply.error.reason == "usage: the client failed with UsageError; its log says why"
+    for error in (TermsError("with r=4 only"), RefusedTicketError("the ticket was used already")):
+        assert write_error(error) == {"code": error.code, "message": str(error)}
 
 
 def test_a_training_that_blows_up_is_told_and_gives_its_seat_up(coordinator: Coordinator, data: str) -> None:

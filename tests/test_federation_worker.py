@@ -128,11 +128,12 @@ def test_requests_and_their_outcomes_pass_through(worker: RunningWorker) -> None
 def test_errors_keep_their_class_and_leave_the_worker_as_it_was(worker: RunningWorker) -> None:
     with pytest.raises(StragglerError, match=r"^the others went on$"):
         worker.client.train({"fail": "straggler"}, {})
-    with pytest.raises(FedSEAError, match=r"^unexpected ZeroDivisionError: a bug$"):
+    with pytest.raises(FedSEAError, match=r"^the client failed with ZeroDivisionError; its log says why$"):
         worker.client.train({"fail": "bug"}, {})
     with pytest.raises(ProtocolError, match="cannot 'dance'"):
         worker.client._call("dance")
     assert worker.says()["error"]["code"] == "straggler"
+    assert worker.says()["error"]["message"] == "unexpected ZeroDivisionError: a bug"  # its owner may know
     assert worker.client.describe()["trainings"] == 0
 
 

@@ -19,6 +19,12 @@ class UsageError(FedSEAError):
     code = "usage"
 
 
+class TermsError(UsageError):
+    """A data owner takes part in a federation on other terms; what the message says is for the coordinator."""
+
+    code = "terms"
+
+
 class ModelNotFoundError(FedSEAError):
     """No model is found under this name, or its files are incomplete."""
 
@@ -95,6 +101,7 @@ BY_CODE: dict[str, type[FedSEAError]] = {
     kind.code: kind
     for kind in (
         UsageError,
+        TermsError,
         ModelNotFoundError,
         ModelMismatchError,
         PartitionError,

@@ -37,16 +37,21 @@ def client_credentials(
     UsageError
         If neither or both are given, or plaintext would leave this machine.
     """
-    host, _port = parse_address(server)
+    parse_address(server)
     if (credentials is None) != insecure:
         raise UsageError("give either credentials (a folder made by: fedsea credentials init DIR) or insecure=True")
     if isinstance(credentials, Credentials):
         return credentials
     if credentials is not None:
         return Credentials.load(credentials, role=role)
-    if not is_loopback(host):
-        raise UsageError(f"insecure connections stay on this machine; {host} is another one, so give credentials")
+    _check_address(server, plaintext=True)
     return None
+
+
+def _check_address(server: str, *, plaintext: bool) -> None:
+    host, _port = parse_address(server)
+    if plaintext and not is_loopback(host):
+        raise UsageError(f"insecure connections stay on this machine; {host} is another one, so give credentials")
 
 
 class ConnectionLost(Exception):  # noqa: N818 - not an error for the user: the session reconnects
@@ -73,15 +78,21 @@ class Endpoint:
     address
         `HOST:PORT`.
     credentials
-        The client's certificate; None for a plaintext connection (loopback only, or the server refuses).
+        The client's certificate; None for a plaintext connection, to a loopback address only.
 
     Attributes
     ----------
     frame_bytes
         The longest frame that the server takes; None until a session knows.
+
+    Raises
+    ------
+    UsageError
+        If it is no address, or plaintext would leave this machine, whoever has chosen it.
     """
 
     def __init__(self, address: str, credentials: Credentials | None) -> None:
+        _check_address(address, plaintext=credentials is None)
         self.address, self.credentials = address, credentials
         self.frame_bytes: int | None = None
         self._lock = threading.Lock()

@@ -28,10 +28,10 @@ from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, Record
 from flwr.clientapp import ClientApp
 from flwr.clientapp.mod import LocalDpMod
 
-from fedsea.errors import FedSEAError, ProtocolError, UsageError
+from fedsea.errors import FedSEAError, ProtocolError, TermsError, UsageError
 from fedsea.federation.arrays import Arrays, from_record, to_record
 from fedsea.federation.settings import Settings
-from fedsea.federation.worker import WorkerClient
+from fedsea.federation.worker import WorkerClient, write_error
 
 FAILED = 2  # Flower's code for a ClientApp that has failed
 WARM_CLIENTS = 64  # simulated clients whose data a process keeps
@@ -63,7 +63,7 @@ def protect(message: Message, context: Context, call_next: Callable[[Message, Co
         return call_next(message, context)
     epsilon, delta = float(chosen.get("dp-epsilon", 0.0)), float(chosen.get("dp-delta", 1e-5))
     if not (clip > 0 and epsilon > 0 and 0 < delta < 1):
-        return _failure(message, UsageError("dp-clip needs dp-epsilon above 0 and dp-delta between 0 and 1"))
+        return _failure(message, TermsError("dp-clip needs dp-epsilon above 0 and dp-delta between 0 and 1"))
     # Any two updates of a norm up to the clip are at most twice the clip apart.
     sensitivity = float(chosen.get("dp-sensitivity", 0.0)) or 2 * clip
     reply = call_next(message, context)
@@ -132,13 +132,11 @@ def _answer(message: Message, work: Callable[[], RecordDict]) -> Message:
 
 
 def _failure(message: Message, error: Exception) -> Message:
-    """An error as one line for the coordinator: code and message. What is not FedSEA's own may quote data: log only."""
-    if isinstance(error, FedSEAError):
-        reason = f"{error.code}: {error}"
-    else:
-        log.exception("fedsea: the client failed")
-        reason = f"{FedSEAError.code}: the client failed with {type(error).__name__}; its log says why"
-    return Message(Error(FAILED, reason), reply_to=message)
+    """An error as one line for the coordinator: code, and as much of the message as it may read (`write_error`)."""
+    trace = None if isinstance(error, FedSEAError) else error
+    log.warning("fedsea: the client failed: %s", write_error(error, to_owner=True)["message"], exc_info=trace)
+    written = write_error(error)
+    return Message(Error(FAILED, f"{written['code']}: {written['message']}"), reply_to=message)
 
 
 # Which half this is
@@ -157,7 +155,7 @@ def half_of(context: Context) -> Half:
     if worker is not None:
         return worker
     if "partition-id" not in context.node_config:
-        raise UsageError("this SuperNode has no worker: start it with `fedsea federation join`")
+        raise TermsError("this SuperNode has no worker: start it with `fedsea federation join`")
     return _simulated(context)
 
 
@@ -222,6 +220,7 @@ def simulated_options(settings: Settings, node_config: Mapping[str, Any]) -> dic
         "data": settings.data,
         "input_layers": settings.input_layers,
         "output_layers": settings.output_layers,
+        "servers": settings.addresses,
         "credentials": credentials,
         "insecure": credentials is None,
         "noise_level": settings.noise_level,

@@ -14,7 +14,8 @@ from fedsea.errors import UsageError
 NAME = "fedsea-federation"
 COMPONENTS = {"serverapp": "fedsea.federation.server_app:app", "clientapp": "fedsea.federation.client_app:app"}
 _HARMLESS = {"pyproject.toml", ".info/CONTENT", "README.md", "LICENSE"}
-_MAX_PROJECT = 1 << 20
+_MAX_BYTES = 1 << 18
+RUNS = ("", "flwr-serverapp")  # of a federation; Flower leaves it empty where a run is not yet known as anything else
 
 
 def project_file() -> str:
@@ -53,26 +54,61 @@ def bundle() -> bytes:
 
 
 def check_bundle(content: bytes) -> None:
-    """Check that an app runs nothing but this installation's components.
+    """Check that an app is this installation's: its pyproject.toml says what `project_file` says, and there is no code.
+
+    Nothing else in it could be of use: what a coordinator decides, it says in the run's configuration.
 
     Raises
     ------
     UsageError
-        If it holds code, or names other components.
+        If it is anything else.
     """
     import tomllib
 
     try:
+        if len(content) > _MAX_BYTES:
+            raise UsageError(f"the coordinator's app has {len(content)} bytes: not run here")
         with zipfile.ZipFile(io.BytesIO(content)) as bundle:
             names = Counter(bundle.namelist())
             foreign = [name for name, count in names.items() if name not in _HARMLESS or count > 1]
             if foreign:
                 raise UsageError(f"the coordinator's app holds files of its own, such as {foreign[0]!r}: not run here")
-            if bundle.getinfo("pyproject.toml").file_size > _MAX_PROJECT:
-                raise UsageError("the coordinator's app has an overlong pyproject.toml: not run here")
+            if sum(file.file_size for file in bundle.infolist()) > _MAX_BYTES:
+                raise UsageError("the coordinator's app holds overlong files: not run here")
             project = tomllib.loads(bundle.read("pyproject.toml").decode())
-        components = project["tool"]["flwr"]["app"]["components"]
-    except (zipfile.BadZipFile, KeyError, TypeError, ValueError):
+    except UsageError:
+        raise
+    except Exception:  # whatever reading a foreign archive may raise
         raise UsageError("the coordinator's app cannot be read: not run here") from None
-    if components.get("clientapp") != COMPONENTS["clientapp"]:
-        raise UsageError(f"the coordinator's app would run {components.get('clientapp')!r}: not run here")
+    ours = tomllib.loads(project_file())
+    if project != ours:
+        where = _first_difference(project, ours)
+        raise UsageError(
+            f"the coordinator's app is not the one of this version of FedSEA ({where} differs): not run here; "
+            "install the version that the coordinator has"
+        )
+
+
+def _first_difference(found: object, ours: object, path: str = "") -> str:
+    """Where two TOML documents differ first, as a dotted key of ours or the table that has another one."""
+    if isinstance(found, dict) and isinstance(ours, dict) and found.keys() == ours.keys():
+        key = next(key for key in ours if found[key] != ours[key])
+        return _first_difference(found[key], ours[key], f"{path}.{key}" if path else key)
+    return path or "pyproject.toml"
+
+
+def check_run(task_type: str) -> None:
+    """Check that a run is one that a ClientApp takes part in.
+
+    Parameters
+    ----------
+    task_type
+        What Flower calls the run's own task. For an agent's it would start other components than the ClientApp.
+
+    Raises
+    ------
+    UsageError
+        If it is another.
+    """
+    if task_type not in RUNS:
+        raise UsageError(f"the coordinator's run is a {task_type!r}: not run here")

@@ -77,6 +77,7 @@ class Member:
             name=name,
             model=options.model or self.invitation.model,
             task=options.task or self.invitation.task,
+            servers=self.invitation.servers,
             credentials=str(self._folder),
             private_ends=str(self._folder / OWN_ENDS),
         )

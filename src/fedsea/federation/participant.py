@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedsea.checkpoints import Fingerprint, open_checkpoint
 from fedsea.client.model import SplitModelForCausalLM
-from fedsea.errors import FedSEAError, ModelMismatchError, NonFiniteError, ProtocolError, UsageError
+from fedsea.errors import FedSEAError, ModelMismatchError, NonFiniteError, ProtocolError, TermsError
 from fedsea.federation.data import Texts, task_schema, tokenizer_of
 from fedsea.federation.own_ends import OwnEnds
 from fedsea.federation.participant_options import ParticipantOptions
@@ -194,19 +194,21 @@ class Participant:
             raise ProtocolError("whose ends these are cannot be read")
         if not federation:
             if self.options.insist_private:
-                raise UsageError("this client keeps the adapter of its own blocks; this federation asks for it")
+                raise TermsError("this client keeps the adapter of its own blocks; this federation asks for it")
             return None
         if not self.options.private_ends:
-            raise UsageError("this federation leaves each client its ends, and this client has no place to keep them")
+            raise TermsError("this federation leaves each client its ends, and this client has no place to keep them")
         return OwnEnds(Path(self.options.private_ends), federation)
 
     def _join(self, body: Mapping[str, Any], weights: Mapping[str, Tensor]) -> SplitModelForCausalLM:
         ticket, lora = Ticket.from_body(body.get("ticket")), body.get("lora")
         config = lora_config(lora)
+        if self.options.servers and ticket.server not in self.options.servers:
+            raise TermsError(f"the ticket is for {ticket.server}, which is none of this federation's block servers")
         assert isinstance(lora, dict)
         for name, wanted in (self.options.lora or {}).items():
             if lora.get(name) != wanted:
-                raise UsageError(
+                raise TermsError(
                     f"this client takes part with {name}={wanted!r} only; the round has {lora.get(name)!r}"
                 )
         for name, weight in weights.items():

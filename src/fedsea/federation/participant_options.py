@@ -22,6 +22,8 @@ class ParticipantOptions:
     task, data, shard
         What it learns; `shard` as `Sharding.parse` reads it, empty for all of the data. `shard_seed` is the same for
         all clients.
+    servers
+        Addresses of the block servers that it may be sent to; empty for any.
     credentials, insecure
         Its folder of `fedsea credentials init`; or no TLS, on this machine only.
     noise_level, mechanism
@@ -46,6 +48,7 @@ class ParticipantOptions:
     data: str
     input_layers: int = 1
     output_layers: int = 1
+    servers: tuple[str, ...] = ()
     credentials: str | None = None
     insecure: bool = False
     noise_level: float = 0.0
@@ -81,6 +84,6 @@ class ParticipantOptions:
             If an option is unknown or missing.
         """
         try:
-            return cls(**body)
+            return cls(**{**body, "servers": tuple(body.get("servers", ()))})
         except TypeError as error:
             raise UsageError(f"the options of a participant cannot be read: {error}") from None

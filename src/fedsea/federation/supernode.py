@@ -18,7 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from fedsea.errors import UsageError
-from fedsea.federation.flower_app import check_bundle
+from fedsea.federation.flower_app import check_bundle, check_run
 
 POLL_SECONDS = 0.5
 HEARTBEAT_SECONDS = 10  # Flower's least; a SuperNode that died may come back after twice that, not after a minute
@@ -66,17 +66,42 @@ def _connector(connect: Callable[..., Any], tell: Callable[..., None]) -> Callab
     def connected(**options: Any) -> Iterator[tuple[Any, ...]]:
         with connect(**options) as parts:
             tell(connected=str(parts[0]))
-            yield tuple(_licensed(part) if at == _GET_FAB else part for at, part in enumerate(parts))
+            runs: dict[int, str] = {}
+            changed = {_GET_RUN: _noting(parts[_GET_RUN], runs), _GET_FAB: _licensed(parts[_GET_FAB], runs, tell)}
+            yield tuple(changed.get(at, part) for at, part in enumerate(parts))
 
     return connected
 
 
-_GET_FAB = 4  # of what `_init_connection` gives
+_GET_RUN, _GET_FAB = 3, 4  # of what `_init_connection` gives
 
 
-def _licensed(get_fab: Callable[[str, int], Any]) -> Callable[[str, int], Any]:
-    """Flower verifies what has a licence only; whether the app may run is decided by its content."""
-    return lambda fab_hash, run: replace(get_fab(fab_hash, run), verifications={"valid_license": "checked here"})
+def _noting(get_run: Callable[[int], Any], runs: dict[int, str]) -> Callable[[int], Any]:
+    """Note of each run what Flower calls its task, before its app is asked for."""
+
+    def noted(number: int) -> Any:
+        run = get_run(number)
+        runs[number] = run.primary_task_type
+        return run
+
+    return noted
+
+
+def _licensed(
+    get_fab: Callable[[str, int], Any], runs: Mapping[int, str], tell: Callable[..., None]
+) -> Callable[[str, int], Any]:
+    """Flower verifies what has a licence only; whether the app may run is decided by its run and its content."""
+
+    def licensed(fab_hash: str, number: int) -> Any:
+        fab = get_fab(fab_hash, number)
+        try:
+            check_run(runs.get(number, "run that nobody knows"))
+        except UsageError as error:
+            tell(refused=str(error))
+            return replace(fab, verifications={})
+        return replace(fab, verifications={"valid_license": "checked here"})
+
+    return licensed
 
 
 if __name__ == "__main__":

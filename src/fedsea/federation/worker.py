@@ -16,7 +16,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedsea.errors import BY_CODE, FedSEAError, ProtocolError, ServerUnavailableError
+from fedsea.errors import (
+    BY_CODE,
+    CredentialsError,
+    FedSEAError,
+    ModelNotFoundError,
+    ProtocolError,
+    ServerUnavailableError,
+    TermsError,
+    UsageError,
+)
 
 if TYPE_CHECKING:  # a refused request needs no arrays
     import numpy as np
@@ -173,11 +182,28 @@ def _receive(connection: socket.socket, length: int) -> bytearray | None:
     return content
 
 
-def write_error(error: Exception) -> dict[str, str]:
-    """An error as a frame carries it: its code and its one line."""
-    if isinstance(error, FedSEAError):
-        return {"code": error.code, "message": str(error)}
-    return {"code": FedSEAError.code, "message": f"unexpected {type(error).__name__}: {' '.join(str(error).split())}"}
+def write_error(error: Exception, *, to_owner: bool = False) -> dict[str, str]:
+    """An error as a frame carries it: its code and its one line.
+
+    The coordinator is told what concerns it: of its round, the block server, the adapter. What is wrong with the data
+    owner's files, data or options may quote them, and an error that nobody has foreseen may quote anything: of these it
+    is told the kind.
+
+    Parameters
+    ----------
+    to_owner
+        Whether its data owner is told, who may read all of it.
+    """
+    told = isinstance(error, FedSEAError) and (isinstance(error, TermsError) or not isinstance(error, _PRIVATE))
+    code = error.code if isinstance(error, FedSEAError) else FedSEAError.code
+    if told or (to_owner and isinstance(error, FedSEAError)):
+        return {"code": code, "message": str(error)}
+    if to_owner:
+        return {"code": code, "message": f"unexpected {type(error).__name__}: {' '.join(str(error).split())}"}
+    return {"code": code, "message": f"the client failed with {type(error).__name__}; its log says why"}
+
+
+_PRIVATE = (UsageError, ModelNotFoundError, CredentialsError)
 
 
 def read_error(body: Any) -> FedSEAError:

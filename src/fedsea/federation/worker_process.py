@@ -136,10 +136,12 @@ class Worker:
             request.answer = {"value": value}
             told |= {"metrics": value} if request.do != "describe" else {}
         except Exception as error:
-            if not isinstance(error, FedSEAError):
+            if isinstance(error, FedSEAError):
+                log.warning("a request failed: %s: %s", request.do, error)
+            else:
                 log.exception("a request failed: %s", request.do)
             request.answer = {"error": write_error(error)}
-            told["error"] = request.answer["error"]
+            told["error"] = write_error(error, to_owner=True)
         self._is("idle")
         if request.do != "describe":
             self._tell(told | {"seconds": round(time.monotonic() - begun, 2)})
@@ -273,7 +275,7 @@ def run_worker(path: Path, make: Callable[[], Half]) -> int:
         tell({"ready": half.describe()})
         worker.serve(half)
     except FedSEAError as error:
-        tell({"error": write_error(error)})
+        tell({"error": write_error(error, to_owner=True)})
         return 1
     except KeyboardInterrupt:
         return 130
