@@ -22,6 +22,7 @@ from fedsea.threads import WAITING
 GRACE_SECONDS = 5.0  # between SIGTERM and SIGKILL
 TOOLS = Path(sys.executable).parent  # where the commands of the installed packages are
 _SAFE_PATH = {"PYTHONSAFEPATH": "1"}
+_THIS_MACHINE = ("localhost", "127.0.0.1", "::1")
 
 
 def module_command(module: str, *arguments: str, leash: bool = False) -> list[str]:
@@ -39,8 +40,18 @@ def module_command(module: str, *arguments: str, leash: bool = False) -> list[st
 
 
 def child_environment(changes: Mapping[str, str] | None = None) -> dict[str, str]:
-    """This process's environment for one that it starts, with the changes: nothing is imported from where it runs."""
-    return WAITING | os.environ | dict(changes or {}) | _SAFE_PATH
+    """This process's environment for one that it starts, with the changes.
+
+    Nothing is imported from where that process runs, and no proxy stands between it and this machine.
+    """
+    return WAITING | os.environ | dict(changes or {}) | _SAFE_PATH | without_proxy()
+
+
+def without_proxy(*hosts: str) -> dict[str, str]:
+    """The variables that keep HTTP clients from asking a proxy for this machine, and for these hosts."""
+    named = (os.environ.get(name, "") for name in ("no_proxy", "NO_PROXY"))
+    spared = dict.fromkeys(one.strip() for names in (*named, *_THIS_MACHINE, *hosts) for one in names.split(","))
+    return dict.fromkeys(("no_proxy", "NO_PROXY"), ",".join(filter(None, spared)))
 
 
 def put_on_leash() -> None:

@@ -15,7 +15,7 @@ from fedsea.client.traffic import Traffic
 from fedsea.errors import FedSEAError, LimitExceededError, ServerUnavailableError, UsageError
 from fedsea.wire import contract
 from fedsea.wire.address import is_loopback, parse_address
-from fedsea.wire.credentials import Credentials, channel_credentials
+from fedsea.wire.credentials import Credentials, open_channel
 from fedsea.wire.diagnose import explain_unreachable
 from fedsea.wire.frames import MAX_PLACES, Frame, Message, Result, Step, decode, encode
 
@@ -115,10 +115,7 @@ class Endpoint:
             if self._channel is None:
                 # With a pool of its own, a new channel does not wait out the back-off of one that failed.
                 options = [*contract.channel_options(FRAME_BYTES), ("grpc.use_local_subchannel_pool", 1)]
-                if self.credentials is None:
-                    self._channel = grpc.insecure_channel(self.address, options)
-                else:
-                    self._channel = grpc.secure_channel(self.address, channel_credentials(self.credentials), options)
+                self._channel = open_channel(self.address, self.credentials, options)
             return Connection(self._channel, traffic, path)
 
     def explain(self, detail: str) -> FedSEAError:

@@ -27,7 +27,7 @@ from fedsea.demo.audience import Audience
 from fedsea.errors import ServerUnavailableError
 from fedsea.partition import Partition
 from fedsea.wire import contract
-from fedsea.wire.credentials import Credentials, channel_credentials
+from fedsea.wire.credentials import Credentials, open_channel
 from fedsea.wire.frames import Frame, Result, Step, decode, encode
 
 QUESTION = "In one or two sentences: why do leaves change colour in autumn?"
@@ -194,7 +194,7 @@ def await_serving(address: str, credentials: Credentials) -> None:
     ServerUnavailableError
         If it says anything else, or nothing in time.
     """
-    with grpc.secure_channel(address, channel_credentials(credentials)) as channel:
+    with open_channel(address, credentials) as channel:
         request = health_pb2.HealthCheckRequest(service=contract.SERVICE)
         try:
             answer = health_pb2_grpc.HealthStub(channel).Check(request, timeout=HEALTH_SECONDS, wait_for_ready=True)

@@ -1,6 +1,7 @@
 """What a coordinator asks of its SuperLink: who is there, start a run, how does it stand. Flower's Control API."""
 
 import hashlib
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any, Self, TypeVar
 
 from fedsea.errors import FedSEAError, ServerUnavailableError
 from fedsea.federation.flower_app import bundle
+from fedsea.process import without_proxy
+from fedsea.wire.address import parse_address
 
 T = TypeVar("T")
 
@@ -56,6 +59,7 @@ class Control:
         from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 
         self._address = address
+        os.environ.update(without_proxy(parse_address(address)[0]))
         self._client: Any = ControlHttpClient.from_server_address(
             server_address=address,
             insecure=False,

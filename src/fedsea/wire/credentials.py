@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import grpc
 
 from fedsea.errors import CredentialsError, UsageError
+from fedsea.wire.address import is_loopback, parse_address
 from fedsea.wire.roles import COORDINATOR
 
 if TYPE_CHECKING:  # needs `cryptography`, which connecting without TLS does not
@@ -112,6 +113,30 @@ class Credentials:
         authority, pair = credential_files.read_party(folder, renew)
         name, expires = certificates.check(authority, pair, role, str(folder), renew)
         return cls(authority, pair.certificate, pair.key, name, expires)
+
+
+def open_channel(
+    address: str, credentials: Credentials | None, options: Sequence[tuple[str, int]] = ()
+) -> grpc.Channel:
+    """A gRPC channel to a block server: the only place that makes one. It connects when it is used.
+
+    A proxy that the environment names (`https_proxy` and so on) is used for TLS to another machine alone: to this
+    machine it would be a way round, and to plaintext a way out.
+
+    Parameters
+    ----------
+    address
+        `HOST:PORT`.
+    credentials
+        The client's; None for plaintext.
+    options
+        gRPC's, beside those that FedSEA needs.
+    """
+    if credentials is None or is_loopback(parse_address(address)[0]):
+        options = [*options, ("grpc.enable_http_proxy", 0)]
+    if credentials is None:
+        return grpc.insecure_channel(address, options)
+    return grpc.secure_channel(address, channel_credentials(credentials), options)
 
 
 def channel_credentials(credentials: Credentials) -> grpc.ChannelCredentials:

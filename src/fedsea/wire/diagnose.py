@@ -5,18 +5,21 @@ a failure this module looks for itself, with plain sockets and the standard libr
 """
 
 import datetime
+import os
 import socket
 import ssl
 import tempfile
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
-from fedsea.errors import CredentialsError, FedSEAError, ServerUnavailableError
-from fedsea.wire.address import format_address, parse_address
+from fedsea.errors import CredentialsError, FedSEAError, ServerUnavailableError, UsageError
+from fedsea.wire.address import format_address, is_loopback, parse_address
 from fedsea.wire.credentials import Credentials
 
 _CONNECT_SECONDS = 3.0
 _ANSWER_SECONDS = 2.0
+_PROXIES = ("grpc_proxy", "https_proxy", "http_proxy")  # in gRPC's order
 
 # RFC 9113, section 3.4: what a client says first in HTTP/2, with an empty SETTINGS frame after it. A gRPC server does
 # not wait for it; a server of another protocol shows by its reply what it is.
@@ -62,6 +65,15 @@ def explain_unreachable(address: str, credentials: Credentials | None, detail: s
         `CredentialsError` if TLS or a certificate is the cause, `UsageError` if the address is none, else
         `ServerUnavailableError`. It is returned, for the caller to raise.
     """
+    error = _cause(address, credentials, detail)
+    proxy = next((name for name in _PROXIES if os.environ.get(name)), None)
+    if proxy is None or credentials is None or isinstance(error, UsageError) or is_loopback(parse_address(address)[0]):
+        return error
+    # What was looked at just now went there directly.
+    return type(error)(f"{error} (gRPC goes through the proxy that {proxy} names, unless no_proxy has the host)")
+
+
+def _cause(address: str, credentials: Credentials | None, detail: str) -> FedSEAError:
     try:
         host, port = parse_address(address)
         _connect(host, port).close()
@@ -226,18 +238,26 @@ def _check_http2(host: str, port: int) -> None:
 
 
 def _client_context(credentials: Credentials) -> ssl.SSLContext:
-    from fedsea.wire.credential_files import write_private
-
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.set_alpn_protocols(["h2"])
     context.load_verify_locations(cadata=credentials.authority.decode())
-    # The ssl module takes a key only from a file: this one is readable by its owner alone, and gone at once.
-    with tempfile.TemporaryDirectory() as folder:
-        certificate, key = Path(folder, "certificate.pem"), Path(folder, "key.pem")
-        write_private(certificate, credentials.certificate)
-        write_private(key, credentials.key)
-        context.load_cert_chain(certificate, key)
+    with _as_file(credentials.certificate + b"\n" + credentials.key) as path:
+        context.load_cert_chain(path)
     return context
+
+
+@contextmanager
+def _as_file(content: bytes) -> Iterator[str]:
+    """A path of these bytes, as the ssl module takes a key from a file only: in memory where the system has that."""
+    if hasattr(os, "memfd_create"):
+        with os.fdopen(os.memfd_create("pem"), "wb", buffering=0) as file:
+            file.write(content)
+            yield f"/proc/self/fd/{file.fileno()}"
+        return
+    with tempfile.NamedTemporaryFile() as file:  # its owner's alone, and gone at once
+        file.write(content)
+        file.flush()
+        yield file.name
 
 
 def _reason(error: ssl.SSLError) -> str:
