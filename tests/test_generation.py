@@ -1,5 +1,6 @@
 """The split model generates what the whole model generates, in every mode of transformers' `generate`."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -41,7 +42,7 @@ def test_every_partition_gives_the_whole_models_logits_and_tokens(
 ) -> None:
     ids = random_ids(1, 40)
     with connect(tiny_server, partition=Partition(p, q)) as model:
-        torch.testing.assert_close(model(ids).logits, whole_tiny(ids).logits, atol=1e-5, rtol=0)
+        torch.testing.assert_close(model(ids).logits, whole_tiny(ids).logits, atol=1e-4, rtol=0)
         ours = model.generate(ids, max_new_tokens=24, do_sample=False, pad_token_id=PAD)
     assert torch.equal(ours, whole_tiny.generate(ids, max_new_tokens=24, do_sample=False, pad_token_id=PAD))
 
@@ -128,10 +129,33 @@ def test_a_cache_goes_on_over_several_calls(split: SplitModelForCausalLM, whole_
     ids = random_ids(1, 64)
     cache = split.new_cache()
     parts = [split(ids[:, start:end], past_key_values=cache).logits for start, end in [(0, 20), (20, 21), (21, 64)]]
-    torch.testing.assert_close(torch.cat(parts, 1), whole_tiny(ids).logits, atol=1e-5, rtol=0)
+    torch.testing.assert_close(torch.cat(parts, 1), whole_tiny(ids).logits, atol=1e-4, rtol=0)
     cache.crop(30)
     again = split(ids[:, 30:], past_key_values=cache).logits
-    torch.testing.assert_close(again, whole_tiny(ids).logits[:, 30:], atol=1e-5, rtol=0)
+    torch.testing.assert_close(again, whole_tiny(ids).logits[:, 30:], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+@pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")
+def test_a_cache_may_go_by_either_of_its_names(split: SplitModelForCausalLM, whole_tiny: Any, name: str) -> None:
+    ids, how = random_ids(1, 24), {"max_new_tokens": 6, "do_sample": False, "pad_token_id": PAD}
+    cache = split.new_cache()
+    split(ids[:, :10], **{name: cache})
+    assert torch.equal(split(ids[:, 10:], **{name: cache}).logits.argmax(-1), whole_tiny(ids).logits[:, 10:].argmax(-1))
+    cache = split.new_cache()
+    first = split.generate(ids, **{name: cache}, **how)
+    longer = torch.cat([first, random_ids(1, 3, seed=7)], dim=1)
+    before = split.traffic.copy()
+    again = split.generate(longer, **{name: cache}, **how)
+    assert torch.equal(again, whole_tiny.generate(longer, **how))
+    assert split.traffic.since(before).tensor_bytes_up <= (4 + 6) * 64 * 4  # the first answer was not sent again
+
+
+def test_a_generation_warns_of_nothing(split: SplitModelForCausalLM) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for how in ({}, {"num_beams": 2}, {"do_sample": True}, {"prompt_lookup_num_tokens": 2}):
+            split.generate(random_ids(1, 9), **{"do_sample": False, "max_new_tokens": 4, "pad_token_id": PAD, **how})
 
 
 def test_right_padding_and_a_ragged_second_turn(split: SplitModelForCausalLM, whole_tiny: Any) -> None:
@@ -140,12 +164,12 @@ def test_right_padding_and_a_ragged_second_turn(split: SplitModelForCausalLM, wh
     mask[1, 6:] = 0
     cache = split.new_cache()
     logits = split(first, attention_mask=mask, past_key_values=cache).logits
-    torch.testing.assert_close(logits[1, :6], whole_tiny(first[1:, :6]).logits[0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits[1, :6], whole_tiny(first[1:, :6]).logits[0], atol=1e-4, rtol=0)
     second = random_ids(2, 5, seed=9)
     logits = split(second, past_key_values=cache).logits
     texts = [torch.cat([first[0], second[0]]), torch.cat([first[1, :6], second[1]])]
     for row, text in enumerate(texts):
-        torch.testing.assert_close(logits[row], whole_tiny(text[None]).logits[0, -5:], atol=1e-5, rtol=0)
+        torch.testing.assert_close(logits[row], whole_tiny(text[None]).logits[0, -5:], atol=1e-4, rtol=0)
 
 
 def test_long_prompts_travel_in_chunks(tiny_server: RunningServer, whole_tiny: Any, monkeypatch: Any) -> None:
@@ -162,7 +186,7 @@ def test_loss_and_logits_to_keep_as_in_transformers(split: SplitModelForCausalLM
     torch.testing.assert_close(split(ids, labels=labels).loss, whole_tiny(ids, labels=labels).loss)
     for keep in (1, 5, torch.tensor([2, 7])):
         torch.testing.assert_close(
-            split(ids, logits_to_keep=keep).logits, whole_tiny(ids, logits_to_keep=keep).logits, atol=1e-5, rtol=0
+            split(ids, logits_to_keep=keep).logits, whole_tiny(ids, logits_to_keep=keep).logits, atol=1e-4, rtol=0
         )
 
 
@@ -227,7 +251,7 @@ def test_a_server_of_some_layers_serves_the_partitions_inside(
     ids = random_ids(1, 10)
     for partition in (Partition(1, 1), Partition(2, 2)):
         with connect(server, partition=partition) as model:
-            torch.testing.assert_close(model(ids).logits, whole_tiny(ids).logits, atol=1e-5, rtol=0)
+            torch.testing.assert_close(model(ids).logits, whole_tiny(ids).logits, atol=1e-4, rtol=0)
     with pytest.raises(PartitionError, match="holds layers 1:5"):
         connect(server, partition=Partition(0, 1))
 

@@ -22,7 +22,7 @@ from fedsea.audit.samples import Text, encode
 from fedsea.audit.scores import Score, label_scores, score
 from fedsea.audit.utility import adapted_model, protected_model, text_loss
 from fedsea.checkpoints import Checkpoint, open_checkpoint
-from fedsea.client.model import wire_dtype_for
+from fedsea.client.dtypes import wire_dtype_for
 from fedsea.errors import UsageError
 from fedsea.partition import PROJECT, Partition
 from fedsea.parts.cut_files import read_cut

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fedsea.parts import OutputBlocks, Rows
+from fedsea.parts.cache import cache_argument
 
 COPIES = 256  # of a position that are run at once
 
@@ -70,13 +71,14 @@ class OutputLayers:
     def _run(self, hidden: Tensor, positions: Tensor, past: "_Past") -> Tensor:
         rotary = self._rotary(hidden, positions)
         for layer in self._blocks.layers:
-            hidden = self._blocks.model.layers[str(layer)](
+            block = self._blocks.model.layers[str(layer)]
+            hidden = block(
                 hidden,
                 attention_mask=self._mask(layer, hidden.shape[1]),
                 position_embeddings=rotary,
                 position_ids=positions,
-                past_key_values=past,
                 use_cache=True,
+                **{cache_argument(type(block).forward): past},
             )
         return hidden
 

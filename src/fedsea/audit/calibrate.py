@@ -18,7 +18,7 @@ from fedsea.audit.scores import Score
 from fedsea.audit.utility import protected_model
 from fedsea.checkpoints import Checkpoint
 from fedsea.checkpoints.whole import whole_model
-from fedsea.client.model import wire_dtype_for
+from fedsea.client.dtypes import wire_dtype_for
 from fedsea.errors import UsageError
 from fedsea.partition import Partition
 from fedsea.parts import InputBlocks, MiddleBlocks, OutputBlocks, Rows

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fedsea.parts import InputBlocks, Rows
+from fedsea.parts.cache import cache_argument
 from fedsea.privacy import Noise
 
 SIBLINGS = 256  # run at once: each attends over all of them, though all but itself are masked
@@ -76,13 +77,14 @@ class Prefix:
         rotary = self._cache.rotary(hidden, positions)
         masks = {window: _sibling_mask(place, count, window) for window in set(self._blocks.windows.values())}
         for layer in self._blocks.layers:
-            hidden = blocks.layers[str(layer)](
+            block = blocks.layers[str(layer)]
+            hidden = block(
                 hidden,
                 attention_mask=masks[self._blocks.windows[layer]],
                 position_embeddings=rotary,
                 position_ids=positions,
-                past_key_values=self._cache,
                 use_cache=True,
+                **{cache_argument(type(block).forward): self._cache},
             )
         return self._blocks.narrowed(hidden[0])
 

@@ -9,6 +9,7 @@ from transformers import DynamicCache
 
 from fedsea.audit.attack import Recovery
 from fedsea.audit.observation import Knowledge
+from fedsea.parts.cache import CACHE
 
 
 class Continuation:
@@ -42,7 +43,7 @@ class Continuation:
         if parents is not None:
             self._cache.reorder_cache(torch.LongTensor(list(parents)))
         ids = torch.tensor([list(row) for row in tokens])
-        logits = self._model(ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1).logits
+        logits = self._model(ids, **{CACHE: self._cache}, use_cache=True, logits_to_keep=1).logits
         likely: Tensor = logits[:, -1].float().log_softmax(-1)
         return likely
 

@@ -9,6 +9,8 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
+from fedsea.parts.cache import CACHE
+
 _Measured = TypeVar("_Measured")
 
 
@@ -54,7 +56,7 @@ def bare_loop(model: Any, prompt: Tensor, tokens: int) -> Iterator[int]:
     cache = DynamicCache(config=model.config)
     ids = prompt
     for _ in range(tokens):
-        logits = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        logits = model(ids, **{CACHE: cache}, use_cache=True, logits_to_keep=1).logits
         ids = logits[:, -1].argmax(-1, keepdim=True)
         yield int(ids)
 

@@ -6,6 +6,8 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from fedsea.parts.cache import CACHE
+
 
 class SplitBackbone(nn.Module):
     """Embedding, decoder layers and final norm under transformers' names; those of the middle are elsewhere.
@@ -25,4 +27,4 @@ class SplitBackbone(nn.Module):
     def forward(self, input_ids: Tensor | None = None, **arguments: Any) -> BaseModelOutputWithPast:
         """As `SplitModelForCausalLM.forward`, up to the head: `last_hidden_state` `[rows, columns, hidden]`."""
         hidden, cache = self._states(input_ids, **arguments)
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), past_key_values=cache)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), **{CACHE: cache})

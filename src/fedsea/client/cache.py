@@ -128,6 +128,11 @@ class SplitCache(Cache):
         return False
 
     @property
+    def is_linear(self) -> list[bool]:
+        """No layer keeps a running state in place of keys and values."""
+        return [False]
+
+    @property
     def is_croppable(self) -> bool:
         """Yes, to any length."""
         return True

@@ -16,35 +16,21 @@ from fedsea.checkpoints import Checkpoint, open_checkpoint
 from fedsea.client.backbone import SplitBackbone
 from fedsea.client.cache import SplitCache
 from fedsea.client.connection import Endpoint, client_credentials
+from fedsea.client.dtypes import compute_dtype, wire_dtype_for
 from fedsea.client.narrow import check_rank, narrow_at_start
-from fedsea.client.rounds import RoundMixin
+from fedsea.client.native import NativeMixin
 from fedsea.client.session import Session, SessionSettings
 from fedsea.client.shape import ask_sensitivity
 from fedsea.client.traffic import Traffic
 from fedsea.errors import LimitExceededError, UsageError
 from fedsea.partition import Partition
 from fedsea.parts import InputBlocks, OutputBlocks, Rows
+from fedsea.parts.cache import CACHE
 from fedsea.privacy import GaussianNoise, Magnitude, Noise
 from fedsea.privacy.calibrate import measure_magnitude
 from fedsea.privacy.shape import Sensitivity
 from fedsea.wire.credentials import Credentials
-from fedsea.wire.frames import to_wire, wire_dtype
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def compute_dtype(name: str | torch.dtype) -> torch.dtype:
-    """The torch dtype of a compute dtype's name.
-
-    Raises
-    ------
-    UsageError
-        If there is no such dtype.
-    """
-    dtype = DTYPES.get(str(name).removeprefix("torch."))
-    if dtype is None:
-        raise UsageError(f"the dtype must be one of {', '.join(DTYPES)}; got {name!r}")
-    return dtype
+from fedsea.wire.frames import to_wire
 
 
 def tell(message: str) -> None:
@@ -52,7 +38,7 @@ def tell(message: str) -> None:
     print(f"fedsea: {message}", file=sys.stderr, flush=True)
 
 
-class SplitModelForCausalLM(RoundMixin, PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+class SplitModelForCausalLM(NativeMixin, PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     """A causal language model whose middle blocks are run by a block server.
 
     A transformers `PreTrainedModel`: `generate` in all its modes, streamers, stopping criteria, assisted decoding.
@@ -196,13 +182,6 @@ class SplitModelForCausalLM(RoundMixin, PreTrainedModel, GenerationMixin):  # ty
         model.max_tokens = max_tokens
         return model
 
-    def save_pretrained(  # type: ignore[override]
-        self, save_directory: str | Path, *args: Any, **kwargs: Any
-    ) -> None:
-        """As transformers' models (with an adapter: the adapter), and a narrow cut beside it."""
-        super().save_pretrained(save_directory, *args, **kwargs)
-        self._save_cut(save_directory)
-
     def new_cache(self) -> SplitCache:
         """An empty cache, with a session of its own; pass it to `generate` or `forward` as `past_key_values`."""
         session = Session(self._endpoint, self._settings, self.traffic) if self._endpoint is not None else None
@@ -220,6 +199,7 @@ class SplitModelForCausalLM(RoundMixin, PreTrainedModel, GenerationMixin):  # ty
         logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
         num_items_in_batch: int | Tensor | None = None,
+        cache: SplitCache | None = None,
         **kwargs: Any,
     ) -> Any:
         """As transformers' causal language models; a batch may be padded at either side, given its `attention_mask`.
@@ -230,8 +210,8 @@ class SplitModelForCausalLM(RoundMixin, PreTrainedModel, GenerationMixin):  # ty
             New tokens, `[rows, tokens]`, int64.
         attention_mask
             1 for tokens and 0 for padding, `[rows, cached + tokens]` or `[rows, tokens]`.
-        past_key_values
-            A `SplitCache` to go on from; None for a new one.
+        past_key_values, cache
+            A `SplitCache` to go on from; None for a new one. transformers uses the one name or the other, by release.
         labels
             As in transformers, -100 is left out; gives `loss`.
         use_cache
@@ -259,7 +239,8 @@ class SplitModelForCausalLM(RoundMixin, PreTrainedModel, GenerationMixin):  # ty
         if labels is not None:
             learnt = (labels[:, 1:] != -100).sum() if num_items_in_batch is None else num_items_in_batch
             self._weight = float(max(1, int(learnt)))
-        hidden, cache = self._states(input_ids, attention_mask, past_key_values, use_cache, logits_to_keep, **kwargs)
+        given = _the_cache(past_key_values, cache)
+        hidden, cache = self._states(input_ids, attention_mask, given, use_cache, logits_to_keep, **kwargs)
         logits = self.output_blocks.logits(hidden)
         if hidden.requires_grad and self.dtype is torch.float16:
             logits = self._scaled(logits.float())
@@ -269,7 +250,8 @@ class SplitModelForCausalLM(RoundMixin, PreTrainedModel, GenerationMixin):  # ty
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **of_items)
             if hidden.requires_grad:
                 loss = self._finish_loss(loss, hidden, logits)
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+        named: dict[str, Any] = {CACHE: cache}
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, **named)
         return output if return_dict is not False else output.to_tuple()
 
     def _states(
@@ -279,6 +261,7 @@ class SplitModelForCausalLM(RoundMixin, PreTrainedModel, GenerationMixin):  # ty
         past_key_values: SplitCache | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache: SplitCache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, SplitCache | None]:
         """States before the final norm, `[rows, kept columns, hidden]`, and the cache that holds the text now."""
@@ -287,16 +270,17 @@ class SplitModelForCausalLM(RoundMixin, PreTrainedModel, GenerationMixin):  # ty
         unsupported = [key for key, value in kwargs.items() if value is not None and value is not False]
         if unsupported:
             raise UsageError(f"a split model does not take {', '.join(sorted(unsupported))}")
-        if past_key_values is None and self._trains():
+        given = _the_cache(past_key_values, cache)
+        if given is None and self._trains():
             hidden = self._pass_with_graph(input_ids, _padding(input_ids, attention_mask, 0))
             return _kept(hidden, logits_to_keep), None
-        cache = past_key_values if past_key_values is not None else self.new_cache()
+        cache = given if given is not None else self.new_cache()
         if not isinstance(cache, SplitCache):
-            raise UsageError("past_key_values of a split model come from its own new_cache()")
+            raise UsageError("the cache of a split model comes from its own new_cache()")
         # An ordinary tensor for whoever goes on with it: inference mode ends here.
         hidden = self._forward_unique(input_ids, attention_mask, cache, logits_to_keep).clone()
         if use_cache is False:
-            if past_key_values is None:
+            if given is None:
                 cache.close()
             return hidden, None
         return hidden, cache
@@ -417,8 +401,11 @@ class SplitModelForCausalLM(RoundMixin, PreTrainedModel, GenerationMixin):  # ty
         self, generation_config: Any, model_kwargs: dict[str, Any], *_args: Any
     ) -> None:
         """`generate` asks for a cache: a split one, unless the user brings one or wants none."""
-        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = self.new_cache()
+        given = _the_cache(model_kwargs.pop("past_key_values", None), model_kwargs.pop("cache", None))
+        if given is None and generation_config.use_cache is not False:
+            given = self.new_cache()
+        if given is not None:
+            model_kwargs[CACHE] = given
 
     @property
     def device(self) -> torch.device:
@@ -459,6 +446,13 @@ def _alive(model: SplitModelForCausalLM | None) -> SplitModelForCausalLM:
     return model
 
 
+def _the_cache(past_key_values: SplitCache | None, cache: SplitCache | None) -> SplitCache | None:
+    """The cache that a caller has given, by either of its names."""
+    if past_key_values is not None and cache is not None:
+        raise UsageError("past_key_values and cache are two names of one argument; give one of them")
+    return cache if past_key_values is None else past_key_values
+
+
 def _kept(hidden: Tensor, logits_to_keep: int | Tensor) -> Tensor:
     """Those columns of `[rows, columns, hidden]` whose logits are wanted."""
     if not isinstance(logits_to_keep, int):
@@ -478,10 +472,3 @@ def _padding(ids: Tensor, attention_mask: Tensor | None, cached: int) -> Tensor 
         )
     mask = attention_mask[:, -columns:].bool()
     return None if bool(mask.all()) else mask.to(ids.device)
-
-
-def wire_dtype_for(name: str | None, computed: torch.dtype) -> torch.dtype:
-    """The wire dtype: the named one, or 16 bits of the kind that the model computes in."""
-    if name is not None:
-        return wire_dtype(name)
-    return torch.bfloat16 if computed is torch.bfloat16 else torch.float16

@@ -13,7 +13,7 @@ from fedsea.errors import UsageError
 from fedsea.partition import LIFT, PROJECT, Partition
 from fedsea.parts import InputBlocks
 from fedsea.parts.adapters import adapter_parameters
-from fedsea.parts.cut_files import CutRecord, read_cut, save_cut
+from fedsea.parts.cut_files import CutRecord, read_cut
 from fedsea.parts.narrow import principal_directions
 from fedsea.privacy import Magnitude, Noise, NoiseSource, parse_mechanism
 from fedsea.privacy.calibrate import public_states
@@ -87,12 +87,6 @@ class NarrowMixin(PassMixin):
         if self._adapter is None or not self._adapter.narrow:
             return None
         return CutRecord(self._adapter.narrow, self.partition.input_layers, str(self.noise))
-
-    def _save_cut(self, folder: str | Path) -> None:
-        """Write the cut beside an adapter that somebody else has written; nothing without one."""
-        cut = self.cut_record()
-        if cut is not None:
-            save_cut(Path(folder), {PROJECT: self._projection, LIFT: self._middle_weights()[LIFT]}, cut)
 
     def _read_cut(self, folder: str | Path) -> tuple[CutRecord, dict[str, Tensor]] | None:
         """The narrow cut beside an adapter, if there is one.

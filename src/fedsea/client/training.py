@@ -226,7 +226,9 @@ class TrainingMixin(NarrowMixin):
         UsageError
             If there is no adapter, or the folder cannot be written.
         """
-        weights = self.adapter_state()
+        self._save_adapter(folder, self.adapter_state())
+
+    def _save_adapter(self, folder: str | Path, weights: Mapping[str, Tensor]) -> None:
         assert self._lora is not None
         save_adapter(folder, self._lora, weights, self.config.name_or_path or None, self.cut_record())
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 from fedsea.checkpoints.base import Checkpoint
 from fedsea.errors import PartitionError
 from fedsea.partition import Partition, weight_names
-from fedsea.parts.cache import RowCache
+from fedsea.parts.cache import RowCache, cache_argument
 from fedsea.parts.families import family_of
 from fedsea.parts.narrow import LinearMap
 from fedsea.parts.rows import Rows, attention_mask
@@ -115,13 +115,14 @@ class Part(nn.Module):
         }
         blocks = self.model.layers
         for layer in layers:
-            hidden = blocks[str(layer)](
+            block = blocks[str(layer)]
+            hidden = block(
                 hidden,
                 attention_mask=masks[self.windows[layer]],
                 position_embeddings=rotary,
                 position_ids=positions,
-                past_key_values=cache,
                 use_cache=cache is not None,
+                **{cache_argument(type(block).forward): cache},
             )
         if cache is not None:
             cache.finish()

@@ -6,16 +6,27 @@ has to be known, nothing is padded to be kept, rows crop and move independently,
 """
 
 import copy
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
+from functools import cache as remembered
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache
+from transformers import Cache, GenerationMixin
 
 from fedsea.parts.rows import Rows, gather_rows
 
 GROWTH = 256  # tokens by which buffers grow at least: few copies early, little waste late
+
+
+@remembered
+def cache_argument(callee: Callable[..., Any]) -> str:
+    """What one of transformers' functions calls a cache: `cache` from release 5.24 on, `past_key_values` before."""
+    return "cache" if "cache" in inspect.signature(callee).parameters else "past_key_values"
+
+
+CACHE = cache_argument(GenerationMixin.prepare_inputs_for_generation)  # as whole models and their outputs call it
 
 
 class RowCache(Cache):
