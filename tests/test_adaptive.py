@@ -257,7 +257,7 @@ def test_what_is_done_again_after_a_crash_is_no_finer_than_the_level(
     def note(self: Looks, step: int, passes: range) -> None:
         begin(self, step, passes)
         assert self._model._look is not None
-        begun.append((step, (self._model.noise.channel.std / self._model._look[0].channel.std) ** 2))
+        begun.append((step, (self._model.noise.channel.std / self._model._look.channel.std) ** 2))
 
     def crash(figures: Figures) -> None:
         if figures.step == STEPS - 1:
@@ -285,7 +285,7 @@ def test_what_is_done_again_after_a_crash_is_no_finer_than_the_level(
         for step in range(STEPS + 1):
             looks.begin(step, range(1))
             assert model._look is not None
-            precision = (model.noise.channel.std / model._look[0].channel.std) ** 2
+            precision = (model.noise.channel.std / model._look.channel.std) ** 2
             expected = looks.decided[0].precision
             assert precision == pytest.approx(min(1.0, expected) if step < STEPS else expected)
 

@@ -33,7 +33,9 @@ class SplitCache(Cache):
     mask
         Which columns are tokens and not padding: bool, `[rows, columns]`; None while there is no padding.
     digests
-        Of each row, the digest of every prefix of its text (what its noise depends on); empty without noise.
+        Of each row, what the noise of each of its tokens is keyed by; nothing for those that left without.
+    repeats
+        Whether the next step may send again what left before, in this session or in another.
     row_map
         What rows became of which since the last step, to be told to the middle; None if they stayed.
     """
@@ -45,6 +47,7 @@ class SplitCache(Cache):
         self.lengths: list[int] = []
         self.mask: Tensor | None = None
         self.digests: list[list[bytes]] = []
+        self.repeats = True
         self.row_map: list[int] | None = None
         if session is not None:
             # Nobody closes the caches that `generate` makes by itself.
@@ -79,7 +82,7 @@ class SplitCache(Cache):
         keep = tokens_to_remove if tokens_to_remove > 0 else self.columns + tokens_to_remove
         if tokens_to_remove == 0 or keep >= self.columns:
             return
-        self.columns = max(keep, 0)
+        self.columns, self.repeats = max(keep, 0), True
         if self.mask is None:
             self.lengths = [self.columns] * len(self.lengths)
         else:

@@ -343,12 +343,13 @@ class SplitModelForCausalLM(NativeMixin, PreTrainedModel, GenerationMixin):  # t
             hidden: Tensor = self.input_blocks(tokens, rows, cache.input_cache)
             return hidden
         self._check_width(cache.session)
-        noised = self.noise.alters
-        if noised:
-            self._extend_digests(tokens, rows, cache)
+        if not cache.digests:
+            cache.digests = [[] for _ in range(len(rows))]
+        # A step that goes on where the last one ended repeats nothing.
+        base, cache.repeats = cache.repeats, False
 
         def leaving(chunk: Rows) -> Tensor:
-            return self._leaving(tokens, rows, chunk, cache, noised=noised)
+            return self._leaving(tokens, rows, chunk, cache, base=base)
 
         if self._run is not None:
             self._run.channel.settle()  # an optimizer step may be on its way
@@ -367,26 +368,12 @@ class SplitModelForCausalLM(NativeMixin, PreTrainedModel, GenerationMixin):  # t
         if session.width != self._settings.width:
             raise UsageError("the cache was begun before the model had its narrow cut; begin a new one")
 
-    def _leaving(self, tokens: Tensor, rows: Rows, chunk: Rows, cache: SplitCache, *, noised: bool) -> Tensor:
-        """`h_A` of some of the step's places, noised, in the wire dtype: what leaves the client."""
-        done = [start - first for start, first in zip(chunk.starts, rows.starts, strict=True)]
-        first = max(done)
-        hidden = chunk.pack(self.input_blocks(tokens[:, first : first + chunk.width], chunk, cache.input_cache))
-        if noised:
-            digests = [
-                digest
-                for row, (start, end) in enumerate(zip(chunk.starts, chunk.ends, strict=True))
-                for digest in cache.digests[row][start:end]
-            ]
-            hidden = self.noise.apply(hidden, lambda: self._source.normals(digests, hidden.shape[1]))
+    def _leaving(self, tokens: Tensor, rows: Rows, chunk: Rows, cache: SplitCache, *, base: bool) -> Tensor:
+        """`h_A` of some of the step's places, protected, in the wire dtype: what leaves the client."""
+        first = max(start - begin for start, begin in zip(chunk.starts, rows.starts, strict=True))
+        ids = tokens[:, first : first + chunk.width]
+        hidden = self._protected(ids, chunk, cache.input_cache, self.noise, cache.digests, base=base)
         return to_wire(hidden, self._settings.wire_dtype)
-
-    def _extend_digests(self, tokens: Tensor, rows: Rows, cache: SplitCache) -> None:
-        start = self._noise_start()
-        if not cache.digests:
-            cache.digests = [[] for _ in range(len(rows))]
-        for digests, row, count in zip(cache.digests, tokens.tolist(), rows.counts, strict=True):
-            digests.extend(self._source.extend(digests[-1] if digests else start, row[:count]))
 
     def _check_lengths(self, rows: Rows) -> None:
         if min(rows.counts) == 0:

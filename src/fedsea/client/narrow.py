@@ -39,7 +39,7 @@ class NarrowMixin(PassMixin):
         """Have what leaves protected as asked from now on, calibrated to the model as it is now."""
         self._asked, self._measure = asked, measure
         self.noise = asked.calibrated(measure)
-        self._source = NoiseSource(self.noise)  # a secret of its own: two mechanisms never share draws
+        self._source = NoiseSource(self.noise)
 
     @property
     def asked(self) -> Noise:
@@ -65,13 +65,7 @@ class NarrowMixin(PassMixin):
         lasting
             `noise`: for all that leaves outside of them, chat and evaluation, and what is on record with a narrow cut.
         """
-        # A source of its own for each: two strengths never share draws.
-        if lasting != self.noise:
-            self.noise, self._source = lasting, NoiseSource(lasting)
-        if look is None:
-            self._look = None
-        elif self._look is None or look != self._look[0]:
-            self._look = (look, NoiseSource(look))
+        self.noise, self._look = lasting, look
 
     @property
     def _projection(self) -> nn.Parameter:

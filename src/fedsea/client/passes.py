@@ -4,6 +4,7 @@
 """
 
 import hashlib
+import secrets
 from collections.abc import Callable
 from typing import Any
 
@@ -11,12 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from fedsea.client.graph import Exchange, ScaleGradient, SpoilStep
+from fedsea.client.origin import Origin, Watch, row_bytes
 from fedsea.client.run import MiddleRun
 from fedsea.errors import LimitExceededError, NonFiniteError
-from fedsea.parts import InputBlocks, OutputBlocks, Rows
+from fedsea.parts import InputBlocks, OutputBlocks, RowCache, Rows
 from fedsea.parts.adapters import AdapterSpec, adapter_parameters
 from fedsea.parts.blocks import Part
 from fedsea.privacy import Noise, NoiseSource
+from fedsea.privacy.source import DIGEST_BYTES
 from fedsea.wire.frames import MAX_PLACES
 
 WINDOW = 32  # micro-batches that are under way at most
@@ -32,11 +35,11 @@ class PassMixin:
     micro_batches: int
     gradient_checkpointing: bool
     _source: NoiseSource
-    _look: tuple[Noise, NoiseSource] | None
+    _origin: Origin
+    _look: Noise | None
     _check_lengths: Callable[[Rows], None]
     _run: MiddleRun | None
     _adapter: AdapterSpec | None
-    _passes: int
     _weight: float
 
     @property
@@ -89,7 +92,6 @@ class PassMixin:
         rows = Rows((0,) * len(ids), counts)
         self._check_lengths(rows)
         tokens = ids if mask is None else rows.unpack(ids[mask].unsqueeze(1)).squeeze(2)
-        self._passes += 1
         if self._run is None:
             hidden = self.input_blocks(tokens, rows, None)
             packed = rows.pack(self.output_blocks(hidden, rows, None))
@@ -110,12 +112,15 @@ class PassMixin:
             received = run.receive(exchange, token)
             done.append(piece.pack(self.output_blocks(piece.unpack(received), piece, None)))
 
+        blocks = self.input_blocks
         for first, last in self._split(run, rows):
             piece = Rows(rows.starts[first:last], rows.counts[first:last])
             ids = tokens[first:last, : piece.width]
-            hidden = self._noised(ids, piece, piece.pack(self.input_blocks(ids, piece, None)))
+            hidden = self._protected(
+                ids, piece, None, self._look or self.noise, [[] for _ in range(len(piece))], base=first == 0
+            )
             if not bool(torch.isfinite(hidden).all()):
-                where = first_not_finite(self.input_blocks, self.input_blocks.model.embed_tokens(ids), piece)
+                where = first_not_finite(blocks, blocks.model.embed_tokens(ids), piece)
                 where = where or "with the noise"
                 run.trouble = f"the hidden states are not finite: first {where}, in the input blocks"
                 raise NonFiniteError(run.explanation())
@@ -157,25 +162,46 @@ class PassMixin:
             )
         return split
 
-    def _noised(self, tokens: Tensor, rows: Rows, hidden: Tensor) -> Tensor:
-        """What leaves of some texts' states `[tokens, width]`."""
-        start = self._noise_start()
-        noise, source = self._look if self._look is not None else (self.noise, self._source)
-        drawn = [
-            digest
-            for row, count in zip(tokens.tolist(), rows.counts, strict=True)
-            for digest in source.extend(start, row[:count])
-        ]
-        return noise.apply(hidden, lambda: source.normals(drawn, hidden.shape[1]))
+    def _protected(
+        self,
+        tokens: Tensor,
+        rows: Rows,
+        cache: RowCache | None,
+        noise: Noise,
+        digests: list[list[bytes]],
+        *,
+        base: bool = True,
+    ) -> Tensor:
+        """What may leave for some tokens `[rows, width]`: `[tokens, width of a state]`.
 
-    def _noise_start(self) -> bytes:
-        """What noise depends on beside the text: the same state carries the same noise, another one new noise."""
-        weights = adapter_parameters(self.input_blocks) if self._adapter is not None else {}
-        if not weights:
-            return b""
-        dropped = self._passes if self.training and self._adapter is not None and self._adapter.dropout else 0
-        changes = sum(weight._version for weight in weights.values())
-        return f"weights {changes} pass {dropped}".encode()
+        Parameters
+        ----------
+        digests
+            Of each row, the keys of its draws up to where these tokens start. Those of the tokens are added.
+        base
+            Whether base weights may be others than when they were read last.
+        """
+        blocks = self.input_blocks
+        watch = Watch(blocks)
+        embedded = blocks.model.embed_tokens(tokens)
+        hidden = rows.pack(blocks.run_embedded(embedded, rows, cache))
+        source = self._source = self._source.under(noise)
+
+        def normals() -> Tensor:
+            here = self._origin.digest(blocks, base=base)
+            pairs = zip(row_bytes(rows.pack(embedded)), watch.of_states(hidden), strict=True)
+            made = [here + token + state for token, state in pairs]
+            drawn: list[bytes] = []
+            for known, start, count, row in zip(digests, rows.starts, rows.counts, tokens.tolist(), strict=True):
+                # What left before there was noise is not known here: nothing else may have the key of this text then.
+                known.extend(secrets.token_bytes(DIGEST_BYTES) for _ in range(start - len(known)))
+                before = known[start - 1] if start else b""
+                done = len(drawn)
+                drawn += source.extend(before, row[:count], made[done : done + count])
+                known[start:] = drawn[done:]
+            return source.normals(drawn, hidden.shape[1])
+
+        return noise.apply(hidden, normals)
 
     def _finish_loss(self, loss: Tensor, hidden: Tensor, logits: Tensor) -> Tensor:
         """A loss that is not finite spoils the step, and says why."""

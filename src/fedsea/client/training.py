@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fedsea.client.channel import RunChannel
 from fedsea.client.connection import Endpoint
 from fedsea.client.narrow import NarrowMixin
+from fedsea.client.origin import Origin
 from fedsea.client.run import LossScale, MiddleRun, keep_state
 from fedsea.client.session import SessionSettings
 from fedsea.client.traffic import Traffic
@@ -63,8 +64,9 @@ class TrainingMixin(NarrowMixin):
         self._adapter = None
         self._lora: LoraConfig | None = None
         self._goodbye: weakref.finalize[..., Any] | None = None
-        self._passes, self._weight = 0, 1.0
+        self._weight = 1.0
         self._look = None
+        self._origin = Origin()
         if self._endpoint is not None:
             self.lora_middle = nn.Parameter(torch.zeros(1, device=self.input_blocks.device), requires_grad=False)
         module: Any = self

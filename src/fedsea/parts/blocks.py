@@ -177,7 +177,11 @@ class InputBlocks(Part):
 
         With a narrow cut what it leaves of them, `[rows, width, rank]`.
         """
-        return self.narrowed(self.run_layers(self.model.embed_tokens(input_ids), rows, cache, self.layers))
+        return self.run_embedded(self.model.embed_tokens(input_ids), rows, cache)
+
+    def run_embedded(self, embedded: Tensor, rows: Rows, cache: RowCache | None) -> Tensor:
+        """The same of what the embedding gave, `[rows, width, hidden]`."""
+        return self.narrowed(self.run_layers(embedded, rows, cache, self.layers))
 
     def narrowed(self, hidden: Tensor) -> Tensor:
         """What leaves of states `[..., hidden]`; with a narrow cut `[..., hidden]` -> `[..., rank]`."""

@@ -57,6 +57,11 @@ class Chain(Noise):
         return self.parts[0].width
 
     @property
+    def content(self) -> bytes:
+        """Of each part."""
+        return b"+".join(part.content for part in self.parts)
+
+    @property
     def adds_noise(self) -> bool:  # type: ignore[override]
         """If one of its parts does."""
         return any(part.adds_noise for part in self.parts)

@@ -91,6 +91,11 @@ class Noise(ABC):
         return None
 
     @property
+    def content(self) -> bytes:
+        """All that it does depends on, its strength among it: two that differ in it never share draws."""
+        return repr(self).encode()
+
+    @property
     @abstractmethod
     def alters(self) -> bool:
         """Whether states leave as anything else than what they are; with a noise of 0 they do not."""

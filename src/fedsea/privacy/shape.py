@@ -88,6 +88,11 @@ class Shape:
     stds: Tensor
     white: float
 
+    @property
+    def content(self) -> bytes:
+        """Every bit of it."""
+        return self.directions.numpy().tobytes() + self.stds.numpy().tobytes()
+
     def noise(self, normals: Tensor) -> Tensor:
         """Noise made of standard normals, `[tokens, hidden]`."""
         return (normals * self.stds) @ self.directions

@@ -48,6 +48,11 @@ class ShapedNoise(RelativeNoise):
         return self.__dict__.get("_shape")
 
     @property
+    def content(self) -> bytes:
+        """With the shape: one level has another one wherever it is calibrated anew."""
+        return super().content + (self.shape.content if self.shape is not None else b"")
+
+    @property
     def channel(self) -> Channel:
         """Nothing bounds the states, and noise differs by direction."""
         if not self.alters:
@@ -70,7 +75,7 @@ class ShapedNoise(RelativeNoise):
         if magnitude.sensitivity is None:
             raise UsageError(f"{self} needs to know how the model's loss depends on its states, not only their size")
         made = dataclasses.replace(self)
-        # Past the fields: what a mechanism is called, compared and keyed by are its options.
+        # Past the fields: what a mechanism is called and compared by are its options.
         made.__dict__["_shape"] = best_shape(magnitude.sensitivity(), self.level * magnitude)
         return made
 

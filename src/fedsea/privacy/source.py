@@ -5,15 +5,23 @@ Noise is only worth as much as its secrecy and its freshness, so the standard no
 - Its secret is 32 bytes from the operating system, never derived from a configured seed, and never leaves.
 - The stream is SHAKE-256 keyed with the secret: a cryptographic generator. torch's own generator keeps 32 bits of its
   seed; whoever knows one token of a text (a chat template's first, say) could try them all and subtract the rest.
-- The draw for a token depends on the secret and on the text up to that token, and on nothing else. The same state sent
-  again (a retry, a replay after a lost connection, a beam's twin row, generation without a cache, the same question
-  asked anew) carries the same noise, so a server that sees it a hundred times has nothing to average.
+- The draw for a token depends on the secret, on the mechanism, on the text up to that token and on what else the state
+  was made of (`fedsea.client.origin` says what that is), and on nothing else. The same state sent again (a retry, a
+  replay after a lost connection, a beam's twin row, generation without a cache, the same question asked anew) carries
+  the same noise, so a server that sees it a hundred times has nothing to average. Another state of the same text has
+  noise of its own, so the difference of the two shows neither. All of that is content: nothing counts changes.
+
+With no input layers a state depends on its token alone, and the draw on the text before it as well. So equal tokens of
+a text are several looks at one state, which the bounds count. One draw for each token would be worse: whoever sees the
+same numbers wherever a token stands has a cipher of the language, which no bound covers.
 """
 
+import copy
 import hashlib
 import math
 import secrets
 from collections.abc import Sequence
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -25,7 +33,9 @@ DIGEST_BYTES = 16
 
 
 class NoiseSource:
-    """Standard normals that only this client can draw, the same for the same text.
+    """Standard normals that only this client can draw, the same for the same text and whatever else a state is made of.
+
+    A copy has the same secret: where its states are the same there is one look, where they differ the draws do.
 
     Parameters
     ----------
@@ -35,13 +45,28 @@ class NoiseSource:
     """
 
     def __init__(self, mechanism: Noise) -> None:
-        self._key = hashlib.blake2b(repr(mechanism).encode(), key=secrets.token_bytes(32)).digest()
+        self._secret = secrets.token_bytes(32)
+        self._mechanism, self._key = mechanism, _key(mechanism, self._secret)
 
-    def extend(self, digest: bytes, tokens: Sequence[int]) -> list[bytes]:
-        """Digests of a text's prefixes that end at each of `tokens`, going on from `digest` (b"" for none)."""
+    def under(self, mechanism: Noise) -> Self:
+        """The same source for another mechanism: with draws of its own, and those again when it is asked again."""
+        if mechanism is self._mechanism:
+            return self
+        other = copy.copy(self)
+        other._mechanism, other._key = mechanism, _key(mechanism, self._secret)
+        return other
+
+    def extend(self, digest: bytes, tokens: Sequence[int], made: Sequence[bytes] | None = None) -> list[bytes]:
+        """Digests of a text's prefixes that end at each of `tokens`, going on from `digest` (b"" for none).
+
+        Parameters
+        ----------
+        made
+            For each token, what else its state was made of; None where the text is all.
+        """
         digests = []
-        for token in tokens:
-            data = digest + token.to_bytes(4, "little")
+        for token, more in zip(tokens, made if made is not None else [b""] * len(tokens), strict=True):
+            data = digest + token.to_bytes(4, "little") + more
             digest = hashlib.blake2b(data, key=self._key, digest_size=DIGEST_BYTES).digest()
             digests.append(digest)
         return digests
@@ -63,3 +88,18 @@ class NoiseSource:
             out[first : first + len(some), :pairs] = radius * torch.cos(angle)
             out[first : first + len(some), pairs:] = radius * torch.sin(angle)
         return out[:, :hidden_size]
+
+    def __copy__(self) -> Self:
+        other = type(self).__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        return other
+
+    def __deepcopy__(self, _memo: dict[int, Any]) -> Self:
+        return self
+
+    def __reduce__(self) -> Any:
+        raise TypeError("the secret of a model's noise is not written anywhere; load the model anew instead")
+
+
+def _key(mechanism: Noise, secret: bytes) -> bytes:
+    return hashlib.blake2b(mechanism.content, key=secret).digest()
