@@ -137,7 +137,7 @@ class SplitModelForCausalLM(NativeMixin, PreTrainedModel, GenerationMixin):  # t
         reconnect_seconds
             How long to try to reach the server again after a connection is lost.
         notice
-            Called with one line when a connection is lost and when it is back.
+            Called with one line when a connection is lost and when it is back, and when the certificate ends soon.
 
         Raises
         ------
@@ -149,7 +149,10 @@ class SplitModelForCausalLM(NativeMixin, PreTrainedModel, GenerationMixin):  # t
         sent = wire_dtype_for(wire_dtype, computed)
         middle = partition.middle(checkpoint.config.num_hidden_layers)
         check_rank(noise, checkpoint.config.hidden_size, middle)
-        endpoint = Endpoint(server, client_credentials(server, credentials, insecure)) if middle else None
+        known = client_credentials(server, credentials, insecure) if middle else None
+        if known is not None and (warning := known.ends_soon()) is not None:
+            notice(warning)
+        endpoint = Endpoint(server, known) if middle else None
         settings = SessionSettings(
             partition=partition,
             fingerprint=checkpoint.fingerprint(),

@@ -66,9 +66,12 @@ class Member:
         require_flower()
         self._folder, self._tell = folder.expanduser().resolve(), tell
         self.invitation = Invitation.read(self._folder)
-        name = Credentials.load(self._folder, "client").name
+        credentials = Credentials.load(self._folder, "client")
+        name = credentials.name
         if name != self.invitation.client:
             raise CredentialsError(f"{self._folder} has the certificate of {name}, but is for {self.invitation.client}")
+        if (warning := credentials.ends_soon()) is not None:
+            tell(warning)
         if not (self._folder / SUPERNODE_KEY).is_file():
             raise CredentialsError(f"{self._folder / SUPERNODE_KEY} is missing: ask for the folder again")
         self.name = name

@@ -1,6 +1,7 @@
 """The block server: the gRPC service around the sessions, and its life from start to SIGTERM."""
 
 import asyncio
+import datetime
 import hashlib
 import logging
 import time
@@ -25,6 +26,7 @@ from fedsea.errors import (
     UsageError,
 )
 from fedsea.parts import MiddleBlocks
+from fedsea.server.connections import listener_options, log_refusal, raise_file_limit
 from fedsea.server.coordinate import coordinate
 from fedsea.server.limits import Limits
 from fedsea.server.rounds import Member, Round, RoundTable
@@ -117,6 +119,7 @@ class BlockServer:
         )
         self._server: grpc.aio.Server | None = None
         self._stopping = False
+        self._warned_on: datetime.date | None = None
         self._streams: set[Stream] = set()
         self._done = asyncio.Event()
 
@@ -128,9 +131,9 @@ class BlockServer:
         UsageError
             If the address is taken or is not this machine's.
         """
-        # One listener for one port: without this, a second server on the port would silently share it.
-        settings = [*contract.channel_options(self.table.limits.frame_bytes + 4096), ("grpc.so_reuseport", 0)]
-        server = grpc.aio.server(options=settings)
+        raise_file_limit()
+        self._warn_of_end()
+        server = grpc.aio.server(options=listener_options(self.table.limits.frame_bytes))
         handlers = {
             contract.SESSION: grpc.stream_stream_rpc_method_handler(self._session),
             contract.RUN: grpc.stream_stream_rpc_method_handler(self._run),
@@ -182,12 +185,21 @@ class BlockServer:
     async def _sweep(self) -> None:
         while True:
             await asyncio.sleep(SWEEP_SECONDS)
+            self._warn_of_end()
             for session in self.table.expire():
                 log.info("session ended session=%s client=%s reason=expired", short(session), session.client)
             for run in self.runs.expire():
                 log.info("run ended run=%s client=%s reason=expired", run.name, run.client)
             for label in self.rounds.expire():
                 log.info("round ended round=%s reason=expired", label)
+
+    def _warn_of_end(self) -> None:
+        """Once a day, if the certificate ends soon."""
+        today = datetime.datetime.now(datetime.UTC).date()
+        if self.options.credentials is not None and self._warned_on != today:
+            self._warned_on = today
+            if (warning := self.options.credentials.ends_soon()) is not None:
+                log.warning(warning)
 
     async def _session(self, _requests: Any, context: Any) -> None:
         """A call with a session."""
@@ -213,6 +225,8 @@ class BlockServer:
             self._streams.discard(stream)
 
     def _count(self, stream: Stream) -> None:
+        if not stream.client:
+            raise CredentialsError("the client's certificate has no name: get one from `fedsea credentials init DIR`")
         # A stream may wait for its OPEN, or for a client that does not read: those must not pile up either.
         allowed = 2 * self.table.limits.client_sessions
         if Counter(other.client for other in self._streams)[stream.client] >= allowed:
@@ -295,7 +309,7 @@ class BlockServer:
 
         def refuse(error: FedSEAError) -> None:
             name = run.name if run is not None else "-"
-            log.warning("refused run=%s client=%s error=%s message=%r", name, stream.client, error.code, str(error))
+            log_refusal(stream, "run", name, error)
             self._leave(stream, run)
 
         return await self._guarded(stream, operations, lambda: self._leave(stream, run), refuse)
@@ -342,7 +356,7 @@ class BlockServer:
             await coordinate(stream, self.rounds, description)
 
         def refuse(error: FedSEAError) -> None:
-            log.warning("refused coordinator=%s error=%s message=%r", stream.client, error.code, str(error))
+            log_refusal(stream, "coordinator", stream.client, error)
 
         return await self._guarded(stream, commands, lambda: None, refuse)
 
@@ -412,7 +426,7 @@ class BlockServer:
 
     def _end(self, stream: Stream, session: Session | None, error: FedSEAError) -> None:
         """A stream is refused: its session ends, unless another stream has taken it up."""
-        log.warning("refused session=%s error=%s message=%r", short(session), error.code, str(error))
+        log_refusal(stream, "session", short(session), error)
         if session is not None and session.end == stream.end:
             self._close(session, error.code)
 

@@ -8,6 +8,7 @@ from typing import Any
 import grpc
 
 from fedsea.errors import FedSEAError
+from fedsea.server.connections import peer_of
 from fedsea.wire import contract
 from fedsea.wire.frames import Frame, decode
 from fedsea.wire.roles import is_coordinator
@@ -30,7 +31,9 @@ class Stream:
     frame_bytes
         Longest frame that may come.
     client
-        The name in the client's certificate; without certificates all clients are one, `anonymous`.
+        The name in the client's certificate, empty if it has none; without TLS all clients are one, `anonymous`.
+    peer
+        Where the client is, `HOST:PORT`.
     coordinator
         Whether the certificate is a coordinator's; without certificates anybody's is.
     reason
@@ -44,9 +47,11 @@ class Stream:
         self._writing, self._on_frame = False, on_frame
         self.reason: FedSEAError | None = None
         shown = context.auth_context()
-        names = shown.get("x509_common_name")
-        self.coordinator = not names or is_coordinator(shown)
-        self.client: str = names[0].decode(errors="replace") if names else "anonymous"
+        secure = b"ssl" in shown.get("transport_security_type", ())
+        names = shown.get("x509_common_name") or [b""]
+        self.coordinator = not secure or is_coordinator(shown)
+        self.client: str = names[0].decode(errors="replace") if secure else "anonymous"
+        self.peer = peer_of(context)
 
     async def read(self) -> Frame | None:
         """The next frame; None if the stream is over, with or without a killed client.

@@ -72,6 +72,18 @@ class Credentials:
     name: str
     expires: datetime.datetime
 
+    def ends_soon(self) -> str | None:
+        """A warning in one line if they end within 30 days (`credential_files.RENEW_BEFORE`); else None."""
+        from fedsea.wire.credential_files import RENEW_BEFORE
+
+        left = self.expires - datetime.datetime.now(datetime.UTC)
+        if left > RENEW_BEFORE:
+            return None
+        return (
+            f"the certificate of {self.name} ends on {self.expires:%Y-%m-%d}, in {max(0, left.days)} days: run "
+            "`fedsea credentials init DIR` where the authority is, and start with the new files"
+        )
+
     @classmethod
     def load(cls, directory: str | Path, role: "Role") -> "Credentials":
         """Read and check the credentials of one side.
