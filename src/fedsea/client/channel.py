@@ -8,7 +8,7 @@ server sends again what the client has not got. Only a server that no longer has
 import contextlib
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
@@ -23,6 +23,7 @@ from fedsea.parts.adapters import AdapterSpec
 from fedsea.wire import contract
 from fedsea.wire.frames import Kind, Message
 from fedsea.wire.run_frames import (
+    ADAPTER,
     Backward,
     Command,
     Forward,
@@ -33,6 +34,8 @@ from fedsea.wire.run_frames import (
     Tensors,
     decode_run,
     encode_run,
+    export_shapes,
+    read_pages,
 )
 from fedsea.wire.runs import Attach, Attached
 
@@ -228,18 +231,28 @@ class RunChannel:
             reading.start()
             reading.join(GOODBYE_SECONDS)
 
-    def export(self) -> dict[str, Tensor]:
-        """All of the middle's weights and optimizer states, `adapter/NAME`, `exp_avg/NAME` and so on, float32."""
-        everything: dict[str, Tensor] = {}
-        more = True
-        while more:
-            body = {"do": "export", "after": max(everything, default="")}
-            reply = self.call(partial(Command, body=body))
-            if not isinstance(reply, Tensors) or (reply.more and not reply.tensors):
-                raise ProtocolError("the block server did not answer an export with tensors")
-            everything.update(reply.tensors)
-            more = reply.more
-        return everything
+    def export(self, weights: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+        """All of the middle's weights and optimizer states, `adapter/NAME`, `exp_avg/NAME` and so on, float32.
+
+        Parameters
+        ----------
+        weights
+            Names and shapes of the middle's weights.
+
+        Raises
+        ------
+        ProtocolError
+            If the server sends others, or leaves a weight out.
+        FedSEAError
+            As `answer`.
+        """
+        found = read_pages(
+            lambda after: self.call(partial(Command, body={"do": "export", "after": after})), export_shapes(weights)
+        )
+        missing = sorted(name for name in weights if f"{ADAPTER}/{name}" not in found)
+        if missing:
+            raise ProtocolError(f"the block server's export lacks {missing[0]}")
+        return found
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Set the middle's weights and optimizer states, named as in `export`."""

@@ -11,7 +11,7 @@ too, and the factor by which the handle's gradient has changed is the factor tha
 import math
 import weakref
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -77,6 +77,8 @@ class MiddleRun:
         How the loss is scaled, as float16 needs; None for other dtypes.
     context
         Noise and dtype, for messages.
+    weights
+        Gives names and shapes of the middle's adapter.
 
     Attributes
     ----------
@@ -99,8 +101,10 @@ class MiddleRun:
         wire_dtype: torch.dtype,
         scale: LossScale | None,
         context: str,
+        weights: Callable[[], Mapping[str, tuple[int, ...]]],
     ) -> None:
         self.channel, self.handle, self.version = channel, handle, version
+        self._weights = weights
         self.hidden_size, self.width = hidden_size, width
         self._wire_dtype, self._context = wire_dtype, context
         self.scale = scale
@@ -301,9 +305,13 @@ class MiddleRun:
                 return "a gradient is not finite: first in the narrow cut's projection"
         return "a gradient is not finite: first outside of the adapter"
 
+    def export(self) -> dict[str, Tensor]:
+        """The middle's weights and optimizer states, as `RunChannel.export` has them."""
+        return self.channel.export(self._weights())
+
     def state(self) -> dict[str, Tensor]:
         """The middle's optimizer states by name, for an optimizer's state_dict."""
-        states = {name: tensor for name, tensor in self.channel.export().items() if not name.startswith(f"{ADAPTER}/")}
+        states = {name: tensor for name, tensor in self.export().items() if not name.startswith(f"{ADAPTER}/")}
         return {**states, "version": torch.tensor(float(self.version))}
 
     def _restore(self, optimizer: torch.optim.Optimizer) -> None:

@@ -62,6 +62,7 @@ class TrainingMixin(NarrowMixin):
         self._run = None
         self._run_named = False
         self._adapter = None
+        self._shapes: tuple[AdapterSpec, dict[str, tuple[int, ...]]] | None = None
         self._lora: LoraConfig | None = None
         self._goodbye: weakref.finalize[..., Any] | None = None
         self._weight = 1.0
@@ -185,6 +186,7 @@ class TrainingMixin(NarrowMixin):
             width=settings.width,
             wire_dtype=settings.wire_dtype,
             scale=scale or (LossScale() if self._module.dtype is torch.float16 else None),
+            weights=lambda: self._middle_shapes(spec),
             context=f"noise: {self.noise!r}; dtype: {str(self._module.dtype).removeprefix('torch.')}",
         )
         self._run.local = local
@@ -196,6 +198,14 @@ class TrainingMixin(NarrowMixin):
         if self._goodbye is not None:
             self._goodbye.detach()
         self._goodbye = weakref.finalize(self, channel.abandon, end=not self._run_named)
+
+    def _middle_shapes(self, spec: AdapterSpec) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the adapter's weights at the server; worked out once."""
+        if self._shapes is None or self._shapes[0] != spec:
+            lift = {LIFT: (self.config.hidden_size, spec.narrow)} if spec.narrow else {}
+            middle = self.partition.middle(self.config.num_hidden_layers)
+            self._shapes = spec, spec.shapes_in(self.config, middle) | lift
+        return self._shapes[1]
 
     # A federated round
 
@@ -211,12 +221,12 @@ class TrainingMixin(NarrowMixin):
         if self._adapter is None:
             raise UsageError("the model has no adapter; add one first: model.add_adapter(LoraConfig(...))")
         weights = {name: weight.detach().clone() for name, weight in adapter_parameters(self._module).items()}
-        return dict(sorted({**weights, **self._middle_weights()}.items()))
+        return dict(sorted({**self._middle_weights(), **weights}.items()))
 
     def _middle_weights(self) -> dict[str, Tensor]:
         if self._run is None:
             return {}
-        return _of_kind(ADAPTER, self._run.channel.export())
+        return _of_kind(ADAPTER, self._run.export())
 
     def save_adapter(self, folder: str | Path) -> None:
         """Write the adapter of A, B and C together: a standard PEFT adapter of the whole model.
@@ -350,7 +360,7 @@ class TrainingMixin(NarrowMixin):
 
     def training_state(self, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """All that training has changed: the whole adapter, and the optimizer's states for it (`exp_avg/NAME`, ...)."""
-        exported = self._run.channel.export() if self._run is not None else {}
+        exported = self._run.export() if self._run is not None else {}
         adapter = _of_kind(ADAPTER, exported)
         states = {name: tensor for name, tensor in exported.items() if not name.startswith(f"{ADAPTER}/")}
         for name, weight in adapter_parameters(self._module).items():

@@ -16,7 +16,7 @@ from fedsea.wire import contract
 from fedsea.wire.credentials import Credentials
 from fedsea.wire.frames import Kind, Message
 from fedsea.wire.rounds import RoundPlan, RoundStatus, ServerDescription
-from fedsea.wire.run_frames import Command, Operation, Outcome, Reply, Tensors, decode_run, encode_run
+from fedsea.wire.run_frames import Command, Operation, Outcome, Reply, Tensors, decode_run, encode_run, read_pages
 
 T = TypeVar("T")
 
@@ -41,6 +41,7 @@ class BlockServerAdmin:
         self, address: str, credentials: str | Path | Credentials | None = None, *, insecure: bool = False
     ) -> None:
         self.address, self.traffic = address, Traffic()
+        self._shapes: dict[str, dict[str, tuple[int, ...] | None]] = {}  # of each round's adapter at the server
         self._endpoint = Endpoint(address, client_credentials(address, credentials, insecure, "coordinator"))
 
     def __enter__(self) -> Self:
@@ -81,6 +82,8 @@ class BlockServerAdmin:
             for page in _pages(here, call.frame_bytes // 2):
                 call.ask(lambda number, page=page: Tensors(number, page))  # type: ignore[misc]
             call.command({"do": "start"})
+            names = plan.adapter.weight_names(held)
+            self._shapes[plan.label] = {name: tuple(here[name].shape) if name in here else None for name in names}
 
         self._do(work)
 
@@ -112,26 +115,27 @@ class BlockServerAdmin:
         NonFiniteError
             If some clients' weights are not finite; it names them, and the round is still there.
         ProtocolError
-            If a client has no run in the round, or the server does not have the round (any more).
+            If a client has no run in the round, the server does not have the round (any more), or it sends anything
+            else than weights of the round that was opened here.
         """
+
+        shapes = self._shapes.get(label, {})
 
         def work(call: "_Call") -> dict[str, Tensor]:
             call.command({"do": "aggregate", "label": label, "weights": dict(weights)})
-            average: dict[str, Tensor] = {}
-            more = True
-            while more:
-                after = max(average, default="")
-                body = {"do": "export", "label": label, "after": after}
-                page = call.ask(lambda number, body=body: Command(number, body))  # type: ignore[misc]
-                if not isinstance(page, Tensors) or (page.more and not page.tensors):
-                    raise ProtocolError("the block server did not answer with the average")
-                average.update(page.tensors)
-                more = page.more
+            average = read_pages(
+                lambda after: call.ask(
+                    lambda number: Command(number, {"do": "export", "label": label, "after": after})
+                ),
+                shapes,
+            )
             with contextlib.suppress(ConnectionLost):
                 call.command({"do": "close", "label": label})
             return average
 
-        return self._do(work)
+        average = self._do(work)
+        self._shapes.pop(label, None)
+        return average
 
     def close_round(self, label: str) -> None:
         """Give a round up, if it is there; its clients' runs end."""
@@ -139,6 +143,7 @@ class BlockServerAdmin:
         def work(call: "_Call") -> None:
             call.command({"do": "close", "label": label})
 
+        self._shapes.pop(label, None)
         self._do(work)
 
     def _do(self, work: "Callable[[_Call], T]") -> T:

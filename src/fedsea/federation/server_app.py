@@ -5,11 +5,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
-from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from fedsea.checkpoints import Fingerprint, open_checkpoint
 from fedsea.checkpoints.fingerprint import config_digest
@@ -129,11 +127,7 @@ def _requirements(settings: Settings, config: PreTrainedConfig, admins: Sequence
 
 def adapter_shapes(spec: AdapterSpec, config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
     """Shapes of an adapter's weights by name, for a whole model of which only the configuration is there."""
-    with torch.device("meta"):
-        whole = AutoModelForCausalLM.from_config(config)
-    modules = {name: part for name, part in whole.named_modules() if isinstance(part, nn.Linear)}
-    sizes = {name: (part.out_features, part.in_features) for name, part in modules.items()}
-    return spec.weight_shapes(sizes, range(config.num_hidden_layers))
+    return spec.shapes_in(config, range(config.num_hidden_layers))
 
 
 def _first_adapter(settings: Settings, spec: AdapterSpec, config: PreTrainedConfig, shapes: Shapes) -> Arrays:

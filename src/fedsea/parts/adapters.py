@@ -187,6 +187,14 @@ class AdapterSpec:
                 shapes[f"{name}.lora_magnitude_vector.weight"] = (to,)
         return shapes
 
+    def shapes_in(self, config: PreTrainedConfig, layers: range) -> dict[str, tuple[int, ...]]:
+        """Shapes of the adapter's weights in some layers of a model of which only the configuration is there."""
+        with torch.device("meta"):
+            whole = AutoModelForCausalLM.from_config(config)
+        modules = {name: part for name, part in whole.named_modules() if isinstance(part, nn.Linear)}
+        sizes = {name: (part.out_features, part.in_features) for name, part in modules.items()}
+        return self.weight_shapes(sizes, layers)
+
     def put_on(self, module: nn.Module, layers: Iterable[int], adapter: str = "default") -> None:
         """Put PEFT's modules on those of a part's layers that are targets, at their start; only they are trainable.
 

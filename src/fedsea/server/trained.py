@@ -13,10 +13,8 @@ from torch import Tensor, nn
 
 from fedsea.errors import ProtocolError
 from fedsea.partition import in_middle, layer_of
-from fedsea.wire.run_frames import ADAPTER, Tensors
+from fedsea.wire.run_frames import ADAPTER, STATES, Tensors
 from fedsea.wire.runs import OptimizerStep
-
-STATES = ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")  # of torch's optimizers, by name
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import hmac
 import re
 import secrets
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 from fedsea.checkpoints.fingerprint import Fingerprint
 from fedsea.errors import ProtocolError, UsageError
@@ -243,18 +243,24 @@ class RoundStatus:
 
     @classmethod
     def from_body(cls, body: dict[str, Any]) -> "RoundStatus":
-        """Read what `to_body` made.
+        """Check and read what `to_body` made.
 
         Raises
         ------
         ProtocolError
-            If a field is missing.
+            If a field is missing or not what it should be.
         """
         try:
             members = tuple(MemberStatus(**member) for member in body["members"])
+            for member in members:
+                counts = (member.steps, member.bytes_up, member.bytes_down)
+                if not (isinstance(member.client, str) and member.state in get_args(MemberState)):
+                    raise ValueError("a member has a name and a state")
+                if any(type(count) is not int or count < 0 for count in counts) or not member.seconds_since >= 0:
+                    raise ValueError("a member has counts")
             return cls(str(body["label"]), str(body["strategy"]), members)
-        except (KeyError, TypeError):
-            raise ProtocolError("the server's account of the round is incomplete") from None
+        except (KeyError, TypeError, ValueError):
+            raise ProtocolError("the server's account of the round cannot be read") from None
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ connection.
 
 import math
 import struct
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,6 +47,7 @@ from fedsea.wire.frames import (
 )
 
 ADAPTER = "adapter"  # the kind of tensor that is a weight: `adapter/NAME`; others are the optimizer's, `exp_avg/NAME`
+STATES = ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")  # of torch's optimizers, by name
 RUN = struct.Struct("<IIif")
 START = HEADER.size + RUN.size
 TRAINING, RECOMPUTE, FRESH, MORE = 4, 8, 16, 32
@@ -262,6 +264,43 @@ def _decode_tensors(data: bytes, length: int) -> dict[str, Tensor]:
         if tensor.numel() and not is_finite(tensor):
             raise ProtocolError(f"{name} holds values that are not finite")
     return tensors
+
+
+def read_pages(ask: Callable[[str], Reply], shapes: Mapping[str, tuple[int, ...] | None]) -> dict[str, Tensor]:
+    """Take what a server exports, page by page: tensors of these names and shapes, each once, and nothing else.
+
+    Parameters
+    ----------
+    ask
+        Asks for the page behind a name; names go up.
+    shapes
+        Of every name that the server may send; None where any will do. It may leave some out.
+
+    Raises
+    ------
+    ProtocolError
+        If it sends anything else. So it can neither put a name of its own among the client's nor go on for ever.
+    """
+    found: dict[str, Tensor] = {}
+    more, last = True, ""
+    while more:
+        page = ask(last)
+        if not isinstance(page, Tensors) or (page.more and not page.tensors):
+            raise ProtocolError("the block server did not answer an export with tensors")
+        for name, tensor in page.tensors.items():
+            if name <= last or name not in shapes:
+                raise ProtocolError(f"the block server exports {name[:100]!r}, which was not asked for")
+            if (shape := shapes[name]) is not None and tuple(tensor.shape) != shape:
+                raise ProtocolError(f"the block server exports {name} as {list(tensor.shape)}, not {list(shape)}")
+        found |= page.tensors
+        more, last = page.more, max(page.tensors, default=last)
+    return found
+
+
+def export_shapes(weights: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """What the export of a run may hold, by name: the weights, and an optimizer's states for each."""
+    states = {f"{kind}/{name}": () if kind == "step" else shape for kind in STATES for name, shape in weights.items()}
+    return {f"{ADAPTER}/{name}": shape for name, shape in weights.items()} | states
 
 
 def gradient_to_wire(gradient: Tensor, dtype: torch.dtype) -> tuple[Tensor, int]:
