@@ -21,7 +21,7 @@ from typing import Any
 from fedsea.errors import ModelNotFoundError
 from fedsea.process import child_environment, module_command
 
-FORMAT = 2  # one more for each change of what a conversion writes: what an earlier version made is not used again
+FORMAT = 3  # one more for each change of what a conversion writes: what an earlier version made is not used again
 MANIFEST = "manifest.json"
 
 _log = logging.getLogger(__name__)

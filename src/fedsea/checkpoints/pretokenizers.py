@@ -5,12 +5,12 @@ can happen at all: with another one the same text becomes other tokens, which th
 takes GPT-2's for a name that it does not know.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 
+from fedsea.checkpoints.gguf_file import GgufFile
 from fedsea.errors import ModelNotFoundError
 
 _CONTRACTIONS = "'s|'t|'re|'ve|'m|'ll|'d"
@@ -68,21 +68,26 @@ KNOWN: dict[str, PreTokenizer] = {
 }
 
 
-def complete_tokenizer(tokenizer: Any, read: Callable[[str], Any]) -> None:
+def complete_tokenizer(tokenizer: Any, file: GgufFile) -> None:
     """Make of the tokenizer that transformers builds from a GGUF file the one that the file describes.
 
     Parameters
     ----------
     tokenizer
         The tokenizer, with the file's vocabulary and merges. It is changed.
-    read
-        Gives the value of one of the file's `tokenizer.ggml.` keys, or None.
+    file
+        The file.
 
     Raises
     ------
     ModelNotFoundError
         If the file names a tokenizer or a pre-tokenizer that is not known here.
     """
+
+    def read(key: str) -> Any:
+        return file.read(f"tokenizer.ggml.{key}")
+
+    file.mark("tokenizer.ggml.", "tokens", "scores", "token_type", "merges", "unknown_token_id")  # by transformers
     kind, name = read("model"), read("pre") or "default"
     if kind == "gpt2":
         if name not in KNOWN:
