@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import xml.etree.ElementTree as ElementTree
+from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -156,7 +157,7 @@ def test_the_limits_are_those_of_the_bound_and_the_accountant(audits: Audits) ->
     noise = ClippedGaussianNoise(clip=0.5, std=0.3)
     limits = Audits(dataclasses.replace(audits.plan, attacks=("read-out",))).under(noise).limits
     vocabulary, hidden = audits.checkpoint.config.vocab_size, audits.checkpoint.config.hidden_size
-    bound = guaranteed_bound(noise, hidden, uniform_source(vocabulary))
+    bound = guaranteed_bound(noise, hidden, uniform_source(vocabulary), looks=limits.looks)
     first = limits.limits[0]
     assert (first.bits, first.accuracy) == (bound.bits, bound.accuracy)
     assert first.bits_guaranteed
@@ -169,7 +170,7 @@ def test_the_limits_are_those_of_the_bound_and_the_accountant(audits: Audits) ->
     assert limits.of_text is not None
     assert limits.of_text.guessable
     longest = 14
-    assert limits.state == privacy_spent(noise, delta=1e-6)
+    assert limits.state == privacy_spent(noise, delta=1e-6, releases=limits.looks)
     assert limits.text == privacy_spent(noise, delta=1e-6, releases=longest)
 
 
@@ -179,6 +180,17 @@ def test_looks_count(small: str) -> None:
     assert found.limits.limits[0].bits == guaranteed_bound(noise, 32, uniform_source(49152), looks=3).bits
     assert found.limits.looks == 3
     assert "3 looks" in page([found], "fedsea audit")
+
+
+def test_without_input_layers_each_place_of_a_token_is_a_look_at_its_state(small: str) -> None:
+    noise = ClippedGaussianNoise(clip=0.5, std=0.3)
+    plan = Plan(small, [" no no no no", " no no"], Partition(0, 1), answer=0, attacks=("read-out",))
+    found = Audits(plan).under(noise)
+    most = max(Counter(token for text in found.ids for token in text).values())
+    assert most == 6
+    assert found.limits.looks == most
+    assert found.limits.limits[0].bits == guaranteed_bound(noise, 32, uniform_source(49152), looks=most).bits
+    assert found.limits.state == privacy_spent(noise, delta=1e-6, releases=most)
 
 
 def test_a_guess_that_was_never_right_does_not_make_a_bound_of_nothing(reports: list[Report]) -> None:

@@ -177,7 +177,8 @@ class Candidates:
 
 def protected(hidden: Tensor, noise: Noise) -> Tensor:
     """`[tokens, hidden]` as the mechanism sends it where its draws are 0."""
-    return noise.apply(hidden, lambda: torch.zeros_like(hidden))
+    exact = hidden.double()  # as it is before it is rounded
+    return noise.apply(exact, lambda: torch.zeros_like(exact)).to(hidden.dtype)
 
 
 def same_without_draws(one: Noise, other: Noise, hidden_size: int) -> bool:

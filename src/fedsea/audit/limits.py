@@ -1,5 +1,6 @@
 """What no attacker gets past: the bound for texts like those of an audit, and the mechanism's epsilon."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -93,10 +94,16 @@ def find_limits(
     right
         Whether the model's first choice was right there, bool.
     looks
-        How often each text was seen, at most.
+        How often each text was seen, at most. With no input layers a token's state was seen as often as it stands in
+        the texts, times this.
     same_states
         Whether looks are at the same states, from several processes; else (training) states change in between.
     """
+    of_text = looks
+    if not knowledge.partition.input_layers:
+        # A state is its token's then, and every place that has the token is a look at it, with noise of its own.
+        # (Of a text, all these places are counted anyway.)
+        looks *= max(Counter(token for text in texts for token in text).values())
     hidden = knowledge.checkpoint.config.hidden_size
     vocabulary = knowledge.checkpoint.config.vocab_size
     states = torch.cat([_states(knowledge, text) for text in texts])
@@ -119,7 +126,7 @@ def find_limits(
     try:
         longest = max(map(len, texts))
         state = privacy_spent(knowledge.noise, delta=DELTA, releases=looks)
-        text = privacy_spent(knowledge.noise, delta=DELTA, releases=longest * looks)
+        text = privacy_spent(knowledge.noise, delta=DELTA, releases=longest * of_text)
     except UsageError as error:
         no_epsilon = str(error)
     return Limits(tuple(limits), looks, state, text, no_epsilon)

@@ -228,7 +228,7 @@ def _limits(report: Report) -> str:
         bits = "no bound" if limit.bits == float("inf") else f"{limit.bits:.3g}"
         cells = _cells([bits, _sure(limit.bits_guaranteed), share(limit.accuracy), _sure(limit.accuracy_guaranteed)])
         rows.append(f"<tr><th>{escape(limit.source)}</th>{cells}</tr>")
-    looks = f" over {report.looks} looks with fresh noise" if report.looks > 1 else ""
+    looks = f" over {report.limits.looks} looks with fresh noise" if report.limits.looks > 1 else ""
     head = ["kind of text", "bits a token, at most", "which is a", "tokens named, at most", "which is a"]
     found = _table(head, rows, f"For any attacker with any method{looks}; 100 % rules nothing out.", left=1)
     only = "<p>Of states only: gradients tell more, and nothing bounds that.</p>" if report.train_steps else ""

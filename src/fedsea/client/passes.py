@@ -201,7 +201,8 @@ class PassMixin:
                 known[start:] = drawn[done:]
             return source.normals(drawn, hidden.shape[1])
 
-        return noise.apply(hidden, normals)
+        # Float64 is for measuring, and not put on the grid of what leaves.
+        return noise.apply(hidden.float() if hidden.dtype is torch.float64 else hidden, normals)
 
     def _finish_loss(self, loss: Tensor, hidden: Tensor, logits: Tensor) -> Tensor:
         """A loss that is not finite spoils the step, and says why."""

@@ -7,8 +7,9 @@ every step of the input blocks' adapter) is `n` more: they compose. The composit
 (Renyi divergences), an upper bound.
 
 The numbers are printed as they come out, however large: at noise that leaves a language model of use, they are large.
-They hold in exact arithmetic; draws of this package end at 6.66 standard deviations (see `NoiseSource.normals`), which
-`delta` does not count.
+They hold in exact arithmetic. What is noised is rounded so that its last bits tell nothing of how it came about
+(`fedsea.privacy.gaussian.on_grid`); draws of this package end at 6.66 standard deviations (see `NoiseSource.normals`),
+which `delta` does not count.
 """
 
 import math

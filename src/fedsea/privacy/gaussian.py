@@ -8,12 +8,15 @@ beside the signal: 0.05 on LLaMA2-7B, whose mean |h_A| after one layer is about 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from fedsea.privacy.mechanism import Channel, Noise, require_not_negative
+
+GRID_BITS = 10  # noise is at least 2^9 steps of its grid
+DROPPED = 13  # of a float32's 24 significant bits: float16 has 11
 
 
 @dataclass(frozen=True)
@@ -48,13 +51,52 @@ class GaussianNoise(Noise):
         return Channel(math.inf, self.std)
 
     def apply(self, hidden: Tensor, normals: Callable[[], Tensor]) -> Tensor:
-        """`hidden + std * normals`, computed in float32."""
+        """`hidden + std * normals`, computed in float32, on a grid (`on_grid`)."""
         if self.std == 0:
             return hidden
         return add_noise(hidden, self.std, normals).to(hidden.dtype)
 
 
 def add_noise(hidden: Tensor, std: float, normals: Callable[[], Tensor]) -> Tensor:
-    """`hidden + std * normals` in float32 (float64 stays), `[tokens, hidden]`; with `std` 0 nothing is drawn."""
+    """`hidden + std * normals` in float32, `[tokens, hidden]`, `on_grid`; with `std` 0 nothing is drawn."""
     exact = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
-    return exact + std * normals().to(hidden.device) if std else exact
+    return on_grid(exact + std * normals().to(hidden.device), std) if std else exact
+
+
+def on_grid(noised: Tensor, std: float) -> Tensor:
+    """Noised states rounded to a grid that says nothing of how they came about.
+
+    Numbers in floating point have gaps, and a sum keeps the gaps of what was added. So its last bits tell which of two
+    states cannot have led to it, however strong the noise is (Mironov, On Significance of the Least Significant Bits
+    for Differential Privacy, CCS 2012): one noised state on a float32 wire named its token. So every noised state is
+    rounded twice: to multiples of a power of two near `std / 1024`, as a float near 0 has gaps as fine as any, and to
+    the 11 significant bits of float16, as the gaps of large states are large. Both are far coarser than what was added,
+    whatever dtype is computed in or sent; together they move a state by less than a float16 wire does anyhow.
+
+    Parameters
+    ----------
+    noised
+        Float32. Float64 stays as it is: nothing leaves in it, and what is measured in it is to be exact.
+    std
+        Standard deviation of the noise, in the direction that has least of it.
+
+    Returns
+    -------
+    Tensor
+        The same shape and dtype. The gradient is as if nothing had been rounded.
+    """
+    if noised.dtype is torch.float64:
+        return noised
+    return _OnGrid.apply(noised, 2.0 ** (math.frexp(std)[1] - GRID_BITS))  # type: ignore[no-any-return]
+
+
+class _OnGrid(torch.autograd.Function):
+    @staticmethod
+    def forward(_ctx: Any, noised: Tensor, step: float) -> Tensor:
+        even = torch.round(noised / step) * step  # the step is a power of two: both are exact
+        high = even * (2.0**DROPPED + 1)
+        return high - (high - even)  # Veltkamp's: its first bits, rounded to nearest
+
+    @staticmethod
+    def backward(_ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None

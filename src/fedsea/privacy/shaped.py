@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fedsea.errors import UsageError
+from fedsea.privacy.gaussian import on_grid
 from fedsea.privacy.mechanism import Channel, Magnitude, Noise, RelativeNoise, require_not_negative
 from fedsea.privacy.shape import Shape, best_shape
 
@@ -80,11 +81,12 @@ class ShapedNoise(RelativeNoise):
         return made
 
     def apply(self, hidden: Tensor, normals: Callable[[], Tensor]) -> Tensor:
-        """`hidden` + the shaped `normals`, computed in float32."""
+        """`hidden` + the shaped `normals`, computed in float32, on a grid (`on_grid`)."""
         if not self.alters:
             return hidden
         if self.shape is None:
             raise self._not_calibrated()
         exact = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
         # Shaped where it is drawn, so that the shape need not be on every device.
-        return (exact + self.shape.noise(normals().to("cpu", torch.float32)).to(exact)).to(hidden.dtype)
+        noised = exact + self.shape.noise(normals().to("cpu", torch.float32)).to(exact)
+        return on_grid(noised, self.shape.least).to(hidden.dtype)
