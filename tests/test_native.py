@@ -1,16 +1,20 @@
 """What transformers, PEFT and TRL do to a whole model's adapters and files is done to all three parts, or to none."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from peft import IA3Config, get_peft_model
+from peft.helpers import rescale_adapter_scale
 
 from fedsea import SplitModelForCausalLM
+from fedsea.checkpoints import load_whole_model
 from fedsea.errors import FedSEAError, ModelMismatchError, UsageError
 from fedsea.parts.adapter_files import read_adapter
 from tests.conftest import RunningServer, connect
 from tests.raw_stream import prompt
-from tests.split_training import adapted, snapshot
+from tests.split_training import adapted, lora, snapshot
 
 
 def assert_refused(action: object, says: str, kind: type[FedSEAError] = UsageError) -> None:
@@ -71,3 +75,107 @@ def test_transformers_switches_of_adapters_change_all_parts_or_none(tiny_server:
         assert_refused(lambda: model.delete_adapter("default"), "cannot be taken off")
         assert_refused(lambda: model.set_adapter(["default", "other"]), "one adapter, named 'default'")
         assert_unchanged(model, logits)
+
+
+def another_adapter_in(folder: Path) -> Path:
+    """A PEFT adapter of the whole tiny model, of other targets than `adapted` has."""
+    whole = load_whole_model("random:tiny", dtype=torch.float32, device="cpu")
+    get_peft_model(whole, lora(target_modules=["up_proj"])).save_pretrained(str(folder))
+    return folder
+
+
+@pytest.mark.parametrize("first", [{}, {"layers_to_transform": [0]}], ids=["all-parts", "input-blocks"])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_what_peft_cannot_do_to_all_parts_it_does_to_none(
+    tiny_server: RunningServer, tmp_path: Path, first: dict[str, Any]
+) -> None:
+    model = connect(tiny_server)
+    wrapped: Any = get_peft_model(model, lora(**first))
+    with torch.no_grad():
+        model.set_adapter_state({name: weight + 0.1 for name, weight in model.adapter_state().items()})
+        logits = model.eval()(prompt()).logits
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    modules = {name: type(module) for name, module in model.named_modules()}
+    other = another_adapter_in(tmp_path / "other")
+    as_weighted = {"adapters": ["default"], "weights": [0.5], "adapter_name": "half", "combination_type": "linear"}
+
+    def scaled() -> None:
+        with rescale_adapter_scale(model, 0.5):
+            pass
+
+    def without() -> None:
+        with wrapped.disable_adapter():
+            pass
+
+    for action, says in [
+        (without, "cannot be switched off"),
+        (wrapped.disable_adapter_layers, "cannot be switched off"),
+        (lambda: wrapped.delete_adapter("default"), "cannot be taken off"),
+        (wrapped.unload, "cannot be taken off"),
+        (wrapped.merge_and_unload, "cannot be merged"),
+        (wrapped.merge_adapter, "cannot be merged"),
+        (wrapped.unmerge_adapter, "cannot be merged"),
+        (lambda: wrapped.add_adapter("other", lora()), "has one adapter"),
+        (lambda: wrapped.add_adapter("other", lora(target_modules=["up_proj"])), "has one adapter"),
+        (lambda: wrapped.load_adapter(str(other), "other"), "has one adapter"),
+        (lambda: wrapped.add_weighted_adapter(**as_weighted), "has one adapter"),
+        (lambda: get_peft_model(model, lora(r=2)), "has one adapter"),
+        (lambda: get_peft_model(model, lora(target_modules="all-linear")), "has one adapter"),
+        (lambda: get_peft_model(model, lora(target_modules=["up_proj"]), "other"), "has one adapter"),
+        (lambda: model.add_adapter(lora()), "has one adapter"),
+        (lambda: model.load_adapter(other), "does not fit the model's"),
+        (scaled, "cannot be scaled"),
+    ]:
+        assert_refused(action, says, FedSEAError)
+        assert {name: type(module) for name, module in model.named_modules()} == modules, says
+        assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == trainable, says
+        assert list(wrapped.peft_config) == ["default"], says
+    assert_unchanged(model, logits)
+    wrapped.set_adapter("default")
+    wrapped.enable_adapter_layers()
+    assert_unchanged(model, logits)
+    wrapped.save_pretrained(str(tmp_path / "saved"))
+    assert read_adapter(tmp_path / "saved")[1].keys() == model.adapter_state().keys()
+    model.close()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_an_adapter_that_cannot_be_put_on_is_put_on_nowhere(tiny_server: RunningServer) -> None:
+    with connect(tiny_server) as model:
+        modules = {name: type(module) for name, module in model.named_modules()}
+        for config in (
+            lora(target_modules=["q_proj", "lm_head"]),
+            lora(bias="lora_only"),
+            lora(modules_to_save=["lm_head"]),
+            lora(init_lora_weights="pissa"),
+            IA3Config(target_modules=["k_proj"], feedforward_modules=[]),
+        ):
+            with pytest.raises(UsageError) as raised:
+                get_peft_model(model, config)
+            assert "\n" not in str(raised.value)
+            assert {name: type(module) for name, module in model.named_modules()} == modules
+        with torch.no_grad():
+            logits = model(prompt()).logits
+        get_peft_model(model, lora())
+        assert_unchanged(model, logits)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_an_adapter_of_the_middle_alone_gets_no_other_half(tiny_server: RunningServer) -> None:
+    with adapted(tiny_server, lora(layers_to_transform=[2, 3])) as model:
+        modules = {name: type(module) for name, module in model.named_modules()}
+        for config in (lora(), lora(target_modules=["up_proj"]), lora(target_modules="all-linear", r=2)):
+            for name in ("default", "other"):
+                assert_refused(lambda config=config, name=name: get_peft_model(model, config, name), "has one adapter")
+                assert {name: type(module) for name, module in model.named_modules()} == modules
+
+
+def test_freezing_freezes_all_parts(tiny_server: RunningServer) -> None:
+    with connect(tiny_server) as model:
+        wrapped: Any = get_peft_model(model, lora())
+        for trainable in (False, True):
+            wrapped.set_requires_grad("default", requires_grad=trainable)
+            flags = {parameter.requires_grad for name, parameter in model.named_parameters() if "lora_" in name}
+            assert flags == {trainable}
+        wrapped.set_adapter("default", inference_mode=True)
+        assert not any(parameter.requires_grad for parameter in model.parameters())

@@ -18,7 +18,7 @@ from fedsea.client.cache import SplitCache
 from fedsea.client.connection import Endpoint, client_credentials
 from fedsea.client.dtypes import compute_dtype, wire_dtype_for
 from fedsea.client.narrow import check_rank, narrow_at_start
-from fedsea.client.native import NativeMixin
+from fedsea.client.native import NativeMixin, known_as
 from fedsea.client.session import Session, SessionSettings
 from fedsea.client.shape import ask_sensitivity
 from fedsea.client.traffic import Traffic
@@ -65,6 +65,10 @@ class SplitModelForCausalLM(NativeMixin, PreTrainedModel, GenerationMixin):  # t
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 - transformers' own attribute
     supports_gradient_checkpointing = True
 
+    def __new__(cls, input_blocks: InputBlocks, *_args: Any, **_kwargs: Any) -> Self:
+        """A model of a class that goes by the name of the whole model's: libraries tell by it what a model is."""
+        return super().__new__(known_as(cls, input_blocks.config.model_type))  # type: ignore[arg-type, no-any-return]
+
     def __init__(
         self,
         input_blocks: InputBlocks,
@@ -86,6 +90,7 @@ class SplitModelForCausalLM(NativeMixin, PreTrainedModel, GenerationMixin):  # t
         # Past nn.Module's registration, so that each weight has one name, the whole model's. The parts follow what is
         # registered: transformers replaces modules (`resize_token_embeddings`), and so may others.
         self._parts = (input_blocks, output_blocks)
+        self.vocab_size: int = self.config.vocab_size  # resize_token_embeddings sets it
         self.partition, self.traffic = partition, Traffic()
         self._protect(noise, measure)
         self.max_tokens: int = self.config.max_position_embeddings
@@ -396,6 +401,11 @@ class SplitModelForCausalLM(NativeMixin, PreTrainedModel, GenerationMixin):  # t
             given = self.new_cache()
         if given is not None:
             model_kwargs[CACHE] = given
+
+    def extra_repr(self) -> str:
+        """What `print(model)` says beside the client's modules."""
+        at = f" at {self._endpoint.address}" if self._endpoint is not None else ""
+        return f"layers {self.partition.middle(self.config.num_hidden_layers)} elsewhere{at}"
 
     @property
     def device(self) -> torch.device:

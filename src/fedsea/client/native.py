@@ -5,23 +5,86 @@ looks like a whole checkpoint is written by a part.
 """
 
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
+from peft import LoraConfig
 from torch import Tensor
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from fedsea.client.rounds import RoundMixin
 from fedsea.errors import ModelMismatchError, UsageError
 from fedsea.partition import LIFT, PROJECT
+from fedsea.parts.adapters import AdapterSpec, adapter_parameters
+from fedsea.parts.held import ALWAYS_ON, ANOTHER, NAME, TAKEN_OFF, OneConfig, foreign_layers, take_off
 
-NAME = "default"  # of the one adapter
 NO_ADAPTER = "the model has no adapter; add one first: model.add_adapter(LoraConfig(...))"
 # How transformers would lay out files; an adapter is one small file.
 _LAYOUT = {"max_shard_size", "safe_serialization", "variant", "save_peft_format", "save_original_format"}
 
 
+@cache
+def known_as(kind: type, model_type: str) -> Any:
+    """A model class under the name, and in the module, of transformers' own class for the whole model.
+
+    By it Trainer shifts the labels for label smoothing, `pipeline` knows what a model is for, and PEFT notes in an
+    adapter's configuration how to load the base model.
+    """
+    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
+    module = f"transformers.models.{model_type}.modeling_{model_type}"
+    return type(kind)(name, (kind,), {"__module__": module, "__qualname__": name, "__doc__": kind.__doc__})
+
+
 class NativeMixin(RoundMixin):
     """Saving and switching adapters, as transformers' models and PEFT have it. Uses `SplitModelForCausalLM`."""
+
+    @property
+    def peft_config(self) -> dict[str, LoraConfig]:
+        """The adapter's configuration under its name, as PEFT keeps it."""
+        if self._lora is None:
+            raise AttributeError("peft_config")
+        return OneConfig({NAME: self._lora})
+
+    @peft_config.setter
+    def peft_config(self, configs: dict[str, LoraConfig]) -> None:
+        """PEFT sets this once it has put an adapter on the client's layers (`peft.get_peft_model`): take it up."""
+        if self._adapter is not None:
+            return
+        try:
+            if list(configs) != [NAME]:
+                raise UsageError(ANOTHER)
+            if self.noise.width is not None:
+                raise UsageError("PEFT keeps no narrow cut: use model.add_adapter(LoraConfig(...)), model.save_adapter")
+            spec = AdapterSpec.from_config(configs[NAME], self.config, int(torch.randint(1 << 62, ())))
+            self._begin_run(spec, None)
+        except BaseException:
+            take_off(self._module)
+            raise
+        self._peft_configs = configs
+        for parameter in adapter_parameters(self._module).values():
+            parameter.data = parameter.data.float()
+        self._keep(spec, configs["default"])
+
+    # What PEFT's layers ask of who answers for the whole adapter
+
+    def refusal(self, why: str) -> UsageError:
+        """Undo what PEFT has begun to do to the adapter's half that is here; what is to be raised."""
+        take_off(self._module)
+        if self._peft_configs is not None and self._lora is not None:
+            self._peft_configs.clear()
+            self._peft_configs[NAME] = self._lora
+        return UsageError(why)
+
+    def has_foreign_layers(self) -> bool:
+        """Whether PEFT has put layers on the client's half that are not the adapter's."""
+        return bool(foreign_layers(self._module))
+
+    def set_trainable(self, trainable: bool) -> None:
+        """Train or freeze the middle's half of the adapter, as the client's half is."""
+        if self._run is not None:
+            self.lora_middle.requires_grad_(trainable)
 
     # transformers' own versions of these ask for releases of PEFT that the split does not need.
 
@@ -41,7 +104,7 @@ class NativeMixin(RoundMixin):
         UsageError
             Always.
         """
-        raise UsageError("a split model's adapter cannot be switched off; load the model a second time without it")
+        raise UsageError(ALWAYS_ON)
 
     def delete_adapter(self, adapter_names: str | list[str]) -> NoReturn:
         """Refused: the middle's half of the adapter would stay on.
@@ -51,7 +114,7 @@ class NativeMixin(RoundMixin):
         UsageError
             Always.
         """
-        raise UsageError("a split model's adapter cannot be taken off; load the model a second time without it")
+        raise UsageError(TAKEN_OFF)
 
     def get_adapter_state_dict(
         self, adapter_name: str | None = None, state_dict: Mapping[str, Tensor] | None = None
@@ -122,7 +185,7 @@ class NativeMixin(RoundMixin):
         if self._adapter is None:
             raise UsageError(NO_ADAPTER)
         if name not in (NAME, [NAME]):
-            raise UsageError(f"a split model has one adapter, named {NAME!r}; there is none named {name!r}")
+            raise UsageError(ANOTHER)
 
     def _adapter_weights(self, state: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
         """The whole adapter, taken from a state that has the names of `state_dict()`; None for the model's own."""

@@ -24,7 +24,8 @@ from fedsea.client.traffic import Traffic
 from fedsea.errors import ModelMismatchError, UsageError
 from fedsea.partition import LIFT, Partition, in_middle, layer_of
 from fedsea.parts.adapter_files import read_adapter, save_adapter
-from fedsea.parts.adapters import AdapterSpec, adapter_parameters, stand_in
+from fedsea.parts.adapters import AdapterSpec, adapter_parameters
+from fedsea.parts.held import ANOTHER, NAME, hold
 from fedsea.wire.address import is_loopback, parse_address
 from fedsea.wire.run_frames import ADAPTER
 from fedsea.wire.runs import check_run_name
@@ -64,6 +65,7 @@ class TrainingMixin(NarrowMixin):
         self._adapter = None
         self._shapes: tuple[AdapterSpec, dict[str, tuple[int, ...]]] | None = None
         self._lora: LoraConfig | None = None
+        self._peft_configs: dict[str, LoraConfig] | None = None  # PEFT's own, where it has put the adapter on
         self._goodbye: weakref.finalize[..., Any] | None = None
         self._weight = 1.0
         self._look = None
@@ -108,10 +110,8 @@ class TrainingMixin(NarrowMixin):
         FedSEAError
             What the server refuses: too large an adapter, a run name that is taken.
         """
-        if adapter_name not in (None, "default"):
-            raise UsageError("a split model has one adapter, named 'default'")
-        if self._adapter is not None:
-            raise UsageError("the model has an adapter already; load the model again for another one")
+        if adapter_name not in (None, NAME) or self._adapter is not None:
+            raise UsageError(ANOTHER)
         drawn = int(torch.randint(1 << 62, ())) if seed is None else seed
         spec = AdapterSpec.from_config(adapter_config, self.config, drawn)
         self._add(replace(spec, narrow=self.noise.width or 0), adapter_config, run, take_up=take_up)
@@ -130,7 +130,7 @@ class TrainingMixin(NarrowMixin):
     def _keep(self, spec: AdapterSpec, lora: LoraConfig) -> None:
         self._adapter, self._lora = spec, lora
         self._hf_peft_config_loaded = True
-        stand_in(self._module, spec.within(self.partition.middle(self.config.num_hidden_layers)))
+        hold(self._module, spec.within(self.partition.middle(self.config.num_hidden_layers)), self._module)
         run = self._run
         if run is None:
             return
@@ -144,28 +144,6 @@ class TrainingMixin(NarrowMixin):
             scale = run.scale
             for parameter in adapter_parameters(self._module).values():
                 parameter.register_hook(lambda gradient: gradient * 2.0**-scale.exponent)
-
-    @property
-    def peft_config(self) -> dict[str, LoraConfig]:
-        """The adapter's configuration under its name, as PEFT keeps it."""
-        if self._lora is None:
-            raise AttributeError("peft_config")
-        return {"default": self._lora}
-
-    @peft_config.setter
-    def peft_config(self, configs: dict[str, LoraConfig]) -> None:
-        """PEFT sets this once it has put an adapter on the client's layers (`peft.get_peft_model`): take it up."""
-        if self._adapter is not None:
-            return
-        if list(configs) != ["default"]:
-            raise UsageError("a split model has one adapter, named 'default'")
-        if self.noise.width is not None:
-            raise UsageError("PEFT keeps no narrow cut: use model.add_adapter(LoraConfig(...)) and model.save_adapter")
-        spec = AdapterSpec.from_config(configs["default"], self.config, int(torch.randint(1 << 62, ())))
-        self._begin_run(spec, None)
-        for parameter in adapter_parameters(self._module).values():
-            parameter.data = parameter.data.float()
-        self._keep(spec, configs["default"])
 
     def _begin_run(
         self, spec: AdapterSpec, name: str | None, *, take_up: bool = False, token: str | None = None

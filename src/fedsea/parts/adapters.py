@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
@@ -259,44 +258,6 @@ class AdapterSpec:
         if self.narrow != other.narrow:
             return f"{_cut_words(self.narrow)} beside {_cut_words(other.narrow)}"
         return None
-
-
-class Elsewhere(nn.Module, BaseTunerLayer):
-    """Stands where a target module of another process would be, so that PEFT counts its weights as the adapter's.
-
-    PEFT tells by its modules which entries of a state belong to an adapter. This one has PEFT's names and no weights.
-    """
-
-    adapter_layer_names = ("lora_A", "lora_B", "lora_magnitude_vector")
-
-    def __init__(self) -> None:
-        super().__init__()
-        for name in self.adapter_layer_names:
-            setattr(self, name, nn.ModuleDict({"default": nn.Module()}))
-
-    def enable_adapters(self, enabled: bool) -> None:
-        """Adapters are always on: the other process has no way to switch its own off."""
-        if not enabled:
-            raise UsageError("a split model's adapter cannot be switched off; load the model a second time without it")
-
-    def merge(self, *_args: Any, **_kwargs: Any) -> None:
-        """Not possible: the base weights are elsewhere too."""
-        raise UsageError("a split model's adapter cannot be merged; save it and merge it where the whole model is")
-
-
-def stand_in(module: nn.Module, names: Iterable[str]) -> None:
-    """Give a module `Elsewhere` submodules of these names; what is there already stays."""
-    for name in names:
-        here = module
-        *path, last = name.split(".")
-        for step in path:
-            found = dict(here.named_children()).get(step)
-            if found is None:
-                found = nn.Module()
-                here.add_module(step, found)
-            here = found
-        if last not in dict(here.named_children()):
-            here.add_module(last, Elsewhere())
 
 
 def adapter_parameters(module: nn.Module, adapter: str = "default") -> dict[str, nn.Parameter]:

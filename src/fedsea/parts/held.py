@@ -1,0 +1,164 @@
+"""PEFT's layers on one part of a model, held so that an adapter changes on all parts or on none.
+
+PEFT switches, merges, scales and takes off adapters layer by layer, on the layers that it finds in its process. On a
+part that would leave half of an adapter. A held layer refuses before anything is touched, and passes on what can be
+done.
+"""
+
+import weakref
+from collections.abc import Iterable
+from functools import cache
+from typing import Any, NoReturn, Protocol
+
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from fedsea.errors import UsageError
+
+NAME = "default"  # of the one adapter
+ANOTHER = "a split model has one adapter, named 'default'; load the model again for another one"
+ALWAYS_ON = "a split model's adapter cannot be switched off; load the model a second time without it"
+TAKEN_OFF = "a split model's adapter cannot be taken off; load the model a second time without it"
+MERGED = "a split model's adapter cannot be merged; save it and merge it where the whole model is"
+SCALED = "a split model's adapter cannot be scaled; set lora_alpha in its configuration"
+
+
+class Holder(Protocol):
+    """Who answers for the whole adapter."""
+
+    def refusal(self, why: str) -> UsageError:
+        """Undo what PEFT has begun; what is to be raised."""
+        ...
+
+    def has_foreign_layers(self) -> bool:
+        """Whether PEFT has put layers on the part that are not the adapter's."""
+
+    def set_trainable(self, trainable: bool) -> None:
+        """The client's half is trained or frozen from now on: so is the middle's."""
+
+
+class Held:
+    """Comes before one of PEFT's layer classes, and has its methods that change an adapter's state."""
+
+    _holder: Any
+
+    def _refuse(self, why: str) -> NoReturn:
+        raise self._holder().refusal(why)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        if not enabled:
+            self._refuse(ALWAYS_ON)
+
+    def delete_adapter(self, *_args: Any, **_kwargs: Any) -> None:
+        self._refuse(TAKEN_OFF)
+
+    def merge(self, *_args: Any, **_kwargs: Any) -> None:
+        self._refuse(MERGED)
+
+    def unmerge(self) -> None:
+        self._refuse(MERGED)
+
+    def unload_and_optionally_merge_module(self, merge: bool, *_args: Any, **_kwargs: Any) -> None:
+        self._refuse(MERGED if merge else TAKEN_OFF)
+
+    def update_layer(self, *_args: Any, **_kwargs: Any) -> None:
+        self._refuse(ANOTHER)
+
+    def set_scale(self, *_args: Any) -> None:
+        self._refuse(SCALED)
+
+    def scale_layer(self, *_args: Any) -> None:
+        self._refuse(SCALED)
+
+    def unscale_layer(self, *_args: Any) -> None:
+        self._refuse(SCALED)
+
+    @property
+    def scaling(self) -> dict[str, float]:
+        """By adapter, as PEFT has it."""
+        found: dict[str, float] = self.__dict__.get("scaling", {})
+        return found
+
+    @scaling.setter
+    def scaling(self, _scaling: dict[str, float]) -> None:
+        self._refuse(SCALED)
+
+    def set_adapter(self, adapter_names: str | list[str], *args: Any, **kwargs: Any) -> None:
+        if adapter_names not in (NAME, [NAME]) or self._holder().has_foreign_layers():
+            self._refuse(ANOTHER)
+        super().set_adapter(adapter_names, *args, **kwargs)  # type: ignore[misc]
+        self._holder().set_trainable(not (args[0] if args else kwargs.get("inference_mode", False)))
+
+    def set_requires_grad(self, adapter_names: Any, requires_grad: bool = True) -> None:
+        super().set_requires_grad(adapter_names, requires_grad)  # type: ignore[misc]
+        self._holder().set_trainable(requires_grad)
+
+
+class OneConfig(dict[str, LoraConfig]):
+    """The adapter's configuration under its name, to read: PEFT begins to put on another adapter by writing here."""
+
+    def _refuse(self, *_args: Any, **_kwargs: Any) -> NoReturn:
+        raise UsageError(ANOTHER)
+
+    __setitem__ = __delitem__ = update = setdefault = pop = clear = _refuse
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, (dict(self),)  # a copy is a dictionary like any other
+
+
+class Elsewhere(Held, nn.Module, LoraLayer):
+    """Stands where a target module of another process would be, so that PEFT counts its weights as the adapter's.
+
+    PEFT tells by its modules which entries of a state belong to an adapter. This one has PEFT's names and no weights.
+    """
+
+    adapter_layer_names = ("lora_A", "lora_B", "lora_magnitude_vector")
+    other_param_names = ()
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        for name in self.adapter_layer_names:
+            setattr(self, name, nn.ModuleDict({NAME: nn.Module()}))
+
+
+@cache
+def _held(kind: type) -> type:
+    return type(kind.__name__, (Held, kind), {"__module__": kind.__module__})
+
+
+def hold(module: nn.Module, elsewhere: Iterable[str], holder: Holder) -> None:
+    """Hold a part's adapter, and let modules of these names stand for what is in other processes."""
+    for name in elsewhere:
+        here = module
+        *path, last = name.split(".")
+        for step in path:
+            found = dict(here.named_children()).get(step)
+            if found is None:
+                found = nn.Module()
+                here.add_module(step, found)
+            here = found
+        if last not in dict(here.named_children()):
+            here.add_module(last, Elsewhere())
+    for layer in module.modules():
+        if isinstance(layer, BaseTunerLayer) and not isinstance(layer, Held):
+            layer.__class__ = _held(type(layer))
+        if isinstance(layer, Held):
+            layer._holder = weakref.ref(holder)
+
+
+def foreign_layers(module: nn.Module) -> dict[str, nn.Module]:
+    """PEFT's layers that are not held, by name."""
+    kinds: Any = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    modules = module.named_modules()
+    return {name: layer for name, layer in modules if isinstance(layer, kinds) and not isinstance(layer, Held)}
+
+
+def take_off(module: nn.Module) -> None:
+    """Put what PEFT has wrapped, and is not held, back in its place."""
+    for name, layer in foreign_layers(module).items():
+        path, _, last = name.rpartition(".")
+        inside: Any = layer.original_module if isinstance(layer, AuxiliaryTrainingWrapper) else layer
+        setattr(module.get_submodule(path), last, inside.get_base_layer() if hasattr(inside, "base_layer") else inside)

@@ -1,0 +1,108 @@
+"""What libraries find out about a split model by its class, configuration and attributes is as for the whole model."""
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import get_peft_model
+from transformers import pipeline
+
+from fedsea import SplitModelForCausalLM, load_tokenizer
+from fedsea.checkpoints import load_whole_model
+from tests.conftest import RunningServer, connect
+from tests.split_training import adapted, assert_same_losses, lora, whole_twin
+from tests.test_trainers import logged, trainer, wrapped
+
+
+def test_label_smoothing_shifts_the_labels(tiny_server: RunningServer, tmp_path: Path) -> None:
+    """Trainer tells by the class's name whether labels are to be shifted."""
+    with adapted(tiny_server) as model:
+        whole = whole_twin(model, tmp_path / "start")
+        losses = []
+        for name, one in (("split", model), ("whole", whole)):
+            run = trainer(one, tmp_path / name, label_smoothing_factor=0.1, save_strategy="no")
+            run.train()
+            losses.append(logged(run))
+        assert_same_losses(*losses)
+
+
+def test_a_peft_models_labels_are_smoothed_as_well(tiny_server: RunningServer, tmp_path: Path) -> None:
+    model, wrapping = wrapped(tiny_server, 5)
+    whole = whole_twin(model, tmp_path / "start")
+    losses = []
+    for name, one in (("split", wrapping), ("whole", whole)):
+        run = trainer(one, tmp_path / name, label_smoothing_factor=0.1, save_strategy="no")
+        run.train()
+        losses.append(logged(run))
+    assert_same_losses(*losses)
+    model.close()
+
+
+def test_names_and_attributes_are_the_whole_models(tiny_server: RunningServer, whole_tiny: Any) -> None:
+    with connect(tiny_server) as model:
+        for ask in (
+            lambda one: type(one).__name__,
+            lambda one: type(one).__module__,
+            lambda one: one._get_name(),
+            lambda one: one.config.model_type,
+            lambda one: one.config.architectures,
+            lambda one: one.config.is_encoder_decoder,
+            lambda one: one.config.tie_word_embeddings,
+            lambda one: one.main_input_name,
+            lambda one: one.base_model_prefix,
+            lambda one: one.loss_type,
+            lambda one: one.framework if hasattr(one, "framework") else None,
+            lambda one: one.device,
+            lambda one: one.dtype,
+            lambda one: one.can_generate(),
+            lambda one: one.is_gradient_checkpointing,
+            lambda one: getattr(one, "is_loaded_in_8bit", False),
+            lambda one: getattr(one, "is_quantized", False),
+            lambda one: getattr(one, "hf_device_map", None),
+            lambda one: getattr(one, "accepts_loss_kwargs", None),
+            lambda one: one.get_input_embeddings().weight.shape,
+            lambda one: one.get_output_embeddings().weight.shape,
+            lambda one: one.vocab_size if hasattr(one, "vocab_size") else None,
+        ):
+            assert ask(model) == ask(whole_tiny)
+        assert isinstance(model, SplitModelForCausalLM)
+        assert "layers range(1, 5) elsewhere" in repr(model)
+
+
+def test_peft_notes_how_the_base_model_is_loaded(tiny_server: RunningServer, tmp_path: Path) -> None:
+    with connect(tiny_server) as model:
+        wrapping: Any = get_peft_model(model, lora())
+        wrapping.save_pretrained(str(tmp_path))
+    kept = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert kept["auto_mapping"] == {
+        "base_model_class": "LlamaForCausalLM",
+        "parent_library": "transformers.models.llama.modeling_llama",
+    }
+
+
+@pytest.fixture(scope="module")
+def both(start_server: Callable[..., RunningServer], small: str) -> Iterator[tuple[Any, Any, Any]]:
+    """A small model, split and whole, and its tokenizer."""
+    with connect(start_server(small), small) as model:
+        yield model, load_whole_model(small, dtype=torch.float32, device="cpu"), load_tokenizer(small)
+
+
+@pytest.mark.parametrize("more", [{}, {"stop_sequence": "e"}, {"batch_size": 2}], ids=["plain", "stop", "batch"])
+def test_a_pipeline_takes_it_for_the_whole_model(
+    both: tuple[Any, Any, Any], caplog: pytest.LogCaptureFixture, more: dict[str, Any]
+) -> None:
+    *models, tokenizer = both
+    prompts = ["The capital of France is", "Water"]
+    with caplog.at_level(logging.WARNING):
+        ours, theirs = (
+            pipeline("text-generation", model=model, tokenizer=tokenizer)(
+                prompts, max_new_tokens=8, do_sample=False, **more
+            )
+            for model in models
+        )
+    assert ours == theirs
+    assert "is not supported" not in caplog.text
