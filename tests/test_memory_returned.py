@@ -5,6 +5,7 @@ killed, closed, or goes on with something that no client sends. Afterwards the s
 its tables, in tensors that Python knows, and in bytes from the allocator, which also shows what only C++ still holds.
 """
 
+import contextlib
 import ctypes
 import gc
 import queue
@@ -118,18 +119,23 @@ def cut_off(stream: Playback, frames: Frames, at: int) -> None:
 
 
 def of_another_shape(stream: Playback, frames: Frames, at: int) -> None:
-    """Well-formed, and no answer to what came before."""
-    frame = decode(frames[at]) if frames[at][1] < Kind.FORWARD else decode_run(frames[at])[0]
+    stream.ask(reshaped(frames[at]))
+
+
+def reshaped(data: bytes) -> bytes:
+    """Well-formed, and not what is expected here."""
+    frame = decode(data) if data[1] < Kind.FORWARD else decode_run(data)[0]
     if isinstance(frame, Step):
-        stream.ask(encode(replace(frame, states=frame.states[:, :8])))
-    elif isinstance(frame, Forward):
-        stream.ask(encode_run(replace(frame, states=frame.states[:, :8])))
-    elif isinstance(frame, Backward):
-        stream.ask(encode_run(replace(frame, gradient=frame.gradient[1:])))
-    elif isinstance(frame, Tensors):
-        stream.ask(encode_run(replace(frame, tensors={name: one[:1] for name, one in frame.tensors.items()})))
-    elif isinstance(frame, Command):
-        stream.ask(encode_run(replace(frame, body={"do": "update", "micros": [[]], "after": 0, "version": -1})))
+        return encode(replace(frame, states=frame.states[:, :8]))
+    if isinstance(frame, Forward):
+        return encode_run(replace(frame, states=frame.states[:, :8]))
+    if isinstance(frame, Backward):
+        return encode_run(replace(frame, gradient=frame.gradient[1:]))
+    if isinstance(frame, Tensors):
+        return encode_run(replace(frame, tensors={name: one[:1] for name, one in frame.tensors.items()}))
+    if isinstance(frame, Command):
+        return encode_run(replace(frame, body={"do": "update", "micros": [[]], "after": 0, "version": -1}))
+    return data
 
 
 def too_long(stream: Playback, frames: Frames, at: int) -> None:
@@ -187,20 +193,21 @@ BREAKS = (
 )
 
 
-class Memory:
-    """What this process, server and clients, holds now."""
+@contextlib.contextmanager
+def all_given_back(server: RunningServer) -> Iterator[None]:
+    """What is taken in here is given back when the last stream has ended."""
+    assert eventually(idle(server))
+    tensors, size = count_tensors(), allocated()
+    yield
+    assert eventually(idle(server))
+    assert eventually(lambda: count_tensors() <= tensors), f"{count_tensors() - tensors} tensors are left"
+    assert allocated() - size < SLACK, f"{allocated() - size} bytes are left"
 
-    def __init__(self) -> None:
-        gc.collect()
-        self.tensors = sum(issubclass(type(one), torch.Tensor) for one in gc.get_objects())
-        self.bytes = allocated()
 
-    def assert_given_back(self, idle: Callable[[], bool]) -> None:
-        """Everything that was taken since is given back, as soon as the last stream has ended."""
-        assert eventually(idle)
-        assert eventually(lambda: Memory().tensors <= self.tensors), f"{Memory().tensors - self.tensors} tensors left"
-        grown = allocated() - self.bytes
-        assert grown < SLACK, f"{grown} bytes left"
+def count_tensors() -> int:
+    """Those that Python knows."""
+    gc.collect()
+    return sum(issubclass(type(one), torch.Tensor) for one in gc.get_objects())
 
 
 def allocated() -> int:
@@ -324,13 +331,10 @@ def test_a_stream_that_breaks_off_at_any_frame_leaves_nothing_behind(
         opening = reopened(frames[0], run=next(names)) if path == contract.RUN_PATH else frames[0]
         play(channel, [path], [[(0, frame)] for frame in (opening, *frames[1:])], breaks_off, at)
 
-    play_to(killed, len(frames) - 1)
-    assert eventually(idle(server))
-    before = Memory()
-    for breaks_off in BREAKS:
-        for at in range(1, len(frames)):
-            play_to(breaks_off, at)
-    before.assert_given_back(idle(server))
+    with all_given_back(server):
+        for breaks_off in BREAKS:
+            for at in range(1, len(frames)):
+                play_to(breaks_off, at)
 
 
 @pytest.fixture(scope="module")
@@ -384,10 +388,7 @@ def test_a_round_that_breaks_off_at_any_frame_leaves_nothing_behind(
             play(channel, paths, turns, breaks_off, at)
             admin.close_round("test.1")
 
-        play_to(killed, len(turns) - 1)
-        assert eventually(idle(patient))
-        before = Memory()
-        for breaks_off in BREAKS:
-            for at in range(1, len(turns)):
-                play_to(breaks_off, at)
-        before.assert_given_back(idle(patient))
+        with all_given_back(patient):
+            for breaks_off in BREAKS:
+                for at in range(1, len(turns)):
+                    play_to(breaks_off, at)

@@ -41,6 +41,8 @@ class RunStream:
             self._writer.cancel()
         # A write that has begun cannot be taken back, and nothing may be sent beside it: wait for it.
         await asyncio.wait({self._writer, self._reader})
+        # A task holds its error, that its frame, and that this: the run's memory would wait for the collector.
+        del self._reader, self._writer
 
     async def read(self) -> tuple[RunFrame, int] | None:
         """The next frame and the last reply that the client has; None if the stream is over.

@@ -186,12 +186,15 @@ class BlockServer:
         while True:
             await asyncio.sleep(SWEEP_SECONDS)
             self._warn_of_end()
-            for session in self.table.expire():
-                log.info("session ended session=%s client=%s reason=expired", short(session), session.client)
-            for run in self.runs.expire():
-                log.info("run ended run=%s client=%s reason=expired", run.name, run.client)
-            for label in self.rounds.expire():
-                log.info("round ended round=%s reason=expired", label)
+            self._expire()  # apart: a name in here would hold the last run that ended until another one does
+
+    def _expire(self) -> None:
+        for session in self.table.expire():
+            log.info("session ended session=%s client=%s reason=expired", short(session), session.client)
+        for run in self.runs.expire():
+            log.info("run ended run=%s client=%s reason=expired", run.name, run.client)
+        for label in self.rounds.expire():
+            log.info("round ended round=%s reason=expired", label)
 
     def _warn_of_end(self) -> None:
         """Once a day, if the certificate ends soon."""
