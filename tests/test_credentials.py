@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from fedsea.cli.credentials import app
 from fedsea.errors import CredentialsError, UsageError
-from fedsea.wire import certificates, credential_files
+from fedsea.wire import certificates
 from fedsea.wire.address import format_address, is_loopback, parse_address
 from fedsea.wire.credentials import Credentials, channel_credentials, create_credentials, server_credentials
 from fedsea.wire.roles import COORDINATOR_URI, is_coordinator
@@ -62,12 +62,13 @@ def test_nothing_is_readable_by_others_even_under_an_open_umask(
     modes: list[int] = []
     real_open = os.open
 
-    def recording_open(path: Path, flags: int, mode: int) -> int:
+    def recording_open(path: Path, flags: int, mode: int = 0o777) -> int:
         descriptor = real_open(path, flags, mode)
-        modes.append(stat.S_IMODE(os.fstat(descriptor).st_mode))
+        if flags & os.O_CREAT:
+            modes.append(stat.S_IMODE(os.fstat(descriptor).st_mode))
         return descriptor
 
-    monkeypatch.setattr(credential_files.os, "open", recording_open)
+    monkeypatch.setattr(os, "open", recording_open)
     old = os.umask(0)
     try:
         create_credentials(tmp_path / "made")

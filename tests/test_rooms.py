@@ -14,6 +14,7 @@ SOURCE = Path(fedsea.__file__).parent
 ORDER = [
     "errors",
     "partition",
+    "files",
     "threads",
     "process",
     "checkpoints",

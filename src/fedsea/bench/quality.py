@@ -34,6 +34,7 @@ from fedsea.bench.workbench import PARTITION
 from fedsea.checkpoints import load_tokenizer, load_whole_model
 from fedsea.client.model import SplitModelForCausalLM
 from fedsea.errors import NonFiniteError, UsageError
+from fedsea.files import write_json
 from fedsea.privacy import Noise, RelativeGaussianNoise, parse_mechanism
 from fedsea.tasks import Example, Task, encode, evaluate, get_task
 from fedsea.training.batches import Batches
@@ -375,9 +376,7 @@ class QualityBench:
     def _keep(self, job: Job, result: Result) -> None:
         file = self._file(job)
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(".partial")
-        partial.write_text(json.dumps(asdict(result), indent=2) + "\n")
-        partial.replace(file)
+        write_json(file, asdict(result))
 
 
 def train_whole(
@@ -455,7 +454,7 @@ def _claim(output: Path, common: dict[str, Any]) -> None:
         return
     try:
         output.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(common, indent=2) + "\n")
+        write_json(file, common)
     except OSError as error:
         raise UsageError(f"cannot write to {output}: {error.strerror}") from None
 

@@ -1,6 +1,5 @@
 """Checkpoints in the Hugging Face layout, in a folder or at a hub."""
 
-import json
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +15,7 @@ from fedsea.checkpoints.fingerprint import Fingerprint, config_digest, group_dig
 from fedsea.checkpoints.quiet import quiet_transformers
 from fedsea.checkpoints.tensorfile import TensorFile
 from fedsea.errors import ModelNotFoundError
+from fedsea.files import parse_json
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
@@ -160,7 +160,7 @@ class FolderCheckpoint(Checkpoint):
 
     def _read_index(self) -> dict[str, str]:
         try:
-            file_of = json.loads(self._required(INDEX).read_text())["weight_map"]
+            file_of = parse_json(self._required(INDEX).read_bytes())["weight_map"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ModelNotFoundError(f"{INDEX} of {self._files.where} is damaged: {error!r}") from None
         # The index may come from a stranger: it names files beside it and nothing else.

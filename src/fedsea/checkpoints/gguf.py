@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import shutil
+import stat
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsea.errors import ModelNotFoundError
+from fedsea.files import parse_json, replace_folder, write_file
 from fedsea.process import child_environment, module_command
 
 FORMAT = 3  # one more for each change of what a conversion writes: what an earlier version made is not used again
@@ -68,21 +70,19 @@ def _convert(source: Path, folder: Path) -> None:
     if find_spec("gguf") is None or find_spec("accelerate") is None:
         raise ModelNotFoundError(f"converting {source.name} needs the gguf extra: pip install 'fedsea[gguf]'")
     _log.info("converting %s once (about 15 seconds for 100 MB)", source.name)
-    made, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
-    for leftover in (made, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+    made = folder.with_name(f".{folder.name}.new")
+    shutil.rmtree(made, ignore_errors=True)
     made.mkdir()
     before = _identity(source)
     try:
         _run_converter(source, made)
         outputs = {path.name: _identity(path) for path in sorted(made.iterdir())}
-        _write_manifest(made, {"format": FORMAT, "source": before, "outputs": outputs})
-        if folder.exists():  # a process that reads the old folder keeps what it has open
-            folder.rename(old)
-        made.rename(folder)
+        for path in made.iterdir():
+            path.chmod(_mode(source))
+        _write_manifest(made, {"format": FORMAT, "source": before, "outputs": outputs}, _mode(source))
+        replace_folder(made, folder)  # a process that reads an old one keeps what it has open
     finally:
-        for leftover in (made, old):
-            shutil.rmtree(leftover, ignore_errors=True)
+        shutil.rmtree(made, ignore_errors=True)
 
 
 def _remove_earlier(folder: Path, place: str) -> None:
@@ -133,7 +133,7 @@ def _is_same_content(folder: Path, source: Path) -> bool:
         return False
     for path, was in _kept(manifest, folder, source):
         was["mtime_ns"] = path.stat().st_mtime_ns
-    _write_manifest(folder, manifest)
+    _write_manifest(folder, manifest, _mode(source))
     return True
 
 
@@ -145,7 +145,7 @@ def _kept(manifest: dict[str, Any], folder: Path, source: Path) -> list[tuple[Pa
 def _read_manifest(folder: Path) -> dict[str, Any] | None:
     """What was written into `folder`; None if nothing was, it is damaged, or another version of FedSEA wrote it."""
     try:
-        stored = json.loads((folder / MANIFEST).read_text())
+        stored = parse_json((folder / MANIFEST).read_bytes())
         content: dict[str, Any] = stored["content"]
         current = content["format"] == FORMAT and stored["sha256"] == _manifest_digest(content)
     except (FileNotFoundError, ValueError, KeyError, TypeError):
@@ -153,10 +153,14 @@ def _read_manifest(folder: Path) -> dict[str, Any] | None:
     return content if current else None
 
 
-def _write_manifest(folder: Path, content: dict[str, Any]) -> None:
-    partial = folder / f".{MANIFEST}.new"
-    partial.write_text(json.dumps({"content": content, "sha256": _manifest_digest(content)}, indent=1))
-    partial.replace(folder / MANIFEST)
+def _write_manifest(folder: Path, content: dict[str, Any], mode: int) -> None:
+    text = json.dumps({"content": content, "sha256": _manifest_digest(content)}, indent=1)
+    write_file(folder / MANIFEST, text, mode)
+
+
+def _mode(source: Path) -> int:
+    """Permissions of what is made of a file: whoever may read the one may read the other."""
+    return 0o600 | stat.S_IMODE(source.stat().st_mode) & 0o644
 
 
 def _manifest_digest(content: dict[str, Any]) -> str:
@@ -164,8 +168,8 @@ def _manifest_digest(content: dict[str, Any]) -> str:
 
 
 def _identity(path: Path) -> dict[str, Any]:
-    stat = path.stat()
-    return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": _sha256(path)}
+    now = path.stat()
+    return {"size": now.st_size, "mtime_ns": now.st_mtime_ns, "sha256": _sha256(path)}
 
 
 def _sha256(path: Path) -> str:

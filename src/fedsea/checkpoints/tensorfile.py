@@ -6,7 +6,6 @@ process would kill it. A plain read costs one copy out of the page cache and has
 the tensors asked for, plus one buffer of a few MB.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from fedsea.errors import ModelNotFoundError
+from fedsea.files import parse_json
 
 BUFFER_BYTES = 4 * 2**20
 SAMPLED_ROWS = 8
@@ -63,7 +63,7 @@ class TensorFile:
                 pass
             with path.open("rb") as file:
                 length = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(length))
+                header = parse_json(file.read(length))
         except (OSError, SafetensorError, ValueError) as error:
             raise self._damaged(str(error)) from None
         header.pop("__metadata__", None)

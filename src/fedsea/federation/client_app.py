@@ -32,6 +32,7 @@ from fedsea.errors import FedSEAError, ProtocolError, TermsError, UsageError
 from fedsea.federation.arrays import Arrays, from_record, to_record
 from fedsea.federation.settings import Settings
 from fedsea.federation.worker import WorkerClient, write_error
+from fedsea.files import parse_json
 
 FAILED = 2  # Flower's code for a ClientApp that has failed
 WARM_CLIENTS = 64  # simulated clients whose data a process keeps
@@ -115,7 +116,7 @@ def _read(message: Message) -> tuple[dict[str, Any], Arrays]:
         raise ProtocolError("a round's message has one record of arrays and one of settings")
     config = dict(next(iter(content.config_records.values())))
     try:
-        own = json.loads(str(config.pop("fedsea")))
+        own = parse_json(str(config.pop("fedsea")))
         weights = from_record(next(iter(content.array_records.values())))
     except (KeyError, ValueError, TypeError):
         raise ProtocolError("a round's message cannot be read; is the coordinator a FedSEA ServerApp?") from None

@@ -9,17 +9,16 @@ DIR/online.json          while it runs: whose SuperNodes are there
 DIR/logs/, DIR/flower/   logs; Flower's own files
 """
 
-import json
-import os
 import re
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from fedsea.errors import CredentialsError, UsageError
 from fedsea.federation.control import new_key, public_key_of
+from fedsea.files import parse_json, write_file, write_json
 from fedsea.wire.address import format_address
 
 FEDERATION = "federation.json"
@@ -137,7 +136,6 @@ class Deployment:
         CredentialsError
             If they cannot be made.
         """
-        from fedsea.wire.credential_files import write_private
         from fedsea.wire.credentials import create_credentials
 
         try:
@@ -147,9 +145,9 @@ class Deployment:
                 folder = self.client(name)
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
                 for file in ("authority.pem", "certificate.pem", "key.pem"):
-                    write_private(folder / file, (self.credentials / name / file).read_bytes())
+                    write_file(folder / file, (self.credentials / name / file).read_bytes())
                 if not (folder / SUPERNODE_KEY).exists():
-                    write_private(folder / SUPERNODE_KEY, new_key()[0])
+                    write_file(folder / SUPERNODE_KEY, new_key()[0])
         except OSError as error:
             raise CredentialsError(f"cannot write {error.filename or self.path}: {error.strerror}") from error
 
@@ -171,11 +169,11 @@ class Deployment:
 
     def invite(self, invitation: Invitation) -> None:
         """Write what a data owner is told."""
-        write_object(self.client(invitation.client) / FEDERATION, {"version": VERSION, **asdict(invitation)})
+        write_json(self.client(invitation.client) / FEDERATION, {"version": VERSION, **asdict(invitation)})
 
     def describe(self, **what: Any) -> None:
         """Write what the federation is and where it listens."""
-        write_object(self.path / FEDERATION, {"version": VERSION, **what})
+        write_json(self.path / FEDERATION, {"version": VERSION, **what})
 
     def before(self) -> dict[str, Any]:
         """What `describe` wrote, with `settings` and `options`; nothing if this federation is new.
@@ -246,7 +244,7 @@ def read_object(file: Path, otherwise: str) -> dict[str, Any]:
         With `otherwise` if there is no such file; if it cannot be read.
     """
     try:
-        body = json.loads(file.read_text())
+        body = parse_json(file.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         raise UsageError(otherwise) from None
     except OSError as error:
@@ -256,22 +254,6 @@ def read_object(file: Path, otherwise: str) -> dict[str, Any]:
     if not isinstance(body, dict):
         raise UsageError(f"{file} is damaged: it holds no JSON object")
     return body
-
-
-def write_object(file: Path, body: Mapping[str, Any]) -> None:
-    """Write a file with one JSON object, never seen half written.
-
-    Raises
-    ------
-    UsageError
-        If it cannot be written.
-    """
-    partial = file.with_name(f".{file.name}-{os.getpid()}")
-    try:
-        partial.write_text(json.dumps(body, indent=2) + "\n")
-        partial.replace(file)
-    except OSError as error:
-        raise UsageError(f"cannot write {file}: {error.strerror}") from None
 
 
 def require_flower() -> None:

@@ -7,7 +7,6 @@ OUTPUT/checkpoints/      after each round, the global adapter and the strategy's
 OUTPUT/adapter/          the adapter after the last round: a standard PEFT adapter of the whole model
 """
 
-import json
 import os
 import shutil
 import time
@@ -20,6 +19,7 @@ from peft import LoraConfig
 
 from fedsea.errors import UsageError
 from fedsea.federation.arrays import Arrays
+from fedsea.files import append_json, parse_json, read_lines, replace_folder, write_json, write_lines
 from fedsea.parts.adapter_files import save_adapter
 from fedsea.training.checkpoints import CheckpointFolder, TrainingState
 
@@ -57,7 +57,7 @@ class FederationFolder:
                 raise UsageError(f"{self.path} is not empty and holds no federation; choose another output")
             try:
                 self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-                _replace(self.path / FEDERATION, json.dumps(dict(identity), indent=2) + "\n")
+                write_json(self.path / FEDERATION, dict(identity))
             except OSError as error:
                 raise UsageError(f"cannot write to {self.path}: {error.strerror}") from None
             return None
@@ -81,7 +81,7 @@ class FederationFolder:
 
     def _held(self) -> dict[str, Any] | None:
         try:
-            held = json.loads((self.path / FEDERATION).read_text())
+            held = parse_json((self.path / FEDERATION).read_bytes())
         except FileNotFoundError:
             return None
         except (OSError, ValueError):
@@ -92,14 +92,7 @@ class FederationFolder:
 
     def rounds(self) -> list[dict[str, Any]]:
         """The lines of `rounds.jsonl`; one that was being written in a crash is left out."""
-        found: list[dict[str, Any]] = []
-        file = self.path / ROUNDS
-        for line in file.read_text().splitlines() if file.exists() else []:
-            try:
-                found.append(json.loads(line))
-            except ValueError:
-                break
-        return found
+        return read_lines(self.path / ROUNDS)
 
     def save(self, number: int, arrays: Arrays, strategy: Arrays, report: Mapping[str, Any]) -> None:
         """Write the adapter and the strategy's state after a round, then the round's line.
@@ -113,8 +106,7 @@ class FederationFolder:
         states = {name: torch.from_numpy(array.copy()) for name, array in strategy.items()}
         state = TrainingState(number, tensors, states, {}, {"report": dict(report)})
         self._checkpoints.save(state, self._lora, self._base_model)
-        with (self.path / ROUNDS).open("a") as stream:
-            stream.write(json.dumps(report) + "\n")
+        append_json(self.path / ROUNDS, report)
 
     def add_evaluation(self, number: int, evaluation: Mapping[str, Any]) -> None:
         """Put a round's evaluation into its line."""
@@ -126,7 +118,7 @@ class FederationFolder:
 
     def show(self, **now: Any) -> None:
         """Write what is going on, for whoever looks (`fedsea federation status`)."""
-        _replace(self.path / NOW, json.dumps({"time": round(time.time(), 1), "pid": os.getpid(), **now}) + "\n")
+        write_json(self.path / NOW, {"time": round(time.time(), 1), "pid": os.getpid(), **now})
 
     def finish(self, arrays: Arrays) -> Path:
         """Write the adapter; returns its folder.
@@ -140,15 +132,11 @@ class FederationFolder:
         shutil.rmtree(partial, ignore_errors=True)
         tensors = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
         save_adapter(partial, self._lora, tensors, self._base_model)
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
+        try:
+            replace_folder(partial, final)
+        except OSError as error:
+            raise UsageError(f"cannot write {final}: {error.strerror}") from None
         return final
 
     def _write_rounds(self, lines: list[dict[str, Any]]) -> None:
-        _replace(self.path / ROUNDS, "".join(json.dumps(line) + "\n" for line in lines))
-
-
-def _replace(file: Path, text: str) -> None:
-    partial = file.with_name(f".{file.name}-{os.getpid()}")
-    partial.write_text(text)
-    partial.replace(file)
+        write_lines(self.path / ROUNDS, lines)

@@ -4,7 +4,6 @@ Flower knows nodes; the rest of FedSEA knows clients by their names. A node that
 sampled. It has a question pending all the time, so it is back as soon as it answers (and answers well).
 """
 
-import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from flwr.serverapp import Grid
 from fedsea.checkpoints import Fingerprint
 from fedsea.errors import FedSEAError, ProtocolError, UsageError
 from fedsea.federation.replies import MAX_COUNT, error_text, one_line
+from fedsea.files import parse_json
 from fedsea.partition import Partition
 from fedsea.wire.rounds import run_name
 from fedsea.wire.runs import NAME
@@ -243,7 +243,7 @@ class Directory:
                 raise ProtocolError("its answer cannot be read")
             if reply.has_error():
                 raise UsageError(error_text(reply))
-            member = Member.from_body(node, json.loads(str(_description(reply))))
+            member = Member.from_body(node, parse_json(str(_description(reply))))
             name = member.name if NAME.fullmatch(member.name) else name
             others = (other.name for other in self.members.values() if other.node not in self._silent)
             reason = NAME_TAKEN if name in others else self.requirements.refusal(member)

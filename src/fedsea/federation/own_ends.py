@@ -5,7 +5,6 @@ federation and data owner, between rounds and afterwards. `fedsea export-adapter
 the federation's adapter, whose own ends are as they were at the start.
 """
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fedsea.errors import UsageError
+from fedsea.files import replacing
 
 OF = "federation"
 
@@ -58,14 +58,12 @@ class OwnEnds:
         UsageError
             If the file cannot be written. The old one stays.
         """
-        partial = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        tensors = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            tensors = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
-            save_file(tensors, partial, metadata={OF: self._federation})
-            partial.replace(self.path)
+            with replacing(self.path) as partial:
+                save_file(tensors, partial, metadata={OF: self._federation})
         except (OSError, SafetensorError) as error:
-            partial.unlink(missing_ok=True)
             raise UsageError(f"cannot keep your own adapter in {self.path}: {error}") from None
 
 

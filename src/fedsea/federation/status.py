@@ -1,6 +1,5 @@
 """How a federation stands, read from its output folder: rounds, clients, losses, bytes, stragglers."""
 
-import json
 import os
 import time
 from collections.abc import Mapping
@@ -10,6 +9,7 @@ from typing import Any
 
 from fedsea.errors import UsageError
 from fedsea.federation.deployment import FEDERATION, Deployment, read_object
+from fedsea.files import parse_json
 
 ROUNDS, NOW = "rounds.jsonl", "now.json"
 NAMES = ("name", "model", "mode", "rounds")
@@ -205,7 +205,7 @@ def _read_rounds(file: Path) -> list[dict[str, Any]]:
         raise UsageError(f"cannot read {file}: {error.strerror}") from None
     for line in lines:
         try:
-            report = json.loads(line)
+            report = parse_json(line)
         except ValueError:
             break
         if isinstance(report, dict) and "round" in report:

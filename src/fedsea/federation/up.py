@@ -9,10 +9,11 @@ from typing import Any, Self
 
 from fedsea.errors import FedSEAError, ServerUnavailableError, UsageError
 from fedsea.federation.control import Control, FlowerRun
-from fedsea.federation.deployment import Deployment, Invitation, check_name, require_flower, require_port, write_object
+from fedsea.federation.deployment import Deployment, Invitation, check_name, require_flower, require_port
 from fedsea.federation.process import Child, flower_environment
 from fedsea.federation.settings import Settings
 from fedsea.federation.status import app_is_gone
+from fedsea.files import write_json
 from fedsea.wire.address import format_address, is_loopback, parse_address
 
 START_SECONDS = 600.0  # a large model is read first
@@ -245,7 +246,7 @@ class Federation:
             self._there ^= {name}
             what = "there" if name in self._there else "gone"
             self._tell(f"{name} is {what}: {len(self._there)} of {len(self.options.clients)} clients")
-            write_object(self.deployment.online, {"clients": sorted(self._there)})
+            write_json(self.deployment.online, {"clients": sorted(self._there)})
 
     def check(self) -> None:
         """Check that the servers run; start the block server again if it has died, as it holds nothing for long.

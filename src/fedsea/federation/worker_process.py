@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from fedsea.errors import FedSEAError, ProtocolError, UsageError
 from fedsea.federation.worker import receive_frame, send_frame, write_error
+from fedsea.files import write_json
 from fedsea.process import put_on_leash
 from fedsea.threads import let_idle_threads_sleep
 
@@ -183,9 +184,8 @@ class Worker:
 
     def _show(self) -> None:
         self._status_written = time.monotonic()
-        temporary = self._status_file.with_suffix(".new")
-        temporary.write_text(json.dumps(self._status))
-        temporary.replace(self._status_file)
+        with contextlib.suppress(UsageError):  # for whoever looks; a full disk must not end a training
+            write_json(self._status_file, self._status)
 
     def _accept(self) -> None:
         with contextlib.suppress(OSError):  # the listener is closed

@@ -1,7 +1,6 @@
 """Adapters on disk: standard PEFT folders of the whole model, whatever the partition they were trained in."""
 
 import copy
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedsea.errors import ModelNotFoundError, UsageError
+from fedsea.files import make_private, parse_json
 from fedsea.partition import LIFT, PROJECT
 from fedsea.parts.cut_files import CutRecord, read_cut, save_cut
 
@@ -58,6 +58,7 @@ def save_adapter(
         more = {HAS_CUT: str(cut.rank)} if cut is not None else {}
         save_file(tensors, Path(folder) / WEIGHTS, metadata={"format": "pt", **more})
         save_cut(Path(folder), weights, cut)
+        make_private(Path(folder))
     except (OSError, SafetensorError) as error:
         raise UsageError(f"cannot write the adapter to {folder}: {error}") from None
 
@@ -77,7 +78,7 @@ def read_adapter(folder: str | Path) -> tuple[LoraConfig, dict[str, Tensor]]:
         if not (path / name).is_file():
             raise ModelNotFoundError(f"{path} is no PEFT adapter: {name} is missing")
     try:
-        settings = json.loads((path / CONFIG).read_text())
+        settings = parse_json((path / CONFIG).read_bytes())
         if not isinstance(settings, dict):
             raise ValueError(f"{CONFIG} is not an object")
         kind = settings.get("peft_type")

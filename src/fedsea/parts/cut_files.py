@@ -7,7 +7,6 @@ The adapter alone is not the model then, so its own file says in its metadata th
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedsea.errors import ModelNotFoundError, PartitionError
+from fedsea.files import parse_json, write_json
 from fedsea.partition import LIFT, PROJECT
 
 CUT, CUT_WEIGHTS = "narrow_cut.json", "narrow_cut.safetensors"
@@ -60,7 +60,7 @@ def save_cut(folder: Path, weights: Mapping[str, Tensor], cut: CutRecord | None)
 
     Raises
     ------
-    OSError, SafetensorError
+    OSError, SafetensorError, UsageError
         If the folder cannot be written.
     """
     if cut is None:
@@ -69,7 +69,7 @@ def save_cut(folder: Path, weights: Mapping[str, Tensor], cut: CutRecord | None)
         return
     tensors = {name: weights[name].detach().float().cpu().contiguous() for name in (PROJECT, LIFT)}
     save_file(tensors, folder / CUT_WEIGHTS, metadata={"format": "pt"})
-    (folder / CUT).write_text(json.dumps(dataclasses.asdict(cut), indent=2) + "\n")
+    write_json(folder / CUT, dataclasses.asdict(cut))
 
 
 def read_cut(folder: str | Path) -> tuple[CutRecord, dict[str, Tensor]] | None:
@@ -85,7 +85,7 @@ def read_cut(folder: str | Path) -> tuple[CutRecord, dict[str, Tensor]] | None:
     if not any(there):
         return None
     try:
-        body, weights = json.loads((path / CUT).read_text()), load_file(path / CUT_WEIGHTS)
+        body, weights = parse_json((path / CUT).read_bytes()), load_file(path / CUT_WEIGHTS)
         cut = CutRecord(body["rank"], body["input_layers"], body["mechanism"])
         numbers = type(cut.rank) is int and type(cut.input_layers) is int and type(cut.mechanism) is str
         if not numbers or set(weights) != {PROJECT, LIFT}:

@@ -15,7 +15,6 @@ another partition, but a narrow cut stays where it is.
 """
 
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -30,6 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedsea.errors import UsageError
+from fedsea.files import make_private, parse_json, replace_folder, write_json
 from fedsea.parts.adapter_files import read_adapter, save_adapter
 from fedsea.parts.cut_files import CutRecord, read_cut
 
@@ -91,21 +91,16 @@ class CheckpointFolder:
         partial = self.path / f".partial-{checkpoint.step:08d}-{os.getpid()}"
         try:
             shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
+            partial.mkdir(mode=0o700, parents=True)
             save_adapter(partial, lora, checkpoint.adapter, base_model, checkpoint.cut)
             for name, tensors in (("optimizer", checkpoint.optimizer), ("random", checkpoint.random)):
                 save_file(
                     {key: tensor.contiguous() for key, tensor in tensors.items()}, partial / f"{name}.safetensors"
                 )
-            _write_json(partial / "state.json", {"step": checkpoint.step, **checkpoint.state})
-            _write_json(partial / MANIFEST, _manifest(partial))
-            for file in partial.iterdir():
-                _sync(file)
-            _sync(partial)
-            if final.exists():
-                shutil.rmtree(final)
-            partial.rename(final)
-            _sync(self.path)
+            write_json(partial / "state.json", {"step": checkpoint.step, **checkpoint.state})
+            write_json(partial / MANIFEST, _manifest(partial))
+            make_private(partial)
+            replace_folder(partial, final)
         except (OSError, SafetensorError, UsageError) as error:
             shutil.rmtree(partial, ignore_errors=True)
             why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
@@ -131,7 +126,7 @@ class CheckpointFolder:
         folder = self.latest()
         if folder is None:
             return None
-        state = json.loads((folder / "state.json").read_text())
+        state = parse_json((folder / "state.json").read_bytes())
         _lora, adapter = read_adapter(folder)
         cut = read_cut(folder)
         return TrainingState(
@@ -175,7 +170,7 @@ def _manifest(folder: Path) -> dict[str, dict[str, Any]]:
 def _damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint; None if it is as it was written."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest = parse_json((folder / MANIFEST).read_bytes())
         for name, entry in manifest.items():
             if (folder / name).stat().st_size != entry["bytes"] or _digest(folder / name) != entry["sha256"]:
                 return f"{name} has changed"
@@ -187,16 +182,3 @@ def _damage(folder: Path) -> str | None:
 def _digest(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _write_json(file: Path, body: Any) -> None:
-    file.write_text(json.dumps(body, indent=2) + "\n")
-
-
-def _sync(path: Path) -> None:
-    """Have a file or folder on the disk itself."""
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)

@@ -7,13 +7,13 @@ OUT/checkpoints/      what it takes to go on
 OUT/adapter/          the adapter, once the training is done
 """
 
-import json
 import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from fedsea.errors import UsageError
+from fedsea.files import append_json, parse_json, read_lines, write_json, write_lines
 from fedsea.training.checkpoints import CheckpointFolder
 
 RUN, METRICS = "run.json", "metrics.jsonl"
@@ -58,7 +58,7 @@ class RunFolder:
         name = f"run-{secrets.token_hex(8)}"
         try:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            (self.path / RUN).write_text(json.dumps({"run": name, "settings": settings}, indent=2) + "\n")
+            write_json(self.path / RUN, {"run": name, "settings": settings})
         except OSError as error:
             raise UsageError(f"cannot write to {self.path}: {error.strerror}") from None
         return name
@@ -91,7 +91,7 @@ class RunFolder:
             If there is none.
         """
         try:
-            held: dict[str, Any] = json.loads((self.path / RUN).read_text())
+            held: dict[str, Any] = parse_json((self.path / RUN).read_bytes())
             if isinstance(held["run"], str) and isinstance(held["settings"], dict):
                 return held
         except FileNotFoundError:
@@ -102,25 +102,15 @@ class RunFolder:
 
     def metrics(self) -> Iterator[dict[str, Any]]:
         """The lines of `metrics.jsonl`; one that was being written in a crash is left out."""
-        file = self.path / METRICS
-        if not file.exists():
-            return
-        for line in file.read_text().splitlines():
-            try:
-                yield json.loads(line)
-            except ValueError:
-                return
+        yield from read_lines(self.path / METRICS)
 
     def forget_after(self, step: int) -> None:
         """Drop the figures of steps after `step`: they are about to be done again."""
         kept = [figures for figures in self.metrics() if figures["step"] <= step]
         file = self.path / METRICS
         if file.exists():
-            partial = file.with_suffix(".partial")
-            partial.write_text("".join(json.dumps(figures) + "\n" for figures in kept))
-            partial.replace(file)
+            write_lines(file, kept)
 
     def record(self, figures: dict[str, Any]) -> None:
         """Append a line to `metrics.jsonl`."""
-        with (self.path / METRICS).open("a") as stream:
-            stream.write(json.dumps(figures) + "\n")
+        append_json(self.path / METRICS, figures)

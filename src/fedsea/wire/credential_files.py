@@ -1,9 +1,7 @@
 """The folders that credentials live in: written whole and private, and completed where something is missing or old."""
 
-import contextlib
 import datetime
 import os
-import secrets
 import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from fedsea.errors import CredentialsError
+from fedsea.files import write_file
 from fedsea.wire import certificates
 from fedsea.wire.certificates import Pair, Role
 
@@ -48,8 +47,8 @@ def complete_authority(folder: Path, lifetime: datetime.timedelta) -> tuple[Pair
     outcome: Outcome = "kept" if present else "created"
     if not present:
         pair = certificates.create_authority(lifetime)
-        write_private(folder / "key.pem", pair.key)
-        write_private(folder / "certificate.pem", pair.certificate)
+        write_file(folder / "key.pem", pair.key)
+        write_file(folder / "certificate.pem", pair.certificate)
     pair = Pair(paths[0].read_bytes(), paths[1].read_bytes())
     return pair, CredentialsEntry("authority", folder, outcome, certificates.expiry(pair.certificate))
 
@@ -70,9 +69,9 @@ def complete_party(
         return CredentialsEntry(name, folder, "kept", expires)
     pair, expires = certificates.issue(authority, name, role, lifetime, hosts)
     _make_private(folder)
-    write_private(folder / "authority.pem", authority.certificate)
-    write_private(folder / "key.pem", pair.key)
-    write_private(folder / "certificate.pem", pair.certificate)
+    write_file(folder / "authority.pem", authority.certificate)
+    write_file(folder / "key.pem", pair.key)
+    write_file(folder / "certificate.pem", pair.certificate)
     return CredentialsEntry(name, folder, "re-issued" if existed else "created", expires)
 
 
@@ -108,22 +107,6 @@ def read_party(folder: Path, renew: str) -> tuple[bytes, Pair]:
             raise CredentialsError(f"other users of this machine can read {path}: run `chmod 600 {path}`")
     authority, certificate, key = contents
     return authority, Pair(certificate, key)
-
-
-def write_private(path: Path, content: bytes) -> None:
-    """Write a file that only its owner can read, from its first instant on, and that is never seen half written."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
 
 
 def _make_private(folder: Path) -> None:

@@ -1,0 +1,162 @@
+"""Files on disk: whole or as they were, kept through a loss of power, and for their owner's eyes only.
+
+What is written here is learnt from private text, or says where it is: so a file is its owner's alone, also in a folder
+that others may enter.
+"""
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fedsea.errors import UsageError
+
+PRIVATE = 0o600
+
+
+@contextmanager
+def replacing(path: Path, mode: int = PRIVATE) -> Iterator[Path]:
+    """Within the block, a path to write to; what is there at its end takes the place of `path`, if nothing was raised.
+
+    Parameters
+    ----------
+    mode
+        The file's permissions, whatever the umask.
+
+    Raises
+    ------
+    OSError
+        If it cannot be written. What was at `path` stays.
+    """
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, PRIVATE))
+    try:
+        yield partial
+        partial.chmod(mode)  # whoever wrote may have made it anew
+        sync(partial)
+        partial.replace(path)
+        sync(path.parent)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
+
+
+def write_file(path: Path, content: bytes | str, mode: int = PRIVATE) -> None:
+    """Write a file whole, text in UTF-8; arguments and errors are those of `replacing`."""
+    with replacing(path, mode) as partial:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def write_json(path: Path, body: Any) -> None:
+    """Write a file with one JSON value, whole.
+
+    Raises
+    ------
+    UsageError
+        If it cannot be written, as the disk is full, say. What was there stays.
+    """
+    with _told(path):
+        write_file(path, json.dumps(body, indent=2) + "\n")
+
+
+def append_json(path: Path, body: Any) -> None:
+    """Add a line with one JSON value to a file; made if it is not there.
+
+    Raises
+    ------
+    UsageError
+        If it cannot be written. The file is then as it was, without a part of the line.
+    """
+    with _told(path), os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, PRIVATE), "wb", 0) as file:
+        before, line = file.seek(0, os.SEEK_END), (json.dumps(body) + "\n").encode()
+        try:
+            while line:
+                line = line[file.write(line) :]
+        except OSError:
+            file.truncate(before)
+            raise
+
+
+def write_lines(path: Path, bodies: Iterable[Any]) -> None:
+    """Write a file with one JSON value a line, whole; raises what `write_json` does."""
+    with _told(path):
+        write_file(path, "".join(json.dumps(body) + "\n" for body in bodies))
+
+
+def parse_json(text: str | bytes) -> Any:
+    """`json.loads`, for text that may be anybody's.
+
+    Raises
+    ------
+    ValueError
+        If it is no JSON, or nested deeper than Python reads.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def read_lines(path: Path) -> list[Any]:
+    """The JSON values of a file that `append_json` wrote; one that was being written in a crash is left out."""
+    found: list[Any] = []
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        try:
+            found.append(parse_json(line))
+        except ValueError:
+            break
+    return found
+
+
+def replace_folder(made: Path, final: Path) -> None:
+    """Move a folder, with the files in it on the disk, to its place; one that is there goes when the new one is there.
+
+    Raises
+    ------
+    OSError
+        If it cannot be moved. The old one stays.
+    """
+    for file in made.iterdir():
+        sync(file)
+    sync(made)
+    old = final.with_name(f".{final.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    with contextlib.suppress(FileNotFoundError):
+        final.rename(old)
+    try:
+        made.rename(final)
+    except OSError:
+        with contextlib.suppress(OSError):
+            old.rename(final)
+        raise
+    sync(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def make_private(folder: Path) -> None:
+    """Make the files in a folder their owner's alone, whoever wrote them."""
+    for file in folder.iterdir():
+        file.chmod(PRIVATE)
+
+
+def sync(path: Path) -> None:
+    """Have a file or folder on the disk itself."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
