@@ -15,6 +15,8 @@ ORDER = [
     "errors",
     "partition",
     "files",
+    "text",
+    "chats",
     "threads",
     "process",
     "checkpoints",

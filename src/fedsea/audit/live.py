@@ -10,8 +10,9 @@ from torch import Tensor
 from fedsea.audit.attack import Recovery
 from fedsea.audit.attacks import get_attack
 from fedsea.audit.observation import Knowledge, Observation
+from fedsea.chats import chat_tokens
 from fedsea.checkpoints import Checkpoint
-from fedsea.client.conversation import Conversation, chat_tokens, common_prefix
+from fedsea.client.conversation import Conversation, common_prefix
 from fedsea.errors import UsageError
 from fedsea.parts import Rows
 

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from fedsea.errors import UsageError
 from fedsea.tasks.reading import read_rows
+from fedsea.text import read_text
 from fedsea.training.examples import IGNORED, Encoded
 
 
@@ -53,12 +54,7 @@ def read_texts(file: Path) -> list[Text]:
             for row in rows
         ]
     else:
-        try:
-            texts = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-        except UnicodeDecodeError:
-            raise UsageError(f"{file} is no text in UTF-8") from None
-        except OSError as error:
-            raise UsageError(f"cannot read {file}: {error.strerror}") from None
+        texts = [line.strip() for line in read_text(file).split("\n") if line.strip()]
     if not texts:
         raise UsageError(f"there is no text in {file}")
     return texts

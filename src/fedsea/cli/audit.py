@@ -20,8 +20,10 @@ from fedsea.cli.options import (
     spread,
 )
 from fedsea.cli.progress import progress_bar
+from fedsea.cli.terminal import escape
 from fedsea.errors import UsageError
 from fedsea.partition import Partition
+from fedsea.text import one_line
 
 if TYPE_CHECKING:  # --help needs no torch
     from fedsea.audit.audit import Report
@@ -208,7 +210,6 @@ def write_json(value: Any, file: Path) -> None:
 
 def _show(report: "Report") -> None:
     from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
 
     console = Console(highlight=False)
@@ -283,7 +284,7 @@ def _compare(reports: "list[Report]") -> None:
 
 
 def _line(text: str) -> str:
-    return " ".join(text.split())
+    return one_line(text)
 
 
 def _cells(scores: "dict[str, Score]") -> list[str]:

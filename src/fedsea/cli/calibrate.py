@@ -1,8 +1,6 @@
 """`fedsea calibrate`: the mechanism and the strength that keep an attack below a target."""
 
 import dataclasses
-import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,6 +8,7 @@ import typer
 
 from fedsea.cli.options import AsJson, Model, Threads, WireDtype, prepare_torch, spread
 from fedsea.cli.progress import progress_bar
+from fedsea.cli.terminal import print_json, tell
 from fedsea.errors import UsageError
 from fedsea.partition import Partition
 
@@ -132,7 +131,7 @@ def calibrate(
     with progress_bar() as progress:
         found = search(plan, goal, chosen, data, progress=progress, on_trial=lambda one: _tell(one, attack))
     if as_json:
-        print(json.dumps(_as_json(found), ensure_ascii=False))
+        print_json(_as_json(found))
     else:
         _show(found, costs.task)
     if found.best is None:
@@ -145,7 +144,7 @@ def _tell(trial: "Trial", attack: str) -> None:
     got = trial.recovery
     loss = "" if trial.loss is None else f", loss {trial.loss:.2f}"
     between = f"{share(got.low)} … {share(got.high)}"
-    print(f"{trial.mechanism}: {attack} reads {share(got.mean)} ({between}){loss}", file=sys.stderr, flush=True)
+    tell(f"{trial.mechanism}: {attack} reads {share(got.mean)} ({between}){loss}", prefix="")
 
 
 def _as_json(found: "Calibration") -> dict[str, Any]:

@@ -4,24 +4,32 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Any
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from fedsea.cli.generate import stats_line
+from fedsea.cli.generate import cut_notice, stats_line
 from fedsea.cli.leakage import prepare_view, show_turn
 from fedsea.cli.options import AdaptedClientOptions, AnswerOptions, spread
-from fedsea.errors import LimitExceededError, UsageError
+from fedsea.cli.terminal import end_line, tell, tell_error, working, write_piece
+from fedsea.cli.transcript import read_transcript, write_transcript
+from fedsea.errors import FedSEAError, LimitExceededError, UsageError
+from fedsea.text import input_lines, printable, read_text, require_whole, without_final_newline
 
 if TYPE_CHECKING:  # --help needs no torch
     from fedsea.audit.live import LiveLeakage
     from fedsea.client.conversation import Conversation
 
 HELP = """\
-/reset   forget the conversation
-/stats   what the last answer cost
-/help    this
-/quit    end (or Ctrl-D)
+/retry        ask again what has got no answer
+/save FILE    keep the conversation in a file
+/load FILE    go on with one from a file
+/reset        forget the conversation
+/stats        what the last answer cost
+/help         this
+/quit         end (or Ctrl-D)
 Ctrl-C stops an answer."""
 
 
@@ -30,6 +38,14 @@ def chat(
     client: AdaptedClientOptions,
     answers: AnswerOptions,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="The system message.")] = None,
+    conversation: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Keep the conversation in this file, and go on with it if it is there."),
+    ] = None,
+    piped: Annotated[
+        Literal["lines", "whole"],
+        typer.Option("--input", help="What a pipe holds: a question on each line, or one message as a whole."),
+    ] = "lines",
     show_leakage: Annotated[
         bool,
         typer.Option("--show-leakage", help="After each answer, show what the provider could read of the turn. Slow."),
@@ -37,16 +53,22 @@ def chat(
 ) -> None:
     """Chat with MODEL, its middle at a block server. Reads standard input, so a pipe works as well."""
     sampling = answers.sampling()
-    from fedsea.checkpoints import load_tokenizer
-    from fedsea.client.conversation import Conversation, require_chat_template
-
-    tokenizer = load_tokenizer(client.model)
-    require_chat_template(tokenizer)
-    interactive = sys.stdin.isatty()
+    turns = _turns(conversation, system)
+    message = without_final_newline(read_text(Path("-"))) if piped == "whole" else ""
+    client.check()
+    interactive = sys.stdin is not None and sys.stdin.isatty() and piped == "lines"
     if interactive:
         import readline  # noqa: F401 - gives input() its editing and history
-    with client.connect() as model:
-        conversation = Conversation(
+    with working(f"loading {client.model}, and meeting {client.server}"):
+        from fedsea.chats import require_chat_template
+        from fedsea.checkpoints import load_tokenizer
+        from fedsea.client.conversation import Conversation
+
+        tokenizer = load_tokenizer(client.model)
+        require_chat_template(tokenizer, system)
+        opened = client.connect()
+    with opened as model:
+        talk = Conversation(
             model,
             tokenizer,
             system,
@@ -54,46 +76,161 @@ def chat(
             max_new_tokens=answers.max_new_tokens,
             guesses=answers.guessed(model.noise),
         )
-        view = _leakage_of(conversation, client.model) if show_leakage else None
+        if turns:
+            talk.take_up(turns)
+        view = _leakage_of(talk, client.model) if show_leakage else None
+        here = _Chat(talk, view, conversation, interactive=interactive)
         if interactive:
             print(f"Chatting with {client.model}, its middle at {client.server}. /help lists the commands.")
-        for line in _lines(interactive=interactive):
+            here.follow(_typed())
+        elif piped == "whole":
+            here.answer(message)
+        else:
+            here.follow(_piped())
+
+
+class _Chat:
+    """A conversation, its commands, and what goes wrong in it."""
+
+    def __init__(
+        self, conversation: "Conversation", view: "LiveLeakage | None", kept: Path | None, *, interactive: bool
+    ) -> None:
+        self._conversation, self._view, self._interactive = conversation, view, interactive
+        self._kept = kept  # written after each answer
+        self._file = kept  # where /save writes without a name
+        self._unanswered = ""
+
+    def follow(self, lines: Iterator[str]) -> None:
+        """Answer each line, or do what it says, until there is no more."""
+        for line in lines:
             if line == "/quit":
-                break
+                return
             if line.startswith("/"):
-                _command(conversation, line)
-            elif _answer(conversation, line) and view is not None:
-                show_turn(view)
+                name, _, rest = line.partition(" ")
+                self._command(name, rest.strip())
+            else:
+                self.ask(line)
+
+    def ask(self, question: str) -> None:
+        """Answer one question. What is wrong with it is told, and the chat goes on; at a terminal, whatever it is."""
+        try:
+            self.answer(question)
+        except KeyboardInterrupt:
+            end_line()
+            print("(stopped)")
+        except (LimitExceededError, UsageError) as error:
+            tell_error(str(error))
+        except FedSEAError as error:
+            if not self._interactive:
+                raise
+            tell_error(str(error))
+            tell("the conversation is kept as it was before the question: /retry asks again, /save FILE writes it down")
+
+    def answer(self, question: str) -> None:
+        """Print the answer as it comes."""
+        self._unanswered = question
+        with _stop_on_interrupt() as stopped:
+            pieces = self._conversation.ask(question)
+            with working("reading the question"):
+                first = next(pieces, "")
+            for piece in chain([first], pieces):
+                write_piece(piece)
+                if stopped:
+                    pieces.close()
+                    write_piece(" (stopped)")
+                    break
+        end_line()
+        self._unanswered = ""
+        if self._conversation.cut and self._conversation.stats is not None:
+            tell(cut_notice(self._conversation.stats.tokens, self._conversation.max_new_tokens), prefix="")
+        if self._kept is not None:
+            write_transcript(self._conversation.messages, self._kept)
+        if self._view is not None:
+            show_turn(self._view)
+
+    def _command(self, name: str, rest: str) -> None:
+        commands = {"/retry": self._retry, "/reset": self._reset, "/stats": self._stats, "/help": lambda: print(HELP)}
+        try:
+            if name in commands and not rest:
+                commands[name]()
+            elif name == "/save":
+                self._save(Path(rest).expanduser() if rest else self._file)
+            elif name == "/load" and rest:
+                self._load(Path(rest).expanduser())
+            else:
+                print(f"There is no command {printable(f'{name} {rest}'.strip())}.\n{HELP}")
+        except UsageError as error:
+            tell_error(str(error))
+
+    def _retry(self) -> None:
+        if self._unanswered:
+            self.ask(self._unanswered)
+        else:
+            print("There is no question without an answer.")
+
+    def _reset(self) -> None:
+        self._conversation.reset()
+        self._unanswered = ""
+        print("The conversation is forgotten.")
+
+    def _stats(self) -> None:
+        stats = self._conversation.stats
+        print(stats_line(stats) if stats else "There is no answer yet.")
+
+    def _save(self, file: Path | None) -> None:
+        if file is None:
+            raise UsageError("/save needs the name of a file")
+        write_transcript(self._conversation.messages, file, new=file != self._file)
+        self._file = file
+        print(f"The conversation is in {printable(str(file))}.")
+
+    def _load(self, file: Path) -> None:
+        self._conversation.take_up(read_transcript(file))
+        self._file = file
+        print(f"Going on after {len(self._conversation.messages)} messages.")
 
 
-def _lines(*, interactive: bool) -> Iterator[str]:
-    """What the user says, until there is no more."""
+def _turns(file: Path | None, system: str | None) -> list[dict[str, str]]:
+    """The turns that a conversation goes on from."""
+    if system is not None:
+        require_whole(system, "--system")
+    if file is None or not file.exists():
+        return []
+    turns = read_transcript(file)
+    if system is not None:
+        raise UsageError(f"{file} has a conversation already, so leave --system out")
+    return turns
+
+
+def _typed() -> Iterator[str]:
+    """What the user says at the terminal, until there is no more."""
     while True:
         try:
-            line = input("\n> " if interactive else "").strip()
+            line = require_whole(input("\n> "), "the question").strip()
         except EOFError:
-            if interactive:
-                print()
+            print()
             return
         except KeyboardInterrupt:
-            if not interactive:
-                raise
             print("\n(Ctrl-D or /quit ends)", end="")
+            continue
+        except (UnicodeDecodeError, UsageError):
+            tell_error("the question is no text in UTF-8")
             continue
         if line:
             yield line
 
 
-def _command(conversation: "Conversation", line: str) -> None:
-    if line == "/reset":
-        conversation.reset()
-        print("The conversation is forgotten.")
-    elif line == "/stats":
-        print(stats_line(conversation.stats) if conversation.stats else "There is no answer yet.")
-    elif line == "/help":
-        print(HELP)
-    else:
-        print(f"There is no command {line}.\n{HELP}")
+def _piped() -> Iterator[str]:
+    """Each line of standard input; one that is no text is told, and the next one read."""
+    told = False
+    for line in input_lines():
+        if isinstance(line, UsageError):
+            tell_error(str(line))
+        elif line.strip():
+            if not told:
+                tell("each line of standard input is a question; --input whole takes all of it as one message")
+            told = True
+            yield line.strip()
 
 
 def _leakage_of(conversation: "Conversation", model: str) -> "LiveLeakage":
@@ -103,26 +240,6 @@ def _leakage_of(conversation: "Conversation", model: str) -> "LiveLeakage":
     view = LiveLeakage(conversation, open_checkpoint(model))
     prepare_view(view)
     return view
-
-
-def _answer(conversation: "Conversation", question: str) -> bool:
-    """Print the answer as it comes. A limit or a wrong question is told, and the chat goes on; whether there is one."""
-    try:
-        with _stop_on_interrupt() as stopped:
-            pieces = conversation.ask(question)
-            for piece in pieces:
-                print(piece, end="", flush=True)
-                if stopped:
-                    pieces.close()
-                    print(" (stopped)", end="")
-                    break
-        print()
-        return True
-    except KeyboardInterrupt:
-        print("\n(stopped)")
-    except (LimitExceededError, UsageError) as error:
-        print(f"\nfedsea: error: {error}", file=sys.stderr)
-    return False
 
 
 @contextmanager

@@ -1,15 +1,14 @@
 """`fedsea credentials`: what a block server and its clients need for mutual TLS."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
+from fedsea.cli.terminal import escape, print_json
 from fedsea.wire.credentials import CredentialsSummary, create_credentials
 
 app = typer.Typer(help="Make and renew the certificates of a block server and its clients.", no_args_is_help=True)
@@ -37,7 +36,7 @@ def init(
     """Create an authority, and certificates for server, coordinator and clients; or add, renew, keep what is there."""
     summary = create_credentials(directory, hosts=host or (), clients=client or None)
     if as_json:
-        print(json.dumps(dataclasses.asdict(summary), default=str))
+        print_json(dataclasses.asdict(summary), default=str)
     else:
         _print(summary, Console(highlight=False))
 

@@ -1,6 +1,5 @@
 """`fedsea demo`: split inference on a real model, and what it shows."""
 
-import json
 import os
 import shutil
 import signal
@@ -13,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from fedsea.cli.demo_audit import show_audit
@@ -21,6 +19,7 @@ from fedsea.cli.demo_federation import show_federation
 from fedsea.cli.demo_finetune import show_finetuning
 from fedsea.cli.generate import stats_json
 from fedsea.cli.options import AsJson, Threads
+from fedsea.cli.terminal import escape, print_json
 from fedsea.errors import UsageError
 from fedsea.process import TOOLS
 
@@ -79,7 +78,7 @@ def demo(
         from fedsea.demo.inference import run_demo
     report = run_demo(model, audience, threads=threads)
     if as_json:
-        print(json.dumps(_as_json(report), ensure_ascii=False))
+        print_json(_as_json(report))
     else:
         _show(report, console)
 

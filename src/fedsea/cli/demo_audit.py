@@ -1,12 +1,12 @@
 """`fedsea demo --audit`: what a provider reads, with and without protection."""
 
-import json
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
+
+from fedsea.cli.terminal import escape, print_json
 
 if TYPE_CHECKING:  # --help needs no torch
     from fedsea.audit.audit import Report
@@ -21,7 +21,7 @@ def show_audit(name: str, audience: "Audience", console: Console, *, threads: in
     console.print("The provider knows the public model. What can it read of text that it is never sent?\n")
     demo = run_audit_demo(name, audience, threads=threads, on_report=lambda report: _texts(report, console))
     if as_json:
-        print(json.dumps(finite([report.to_json() for report in demo.reports]), ensure_ascii=False))
+        print_json(finite([report.to_json() for report in demo.reports]))
     else:
         console.print(_table(demo.reports))
         _conclude(name, console)

@@ -1,14 +1,14 @@
 """`fedsea demo --federation`: three clinics train one adapter, and what it shows."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.live import Live
-from rich.markup import escape
 from rich.table import Table
+
+from fedsea.cli.terminal import escape, print_json
 
 if TYPE_CHECKING:
     from fedsea.demo.audience import Audience
@@ -54,7 +54,7 @@ def show_federation(
     if as_json:
         shown = dataclasses.asdict(report)
         shown["adapter"] = None if report.adapter is None else str(report.adapter)
-        print(json.dumps(shown))
+        print_json(shown)
     else:
         _show(report, console)
 

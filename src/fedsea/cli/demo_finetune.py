@@ -1,14 +1,14 @@
 """`fedsea demo --finetune`: split fine-tuning on a real model, and what it shows."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
+
+from fedsea.cli.terminal import escape, print_json
 
 if TYPE_CHECKING:  # --help needs no torch
     from fedsea.demo.audience import Audience
@@ -45,7 +45,7 @@ def show_finetuning(
     if as_json:
         shown = dataclasses.asdict(report)
         shown["adapter"] = None if report.adapter is None else str(report.adapter)
-        print(json.dumps(shown, ensure_ascii=False))
+        print_json(shown)
     else:
         _show(report, console)
 

@@ -2,22 +2,20 @@
 
 import dataclasses
 import json
-import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from fedsea.cli.options import AsJson, ClientOptions, prepare_torch, spread
+from fedsea.cli.progress import progress_bar
+from fedsea.cli.terminal import print_json
 from fedsea.errors import UsageError
 
 if TYPE_CHECKING:  # --help needs no torch
     from fedsea.tasks import Evaluation
-
-Progress = Callable[[int, int], None]
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -143,7 +141,7 @@ def evaluate(
     chosen = get_task(task)
     examples = chosen.read(data, split)[:limit]
     tokenizer = load_tokenizer(model.model)
-    with model.open(adapter) as opened, _progress_bar(chosen.title) as progress:
+    with model.open(adapter) as opened, progress_bar(quiet=as_json) as progress:
         result = evaluate_task(
             opened,
             tokenizer,
@@ -152,12 +150,12 @@ def evaluate(
             batch_size=batch_size,
             max_tokens=max_tokens,
             answer_loss=answer_loss,
-            progress=progress,
+            progress=lambda done, every: progress(f"evaluating on {chosen.title}", done, every),
         )
     if predictions is not None:
         _write_predictions(result, predictions)
     if as_json:
-        print(json.dumps({"model": model.model, "data": data, **result.to_json()}, ensure_ascii=False))
+        print_json({"model": model.model, "data": data, **result.to_json()})
     else:
         _print_table(result, chosen.title)
 
@@ -168,21 +166,6 @@ def _check_adapter(adapter: Path | None) -> None:
     for name in ADAPTER_FILES:
         if not (adapter / name).is_file():
             raise UsageError(f"{adapter} holds no PEFT adapter: there is no {name} in it")
-
-
-@contextmanager
-def _progress_bar(title: str) -> Iterator[Progress | None]:
-    """A bar on standard error if that is a terminal, else nothing."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
-        bar = bars.add_task(title, total=None)
-        yield lambda done, total: bars.update(bar, completed=done, total=total)
 
 
 def _write_predictions(result: "Evaluation", file: Path) -> None:

@@ -1,9 +1,7 @@
 """`fedsea federation`: many data owners, one adapter, on Flower."""
 
 import contextlib
-import json
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
@@ -13,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from fedsea.cli.options import AsJson, ComputeDtype, Device, Threads, WireDtype, spread
+from fedsea.cli.terminal import print_json, tell
 from fedsea.errors import UsageError
 
 if TYPE_CHECKING:  # --help needs neither torch nor Flower
@@ -138,7 +137,7 @@ def up(
             raise
     adapter = running.deployment.output / "adapter"
     if as_json:
-        print(json.dumps({"done": True, "adapter": str(adapter)}))
+        print_json({"done": True, "adapter": str(adapter)})
     else:
         print(f"The adapter is in {adapter}")
 
@@ -227,7 +226,7 @@ def status(
     found = read_status(directory)
     if as_json:
         while True:
-            print(json.dumps(found.to_body()), flush=True)
+            print_json(found.to_body())
             if not watch or found.doing == "done":
                 return
             time.sleep(LOOK_SECONDS)
@@ -241,11 +240,6 @@ def status(
             time.sleep(LOOK_SECONDS)
             found = read_status(directory)
             live.update(tables(found), refresh=True)
-
-
-def tell(message: str) -> None:
-    """One line on standard error."""
-    print(f"fedsea: {message}", file=sys.stderr, flush=True)
 
 
 def _what_and_where(
@@ -287,7 +281,7 @@ def _invite(running: "Federation", *, as_json: bool) -> None:
             for name, command in commands.items()
         }
         body = {"superlink": running.superlink, "servers": list(running.settings.addresses), "clients": clients}
-        print(json.dumps(body), flush=True)
+        print_json(body)
         return
     print(f"The federation {running.settings.name} is up: block server {running.settings.servers}, ", end="")
     print(f"Flower's SuperLink {running.superlink}.")

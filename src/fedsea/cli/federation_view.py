@@ -3,11 +3,12 @@
 from typing import Any
 
 from rich.console import Group
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from fedsea.cli.terminal import escape
 from fedsea.federation.status import FederationStatus
+from fedsea.text import printable
 
 LAST_ROUNDS = 8
 
@@ -28,7 +29,7 @@ def headline(status: FederationStatus) -> str:
         parts.append(status.doing)
     else:
         parts.append(f"stopped while {status.doing}")
-    return "  ".join(part for part in parts if part)
+    return printable("  ".join(part for part in parts if part))
 
 
 def round_line(report: dict[str, Any]) -> str:

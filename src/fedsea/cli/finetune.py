@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
 import shlex
 import signal
 import sys
@@ -15,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from fedsea.cli.options import AsJson, ClientOptions, spread
-from fedsea.cli.progress import progress_bar
+from fedsea.cli.progress import NowAndThen, progress_bar
+from fedsea.cli.terminal import print_json, tell
 from fedsea.errors import FedSEAError, NonFiniteError, UsageError
 
 if TYPE_CHECKING:  # --help needs no torch
@@ -24,7 +24,6 @@ if TYPE_CHECKING:  # --help needs no torch
     from fedsea.training.loop import Figures, FineTuning, Recipe
 
 MANY = 500  # examples to prepare, up to tens of milliseconds each: that is shown
-LINE_SECONDS = 10.0  # between two lines of progress where there is no terminal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,7 +197,7 @@ def finetune(
             model.end_run()
     summary = _summary(folder, training, done=done)
     if as_json:
-        print(json.dumps(summary))
+        print_json(summary)
     elif done:
         print(f"The adapter is in {folder.adapter}: loss {summary['first_loss']:.3f} -> {summary['last_loss']:.3f}.")
         print(f"Chat with it:  fedsea chat {client.model} --adapter {folder.adapter} --server {client.server} ...")
@@ -227,11 +226,6 @@ def _train(training: "FineTuning", folder: Any, *, as_json: bool) -> bool:
     if not done:
         tell(f"stopped after step {training.step}, and saved; go on with: {_again()}")
     return done
-
-
-def tell(message: str) -> None:
-    """One line on standard error."""
-    print(f"fedsea: {message}", file=sys.stderr, flush=True)
 
 
 def tell_of(encoded: "list[Encoded]") -> None:
@@ -299,15 +293,11 @@ def _progress(steps: int, begun: int, *, quiet: bool) -> "Iterator[Callable[[Fig
 
     console = Console(stderr=True)
     if not console.is_terminal:
-        last = time.monotonic() - LINE_SECONDS
-        start = time.monotonic()
+        due, start = NowAndThen(), time.monotonic()
 
         def line(figures: "Figures") -> None:
-            nonlocal last
-            now = time.monotonic()
-            if now - last >= LINE_SECONDS or figures.step == steps:
-                last = now
-                left = (now - start) / (figures.step - begun) * (steps - figures.step)
+            if figures.step in (begun + 1, steps) or due():
+                left = (time.monotonic() - start) / (figures.step - begun) * (steps - figures.step)
                 tell(f"step {figures.step}/{steps}  {_words(figures)}  {left:.0f} s left")
 
         yield line

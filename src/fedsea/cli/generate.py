@@ -1,15 +1,16 @@
 """`fedsea generate`: one text in, one text out."""
 
 import dataclasses
-import json
-import sys
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fedsea.cli.options import AdaptedClientOptions, AnswerOptions, AsJson, spread
+from fedsea.cli.terminal import end_line, print_json, tell, working, write_piece
 from fedsea.errors import LimitExceededError, UsageError
+from fedsea.text import read_text, require_whole, without_final_newline
 
 if TYPE_CHECKING:  # --help needs no torch
     from fedsea.client.answer import AnswerStats
@@ -21,50 +22,61 @@ def generate(
     answers: AnswerOptions,
     prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="The question.")] = None,
     prompt_file: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Read it from a file instead, or from standard input with -.")
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Read it from a file in UTF-8 instead, or from standard input with -. One newline at its end is not a "
+            "part of it.",
+        ),
     ] = None,
     raw: Annotated[
         bool, typer.Option("--raw", help="Continue the text as it stands, without the model's chat template.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Answer one prompt with MODEL, its middle at a block server."""
+    """Answer one prompt with MODEL, its middle at a block server.
+
+    Characters of the answer that could command a terminal are written out, as \\x1b; --json has it as it is.
+    """
     text = read_prompt(prompt, prompt_file)
     sampling = answers.sampling()
-    from fedsea.checkpoints import load_tokenizer
-    from fedsea.client.answer import Answer
-    from fedsea.client.conversation import chat_tokens, require_chat_template
+    client.check()
+    with working(f"loading {client.model}, and meeting {client.server}"):
+        from fedsea.chats import chat_tokens
+        from fedsea.checkpoints import load_tokenizer
+        from fedsea.client.answer import Answer
 
-    tokenizer = load_tokenizer(client.model)
-    if raw:
-        tokens = tokenizer(text)["input_ids"]
-    else:
-        require_chat_template(tokenizer)
-        tokens = chat_tokens(tokenizer, [{"role": "user", "content": text}])
-    with client.connect() as model:
+        tokenizer = load_tokenizer(client.model)
+        tokens = tokenizer(text)["input_ids"] if raw else chat_tokens(tokenizer, [{"role": "user", "content": text}])
+        opened = client.connect()
+    with opened as model:
         room = model.max_tokens - len(tokens)
         if room < 1:
             raise LimitExceededError(
                 f"the prompt has {len(tokens)} tokens; the model and the server allow {model.max_tokens} in all"
             )
-        length = min(answers.max_new_tokens, room)
         answer = Answer(
             model,
             tokenizer,
             tokens,
             cache=model.new_cache(),
-            max_new_tokens=length,
+            max_new_tokens=min(answers.max_new_tokens, room),
             sampling=sampling,
             guesses=answers.guessed(model.noise),
         )
-        for piece in answer:
+        pieces = iter(answer)
+        with working(f"reading the prompt: {len(tokens):,} tokens"):
+            first = next(pieces, "")
+        for piece in chain([first], pieces):
             if not as_json:
-                print(piece, end="", flush=True)
+                write_piece(piece)
     if as_json:
-        print(json.dumps({"text": answer.text, "ended": answer.ended, **stats_json(answer.stats)}, ensure_ascii=False))
-    else:
-        print()
-        print(stats_line(answer.stats), file=sys.stderr)
+        print_json({"text": answer.text, "ended": answer.ended, **stats_json(answer.stats)})
+        return
+    end_line()
+    if not answer.ended:
+        tell(cut_notice(len(answer.tokens), answers.max_new_tokens), prefix="")
+    tell(stats_line(answer.stats), prefix="")
 
 
 def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
@@ -73,21 +85,24 @@ def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
     Raises
     ------
     UsageError
-        If it is given twice, not at all, empty, or its file cannot be read.
+        If it is given twice, not at all, empty, no text, or its file cannot be read.
     """
-    if (prompt is None) == (prompt_file is None):
+    if prompt is not None and prompt_file is None:
+        text = require_whole(prompt, "--prompt")
+    elif prompt_file is not None and prompt is None:
+        text = without_final_newline(read_text(prompt_file))
+    else:
         raise UsageError("give --prompt TEXT or --prompt-file FILE, one of them")
-    if prompt_file is not None:
-        try:
-            prompt = sys.stdin.read() if str(prompt_file) == "-" else prompt_file.read_text(encoding="utf-8")
-        except OSError as error:
-            raise UsageError(f"cannot read {prompt_file}: {error.strerror}") from None
-        except UnicodeDecodeError:
-            raise UsageError(f"{prompt_file} is no text in UTF-8") from None
-    assert prompt is not None
-    if not prompt.strip():
+    if not text.strip():
         raise UsageError("the prompt is empty; the model needs at least one token")
-    return prompt
+    return text
+
+
+def cut_notice(tokens: int, max_new_tokens: int) -> str:
+    """What to say of an answer that did not end by itself."""
+    if tokens >= max_new_tokens:
+        return f"(the answer was cut at {tokens} tokens, see --max-new-tokens)"
+    return f"(the answer was cut at {tokens} tokens: the model and the server allow no longer text)"
 
 
 def stats_json(stats: "AnswerStats") -> dict[str, Any]:

@@ -3,8 +3,10 @@
 import os
 import shlex
 import sys
-from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from fedsea.cli.terminal import tell, working
+from fedsea.text import one_line
 
 if TYPE_CHECKING:  # --help needs no torch
     from fedsea.audit.live import LiveLeakage
@@ -34,8 +36,7 @@ def warn_of_leakage(options: "ClientOptions", model: "SplitModelForCausalLM") ->
         lambda: measure_magnitude(model.input_blocks, open_checkpoint(options.model)),
     )
     if why is not None:
-        tell = f"fedsea: {why}; see how much: {_audit_command(options)} ({WARNING}=off hides this)"
-        print(tell, file=sys.stderr, flush=True)
+        tell(f"{why}; see how much", _audit_command(options), f"({WARNING}=off hides this)")
 
 
 def _audit_command(options: "ClientOptions") -> str:
@@ -53,7 +54,7 @@ def _audit_command(options: "ClientOptions") -> str:
 def show_turn(view: "LiveLeakage") -> None:
     """Print on standard error what a provider could have read of the turn that has just ended. Ctrl-C skips it."""
     try:
-        with _working("reading what was sent, as the provider could"):
+        with working("reading what was sent, as the provider could", told=True):
             readings = view.turn()
     except KeyboardInterrupt:
         print("  (what the provider reads: skipped)", file=sys.stderr)
@@ -61,19 +62,10 @@ def show_turn(view: "LiveLeakage") -> None:
     for one in readings:
         if one.tokens:
             read = f"{one.right / one.tokens:.0%} of the {one.part}'s {one.tokens} tokens ({one.attack})"
-            print(f"  the provider reads {read}: {' '.join(one.text.split())}", file=sys.stderr, flush=True)
+            print(f"  the provider reads {read}: {one_line(one.text)}", file=sys.stderr, flush=True)
 
 
 def prepare_view(view: "LiveLeakage") -> None:
     """Make the attackers' tables, and say why that takes a while."""
-    with _working("getting the attacks ready, once: a run of the input blocks over the whole vocabulary"):
+    with working("getting the attacks ready, once: a run of the input blocks over the whole vocabulary", told=True):
         view.prepare()
-
-
-def _working(what: str) -> AbstractContextManager[Any]:
-    if not sys.stderr.isatty():
-        print(f"… {what}", file=sys.stderr, flush=True)
-        return nullcontext()
-    from rich.console import Console
-
-    return Console(stderr=True).status(what)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import inspect
+import math
 import shlex
 import typing
 from collections.abc import Callable
@@ -13,13 +14,14 @@ import click
 import typer
 
 from fedsea.cli.leakage import warn_of_leakage
+from fedsea.cli.terminal import tell
 from fedsea.client.lookup import GUESSES
 from fedsea.errors import UsageError
 from fedsea.partition import Partition
 
 if TYPE_CHECKING:  # a command's --help needs no torch
-    from fedsea.client.decode import Sampling
     from fedsea.client.model import SplitModelForCausalLM
+    from fedsea.client.sampling import Sampling
     from fedsea.privacy import Noise
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -80,6 +82,17 @@ class ClientOptions:
         float, typer.Option(min=0.0, help="How long to try again after the connection is lost.")
     ] = 60.0
 
+    def check(self) -> None:
+        """Check what was typed, as far as that needs no library that takes seconds to load.
+
+        Raises
+        ------
+        FedSEAError
+            What is wrong with address, credentials, noise or model.
+        """
+        check_connection(self.server, self.credentials, self.insecure)
+        self._check_noise()
+
     def connect(self) -> "SplitModelForCausalLM":
         """Load the client's parts and meet the block server.
 
@@ -88,7 +101,7 @@ class ClientOptions:
         FedSEAError
             Whatever is wrong with the options, the model or the server.
         """
-        require_one_security(self.credentials, self.insecure)
+        self.check()
         noise = self.noise()
         prepare_torch(self.device, self.threads)
         from fedsea.client.model import SplitModelForCausalLM
@@ -104,6 +117,7 @@ class ClientOptions:
             wire_dtype=self.wire_dtype,
             device=self.device,
             reconnect_seconds=self.reconnect_seconds,
+            notice=tell,
         )
         warn_of_leakage(self, model)
         return model
@@ -116,8 +130,16 @@ class ClientOptions:
         UsageError
             If more than one of its options is given, or one cannot be used.
         """
+        self._check_noise()
         from fedsea.privacy import GaussianNoise, RelativeGaussianNoise, parse_mechanism
 
+        if self.mechanism is not None:
+            return parse_mechanism(self.mechanism)
+        if self.noise_level is not None:
+            return RelativeGaussianNoise(self.noise_level)
+        return GaussianNoise(self.noise_std or 0.0)
+
+    def _check_noise(self) -> None:
         given = [
             option
             for option, value in (
@@ -129,11 +151,9 @@ class ClientOptions:
         ]
         if len(given) > 1:
             raise UsageError(f"give {' or '.join(given)}, not both: each says what noise there is")
-        if self.mechanism is not None:
-            return parse_mechanism(self.mechanism)
-        if self.noise_level is not None:
-            return RelativeGaussianNoise(self.noise_level)
-        return GaussianNoise(self.noise_std or 0.0)
+        for option, value in (("--noise-std", self.noise_std), ("--noise-level", self.noise_level)):
+            if value is not None and not 0 <= value < math.inf:
+                raise UsageError(f"{option} must be a number, 0 or more; got {value}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,7 +220,7 @@ class AnswerOptions:
         UsageError
             If a value cannot be used.
         """
-        from fedsea.client.decode import Sampling
+        from fedsea.client.sampling import Sampling
 
         return Sampling(
             temperature=self.temperature,
@@ -248,6 +268,26 @@ def require_one_security(credentials: Path | None, insecure: bool) -> None:
         raise UsageError(
             "give --credentials DIR (made by: fedsea credentials init DIR), or --insecure on a loopback address"
         )
+
+
+def check_connection(server: str, credentials: Path | None, insecure: bool) -> None:
+    """Check an address and what is needed to connect to it, without connecting.
+
+    Raises
+    ------
+    UsageError
+        If it is no address, TLS was neither set up nor declined, or plaintext would leave this machine.
+    CredentialsError
+        If the credentials cannot be used.
+    """
+    from fedsea.wire.address import check_server
+
+    require_one_security(credentials, insecure)
+    check_server(server, plaintext=insecure)
+    if credentials is not None:
+        from fedsea.wire.credentials import Credentials as LoadedCredentials
+
+        LoadedCredentials.load(credentials, role="client")
 
 
 def prepare_torch(device: str, threads: int | None) -> None:

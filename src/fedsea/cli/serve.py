@@ -28,6 +28,7 @@ from fedsea.cli.options import (
     spread,
 )
 from fedsea.errors import UsageError
+from fedsea.text import one_line, printable
 
 if TYPE_CHECKING:  # --help needs no torch
     from fedsea.server.limits import Limits
@@ -221,10 +222,10 @@ class _KeyValues(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """The record's line, with a traceback below if it has one."""
-        event, *pairs = re.split(r" (?=\w+=)", record.getMessage(), maxsplit=1)
+        event, *pairs = re.split(r" (?=\w+=)", one_line(record.getMessage()), maxsplit=1)
         time_text = self.formatTime(record, self.datefmt)
         line = " ".join([f'time={time_text} level={record.levelname.lower()} event="{event}"', *pairs])
-        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
+        return f"{line}\n{printable(self.formatException(record.exc_info))}" if record.exc_info else line
 
 
 def log_to_stderr() -> None:

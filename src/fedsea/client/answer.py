@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from fedsea.client.cache import SplitCache
-from fedsea.client.decode import GREEDY, Sampling, stream_tokens
+from fedsea.client.decode import stream_tokens
 from fedsea.client.lookup import GuessCount
 from fedsea.client.model import SplitModelForCausalLM
+from fedsea.client.sampling import GREEDY, Sampling
 from fedsea.client.traffic import Traffic
 
 UNFINISHED = "\ufffd"  # what tokenizers write for bytes that are no whole character

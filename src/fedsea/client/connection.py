@@ -13,8 +13,9 @@ import grpc
 
 from fedsea.client.traffic import Traffic
 from fedsea.errors import FedSEAError, LimitExceededError, ServerUnavailableError, UsageError
+from fedsea.text import one_line
 from fedsea.wire import contract
-from fedsea.wire.address import is_loopback, parse_address
+from fedsea.wire.address import check_server, parse_address
 from fedsea.wire.credentials import Credentials, open_channel
 from fedsea.wire.diagnose import explain_unreachable
 from fedsea.wire.frames import MAX_PLACES, Frame, Message, Result, Step, decode, encode
@@ -44,14 +45,8 @@ def client_credentials(
         return credentials
     if credentials is not None:
         return Credentials.load(credentials, role=role)
-    _check_address(server, plaintext=True)
+    check_server(server, plaintext=True)
     return None
-
-
-def _check_address(server: str, *, plaintext: bool) -> None:
-    host, _port = parse_address(server)
-    if plaintext and not is_loopback(host):
-        raise UsageError(f"insecure connections stay on this machine; {host} is another one, so give credentials")
 
 
 class ConnectionLost(Exception):  # noqa: N818 - not an error for the user: the session reconnects
@@ -92,7 +87,7 @@ class Endpoint:
     """
 
     def __init__(self, address: str, credentials: Credentials | None) -> None:
-        _check_address(address, plaintext=credentials is None)
+        check_server(address, plaintext=credentials is None)
         self.address, self.credentials = address, credentials
         self.frame_bytes: int | None = None
         self._lock = threading.Lock()
@@ -197,7 +192,7 @@ class Connection:
 
     def _reason(self) -> Exception:
         """What ended the stream: a refusal is a FedSEAError, anything else a loss."""
-        details, code = self._call.details() or "", self._call.code()
+        details, code = one_line(self._call.details() or ""), self._call.code()
         refused = contract.error_from(details, self._call.trailing_metadata())
         if refused is None and code is grpc.StatusCode.RESOURCE_EXHAUSTED:
             return LimitExceededError(f"a frame is longer than the peer takes: {details}")

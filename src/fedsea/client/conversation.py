@@ -1,12 +1,13 @@
 """A chat of several turns, of which only what is new crosses the wire."""
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
+from fedsea.chats import chat_tokens, require_chat_template, write_chat
 from fedsea.client.answer import Answer, AnswerStats
 from fedsea.client.cache import SplitCache
-from fedsea.client.decode import GREEDY, Sampling
 from fedsea.client.model import SplitModelForCausalLM
+from fedsea.client.sampling import GREEDY, Sampling
 from fedsea.errors import LimitExceededError, UsageError
 
 
@@ -35,11 +36,13 @@ class Conversation:
         The turns so far, as chat templates take them.
     stats
         What the last answer has cost; None before the first.
+    cut
+        Whether the last answer ended at the longest length that it may have, and not by itself.
 
     Raises
     ------
     UsageError
-        If the tokenizer has no chat template.
+        If the tokenizer has no chat template, or it takes no system message and there is one.
     """
 
     def __init__(
@@ -52,12 +55,13 @@ class Conversation:
         max_new_tokens: int = 512,
         guesses: int = 0,
     ) -> None:
-        require_chat_template(tokenizer)
+        require_chat_template(tokenizer, system)
         self.model, self.tokenizer = model, tokenizer
         self.sampling, self.max_new_tokens, self.guesses = sampling, max_new_tokens, guesses
         self._opening = [] if system is None else [{"role": "system", "content": system}]
         self.messages = list(self._opening)
         self.stats: AnswerStats | None = None
+        self.cut = False
         self._cache: SplitCache | None = None
         self._held: list[int] = []  # the tokens that the cache holds
 
@@ -96,7 +100,7 @@ class Conversation:
                 f"the conversation would have {len(prompt)} tokens; the model and the server allow "
                 f"{self.model.max_tokens}: start anew (/reset)"
             )
-        reused = self._cache is not None
+        self.cut, reused = False, self._cache is not None
         answer = self._answer(prompt, room)
         kept = False
         pieces = iter(answer)
@@ -115,7 +119,7 @@ class Conversation:
             if first:
                 yield first
             yield from pieces
-            kept = True
+            kept, self.cut = True, not answer.ended
         except GeneratorExit:  # the caller has heard enough; that is between two steps
             kept = True
             raise
@@ -144,6 +148,19 @@ class Conversation:
         self.messages = list(self._opening)
         self._drop_cache()
 
+    def take_up(self, messages: Sequence[Mapping[str, str]]) -> None:
+        """Go on from another conversation's turns; its first message may be a system message.
+
+        Raises
+        ------
+        UsageError
+            If the chat template refuses them. The conversation is as it was, then.
+        """
+        turns = [dict(message) for message in messages]
+        write_chat(self.tokenizer, turns)
+        self._opening = [turn for turn in turns[:1] if turn["role"] == "system"]
+        self.messages = turns
+
     def _reuse(self, prompt: Sequence[int]) -> SplitCache:
         """The cache, cut to what it has in common with the prompt; at least one token is left to compute."""
         if self._cache is None:
@@ -161,29 +178,6 @@ class Conversation:
         if self._cache is not None:
             self._cache.close()
             self._cache = None
-
-
-def require_chat_template(tokenizer: Any) -> None:
-    """Check that the tokenizer knows how to write a chat.
-
-    Raises
-    ------
-    UsageError
-        If it does not: the model was not trained for chats.
-    """
-    if not getattr(tokenizer, "chat_template", None):
-        raise UsageError(
-            "this model's tokenizer has no chat template, so it is no chat model: continue a text with "
-            "`fedsea generate --raw`"
-        )
-
-
-def chat_tokens(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int]:
-    """Token ids of a chat, written with the tokenizer's template up to where the next answer begins."""
-    tokens: list[int] = tokenizer.apply_chat_template(
-        list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
-    )
-    return tokens
 
 
 def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:

@@ -29,13 +29,14 @@ from fedsea.parts.cache import CACHE
 from fedsea.privacy import GaussianNoise, Magnitude, Noise
 from fedsea.privacy.calibrate import measure_magnitude
 from fedsea.privacy.shape import Sensitivity
+from fedsea.text import one_line
 from fedsea.wire.credentials import Credentials
 from fedsea.wire.frames import to_wire
 
 
 def tell(message: str) -> None:
     """Default notice: one line on standard error."""
-    print(f"fedsea: {message}", file=sys.stderr, flush=True)
+    print(f"fedsea: {one_line(message)}", file=sys.stderr, flush=True)
 
 
 class SplitModelForCausalLM(NativeMixin, PreTrainedModel, GenerationMixin):  # type: ignore[misc]

@@ -14,9 +14,9 @@ import torch
 from peft import LoraConfig
 
 from fedsea.bench.processes import ServerProcess
+from fedsea.chats import chat_tokens, require_chat_template
 from fedsea.checkpoints import load_whole_model, open_checkpoint
 from fedsea.client.answer import Answer, stop_ids
-from fedsea.client.conversation import chat_tokens, require_chat_template
 from fedsea.client.model import SplitModelForCausalLM
 from fedsea.demo.audience import Audience
 from fedsea.partition import Partition, layer_of

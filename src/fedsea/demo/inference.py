@@ -18,10 +18,10 @@ from torch import nn
 from transformers.generation.streamers import BaseStreamer
 
 from fedsea.bench.processes import ServerProcess
+from fedsea.chats import chat_tokens, require_chat_template
 from fedsea.checkpoints import Checkpoint, load_whole_model, open_checkpoint
 from fedsea.client import connection
 from fedsea.client.answer import Answer, AnswerStats, stop_ids
-from fedsea.client.conversation import chat_tokens, require_chat_template
 from fedsea.client.model import SplitModelForCausalLM
 from fedsea.demo.audience import Audience
 from fedsea.errors import ServerUnavailableError

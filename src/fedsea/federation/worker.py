@@ -26,6 +26,7 @@ from fedsea.errors import (
     TermsError,
     UsageError,
 )
+from fedsea.text import one_line
 
 if TYPE_CHECKING:  # a refused request needs no arrays
     import numpy as np
@@ -210,4 +211,4 @@ def read_error(body: Any) -> FedSEAError:
     """The error that `write_error` wrote."""
     if not isinstance(body, dict):
         return ProtocolError("the worker's error cannot be read")
-    return BY_CODE.get(str(body.get("code")), FedSEAError)(str(body.get("message")))
+    return BY_CODE.get(str(body.get("code")), FedSEAError)(one_line(str(body.get("message"))))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from fedsea.errors import UsageError
+from fedsea.text import decode, require_whole
 
 HUB = "hub:"
 
@@ -64,11 +65,13 @@ class Row:
             raise self.wrong(f"the column '{self.inside}{name}' is missing")
         return self.fields[name]
 
-    def text(self, name: str, *, may_be_blank: bool = False) -> str:
-        """A column of text, not blank unless it may be, without white space at its ends."""
+    def text(self, name: str, *, may_be_blank: bool = False, as_it_is: bool = False) -> str:
+        """A column of text, not blank unless it may be, without white space at its ends; or just as it is."""
         value = self.value(name)
         if not isinstance(value, str):
             raise self._unexpected(name, "text")
+        if as_it_is:
+            return value
         if not may_be_blank and not value.strip():
             raise self.wrong(f"the column '{self.inside}{name}' is blank")
         return value.strip()
@@ -154,7 +157,8 @@ def _line_rows(file: Path, needs: str) -> Iterator[Row]:
             for number, line in enumerate(lines, 1):
                 where = f"{file} line {number}"
                 if line.strip():
-                    yield _row(_parse(_text(line, where, needs).rstrip(), where, needs), number, where, needs)
+                    fields = _parse(_text(line, file, needs, number).rstrip(), where, needs)
+                    yield _whole(_row(fields, number, where, needs))
     except OSError as error:
         raise UsageError(f"cannot read {file}: {error.strerror}") from None
 
@@ -166,16 +170,16 @@ def _json_rows(file: Path, needs: str) -> Iterator[Row]:
         raise UsageError(f"cannot read {file}: {error.strerror}") from None
     if not content.strip():
         return
-    whole = _row(_parse(_text(content, str(file), needs), str(file), needs), 0, str(file), needs)
+    whole = _row(_parse(_text(content, file, needs), str(file), needs), 0, str(file), needs)
     for number, fields in enumerate(whole.items("data"), 1):
-        yield _row(fields, number, f"{file} data[{number - 1}]", needs)
+        yield _whole(_row(fields, number, f"{file} data[{number - 1}]", needs))
 
 
-def _text(content: bytes, where: str, needs: str) -> str:
+def _text(content: bytes, file: Path, needs: str, first_line: int = 1) -> str:
     try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise UsageError(f"{where}: this is no text in UTF-8; {needs}") from None
+        return decode(content, str(file), first_line)
+    except UsageError as error:
+        raise UsageError(f"{error}; {needs}") from None
 
 
 def _parse(text: str, where: str, needs: str) -> Any:
@@ -188,12 +192,23 @@ def _parse(text: str, where: str, needs: str) -> Any:
         ) from None
     except RecursionError:
         raise UsageError(f"{where}: the JSON is nested too deep; expected a JSON object; {needs}") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise UsageError(f"{where}: {error}; expected a JSON object; {needs}") from None
 
 
 def _row(fields: Any, number: int, where: str, needs: str) -> Row:
     if not isinstance(fields, dict):
         raise UsageError(f"{where}: expected a JSON object, not {type(fields).__name__}; {needs}")
     return Row(fields, number, where, needs)
+
+
+def _whole(row: Row) -> Row:
+    """The row, if its texts are whole: JSON may escape half a character, which is no text to any tokenizer."""
+    try:
+        require_whole(json.dumps(row.fields, ensure_ascii=False), row.where)
+    except UsageError as error:
+        raise UsageError(f"{error}; {row.needs}") from None
+    return row
 
 
 def _hub_rows(path: str, split: str, needs: str) -> Iterator[Row]:

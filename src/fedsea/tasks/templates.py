@@ -3,9 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from jinja2.exceptions import TemplateError
-
-from fedsea.errors import UsageError
+from fedsea.chats import has_chat_template, write_chat
 from fedsea.tasks.base import Question
 
 Messages = Sequence[tuple[str, str]]
@@ -24,7 +22,7 @@ class Template:
 
     def __init__(self, tokenizer: Any, cue: str = "Answer:") -> None:
         self.tokenizer, self._cue = tokenizer, cue
-        self.is_chat = bool(getattr(tokenizer, "chat_template", None))
+        self.is_chat = has_chat_template(tokenizer)
 
     def question(self, question: Question) -> str:
         """A question with all before it, up to where the answer begins."""
@@ -50,19 +48,9 @@ class Template:
         UsageError
             If there is no template, or it refuses the messages.
         """
-        if not self.is_chat:
-            raise UsageError("this model's tokenizer has no chat template, so it cannot take conversations: use `text`")
-        try:
-            # Models that may think before they answer are asked not to; templates that know no such thing ignore it.
-            text: str = self.tokenizer.apply_chat_template(
-                [{"role": role, "content": content} for role, content in messages],
-                tokenize=False,
-                add_generation_prompt=answer_next,
-                enable_thinking=False,
-            )
-        except TemplateError as error:
-            raise UsageError(f"the model's chat template refuses these messages: {error}") from None
-        return text
+        turns = [{"role": role, "content": content} for role, content in messages]
+        # Models that may think before they answer are asked not to.
+        return write_chat(self.tokenizer, turns, answer_next=answer_next, enable_thinking=False)
 
     def _plain(self, messages: Messages) -> str:
         """`question`, cue, answer and so on, exchanges apart by an empty line; ends with a cue or an answer."""

@@ -60,6 +60,19 @@ def is_loopback(host: str) -> bool:
     return (mapped or address).is_loopback
 
 
+def check_server(address: str, *, plaintext: bool) -> None:
+    """Check the address of a server to connect to: what is not encrypted goes no further than this machine.
+
+    Raises
+    ------
+    UsageError
+        If it is no address, or plaintext would go to another machine.
+    """
+    host, _port = parse_address(address)
+    if plaintext and not is_loopback(host):
+        raise UsageError(f"insecure connections stay on this machine; {host} is another one, so give credentials")
+
+
 def _is_ipv6(host: str) -> bool:
     try:
         ipaddress.IPv6Address(host)

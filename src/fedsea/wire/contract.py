@@ -27,6 +27,7 @@ from fedsea.errors import (
     ServerError,
     ServerUnavailableError,
 )
+from fedsea.text import one_line
 
 SERVICE = "fedsea.BlockServer"
 SESSION, RUN, COORDINATE = "Session", "Run", "Coordinate"
@@ -73,7 +74,7 @@ def error_from(details: str | None, metadata: Iterable[tuple[str, Any]] | None) 
     """The error that a server sent with a stream's status; None if the status is not one of FedSEA's."""
     for key, value in metadata or ():
         if key == ERROR_KEY:
-            return BY_CODE.get(str(value), ServerError)(details or "the server gave no reason")
+            return BY_CODE.get(str(value), ServerError)(one_line(details or "") or "the server gave no reason")
     return None
 
 

@@ -1,0 +1,105 @@
+"""Writes conversations out with a tokenizer's chat template: the one place that does, and that says what it refuses."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fedsea.errors import UsageError
+from fedsea.text import one_line
+
+Messages = Sequence[Mapping[str, str]]
+"""Each with a `role` (system, user, assistant) and its `content`."""
+
+LONGEST_REASON = 200
+
+
+def has_chat_template(tokenizer: Any) -> bool:
+    """Whether the tokenizer knows how to write a chat."""
+    return bool(getattr(tokenizer, "chat_template", None))
+
+
+def require_chat_template(tokenizer: Any, system: str | None = None) -> None:
+    """Check that the tokenizer can write a chat, before anybody waits for one.
+
+    Parameters
+    ----------
+    tokenizer
+        A tokenizer of transformers.
+    system
+        The system message that the chat will have; None for the template's own.
+
+    Raises
+    ------
+    UsageError
+        If it has no template, or its template is broken or takes no system message.
+    """
+    opening = [] if system is None else [{"role": "system", "content": system}]
+    write_chat(tokenizer, [*opening, {"role": "user", "content": "?"}], answer_next=True)
+
+
+def write_chat(tokenizer: Any, messages: Messages, *, answer_next: bool = False, **variables: Any) -> str:
+    """A conversation as the tokenizer's chat template writes it.
+
+    Parameters
+    ----------
+    tokenizer
+        A tokenizer of transformers.
+    messages
+        The turns.
+    answer_next
+        Whether to write up to where the next answer begins.
+    variables
+        Further variables of the template; one that knows no such variable ignores it.
+
+    Raises
+    ------
+    UsageError
+        If there is no template, or it refuses the messages: some models know no system message, others want roles in
+        turn.
+    """
+    if not has_chat_template(tokenizer):
+        raise UsageError(
+            "this model's tokenizer has no chat template, so it cannot take conversations: continue a text with "
+            "`fedsea generate --raw`, or train on the task `text`"
+        )
+
+    def write(these: Messages) -> str:
+        text: str = tokenizer.apply_chat_template(
+            [dict(message) for message in these], tokenize=False, add_generation_prompt=answer_next, **variables
+        )
+        return text
+
+    try:
+        return write(messages)
+    except Exception as error:  # a template is a program of the model's authors, and may fail in any way
+        refusal = f"the model's chat template refuses these messages: {_reason(error)}"
+    if messages and messages[0]["role"] == "system" and _writes(write, messages[1:]):
+        refusal += "; it takes no system message, so leave that out"
+    raise UsageError(refusal)
+
+
+def chat_tokens(tokenizer: Any, messages: Messages) -> list[int]:
+    """Token ids of a chat, written with the tokenizer's template up to where the next answer begins.
+
+    Raises
+    ------
+    UsageError
+        As `write_chat`.
+    """
+    # A template writes the marks of the text's beginning itself.
+    tokens: list[int] = tokenizer(write_chat(tokenizer, messages, answer_next=True), add_special_tokens=False).input_ids
+    return tokens
+
+
+def _reason(error: Exception) -> str:
+    from jinja2.exceptions import TemplateError
+
+    words = str(error) if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
+    return one_line(words)[:LONGEST_REASON] or type(error).__name__
+
+
+def _writes(write: Any, messages: Messages) -> bool:
+    try:
+        write(messages)
+    except Exception:
+        return False
+    return True

@@ -1,0 +1,63 @@
+"""A conversation in a file: one JSON line with its `messages`, as the task `chat` takes it."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from fedsea.errors import UsageError
+
+NEEDS = 'a kept conversation is one JSON line, {"messages": [{"role": …, "content": …}, …]}'
+ROLES = {role: role for role in ("system", "user", "assistant")}
+
+
+def write_transcript(messages: Sequence[Mapping[str, str]], file: Path, *, new: bool = False) -> None:
+    """Write a conversation, for its owner's eyes only; a file that is there stays whole until the new one is written.
+
+    Parameters
+    ----------
+    messages
+        Its turns.
+    file
+        Where to.
+    new
+        Whether to leave a file alone that is there already.
+
+    Raises
+    ------
+    UsageError
+        If it cannot be written, or is there already and has to be new.
+    """
+    if new and file.exists():
+        raise UsageError(f"{file} is there already; take another name")
+    made = file.with_name(f".{file.name}.new")
+    try:
+        with os.fdopen(os.open(made, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as stream:
+            stream.write(json.dumps({"messages": list(messages)}, ensure_ascii=False) + "\n")
+        made.replace(file)
+    except OSError as error:
+        raise UsageError(f"cannot write {file}: {error.strerror}") from None
+
+
+def read_transcript(file: Path) -> list[dict[str, str]]:
+    """The turns of the one conversation in a file, as they were.
+
+    Raises
+    ------
+    UsageError
+        If it cannot be read or holds anything else.
+    """
+    from fedsea.tasks.reading import read_rows
+
+    if not file.is_file():
+        raise UsageError(f"there is no file {file}")
+    rows = list(read_rows(str(file), "", (), NEEDS))
+    if len(rows) != 1:
+        raise UsageError(f"{file} has {len(rows)} conversations; {NEEDS}")
+    turns = [
+        {"role": turn.label("role", ROLES), "content": turn.text("content", as_it_is=True)}
+        for turn in rows[0].rows("messages")
+    ]
+    if not turns:
+        raise rows[0].wrong("there are no messages")
+    return turns

@@ -1,0 +1,95 @@
+"""How the next token is chosen. Imports torch only to do it, so that a command can check what was typed at once."""
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fedsea.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import LogitsProcessorList
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen from the logits.
+
+    Parameters
+    ----------
+    temperature
+        0 takes the likeliest token (greedy). Above 0, tokens are drawn; 1 is the model's own distribution.
+    top_k
+        Draw from the k likeliest tokens only; None for all.
+    top_p
+        Draw from the smallest set of likeliest tokens whose probabilities sum to p; None for all.
+    repetition_penalty
+        Above 1, tokens that the text has already are less likely (Keskar et al., arXiv 1909.05858); 1 for no change.
+    seed
+        Draws the same tokens for the same text again; None draws from the operating system's entropy.
+
+    Raises
+    ------
+    UsageError
+        If a value is out of its range, or has no effect because the temperature is 0.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise UsageError(f"the temperature must be a number, 0 or more; got {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            raise UsageError(f"top_k must be 1 or more; got {self.top_k}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise UsageError(f"top_p must be above 0 and at most 1; got {self.top_p}")
+        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
+            raise UsageError(f"the repetition penalty must be a number above 0; got {self.repetition_penalty}")
+        if self.seed is not None and not 0 <= self.seed < 1 << 63:
+            raise UsageError(f"the seed must be a whole number, 0 or more; got {self.seed}")
+        if self.temperature == 0:
+            idle = [name for name in ("top_k", "top_p", "seed") if getattr(self, name) is not None]
+            if idle:
+                verb = "matter" if len(idle) > 1 else "matters"
+                raise UsageError(f"{' and '.join(idle)} {verb} only where tokens are drawn: set a temperature above 0")
+
+    def processors(self) -> "LogitsProcessorList":
+        """transformers' own logits processors for these values, in the order in which `generate` applies them."""
+        from transformers import (
+            LogitsProcessorList,
+            RepetitionPenaltyLogitsProcessor,
+            TemperatureLogitsWarper,
+            TopKLogitsWarper,
+            TopPLogitsWarper,
+        )
+
+        chosen = LogitsProcessorList()
+        if self.repetition_penalty != 1:
+            chosen.append(RepetitionPenaltyLogitsProcessor(penalty=self.repetition_penalty))
+        if self.temperature not in (0, 1):
+            chosen.append(TemperatureLogitsWarper(self.temperature))
+        if self.top_k is not None:
+            chosen.append(TopKLogitsWarper(top_k=self.top_k))
+        if self.top_p is not None and self.top_p < 1:
+            chosen.append(TopPLogitsWarper(top_p=self.top_p))
+        return chosen
+
+    def generator(self, device: "torch.device") -> "torch.Generator | None":
+        """The generator to draw tokens with; None if nothing is drawn."""
+        if self.temperature == 0:
+            return None
+        import torch
+
+        generator = torch.Generator(device)
+        if self.seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(self.seed)
+        return generator
+
+
+GREEDY = Sampling()

@@ -1,0 +1,136 @@
+"""The doors of text. What comes in is UTF-8, whole, and told by file and line if it is not; what goes out is visible.
+
+Text of others (a model's answer, a server's error, a member's name) may hold sequences that command a terminal: write
+its clipboard, hide what stands before, show characters in another order. `printable` writes such characters out.
+"""
+
+import codecs
+import re
+import sys
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from fedsea.errors import UsageError
+
+INPUT = "standard input"
+
+# Control characters but for newline and tab; what ends a line without looking so; what changes the order in which
+# characters are shown (embeddings, overrides and isolates: the "Trojan Source" set); halves of a character. Marks that
+# text in Arabic, Hebrew, Persian or emoji needs stay as they are.
+_INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    r"""Text with every character that could command a terminal written out, as `\x1b`; newlines and tabs stay.
+
+    Works character by character, so that a text may come in pieces.
+    """
+    return _INVISIBLE.sub(_written_out, text)
+
+
+def one_line(text: str) -> str:
+    """The same on one line, with one space wherever there was white space: for messages and names."""
+    return printable(" ".join(text.split()))
+
+
+def _written_out(match: re.Match[str]) -> str:
+    code = ord(match[0])
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+
+
+def decode(content: bytes, name: str, first_line: int = 1) -> str:
+    """Text from bytes in UTF-8, without a byte order mark.
+
+    Parameters
+    ----------
+    content
+        Whole lines.
+    name
+        Where they come from, for errors.
+    first_line
+        The number there of the first of them.
+
+    Raises
+    ------
+    UsageError
+        If they are no UTF-8; it names the line.
+    """
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise UsageError(f"{name} line {first_line}: this is no text in UTF-8 but in UTF-16")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = first_line + content.count(b"\n", 0, error.start)
+        raise UsageError(f"{name} line {line}: this is no text in UTF-8") from None
+
+
+def require_whole(text: str, name: str) -> str:
+    """The text, if it is made of whole characters: half ones come from JSON (`\\ud83d`), or from bytes in an argument.
+
+    Raises
+    ------
+    UsageError
+        If it is not; it names where the text is from.
+    """
+    half = _SURROGATE.search(text)
+    if half is not None:
+        raise UsageError(f"{name}: there is half a character ({_written_out(half)}), or a byte that is no UTF-8")
+    return text
+
+
+def read_text(file: Path) -> str:
+    """The text of a file with `\\n` at the ends of lines; `-` stands for standard input.
+
+    Raises
+    ------
+    UsageError
+        If it cannot be read, or is no text in UTF-8; it names file and line.
+    """
+    try:
+        text = _decoded(_input("read")) if str(file) == "-" else decode(file.read_bytes(), str(file))
+    except OSError as error:
+        raise UsageError(f"cannot read {file}: {error.strerror}") from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def without_final_newline(text: str) -> str:
+    """Text without the newline that editors and `echo` put at its end: one, if there is one."""
+    return text.removesuffix("\n")
+
+
+def input_lines() -> Iterator[str | UsageError]:
+    """Lines of standard input as they come; in the place of one that is no text in UTF-8, the error that says so.
+
+    Raises
+    ------
+    UsageError
+        If it cannot be read.
+    """
+    for number in count(1):
+        line = _input("readline")
+        if not line:
+            return
+        try:
+            yield _decoded(line, number).rstrip("\r\n")
+        except UsageError as error:
+            yield error
+
+
+def _input(how: str) -> bytes | str:
+    if sys.stdin is None:
+        raise UsageError(f"{INPUT} is closed, so there is nothing to read")
+    source: Any = getattr(sys.stdin, "buffer", sys.stdin)  # a program may have put text in its place
+    try:
+        content: bytes | str = getattr(source, how)()
+    except OSError as error:
+        raise UsageError(f"cannot read {INPUT}: {error.strerror}") from None
+    return content
+
+
+def _decoded(content: bytes | str, first_line: int = 1) -> str:
+    if isinstance(content, bytes):
+        return decode(content, INPUT, first_line)
+    return require_whole(content, INPUT)

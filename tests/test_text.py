@@ -1,0 +1,163 @@
+"""Text comes in and goes out through one door each: what is no UTF-8, and what could command a terminal."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedsea.chats import chat_tokens, require_chat_template, write_chat
+from fedsea.cli import run
+from fedsea.cli.generate import read_prompt
+from fedsea.errors import BY_CODE, LimitExceededError, UsageError
+from fedsea.tasks import get_task
+from fedsea.text import one_line, printable
+from fedsea.wire.contract import ERROR_KEY, error_from
+
+LINES = {
+    "chat": '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "cut \\ud83d"}]}',
+    "text": '{"text": "cut \\ud83d here"}',
+    "cb": '{"premise": "p \\ud83d", "hypothesis": "h", "label": "neutral"}',
+    "xsum": '{"document": "d \\udc00", "summary": "s"}',
+}
+
+
+@pytest.mark.parametrize("task", LINES)
+def test_half_a_character_is_refused_with_file_and_line(task: str, tmp_path: Path) -> None:
+    file = tmp_path / "train.jsonl"
+    file.write_text(f"\n{LINES[task]}\n")
+    with pytest.raises(UsageError, match=r"train.jsonl line 2: there is half a character \(\\ud"):
+        get_task(task).read(str(file))
+
+
+def test_half_a_character_in_a_story_is_refused_with_its_place(tmp_path: Path) -> None:
+    story = {
+        "id": "a",
+        "story": "S.",
+        "questions": [{"input_text": "Who?", "turn_id": 1}],
+        "answers": [{"input_text": "S", "turn_id": 1}],
+    }
+    file = tmp_path / "coqa.json"
+    file.write_text(json.dumps({"data": [story, story | {"story": "cut \ud83d"}]}))
+    with pytest.raises(UsageError, match=r"coqa.json data\[1\]: there is half a character"):
+        get_task("coqa").read(str(file))
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b'{"text": "a"}\n{"text": "caf\xe9"}\n', "line 2: this is no text in UTF-8"),
+        ('{"text": "a"}\n'.encode("utf-16"), "line 1: this is no text in UTF-8 but in UTF-16"),
+        (b'{"text": ' + b"1" * 5000 + b"}\n", "line 1: Exceeds the limit"),
+    ],
+)
+def test_a_file_of_another_encoding_is_refused_with_its_line(content: bytes, says: str, tmp_path: Path) -> None:
+    file = tmp_path / "my.jsonl"
+    file.write_bytes(content)
+    with pytest.raises(UsageError, match=says):
+        get_task("text").read(str(file))
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (b"What?\n", "What?"),
+        (b"What?\r\n", "What?"),
+        (b"What?\n\n", "What?\n"),
+        (b"\n What? ", "\n What? "),
+        (b"\xef\xbb\xbfWhat?", "What?"),
+        ("one\u2028two\r\nthree\n".encode(), "one\u2028two\nthree"),
+    ],
+)
+def test_a_prompt_file_has_no_byte_order_mark_and_not_its_final_newline(
+    content: bytes, text: str, tmp_path: Path
+) -> None:
+    (tmp_path / "prompt").write_bytes(content)
+    assert read_prompt(None, tmp_path / "prompt") == text
+
+
+def test_a_prompt_that_is_no_text_is_told_with_its_line(tmp_path: Path) -> None:
+    (tmp_path / "prompt").write_bytes(b"one\ntwo caf\xe9")
+    with pytest.raises(UsageError, match="prompt line 2: this is no text in UTF-8"):
+        read_prompt(None, tmp_path / "prompt")
+    with pytest.raises(UsageError, match=r"--prompt: there is half a character .* or a byte that is no UTF-8"):
+        read_prompt(os.fsdecode(b"caf\xe9"), None)
+    with pytest.raises(UsageError, match="cannot read"):
+        read_prompt(None, tmp_path)
+
+
+def test_what_could_command_a_terminal_is_written_out() -> None:
+    assert printable("\x1b[31mred\x1b[0m \x9b2J \x07\r\x00") == "\\x1b[31mred\\x1b[0m \\x9b2J \\x07\\x0d\\x00"
+    assert printable("a\u202eb\u2066c\u2028d\ud83d") == "a\\u202eb\\u2066c\\u2028d\\ud83d"
+    kept = "tab\tline\nnaïve 日本 👩‍🚀 مرحبا\u200f می\u200cخواهم"
+    assert printable(kept) == kept
+    assert "".join(map(printable, "\x1b]0;owned\x07")) == printable("\x1b]0;owned\x07")
+    assert one_line(" a\n\x1b[2Kfedsea:  all is well\x85") == "a \\x1b[2Kfedsea: all is well"
+
+
+def test_an_error_of_a_server_cannot_command_a_terminal() -> None:
+    error = error_from("full\x1b]52;c;aGk=\x07\nfedsea: done", [(ERROR_KEY, LimitExceededError.code)])
+    assert type(error) is BY_CODE["limit"]
+    assert str(error) == "full\\x1b]52;c;aGk=\\x07 fedsea: done"
+
+
+def test_an_error_line_cannot_command_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["evaluate", "m", "--whole", "--task", "\x1b[2J", "--data", "x"]) == 2
+    told = capsys.readouterr().err
+    assert "\x1b" not in told
+    assert "\\x1b[2J" in told
+
+
+@pytest.fixture(scope="module")
+def tokenizer(small: str) -> Any:
+    from fedsea import load_tokenizer
+
+    return load_tokenizer(small)
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        (None, "has no chat template"),
+        ("{% if %}", "refuses these messages: .*[Ee]xpected"),
+        ("{{ messages[0].missing.more }}", "refuses these messages: .*missing"),
+        ("{{ messages + 1 }}", "refuses these messages: TypeError: "),
+        (
+            "{{ raise_exception('roles must\x1b[31m take turns') }}",
+            r"refuses these messages: roles must\\x1b\[31m take",
+        ),
+        ({"tool_use": "x"}, "refuses these messages: ValueError: "),
+    ],
+)
+def test_a_template_that_is_missing_or_broken_is_one_line(tokenizer: Any, template: Any, says: str) -> None:
+    before = tokenizer.chat_template
+    tokenizer.chat_template = template
+    try:
+        for write in (write_chat, chat_tokens):
+            with pytest.raises(UsageError, match=says):
+                write(tokenizer, [{"role": "user", "content": "hi"}])
+        with pytest.raises(UsageError, match=says):
+            require_chat_template(tokenizer)
+    finally:
+        tokenizer.chat_template = before
+
+
+def test_a_template_without_a_system_message_says_so(tokenizer: Any) -> None:
+    before = tokenizer.chat_template
+    tokenizer.chat_template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+        "{{ messages[0].content }}"
+    )
+    try:
+        require_chat_template(tokenizer)
+        with pytest.raises(UsageError, match="System role not supported; it takes no system message, so leave that"):
+            require_chat_template(tokenizer, "be brief")
+    finally:
+        tokenizer.chat_template = before
+
+
+def test_a_chat_is_tokenised_as_transformers_does_it(tokenizer: Any) -> None:
+    messages = [{"role": "user", "content": "Grüße 👋"}]
+    theirs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert chat_tokens(tokenizer, messages) == theirs
