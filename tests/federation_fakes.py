@@ -222,6 +222,7 @@ class Run:
             "servers": ",".join(world.servers),
             "lora_rank": 2,
             "lora_targets": "q_proj,o_proj",
+            "lr": 1.0,  # `trained` goes farther than a training would
             "rounds": 1,
             "clients": len(world.clients),
             "output": str(tmp_path / "out"),

@@ -208,8 +208,10 @@ def test_a_federation_is_what_its_mode_says(
 ) -> None:
     given = config(server.address, data, tmp_path / "out", mode=mode)
     reference = Reference(server, given)
-    expected = reference.hierarchical() if mode == "server-hierarchical" else reference.sequential()
-    assert_same(run(apart, given), expected)
+    if mode == "server-hierarchical":
+        assert_same(run(apart, given), reference.hierarchical())
+    else:
+        assert_near(run(apart, given), reference.sequential(), reference.first)
     lines = rounds(given)
     assert [sorted(line["clients"]) for line in lines] == [["client-0", "client-1", "client-2"]] * 2
     assert all(not line["dropped"] and not line["stragglers"] and not line["refused"] for line in lines)

@@ -62,6 +62,28 @@ def _read_npy(data: bytes, shape: tuple[int, ...]) -> NDArray[np.float32] | str:
     return value if bool(np.isfinite(value).all()) else "is not finite"
 
 
+def cut_to_reach(arrays: Arrays, start: Arrays, most: tuple[float, float]) -> tuple[Arrays, bool]:
+    """Put every weight within the reach of an honest training; gives the arrays, and whether any was out of it.
+
+    Parameters
+    ----------
+    start
+        Where the training began.
+    most
+        As `Settings.most_moved` gives it.
+    """
+    moved, decay = most
+    found: Arrays = {}
+    outside = False
+    for name, value in arrays.items():
+        before = start[name].astype(np.float64)
+        room = moved + decay * np.abs(before) + 1e-6 * (1 + np.abs(before))  # float32's own rounding
+        cut = np.clip(value, before - room, before + room).astype(np.float32)
+        outside = outside or not np.array_equal(cut, value)
+        found[name] = cut
+    return found, outside
+
+
 class WeightedMean:
     """A mean of arrays by name, each over whoever gives it: sum(weight * value) / sum(weight). In float64 meanwhile."""
 

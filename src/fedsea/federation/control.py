@@ -18,10 +18,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Node:
-    """A data owner's SuperNode, as the SuperLink knows it."""
+    """A data owner's SuperNode, as the SuperLink knows it: its number, its name, whether it is there, its key (PEM)."""
 
+    number: int
     name: str
     online: bool
+    public_key: bytes
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class Control:
 
     def nodes(self) -> list[Node]:
         """The SuperNodes that are let in, and which of them are there."""
-        return [Node(node.name, node.status == "online") for node in self._nodes()]
+        return [Node(node.node_id, node.name, node.status == "online", node.public_key) for node in self._nodes()]
 
     def _nodes(self) -> Any:
         from flwr.proto.control_pb2 import ListNodesRequest

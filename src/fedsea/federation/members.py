@@ -6,7 +6,7 @@ sampled. It has a question pending all the time, so it is back as soon as it ans
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import httpx
@@ -90,6 +90,10 @@ class Requirements:
         The adapter that is trained, as JSON.
     task, schema
         Empty until the first client is there.
+    registered
+        The client's name by Flower's node, where the SuperLink knows them; empty where nobody does.
+    max_examples
+        A client that has more counts as much as one with so many.
     """
 
     federation: str
@@ -99,9 +103,13 @@ class Requirements:
     lora: Mapping[str, Any]
     task: str = ""
     schema: str = ""
+    registered: Mapping[int, str] = field(default_factory=dict)
+    max_examples: int = 1_000_000
 
     def refusal(self, member: Member) -> str | None:
         """Why a client cannot take part, in words; None if it can."""
+        if self.registered and self.registered.get(member.node) != member.name:
+            return f"it says that it is {member.name}, and is not registered under this name"
         different = self.fingerprint.mismatches(member.fingerprint)
         if different:
             return f"it has another model: {', '.join(different[:3])} differ{'s' if len(different) == 1 else ''}"
@@ -237,14 +245,14 @@ class Directory:
 
     def _judge(self, node: int, reply: Message | None) -> None:
         self.members.pop(node, None)
-        name = f"node {node}"
+        name = known = self.requirements.registered.get(node, f"node {node}")
         try:
             if reply is None:
                 raise ProtocolError("its answer cannot be read")
             if reply.has_error():
                 raise UsageError(error_text(reply))
             member = Member.from_body(node, parse_json(str(_description(reply))))
-            name = member.name if NAME.fullmatch(member.name) else name
+            name = member.name if NAME.fullmatch(member.name) and not self.requirements.registered else known
             others = (other.name for other in self.members.values() if other.node not in self._silent)
             reason = NAME_TAKEN if name in others else self.requirements.refusal(member)
         except FedSEAError as error:
@@ -254,6 +262,10 @@ class Directory:
         reason = None if reason is None else one_line(reason)
         if reason is None:
             self.refused.pop(node, None)
+            most = self.requirements.max_examples
+            if member.examples > most:
+                self._notice(f"client {name} says that it has {member.examples} examples; it counts as much as {most}")
+                member = replace(member, examples=most)
             self.members[node] = member
             self.requirements.learn(member)
         else:

@@ -27,6 +27,7 @@ from fedsea.parts.adapter_files import read_adapter
 from fedsea.parts.adapters import AdapterSpec
 from fedsea.parts.cut_files import read_cut
 from fedsea.tasks import get_task
+from fedsea.wire.runs import OptimizerStep
 
 log = logging.getLogger("flwr")  # what Flower shows and collects
 app = ServerApp()
@@ -87,7 +88,9 @@ def run_federation(
         opened = [BlockServerAdmin(one, credentials, insecure=settings.insecure) for one in settings.addresses]
     chosen: Sequence[Admin] = opened if admins is None else admins
     try:
-        terms = Terms(spec, config.num_hidden_layers, shapes, settings.join_seconds, settings.straggler_seconds)
+        step = OptimizerStep("adamw", settings.local_steps, 1.0, settings.lr, settings.weight_decay)
+        deadlines = settings.join_seconds, settings.straggler_seconds
+        terms = Terms(spec, config.num_hidden_layers, shapes, *deadlines, step, settings.max_norm or None)
         requirements = _requirements(settings, config, chosen)
         servers, directory = BlockServers(chosen, terms, notice), Directory(requirements, notice)
         federation = Federation(settings, settings.lora(), servers, directory, folder, notice)
@@ -122,6 +125,8 @@ def _requirements(settings: Settings, config: PreTrainedConfig, admins: Sequence
         settings.lora(),
         task.name if task else "",
         task_schema(task) if task else "",
+        settings.registered,
+        settings.max_examples,
     )
 
 

@@ -18,7 +18,8 @@ LORA_KINDS = ("lora", "rslora", "dora")
 DTYPES = ("float32", "bfloat16", "float16")
 _POSITIVE = {"rounds", "clients", "min_clients", "lora_rank", "local_steps", "batch_size", "accumulation", "threads"}
 _POSITIVE |= {"eval_batch_size", "join_seconds", "straggler_seconds", "round_seconds", "lr", "max_grad_norm"}
-_POSITIVE |= {"fraction_train", "fraction_evaluate"}
+_POSITIVE |= {"fraction_train", "fraction_evaluate", "max_examples"}
+NOISE_DEVIATIONS = 8.0  # farther than this a Gaussian does not go in practice
 _SHARES = ("fraction_train", "fraction_evaluate")
 _BELOW_ONE = ("lora_dropout", "dp_delta")
 
@@ -47,6 +48,16 @@ class Settings:
         In all, those before a restart included.
     clients, min_clients
         The first round begins when so many clients are there; later ones with so many.
+    members
+        Which client each of Flower's nodes is, as the SuperLink has registered it: `ward-a=123, ward-b=456`. Empty
+        where nobody knows; then a client is who it says it is.
+    max_examples
+        A client that says it has more counts as much as one with so many.
+    max_norm
+        In `client-batch`: the norm with which a client's gradient of one step counts at most. 0 for any.
+    reach
+        A client's update of its own blocks counts up to `reach` x lr x local-steps for each weight. AdamW does not go
+        farther than 7.3, so 8 cuts nothing that was trained; more where clients add noise of their own. 0 for no limit.
     fraction_train
         Share of the clients that takes part in a round.
     clients_at_once
@@ -98,6 +109,10 @@ class Settings:
     rounds: int = 3
     clients: int = 2
     min_clients: int = 1
+    members: str = ""
+    max_examples: int = 1_000_000
+    max_norm: float = 10.0
+    reach: float = 8.0
     fraction_train: float = 1.0
     clients_at_once: int = 0
     seed: int = 0
@@ -203,6 +218,38 @@ class Settings:
                 raise UsageError(f"strategy-options are NAME=NUMBER, with commas between them; got {part!r}") from None
             found[name.strip().replace("-", "_")] = int(number) if number.is_integer() and "." not in text else number
         return found
+
+    @property
+    def registered(self) -> dict[int, str]:
+        """What `members` says: the client's name, by node.
+
+        Raises
+        ------
+        UsageError
+            If it cannot be read.
+        """
+        found = {}
+        for part in filter(None, (part.strip() for part in self.members.split(","))):
+            name, _, node = part.partition("=")
+            if not (name and node.isascii() and node.isdecimal()):
+                raise UsageError(f"members are NAME=NODE, with commas between them; got {part!r}")
+            found[int(node)] = name
+        return found
+
+    def most_moved(self) -> tuple[float, float] | None:
+        """How far one round's training moves a weight at most: by so much, and by this share of itself (its decay).
+
+        None where `reach` sets no limit. What `dp_clip` adds counts as moved.
+        """
+        if not self.reach:
+            return None
+        deviation = 0.0
+        if self.dp_clip:
+            sensitivity = self.dp_sensitivity or 2 * self.dp_clip
+            deviation = sensitivity * math.sqrt(2 * math.log(1.25 / self.dp_delta)) / self.dp_epsilon
+        moved = self.reach * self.lr * self.local_steps + self.dp_clip + NOISE_DEVIATIONS * deviation
+        decay = self.lr * self.weight_decay * self.local_steps
+        return moved * (1 + decay), decay
 
     def lora(self) -> dict[str, Any]:
         """The adapter, as `fedsea.federation.recipe.lora_config` takes it: JSON."""

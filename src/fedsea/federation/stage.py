@@ -19,6 +19,7 @@ from fedsea.federation.members import Member
 from fedsea.partition import layer_of
 from fedsea.parts.adapters import AdapterSpec
 from fedsea.wire.rounds import MemberStatus, RoundPlan, RoundStatus, Seat, ServerDescription, Strategy, Ticket, new_seat
+from fedsea.wire.runs import OptimizerStep
 
 RETRY_SECONDS, RETRIES = 1.0, 3
 
@@ -56,6 +57,8 @@ class Terms:
         Of the whole adapter's weights, by name.
     join_seconds, straggler_seconds
         Deadlines.
+    step, max_norm
+        What a client's optimizer steps at a block server are, and how much its gradient counts: `RoundPlan`.
     """
 
     adapter: AdapterSpec
@@ -63,6 +66,8 @@ class Terms:
     shapes: Mapping[str, tuple[int, ...]]
     join_seconds: float
     straggler_seconds: float
+    step: OptimizerStep | None = None
+    max_norm: float | None = None
 
     def middle_of(self, member: Member) -> dict[str, tuple[int, ...]]:
         """Names and shapes of a client's middle weights: those that its block server trains."""
@@ -197,11 +202,18 @@ class BlockServers:
         seats: list[Seat] = []
         tickets: dict[str, Ticket] = {}
         for member in group:
-            seat, tickets[member.name] = new_seat(admin.address, stage.label, member.name)
+            seat, tickets[member.name] = new_seat(admin.address, stage.label, member.name, float(member.examples))
             seats.append(seat)
         terms = self.terms
         plan = RoundPlan(
-            stage.label, strategy, terms.adapter, tuple(seats), terms.join_seconds, terms.straggler_seconds
+            stage.label,
+            strategy,
+            terms.adapter,
+            tuple(seats),
+            terms.join_seconds,
+            terms.straggler_seconds,
+            terms.step,
+            terms.max_norm,
         )
         admin.open_round(plan, tensors)
         stage.tickets |= tickets

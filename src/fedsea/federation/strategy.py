@@ -19,9 +19,9 @@ import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 
-from fedsea.errors import UsageError
+from fedsea.errors import ProtocolError, UsageError
 from fedsea.federation import replies as checked
-from fedsea.federation.arrays import Arrays, Shapes, WeightedMean, from_record, to_record
+from fedsea.federation.arrays import Arrays, Shapes, WeightedMean, cut_to_reach, from_record, to_record
 from fedsea.federation.exchange import Federation, Round, Watch
 from fedsea.federation.grid import FederationGrid, exchange
 from fedsea.federation.members import Member
@@ -249,6 +249,8 @@ class FedSEAMixin(stock.FedAvg):
             member = this.members[node]
             shapes = self._wanted(member) if this.training else None
             reply = checked.read_reply(message, shapes)
+            if not isinstance(reply, str):
+                reply = self._counted(this, member, reply)
             if isinstance(reply, str):
                 stage.failed[member.name] = reply
                 if reply.startswith(checked.CHANGED):
@@ -256,6 +258,25 @@ class FedSEAMixin(stock.FedAvg):
             else:
                 good.append((member, reply))
         return sorted(good, key=lambda one: one[0].name)
+
+    def _counted(self, this: Round, member: Member, reply: checked.Reply) -> checked.Reply | str:
+        """A reply as far as it counts: a training's by the examples the client was admitted with, and by the recipe."""
+        settings = self.federation.settings
+        examples = min(reply.metrics[checked.EXAMPLES], settings.max_examples)
+        metrics = reply.metrics | {checked.EXAMPLES: examples}
+        if not this.training:
+            return checked.Reply(metrics, reply.arrays)
+        if examples != member.examples:
+            told = f"{reply.metrics[checked.EXAMPLES]:g} examples, and was admitted with {member.examples}"
+            return f"{ProtocolError.code}: it has trained on {told}"
+        most = settings.most_moved()
+        arrays, outside = cut_to_reach(reply.arrays, this.weights, most) if most else (reply.arrays, False)
+        if outside:
+            self.federation.notice(
+                f"round {this.number}: client {member.name} has moved weights farther than the recipe can; they "
+                "count as far as it can (if the client adds noise, see the setting reach)"
+            )
+        return checked.Reply(metrics, arrays)
 
     def _wanted(self, member: Member) -> Shapes:
         """What a client's reply must have."""

@@ -217,7 +217,10 @@ class Federation:
             If the run fails, or a server dies.
         """
         began, gone = time.time(), 0
-        number = self.control.start(run_config(self.settings))
+        # Flower tells a coordinator's app numbers of nodes; here is known whose keys are theirs.
+        keys = {self.deployment.public_key(client): client for client in self.options.clients}
+        members = [f"{keys[node.public_key]}={node.number}" for node in self.control.nodes() if node.public_key in keys]
+        number = self.control.start(run_config(replace(self.settings, members=", ".join(members))))
         try:
             while True:
                 self.check()

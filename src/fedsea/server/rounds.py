@@ -115,6 +115,7 @@ class Round:
         if self.plan.shared and self.common is None:
             self.common = self._trainer(runs.middle.layers, None)
         trainer = self._trainer(wish.partition.middle(num_layers), self.common)
+        trainer.weight, trainer.max_norm = member.seat.weight, self.plan.max_norm or float("inf")
         member.run = runs.add(replace(wish, adapter=self.plan.adapter), client, trainer, end)
         member.run.owner, member.run.on_end = self.owner, partial(self._left, member)
         member.heard = self.heard = runs.clock()
@@ -163,6 +164,10 @@ class Round:
             member.finished = True
             self.kick()
             return self._table.runs.settle(run, Outcome(operation.number, {"version": run.trainer.version}))
+        if isinstance(operation, Command) and command == "update":
+            refusal = self.plan.refusal(OptimizerStep.from_body(operation.body))
+            if refusal is not None:
+                raise ProtocolError(refusal)
         if not isinstance(operation, Forward | Backward) and not (command == "update" and self.plan.shared):
             return await self._table.scheduler.run(self.owner, partial(self._table.runs.do, run, operation))
         done: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
@@ -174,6 +179,10 @@ class Round:
             if member.waiting is not None and member.waiting[1] is done:
                 member.waiting = None  # its connection is lost before it was done; it will be sent again
             del done
+
+    def weighs(self, run: Run) -> bool:
+        """Whether a member says itself how much its gradients count."""
+        return self.plan.shared and self._member_of(run).seat.weight is None
 
     def _left(self, member: Member) -> None:
         member.ended = True
@@ -275,7 +284,7 @@ class Round:
         return [answers[run] for run, _ in jobs]
 
     def _step_together(self, jobs: Sequence[tuple[Run, Command]]) -> list[tuple[Run, Outcome | BaseException]]:
-        """One step of the adapter that all train; whoever asks for another than most do is refused."""
+        """One step of the adapter that all train; whoever asks for another than most of them do is refused."""
         asked: dict[Run, OptimizerStep] = {}
         outcomes: dict[Run, Outcome | BaseException] = {}
         for run, command in jobs:
@@ -284,10 +293,11 @@ class Round:
             except FedSEAError as error:
                 outcomes[run] = error
         plain = {run: replace(step, scale=1.0, fresh=False) for run, step in asked.items()}
-        usual = Counter(plain.values()).most_common(1)[0][0] if plain else None
-        agreed = [run for run, step in plain.items() if step == usual]
-        if usual is not None and self.common is not None:
-            scale = sum(asked[run].scale for run in agreed) / len(agreed)
+        usual, votes = Counter(plain.values()).most_common(1)[0] if plain else (None, 0)
+        agreed = [run for run, step in plain.items() if step == usual and 2 * votes > len(plain)]
+        if usual is not None and agreed and self.common is not None:
+            # A scale is what clipping leaves: nobody may make the step larger than its gradient.
+            scale = sum(min(1.0, asked[run].scale) for run in agreed) / len(agreed)
             try:
                 self.common.update(replace(usual, scale=scale))
             except FedSEAError as error:

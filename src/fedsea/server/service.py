@@ -284,7 +284,7 @@ class BlockServer:
                 run.trainer.version,
                 limits.frame_bytes,
                 limits.run_micro_batches,
-                shared=member_of is not None and member_of.plan.shared,
+                shared=member_of is not None and member_of.weighs(run),
             )
             await stream.write(encode(Message(Kind.OPENED, attached.to_body())))
             async with RunStream(stream, run.count) as frames:

@@ -4,6 +4,7 @@ A run has one of its own, or several runs share one: then every optimizer step g
 each counted with its weight. Base weights and activations are the trainer's business (trainer.py).
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -27,10 +28,13 @@ class Share:
         How much its gradient counts beside those of others.
     layers
         Those that it trains; in the others nothing is divided by its weight.
+    max_norm
+        The norms of what it gives count together up to this.
     """
 
     weight: float
     layers: range
+    max_norm: float = math.inf
 
 
 class TrainedAdapter:
@@ -58,6 +62,7 @@ class TrainedAdapter:
         self._layers = {name: layer_of(name) for name in parameters}
         self._gradients: dict[str, Tensor] | None = None
         self._shares: dict[object, Share] = {}
+        self._given: dict[object, float] = {}  # by contributor: the norms of what it has given, together
         self._optimizer: torch.optim.Optimizer | None = None
         self._kind: tuple[str, bool] | None = None
         self._restored: dict[str, dict[str, Tensor]] = {}
@@ -115,15 +120,21 @@ class TrainedAdapter:
         # Not in place: what turns out not to be finite must leave the others' as it was.
         values = list(gradients.values())
         added = dict(zip(gradients, torch._foreach_mul(values, factor) if values else (), strict=True))
+        norm = _norm(list(added.values()))
+        if norm == math.inf:
+            return False
+        # A sum's norm is at most the sum of the norms: in as many parts as it likes, it counts up to its bound.
+        given = self._given.get(contributor, 0.0)
+        counted = min(norm, max(0.0, share.max_norm - given))
         if added:
-            torch._foreach_mul_(list(added.values()), share.weight)
+            torch._foreach_mul_(list(added.values()), share.weight * (counted / norm if norm else 1.0))
         both = [name for name in added if name in before]
         if both:
             torch._foreach_add_([added[name] for name in both], [before[name] for name in both])
         if not _norm(list(added.values())) < float("inf"):
             return False
         self._gradients = before | added
-        self._shares[contributor] = share
+        self._shares[contributor], self._given[contributor] = share, given + counted
         return True
 
     def norm(self) -> float:
@@ -168,6 +179,7 @@ class TrainedAdapter:
         if self.shared:
             self._gradients = None
             self._shares.clear()
+            self._given.clear()
         self.version = step.step
         self.changes += 1
 
@@ -190,6 +202,7 @@ class TrainedAdapter:
             self._gradients = self._optimizer = self._kind = None
             self._restored = {}
             self._shares.clear()
+            self._given.clear()
 
     def load(self, tensors: dict[str, Tensor], layers: range) -> None:
         """Set weights (`adapter/NAME`) and optimizer states (`exp_avg/NAME`, ...) of some layers.

@@ -101,6 +101,8 @@ class Trainer:
         self.scalings: dict[str, float] = {name: module.scaling["default"] for name, module in adapted.items()}
         self.bytes_per_place: float | None = None
         self.trouble: str | None = None
+        self.weight: float | None = None  # beside others' gradients; None for what each gradient says
+        self.max_norm = float("inf")
         self._max_micros = max_micros
         self._micros: OrderedDict[int, Micro] = OrderedDict()
         self._evicted: OrderedDict[int, None] = OrderedDict()
@@ -233,7 +235,8 @@ class Trainer:
         if pull.spoiled and self.trained.shared:
             return  # its owner is told to begin again, and it could not be taken back
         # The exponent's part is taken off here, in float32: in between, float16 needs it.
-        factor, share = 2.0**-pull.exponent, Share(pull.operation.weight, self.layers)
+        weight = pull.operation.weight if self.weight is None else self.weight
+        factor, share = 2.0**-pull.exponent, Share(weight, self.layers, self.max_norm)
         taken = self.trained.add(self._contributor, pull.at_weights, factor, share, fresh=pull.operation.fresh)
         pull.spoiled |= not taken
 

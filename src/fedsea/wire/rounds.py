@@ -9,14 +9,15 @@ import hashlib
 import hmac
 import re
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast, get_args
 
 from fedsea.checkpoints.fingerprint import Fingerprint
 from fedsea.errors import ProtocolError, UsageError
 from fedsea.parts.adapters import AdapterSpec
 from fedsea.wire.handshake import read_count
-from fedsea.wire.runs import NAME
+from fedsea.wire.run_frames import MAX_WEIGHT
+from fedsea.wire.runs import NAME, OptimizerStep
 
 Strategy = Literal["sequential", "client-batch", "server-hierarchical"]
 STRATEGIES: tuple[Strategy, ...] = ("sequential", "client-batch", "server-hierarchical")
@@ -41,10 +42,13 @@ class Seat:
         The client's name: its certificate's common name, where there are certificates.
     token_hash
         Of the ticket that it must show.
+    weight
+        How much its gradient counts beside those of others where all train one adapter; None for what it says itself.
     """
 
     client: str
     token_hash: str
+    weight: float | None = None
 
     def admits(self, token: str) -> bool:
         """Whether this is the seat's ticket."""
@@ -111,10 +115,10 @@ def run_name(label: str, client: str) -> str:
     return name
 
 
-def new_seat(server: str, label: str, client: str) -> tuple[Seat, Ticket]:
+def new_seat(server: str, label: str, client: str, weight: float | None = None) -> tuple[Seat, Ticket]:
     """A seat in a round, and its ticket."""
     ticket = Ticket(server, run_name(label, client), client, secrets.token_urlsafe(32))
-    return Seat(client, hash_token(ticket.token)), ticket
+    return Seat(client, hash_token(ticket.token), weight), ticket
 
 
 @dataclass(frozen=True)
@@ -135,6 +139,11 @@ class RoundPlan:
         So long the first step waits for members that have not come.
     straggler_seconds
         So long a step waits for a member that has nothing to do yet.
+    step
+        What every optimizer step is, and the number of the last one; its scale is each member's own. None for what
+        most of the members ask for.
+    max_norm
+        The norm with which a member's gradient of one step counts at most where all train one adapter. None for any.
     """
 
     label: str
@@ -143,6 +152,8 @@ class RoundPlan:
     members: tuple[Seat, ...]
     join_seconds: float = 60.0
     straggler_seconds: float = 60.0
+    step: OptimizerStep | None = None
+    max_norm: float | None = None
 
     def __post_init__(self) -> None:
         if self.strategy not in STRATEGIES:
@@ -156,18 +167,33 @@ class RoundPlan:
             run_name(self.label, seat.client)
         if len({seat.client for seat in self.members}) < len(self.members):
             raise UsageError("a client has one seat in a round")
+        bounds = {"a seat's weight": [seat.weight for seat in self.members], "max_norm": [self.max_norm]}
+        for what, values in bounds.items():
+            if any(value is not None and not 0 < value <= MAX_WEIGHT for value in values):
+                raise UsageError(f"{what} must be above 0, at most {MAX_WEIGHT:g}")
 
     @property
     def shared(self) -> bool:
         """Whether all members train one adapter."""
         return self.strategy == "client-batch"
 
+    def refusal(self, step: OptimizerStep) -> str | None:
+        """Why a member may not make this optimizer step, in words; None if it may."""
+        if self.step is None:
+            return None
+        if step.step > self.step.step:
+            return f"the round has {self.step.step} optimizer steps; this would be step {step.step}"
+        if settings_of(step) != settings_of(self.step):
+            return "this optimizer step has other settings than those of the round"
+        return None
+
     def to_body(self) -> dict[str, Any]:
         """As a JSON object."""
         return {
             **vars(self),
             "adapter": self.adapter.to_body(),
-            "members": [[seat.client, seat.token_hash] for seat in self.members],
+            "members": [[seat.client, seat.token_hash, seat.weight] for seat in self.members],
+            "step": self.step.to_body() if self.step is not None else None,
         }
 
     @classmethod
@@ -185,13 +211,16 @@ class RoundPlan:
         seats = []
         for member in members:
             match member:
-                case [str(client), str(token_hash)] if _HASH.fullmatch(token_hash):
-                    seats.append(Seat(client, token_hash))
+                case [str(client), str(token_hash), weight] if _HASH.fullmatch(token_hash) and _may_be(weight):
+                    seats.append(Seat(client, token_hash, weight))
                 case _:
-                    raise ProtocolError("a member of a round has a name and the hash of its ticket")
+                    raise ProtocolError("a member of a round has a name, the hash of its ticket, and a weight or none")
         seconds = {name: body.get(name) for name in ("join_seconds", "straggler_seconds")}
         if not all(type(value) in (int, float) for value in seconds.values()):
             raise ProtocolError("a round's deadlines are seconds")
+        step, max_norm = body.get("step"), body.get("max_norm")
+        if not isinstance(step, dict | None) or not _may_be(max_norm):
+            raise ProtocolError("a round's optimizer step and norm cannot be read")
         try:
             return cls(
                 label,
@@ -199,9 +228,20 @@ class RoundPlan:
                 AdapterSpec.from_body(body.get("adapter")),
                 tuple(seats),
                 **cast(dict[str, float], seconds),
+                step=OptimizerStep.from_body(step) if step is not None else None,
+                max_norm=max_norm,
             )
         except UsageError as error:
             raise ProtocolError(str(error)) from None
+
+
+def settings_of(step: OptimizerStep) -> OptimizerStep:
+    """What an optimizer step is, whichever it is and whoever makes it."""
+    return replace(step, step=0, scale=1.0, fresh=False)
+
+
+def _may_be(number: Any) -> bool:
+    return number is None or type(number) in (int, float)
 
 
 @dataclass(frozen=True)

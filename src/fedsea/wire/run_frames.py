@@ -52,6 +52,7 @@ RUN = struct.Struct("<IIif")
 START = HEADER.size + RUN.size
 TRAINING, RECOMPUTE, FRESH, MORE = 4, 8, 16, 32
 _FLAGS = {Kind.FORWARD: NO_RESULT | TRAINING | RECOMPUTE, Kind.BACKWARD: FRESH, Kind.TENSORS: MORE}
+MAX_WEIGHT = 2.0**30  # of a gradient beside others: more tokens than a step can have
 FLOAT16_TOP = 14  # gradients are scaled so that their largest is just below 2**14
 SMALLEST_EXPONENT = -114  # of a gradient, for float32's largest; below it, undoing it would leave float32's range
 
@@ -233,8 +234,8 @@ def decode_run(data: bytes, *, max_bytes: int | None = None) -> tuple[RunFrame, 
     if kind == Kind.BACKWARD:
         if exponent < SMALLEST_EXPONENT:
             raise ProtocolError(f"an exponent of {exponent} is out of its range")
-        if not 0 < norm < math.inf:
-            raise ProtocolError(f"a gradient's weight must be above 0; got {norm}")
+        if not 0 < norm <= MAX_WEIGHT:
+            raise ProtocolError(f"a gradient's weight must be above 0, at most {MAX_WEIGHT:g}; got {norm}")
         gradient = decode_tensor(data, START, code, count, hidden)
         return Backward(number, micro, gradient, exponent, bool(flags & FRESH), norm), received
     if kind == Kind.STATES:
