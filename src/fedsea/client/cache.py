@@ -6,13 +6,14 @@ with the next step, as its start positions and row map.
 
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from transformers import Cache
 
 from fedsea.client.session import Session
+from fedsea.errors import UsageError
 from fedsea.parts import RowCache
 from fedsea.parts.rows import gather_rows
 
@@ -149,6 +150,12 @@ class SplitCache(Cache):
     def batch_size(self) -> int:
         """Number of rows."""
         return len(self.lengths)
+
+    def __reduce_ex__(self, _protocol: Any) -> NoReturn:
+        raise UsageError(
+            "a split model's cache holds a session at the block server, so it cannot be copied or pickled; begin "
+            "another one with model.new_cache()"
+        )
 
     def close(self) -> None:
         """End the session."""

@@ -9,7 +9,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from fedsea.checkpoints import Checkpoint, open_checkpoint
@@ -17,6 +17,7 @@ from fedsea.client.backbone import SplitBackbone
 from fedsea.client.cache import SplitCache
 from fedsea.client.connection import Endpoint, client_credentials
 from fedsea.client.dtypes import compute_dtype, wire_dtype_for
+from fedsea.client.generation import SplitGenerationMixin, the_cache
 from fedsea.client.narrow import check_rank, narrow_at_start
 from fedsea.client.native import NativeMixin, known_as
 from fedsea.client.session import Session, SessionSettings
@@ -39,7 +40,7 @@ def tell(message: str) -> None:
     print(f"fedsea: {one_line(message)}", file=sys.stderr, flush=True)
 
 
-class SplitModelForCausalLM(NativeMixin, PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+class SplitModelForCausalLM(NativeMixin, PreTrainedModel, SplitGenerationMixin):  # type: ignore[misc]
     """A causal language model whose middle blocks are run by a block server.
 
     A transformers `PreTrainedModel`: `generate` in all its modes, streamers, stopping criteria, assisted decoding.
@@ -248,7 +249,7 @@ class SplitModelForCausalLM(NativeMixin, PreTrainedModel, GenerationMixin):  # t
         if labels is not None:
             learnt = (labels[:, 1:] != -100).sum() if num_items_in_batch is None else num_items_in_batch
             self._weight = float(max(1, int(learnt)))
-        given = _the_cache(past_key_values, cache)
+        given = the_cache(past_key_values, cache)
         hidden, cache = self._states(input_ids, attention_mask, given, use_cache, logits_to_keep, **kwargs)
         logits = self.output_blocks.logits(hidden)
         if hidden.requires_grad and self.dtype is torch.float16:
@@ -279,7 +280,7 @@ class SplitModelForCausalLM(NativeMixin, PreTrainedModel, GenerationMixin):  # t
         unsupported = [key for key, value in kwargs.items() if value is not None and value is not False]
         if unsupported:
             raise UsageError(f"a split model does not take {', '.join(sorted(unsupported))}")
-        given = _the_cache(past_key_values, cache)
+        given = the_cache(past_key_values, cache)
         if given is None and self._trains():
             hidden = self._pass_with_graph(input_ids, _padding(input_ids, attention_mask, 0))
             return _kept(hidden, logits_to_keep), None
@@ -393,16 +394,6 @@ class SplitModelForCausalLM(NativeMixin, PreTrainedModel, GenerationMixin):  # t
                 f"the text would have {longest} tokens; the model and the server allow {self.max_tokens}"
             )
 
-    def _prepare_cache_for_generation(  # type: ignore[override]
-        self, generation_config: Any, model_kwargs: dict[str, Any], *_args: Any
-    ) -> None:
-        """`generate` asks for a cache: a split one, unless the user brings one or wants none."""
-        given = _the_cache(model_kwargs.pop("past_key_values", None), model_kwargs.pop("cache", None))
-        if given is None and generation_config.use_cache is not False:
-            given = self.new_cache()
-        if given is not None:
-            model_kwargs[CACHE] = given
-
     def extra_repr(self) -> str:
         """What `print(model)` says beside the client's modules."""
         at = f" at {self._endpoint.address}" if self._endpoint is not None else ""
@@ -445,13 +436,6 @@ class SplitModelForCausalLM(NativeMixin, PreTrainedModel, GenerationMixin):  # t
 def _alive(model: SplitModelForCausalLM | None) -> SplitModelForCausalLM:
     assert model is not None, "the backbone is used without its model"
     return model
-
-
-def _the_cache(past_key_values: SplitCache | None, cache: SplitCache | None) -> SplitCache | None:
-    """The cache that a caller has given, by either of its names."""
-    if past_key_values is not None and cache is not None:
-        raise UsageError("past_key_values and cache are two names of one argument; give one of them")
-    return cache if past_key_values is None else past_key_values
 
 
 def _kept(hidden: Tensor, logits_to_keep: int | Tensor) -> Tensor:

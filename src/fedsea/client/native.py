@@ -86,6 +86,12 @@ class NativeMixin(RoundMixin):
         if self._run is not None:
             self.lora_middle.requires_grad_(trainable)
 
+    def __reduce_ex__(self, _protocol: Any) -> NoReturn:
+        raise UsageError(
+            "a split model holds a connection to its block server, so it cannot be copied or pickled; load it again "
+            "with SplitModelForCausalLM.from_pretrained"
+        )
+
     # transformers' own versions of these ask for releases of PEFT that the split does not need.
 
     def set_adapter(self, adapter_name: str | list[str]) -> None:
