@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from fedsea.audit.audit import Plan, run
+from fedsea.audit.audit import run
+from fedsea.audit.plan import Plan
 from fedsea.audit.samples import SAMPLES, read_texts
 from fedsea.cli import run as command
 from fedsea.errors import UsageError
@@ -27,7 +28,7 @@ def test_without_noise_a_provider_reads_everything(tmp_path: Path, capsys: pytes
         "With this configuration a provider who knows the public weights reads 100 % of the text's tokens (search)"
     )
     assert " ".join(printed.out.split()).startswith(verdict)
-    assert TEXT in printed.out
+    assert TEXT in " ".join(printed.out.split())
     assert "… search" in printed.err
     report = json.loads(out.read_text())
     found = {finding["attack"]: finding for finding in report["findings"]}

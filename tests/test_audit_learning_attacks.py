@@ -15,10 +15,11 @@ from fedsea.audit.attack import Recovery
 from fedsea.audit.attacks import ATTACKS, get_attack
 from fedsea.audit.attacks.decoder import WINDOW, Decoder, PaperDecoder
 from fedsea.audit.attacks.optimise import Optimise
-from fedsea.audit.audit import Plan, run
+from fedsea.audit.audit import run
 from fedsea.audit.known_adapter import KnownAdapter
 from fedsea.audit.observation import Knowledge, Subject
 from fedsea.audit.observe import observe_sessions
+from fedsea.audit.plan import Plan
 from fedsea.audit.samples import SAMPLES
 from fedsea.checkpoints import open_checkpoint
 from fedsea.cli import run as command

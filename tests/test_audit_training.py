@@ -9,10 +9,10 @@ import torch
 
 from fedsea import GaussianNoise, Partition
 from fedsea.audit.attacks import get_attack
-from fedsea.audit.audit import Plan
 from fedsea.audit.backward import OutputLayers
 from fedsea.audit.observation import Knowledge, Observation, Subject
 from fedsea.audit.observe import observe_training
+from fedsea.audit.plan import Plan
 from fedsea.audit.samples import SAMPLES, Question, encode, read_texts
 from fedsea.audit.scores import label_scores
 from fedsea.checkpoints import load_tokenizer, open_checkpoint

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig
 
 from fedsea import GaussianNoise, Partition
 from fedsea.audit.live import LiveLeakage, Tap, public_start, question_span
@@ -16,7 +17,7 @@ from fedsea.cli import run
 from fedsea.client.conversation import Conversation, chat_tokens
 from fedsea.errors import UsageError
 from fedsea.parts import Rows
-from fedsea.privacy import ClippedGaussianNoise, Magnitude
+from fedsea.privacy import ClippedGaussianNoise, Magnitude, RelativeGaussianNoise
 from fedsea.privacy.warning import leak_warning
 from fedsea.wire.credentials import Credentials, create_credentials
 from tests.conftest import RunningServer, connect
@@ -99,20 +100,20 @@ def test_nothing_is_read_of_what_does_not_leave(small: str, server: RunningServe
             LiveLeakage(conversation, open_checkpoint(small))
 
 
-def test_what_is_known_to_leak_is_told_and_nothing_else() -> None:
+def test_what_is_known_to_leak_is_told() -> None:
     one = Partition(1, 1)
 
     def warned(noise: object, partition: Partition = one, hidden: int = 576) -> str:
-        return leak_warning(noise, partition, hidden, lambda: Magnitude(1.0, 24.0)) or ""  # type: ignore[arg-type]
+        return leak_warning(noise, partition, hidden, lambda: Magnitude(1.0, 24.0))  # type: ignore[arg-type]
 
     assert "without noise" in warned(GaussianNoise(0.0))
     assert "without noise" in warned(ClippedGaussianNoise(3.0, 0.0))
     assert "no input layer" in warned(GaussianNoise(50.0), Partition(0, 1))
     assert "noise of 9 x the mean |h_A| is weak" in warned(GaussianNoise(9.0))
-    assert warned(GaussianNoise(11.0)) == ""
+    assert "hides no answer" in warned(GaussianNoise(11.0))
     assert "weak" in warned(GaussianNoise(11.0), hidden=4096)  # a search has more to go by
     assert "weak" in warned(ClippedGaussianNoise(24.0, 9.0))
-    assert warned(ClippedGaussianNoise(2.4, 9.0)) == ""  # clipped to a tenth, so ten times as strong
+    assert "hides no answer" in warned(ClippedGaussianNoise(2.4, 9.0))  # clipped to a tenth, so ten times as strong
 
 
 def test_the_warning_is_one_line_with_a_command_and_can_be_hidden(
@@ -129,9 +130,17 @@ def test_the_warning_is_one_line_with_a_command_and_can_be_hidden(
     assert run([*ask, "--noise-level", "1.5"]) == 0
     first, *_ = capsys.readouterr().err.splitlines()
     assert first.startswith("fedsea: noise of 1.5 x the mean |h_A| is weak")
-    assert f"fedsea audit {small} --input-layers 1 --output-layers 1 --noise-level 1.5 " in first
+    audits = f"fedsea audit {small} --input-layers 1 --output-layers 1 --mechanism "
+    assert f"{audits}relative:level=1.5 --answer-tokens 32 " in first
     assert run([*ask, "--noise-level", "1000"]) == 0
-    assert "weak" not in capsys.readouterr().err
+    assert "hides no answer" in capsys.readouterr().err
+    said: list[str] = []
+    with connect(
+        secure, small, credentials=tmp_path / "client-a", noise=RelativeGaussianNoise(1.5), notice=said.append
+    ) as model:
+        model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    assert [("weak" in line, "gradients" in line) for line in said] == [(True, False), (False, True)]
+    assert f"{audits}relative:level=1.5 --train-steps 4 --task TASK --data PATH " in said[1]
     monkeypatch.setenv("FEDSEA_LEAK_WARNING", "off")
     assert run(ask) == 0
     assert "fedsea:" not in capsys.readouterr().err

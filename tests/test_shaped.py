@@ -18,9 +18,10 @@ from fedsea.audit.attacks.nearest import Nearest
 from fedsea.audit.attacks.optimise import Optimise
 from fedsea.audit.attacks.search import Search
 from fedsea.audit.attacks.search_map import SearchMap
-from fedsea.audit.audit import Audits, Plan
+from fedsea.audit.audit import Audits
 from fedsea.audit.calibrate import public_sensitivity
 from fedsea.audit.observation import Knowledge, Observation
+from fedsea.audit.plan import Plan
 from fedsea.bench import privacy, privacy_shaped
 from fedsea.bench.privacy_shaped import Point, at_leakage
 from fedsea.bench.workbench import Settings

@@ -1,11 +1,8 @@
 """An audit: texts go through a real session with a provider that keeps what it sees, and attacks read what it kept."""
 
 import dataclasses
-import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,255 +13,23 @@ from fedsea.audit.attacks import get_attack
 from fedsea.audit.known_adapter import KnownAdapter
 from fedsea.audit.language import told_before
 from fedsea.audit.limits import Limits, find_limits
+from fedsea.audit.live import public_start
 from fedsea.audit.observation import Knowledge, Subject
 from fedsea.audit.observe import Progress, observe_sessions, observe_training
-from fedsea.audit.samples import Text, encode
+from fedsea.audit.plan import Plan
+from fedsea.audit.report import Finding, Report
+from fedsea.audit.samples import TaskText, Text, encode
 from fedsea.audit.scores import Score, label_scores, score
 from fedsea.audit.utility import adapted_model, protected_model, text_loss
 from fedsea.checkpoints import Checkpoint, open_checkpoint
 from fedsea.client.dtypes import wire_dtype_for
 from fedsea.errors import UsageError
-from fedsea.partition import PROJECT, Partition
+from fedsea.partition import PROJECT
 from fedsea.parts.cut_files import read_cut
-from fedsea.privacy import GaussianNoise, Noise
+from fedsea.privacy import Noise
 from fedsea.privacy.calibrate import measure_magnitude
-
-ATTACKS = ("prior", "nearest", "search", "search-map", "read-out")
-FLOOR = "prior"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is audited.
-
-    Parameters
-    ----------
-    model
-        As `open_checkpoint` takes it; it needs a tokenizer.
-    texts
-        What the client sends, each in a session of its own; of one with an answer, the prompt. In training it is all
-        sent, and learnt: the answer, or the whole text if it has none.
-    partition
-        Where the model is cut.
-    noise
-        How the states are protected.
-    wire_dtype
-        As `SplitModelForCausalLM.from_pretrained` takes it.
-    tokens
-        Of each text at most; what is more is cut off.
-    answer
-        Tokens of an answer, greedy, that are generated and observed after each text; 0 for none.
-    looks
-        How often each text is sent, each time by another process, so with another secret.
-    attacks
-        Their names; empty for the usual ones.
-    adapter
-        A PEFT adapter that the client and its middle run with, and training goes on with.
-    attacker_has_adapter
-        Whether attackers have it as well, as it is before training.
-    train_steps
-        Steps of a training on the texts, in turn, which is audited instead of sessions; 0 for sessions.
-    batch_size
-        Texts of a training step at most.
-    colluder
-        Texts of a client who tells the provider what they are, for the attacks that learn from that.
-
-    Raises
-    ------
-    UsageError
-        If there are no texts, a number cannot be used, there is no such attack, or options exclude each other.
-    """
-
-    model: str | Checkpoint
-    texts: Sequence[Text]
-    partition: Partition = Partition()
-    noise: Noise = field(default_factory=GaussianNoise)
-    wire_dtype: str | None = None
-    tokens: int = 64
-    answer: int = 0
-    looks: int = 1
-    attacks: tuple[str, ...] = ()
-    adapter: Path | None = None
-    attacker_has_adapter: bool = False
-    train_steps: int = 0
-    batch_size: int = 4
-    colluder: Sequence[Text] = ()
-
-    def __post_init__(self) -> None:
-        if not self.texts:
-            raise UsageError("an audit needs at least one text")
-        least = {"tokens": 1, "answer": 0, "looks": 1, "train_steps": 0, "batch_size": 1}
-        for name, lowest in least.items():
-            if getattr(self, name) < lowest:
-                raise UsageError(f"{name} must be {lowest} or more; got {getattr(self, name)}")
-        if self.train_steps and (self.answer or self.looks > 1):
-            raise UsageError("a training generates no answers, and its looks are its passes; leave them out")
-        if self.attacker_has_adapter and self.adapter is None:
-            raise UsageError("there is no adapter that attackers could have; name one")
-        if set(self.colluder) & set(self.texts):
-            raise UsageError("a text of the colluder's is attacked as well: what is read of it would say nothing")
-        for name in self.attacks:
-            get_attack(name)
-
-    @property
-    def chosen(self) -> tuple[str, ...]:
-        """Names of the attacks that are made."""
-        if self.attacks:
-            return self.attacks
-        again = self.looks > 1 or self.train_steps * min(self.batch_size, len(self.texts)) > len(self.texts)
-        return (*ATTACKS, *(["gradient"] if self.train_steps else []), *(["average"] if again else []))
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What one attack got.
-
-    Attributes
-    ----------
-    attack, knows
-        Its name, and what its attacker knows beside what crosses the wire.
-    prompt, answer
-        Scores by name (`score`) over the texts that were sent, and over their answers; empty if there are none.
-    seconds_to_prepare
-        For what serves all texts, such as tables.
-    seconds_per_token
-        For the rest.
-    recoveries
-        What it made of each text with its answer, as tokens and as text.
-    labels
-        Scores by name (`label_scores`) of an attack on a training that says what was learnt; else empty.
-    """
-
-    attack: str
-    knows: str
-    prompt: dict[str, Score]
-    answer: dict[str, Score]
-    seconds_to_prepare: float
-    seconds_per_token: float
-    recoveries: tuple[Recovery, ...]
-    texts: tuple[str, ...]
-    labels: dict[str, Score] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Report:
-    """What an audit found.
-
-    Attributes
-    ----------
-    model, partition, mechanism, wire_dtype, looks, adapter, attacker_has_adapter, train_steps
-        What was audited; the mechanism calibrated, as users write it.
-    colluder
-        How many texts attackers learnt from that a colluding client had told them; where there are none, they learn
-        from public text.
-    asked
-        The mechanism as it was asked for.
-    noise_std
-        Standard deviation of what the mechanism and rounding on the wire add to an element.
-    noise_level
-        The mechanism's own, as a multiple of the mean |h_A| of the model.
-    texts
-        What was sent: the texts as they were cut, without their answers.
-    answers
-        What was observed of their answers.
-    tokens
-        Of all texts and answers together.
-    findings
-        One for each attack.
-    told
-        The reference that is no attack, what the model guesses if it is told all tokens before: its scores as a
-        finding's, under `prompt` and `answer`.
-    limits
-        What no attacker gets past.
-    loss
-        What the client pays: its cross entropy of the texts with what came back, nats a token; None if no text has two
-        tokens.
-    public_loss
-        The same of the whole public model, without mechanism or adapter.
-    ids
-        Each text with its answer, as tokens.
-    prompts
-        How many of them are the text.
-    known
-        How many tokens every text begins with that everybody knows; they are not counted.
-    words
-        How each token is written that stands in a text or in a recovery.
-    """
-
-    model: str
-    partition: Partition
-    asked: str
-    mechanism: str
-    noise_std: float
-    noise_level: float
-    wire_dtype: str
-    looks: int
-    adapter: bool
-    texts: tuple[str, ...]
-    answers: tuple[str, ...]
-    tokens: int
-    findings: tuple[Finding, ...]
-    told: dict[str, dict[str, Score]]
-    limits: Limits
-    loss: float | None
-    public_loss: float | None
-    ids: tuple[tuple[int, ...], ...]
-    prompts: tuple[int, ...]
-    known: int
-    words: dict[int, str]
-    attacker_has_adapter: bool = False
-    train_steps: int = 0
-    colluder: int = 0
-
-    @property
-    def best(self) -> Finding | None:
-        """The attack that reads most of the texts' tokens; None if none looks at anything."""
-        return self._best("prompt")
-
-    @property
-    def verdict(self) -> str:
-        """What it means, in a sentence or two."""
-        best, answer = self._best("prompt"), self._best("answer")
-        if best is None:
-            return "No attack that looks at what crosses the wire was made: this says nothing about the configuration."
-        said = (
-            f"With this configuration a provider who knows the public weights reads "
-            f"{share(best.prompt['tokens'].mean)} of the text's tokens ({best.attack})"
-        )
-        if answer is not None:
-            said += f" and {share(answer.answer['tokens'].mean)} of the answer's ({answer.attack})"
-        said += "."
-        labels = max((one.labels["labels"].mean for one in self.findings if one.labels), default=None)
-        if labels is not None:
-            said += f" From the gradients it reads {share(labels)} of the tokens that were learnt."
-        floor = next((finding for finding in self.findings if finding.attack == FLOOR), None)
-        if floor is not None and "tokens" in floor.prompt:
-            said += f" Without looking it would guess {share(floor.prompt['tokens'].mean)}."
-        return said
-
-    @property
-    def limit(self) -> str:
-        """What no attacker gets past, in a sentence."""
-        if self.train_steps:
-            return "What an attacker could read at most is not bounded in training: gradients tell more than states do."
-        found = self.limits.of_text
-        if found is None:
-            return "The texts are too short to estimate what any attacker could read."
-        if found.accuracy == 1:
-            return "As far as can be proved, what is sent is enough for somebody to read all of such a text."
-        return (
-            f"Whatever the attack, at most {share(found.accuracy)} of the tokens of such texts can be read "
-            f"(an estimate, from {found.bits:.3g} bits a token)."
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        """The same as JSON has it, with the verdict."""
-        whole: dict[str, Any] = finite({"verdict": self.verdict, "limit": self.limit, **dataclasses.asdict(self)})
-        return whole
-
-    def _best(self, part: str) -> Finding | None:
-        looking = [one for one in self.findings if one.attack != FLOOR and "tokens" in getattr(one, part)]
-        return max(looking, key=lambda one: getattr(one, part)["tokens"].mean, default=None)
+from fedsea.tasks.encoding import common_prefix
+from fedsea.tasks.templates import Template
 
 
 class Shared:
@@ -344,7 +109,7 @@ def run(plan: Plan, progress: Progress = lambda _doing, _done, _all: None, share
     colluder: list[Subject] = []
     if told_prompts:
         colluder, _ = observe_sessions(plan, checkpoint, told_prompts, progress, answer=0, looks=1)
-    start = common_start(prompts, tokenizer)
+    start = _known_start(plan.texts, prompts, tokenizer)
     sent_in = wire_dtype_for(plan.wire_dtype, torch.float32)
     known = plan.adapter if plan.attacker_has_adapter else None
     cut = read_cut(plan.adapter) if plan.adapter is not None else None
@@ -391,6 +156,7 @@ def run(plan: Plan, progress: Progress = lambda _doing, _done, _all: None, share
         prompts=tuple(subject.prompt for subject in subjects),
         known=len(knowledge.start),
         words=_words(subjects, findings, tokenizer),
+        vocabulary=checkpoint.config.vocab_size,
     )
 
 
@@ -425,6 +191,14 @@ def _words(subjects: Sequence[Subject], findings: Sequence[Finding], tokenizer: 
     texts = [subject.tokens for subject in subjects]
     guesses = [recovery.tokens for finding in findings for recovery in finding.recoveries]
     return {token: tokenizer.decode([token]) for tokens in (*texts, *guesses) for token in tokens if token is not None}
+
+
+def _known_start(texts: Sequence[Text], prompts: Sequence[Sequence[int]], tokenizer: Any) -> tuple[int, ...]:
+    """What every prompt begins with that everybody knows: the chat template's own start, or the begin-of-text token."""
+    if not all(isinstance(text, TaskText) for text in texts) or not Template(tokenizer).is_chat:
+        return common_start(prompts, tokenizer)
+    public = public_start(tokenizer, [{"role": "user", "content": "?"}])
+    return tuple(common_prefix([list(public), *map(list, prompts)]))
 
 
 def common_start(prompts: Sequence[Sequence[int]], tokenizer: Any) -> tuple[int, ...]:
@@ -470,20 +244,3 @@ def _scores(
         part: score(truths, recoveries, knowledge.tokenizer, masks)
         for part, masks in (("prompt", prompts), ("answer", answers))
     }
-
-
-def share(value: float) -> str:
-    """A share in per cent; 0 and 100 only if it is exactly that."""
-    percent = 100 * value
-    if 0 < percent < 1 or 99.5 <= percent < 100:
-        return f"{min(max(percent, 0.1), 99.9):.1f} %"
-    return f"{percent:.0f} %"
-
-
-def finite(value: Any) -> Any:
-    """A value for JSON: the same without infinite numbers, which JSON has not."""
-    if isinstance(value, dict):
-        return {key: finite(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

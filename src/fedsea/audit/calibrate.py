@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedsea.audit.audit import FLOOR, Audits, Plan, Report, share
+from fedsea.audit.audit import Audits
 from fedsea.audit.observe import Progress
+from fedsea.audit.plan import Plan
+from fedsea.audit.report import FLOOR, Report, share
 from fedsea.audit.scores import Score
 from fedsea.audit.utility import protected_model
 from fedsea.checkpoints import Checkpoint
@@ -105,6 +107,8 @@ class Outcome:
         The task's, under it; empty without a task.
     reason
         Why there is none; empty if there is.
+    useless
+        Whether it takes the model to blind guessing, or beyond.
     """
 
     family: str
@@ -113,6 +117,7 @@ class Outcome:
     cost: float | None
     metrics: dict[str, float]
     reason: str
+    useless: bool = False
 
 
 @dataclass(frozen=True)
@@ -127,17 +132,20 @@ class Calibration:
         The cost without any mechanism; None if there is nothing to measure it on.
     unprotected_metrics
         The task's.
+    blind_loss
+        The loss of blind guessing, nats a token: whose cost is no better is of no use.
     """
 
     goal: Goal
     outcomes: tuple[Outcome, ...]
     unprotected: float | None
     unprotected_metrics: dict[str, float]
+    blind_loss: float
 
     @property
     def best(self) -> Outcome | None:
-        """The family that meets the target at the least cost; None if none does."""
-        met = [outcome for outcome in self.outcomes if outcome.found is not None]
+        """The family that meets the target at the least cost and leaves a model of use; None if none does."""
+        met = [outcome for outcome in self.outcomes if outcome.found is not None and not outcome.useless]
         return min(met, key=lambda one: math.inf if one.cost is None else one.cost, default=None)
 
 
@@ -186,6 +194,7 @@ def calibrate(
     audits = Audits(replace(plan, attacks=(goal.attack,)), progress)
     costs = None if data is None else TaskCosts(audits.checkpoint, plan, data, progress)
     outcomes, public = [], None
+    blind = math.log(audits.checkpoint.config.vocab_size)
     for family in families:
         unit = 1.0 if is_relative(family) else _magnitude(audits)
         trials: dict[float, Trial] = {}
@@ -206,9 +215,10 @@ def calibrate(
             continue
         found = trials[strength]
         cost, metrics = (found.loss, {}) if costs is None else costs.under(with_strength(family, strength))
-        outcomes.append(Outcome(str(family), tuple(trials.values()), found, cost, metrics, ""))
+        useless = cost is not None and cost >= blind
+        outcomes.append(Outcome(str(family), tuple(trials.values()), found, cost, metrics, "", useless))
     unprotected, metrics = (public, {}) if costs is None else costs.under(None)
-    return Calibration(goal, tuple(outcomes), unprotected, metrics)
+    return Calibration(goal, tuple(outcomes), unprotected, metrics, blind)
 
 
 def weakest(

@@ -3,13 +3,13 @@
 from collections.abc import Iterator, Sequence
 from html import escape
 
-from fedsea.audit.audit import Report
+from fedsea.audit.report import Report
 from fedsea.audit.svg import Curve, chart
 from fedsea.errors import UsageError
 from fedsea.privacy import parse_mechanism
 from fedsea.privacy.strength import with_strength
 
-X_LABEL = "noise: standard deviation, × mean |h_A|"
+X_LABEL = "noise: standard deviation, × mean |h_A| (logarithmic from 1 on)"
 PARTS = {"prompt": "Share of the text's tokens that is read", "answer": "Share of the answer's tokens that is read"}
 
 

@@ -16,7 +16,7 @@ from fedsea.privacy import Noise
 from fedsea.training.examples import IGNORED, Encoded
 
 if TYPE_CHECKING:
-    from fedsea.audit.audit import Plan
+    from fedsea.audit.plan import Plan
 
 RANK = 8  # of the adapter that is trained, on all linear modules
 LEARNING_RATE = 5e-4

@@ -11,9 +11,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import fedsea
-from fedsea.audit.audit import Finding, Report, share
+from fedsea.audit.decision import Decision, decide
 from fedsea.audit.frontier import frontier
 from fedsea.audit.page_style import STYLE
+from fedsea.audit.report import FLOOR, Finding, Report, brief, share
 from fedsea.audit.scores import Score
 from fedsea.errors import UsageError
 
@@ -28,6 +29,22 @@ WORDS = {
     "details": "names, numbers",
     "similarity": "similar in meaning",
 }
+
+
+GLOSSARY = (
+    ("token", "A word or a piece of one, as the model reads it."),
+    ("tokens read", "Share of the text's tokens that the attack names rightly, each in its place."),
+    ("exact texts", "Share of the texts of which the attack names every token."),
+    ("names, numbers", "Share of the capitalised words and the numbers that stand in what the attack reads."),
+    ("ROUGE-L", "How much of the text's words stand in what is read, in the same order: 100 % for all."),
+    ("BLEU-4", "How many runs of up to four words of what is read stand in the text: 100 % for all."),
+    ("similar in meaning", "How alike text and what is read are to a sentence-embedding model: 100 % for the same."),
+    (
+        "loss, in nats a token",
+        "How surprised the model is by the text; lower is better. 0.69 more halves the odds.",
+    ),
+    ("mean |h_A|", "The mean size of a number in the states that leave: what noise has to be compared with."),
+)
 
 
 def write_page(reports: Sequence[Report], command: str, file: Path) -> None:
@@ -56,16 +73,16 @@ def page(reports: Sequence[Report], command: str) -> str:
     """
     first = reports[0]
     title = f"What a provider reads of {first.model}"
-    body = [f"<h1>{escape(title)}</h1>", _subtitle(first)]
+    body = [f"<h1>{escape(title)}</h1>", _subtitle(first), _decision(decide(reports))]
     if len(reports) == 1:
         body += [_verdict(first), *_parts(first, "h2")]
     else:
         body += [_comparison(reports), *frontier(reports)]
         for report in reports:
-            summary = f"{report.asked}: {_headline(report)}"
+            summary = f"{brief(report.asked)}: {_headline(report)}"
             body.append(f"<details><summary>{escape(summary)}</summary>{_verdict(report)}")
             body += [*_parts(report, "h3"), "</details>"]
-    body += [_assumptions(first), _repeat(command)]
+    body += [_assumptions(first), _glossary(), _repeat(command)]
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
@@ -88,7 +105,8 @@ def _subtitle(report: Report) -> str:
         looks = f", learnt in a training (optimizer steps: {report.train_steps})"
     return (
         f'<p class="soft">{len(report.texts)} texts, {report.tokens} tokens{looks}; the client keeps {_layers(p)} '
-        f"after the embedding and {_layers(q)} before the head; {escape(report.wire_dtype)} on the wire{adapter}.</p>"
+        f"after the embedding and {_layers(q)} before the head; {escape(report.wire_dtype)} on the wire{adapter}. "
+        f"{datetime.datetime.now(datetime.UTC).strftime('%Y-%m-%d %H:%M UTC')}.</p>"
     )
 
 
@@ -109,6 +127,14 @@ def _headline(report: Report) -> str:
     return next((words for least, words in steps if read >= least), "these attacks read little")
 
 
+def _decision(decision: Decision) -> str:
+    action = decision.action[0].upper() + decision.action[1:]
+    with_it = f" with <code>--mechanism {escape(decision.mechanism)}</code>" if decision.mechanism else ""
+    options = "".join(f"<li>{escape(option)}</li>" for option in decision.options)
+    listed = f"<p>What you can do:</p><ul>{options}</ul>" if options else ""
+    return f'<div class="verdict"><p><strong>{action}{with_it}.</strong></p><p>{escape(decision.why)}</p>{listed}</div>'
+
+
 def _verdict(report: Report) -> str:
     headline = _headline(report)
     lines = [f"<strong>{headline[0].upper()}{headline[1:]}.</strong>", escape(report.verdict), escape(report.limit)]
@@ -117,8 +143,8 @@ def _verdict(report: Report) -> str:
             f"What it costs: the model's loss on these texts is {report.loss:.2f} nats a token here and "
             f"{report.public_loss:.2f} for the public model without protection."
         )
-    lines.append(f"Protection: <code>{escape(report.asked)}</code>, {_strength(report)}.")
-    return '<div class="verdict">' + "".join(f"<p>{line}</p>" for line in lines) + "</div>"
+    lines.append(f"Protection: <code>{escape(brief(report.asked))}</code>, {_strength(report)}.")
+    return '<div class="found">' + "".join(f"<p>{line}</p>" for line in lines) + "</div>"
 
 
 def _strength(report: Report) -> str:
@@ -134,7 +160,7 @@ def _parts(report: Report, level: str) -> Iterable[str]:
     answers = " Right of an upright line stands the model's answer." if any(report.answers) else ""
     yield (
         '<p class="said"><b>Read correctly</b> is highlighted and underlined; <i>guessed wrongly</i> is grey and '
-        f"struck through; <u>▯</u> is no guess, or what everybody knows.{answers}</p>"
+        f"struck through; <u>_</u> is no guess, or what everybody knows.{answers}</p>"
     )
     for place in range(len(report.texts)):
         yield _text(report, place)
@@ -145,21 +171,19 @@ def _parts(report: Report, level: str) -> Iterable[str]:
 def _attacks(report: Report) -> str:
     answered, learnt = any(report.answers), any(finding.labels for finding in report.findings)
     names = [name for name in WORDS if any(name in finding.prompt for finding in report.findings)]
-    head = ["attack", "what the attacker knows beside what is sent", WORDS["tokens"], "95 %"]
-    head += [WORDS[name] for name in names if name != "tokens"]
+    head = ["attack", WORDS["tokens"], "95 %", *(WORDS[name] for name in names if name != "tokens")]
     head += [*(["answer's tokens"] if answered else []), *(["learnt tokens"] if learnt else []), "seconds a token"]
     rows = []
     for finding in report.findings:
         cells = _scores(finding.prompt, names) + ([_number(finding.answer.get("tokens"))] if answered else [])
         cells += [_number(finding.labels.get("labels"))] if learnt else []
         cells.append(f"{finding.seconds_per_token:.3f}")
-        floor = ' class="floor"' if finding.attack == "prior" else ""
-        rows.append(f"<tr{floor}><th>{escape(finding.attack)}</th><td>{escape(finding.knows)}</td>{_cells(cells)}</tr>")
+        rows.append(_row(finding.attack, f"knows {escape(finding.knows)}", head, cells, floor=finding.attack == FLOOR))
     told = _scores(report.told["prompt"], names) + ([_number(report.told["answer"].get("tokens"))] if answered else [])
     told += [*([""] if learnt else []), ""]
-    knows = "no attack: the model's own guess of each token if it is told all tokens before it"
-    rows.append(f'<tr class="floor"><th>told all before</th><td>{knows}</td>{_cells(told)}</tr>')
-    caption = "From 0 to 1, means over texts; the interval is of the mean, by resampling the texts."
+    knows = "no attack: the model's own guess of each token if it is told all before it"
+    rows.append(_row("told all before", knows, head, told, floor=True))
+    caption = "Means over texts; the interval is of the mean, by resampling the texts."
     if any(finding.attack.endswith("decoder") for finding in report.findings):
         colluder = f" and {report.colluder} texts of a colluding client" if report.colluder else ""
         caption += f" Decoders learnt from public text{colluder}."
@@ -168,23 +192,29 @@ def _attacks(report: Report) -> str:
 
 def _scores(scores: dict[str, Score], names: Sequence[str]) -> list[str]:
     tokens = scores.get("tokens")
-    interval = "–" if tokens is None else f"{tokens.low:.2f} … {tokens.high:.2f}"
+    interval = "–" if tokens is None else f"{share(tokens.low)[:-2]} … {share(tokens.high)}"
     return [_number(tokens), interval, *(_number(scores.get(name)) for name in names if name != "tokens")]
 
 
 def _number(score: Score | None) -> str:
-    return "–" if score is None else f"{score.mean:.3f}"
+    return "–" if score is None else share(score.mean)
 
 
-def _cells(values: Iterable[str]) -> str:
-    return "".join(f'<td class="n">{escape(value)}</td>' for value in values)
+def _row(name: str, more: str, head: Sequence[str], cells: Iterable[str], *, floor: bool = False) -> str:
+    """A row: its name, HTML that says more of it, and figures that carry their headings for narrow screens."""
+    figures = "".join(
+        f'<td class="n" data-label="{escape(label)}">{escape(value)}</td>'
+        for label, value in zip(head[1:], cells, strict=True)
+    )
+    kind = ' class="floor"' if floor else ""
+    return f"<tr{kind}><th>{escape(name)}<small>{more}</small></th>{figures}</tr>"
 
 
-def _table(head: Sequence[str], rows: Iterable[str], caption: str, left: int = 2) -> str:
-    heads = "".join(f"<th{'' if place < left else ' class=n'}>{escape(name)}</th>" for place, name in enumerate(head))
+def _table(head: Sequence[str], rows: Iterable[str], caption: str) -> str:
+    heads = "".join(f"<th{' class=n' if place else ''}>{escape(name)}</th>" for place, name in enumerate(head))
     return (
-        f'<div class="scroll"><table><caption>{escape(caption)}</caption><thead><tr>{heads}</tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody></table></div>"
+        f'<table class="figures"><caption>{escape(caption)}</caption><thead><tr>{heads}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table>"
     )
 
 
@@ -202,7 +232,7 @@ def _recovered(report: Report, finding: Finding, place: int) -> str:
     pieces = []
     for at, (token, guess) in enumerate(zip(ids, finding.recoveries[place].tokens, strict=True)):
         if guess is None or at < report.known:
-            pieces.append(("▯", "u"))
+            pieces.append(("_", "u"))
         else:
             pieces.append((_piece(report.words[guess]), "b" if guess == token else "i"))
     right = sum(kind == "b" for _, kind in pieces)
@@ -223,14 +253,15 @@ def _piece(text: str) -> str:
 
 
 def _limits(report: Report) -> str:
+    head = ["kind of text", "bits a token, at most", "tokens named, at most"]
     rows = []
     for limit in report.limits.limits:
         bits = "no bound" if limit.bits == float("inf") else f"{limit.bits:.3g}"
-        cells = _cells([bits, _sure(limit.bits_guaranteed), share(limit.accuracy), _sure(limit.accuracy_guaranteed)])
-        rows.append(f"<tr><th>{escape(limit.source)}</th>{cells}</tr>")
+        cells = [f"{bits} ({_sure(limit.bits_guaranteed)})"]
+        cells.append(f"{share(limit.accuracy)} ({_sure(limit.accuracy_guaranteed)})")
+        rows.append(_row(limit.source, "", head, cells))
     looks = f" over {report.limits.looks} looks with fresh noise" if report.limits.looks > 1 else ""
-    head = ["kind of text", "bits a token, at most", "which is a", "tokens named, at most", "which is a"]
-    found = _table(head, rows, f"For any attacker with any method{looks}; 100 % rules nothing out.", left=1)
+    found = _table(head, rows, f"For any attacker with any method{looks}; 100 % rules nothing out.")
     only = "<p>Of states only: gradients tell more, and nothing bounds that.</p>" if report.train_steps else ""
     return found + only + f"<p>{escape(_epsilon(report))}</p>"
 
@@ -251,19 +282,20 @@ def _epsilon(report: Report) -> str:
 
 
 def _comparison(reports: Sequence[Report]) -> str:
+    head = ["protection", "noise, × mean |h_A|", "best attack", "tokens read", "95 %"]
+    head += ["any attacker, at most (estimate)", "loss, nats a token"]
     rows = []
     for report in reports:
         best, of_text = report.best, report.limits.of_text
         tokens = None if best is None else best.prompt["tokens"]
         cells = [f"{report.noise_level:.3g}", "–" if best is None else best.attack]
-        cells += ["–", "–"] if tokens is None else [share(tokens.mean), f"{tokens.low:.2f} … {tokens.high:.2f}"]
+        cells += _scores({} if tokens is None else {"tokens": tokens}, ())
         cells += ["–" if of_text is None else share(of_text.accuracy)]
         cells += ["–" if report.loss is None else f"{report.loss:.2f}"]
-        rows.append(f"<tr><th>{escape(report.asked)}</th><td>{escape(_headline(report))}</td>{_cells(cells)}</tr>")
-    head = ["protection", "in words", "noise, × mean |h_A|", "best attack", "tokens read", "95 %"]
-    head += ["any attacker, at most (estimate)", "loss, nats a token"]
-    public = reports[0].public_loss
-    caption = "" if public is None else f"The public model's loss on these texts, without protection, is {public:.2f}."
+        rows.append(_row(brief(report.asked), escape(_headline(report)), head, cells))
+    caption = f"Blind guessing has a loss of {reports[0].blind_loss:.2f}."
+    if reports[0].public_loss is not None:
+        caption += f" The public model's on these texts, without protection, is {reports[0].public_loss:.2f}."
     return "<h2>In short</h2>" + _table(head, rows, caption)
 
 
@@ -288,6 +320,11 @@ def _assumptions(report: Report) -> str:
     return "<h2>What this assumes</h2><ul>" + "".join(f"<li>{escape(point)}</li>" for point in points) + "</ul>"
 
 
+def _glossary() -> str:
+    items = "".join(f"<dt>{escape(word)}</dt><dd>{escape(meaning)}</dd>" for word, meaning in GLOSSARY)
+    return f"<h2>Words on this page</h2><dl>{items}</dl>"
+
+
 def _repeat(command: str) -> str:
     versions = [f"fedsea {fedsea.__version__}", f"Python {platform.python_version()}"]
     for name in LIBRARIES:
@@ -295,9 +332,8 @@ def _repeat(command: str) -> str:
             versions.append(f"{name} {version(name)}")
         except PackageNotFoundError:
             versions.append(f"no {name}")
-    today = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
     return (
         f"<h2>How to repeat it</h2><pre>{escape(command)}</pre>"
         f'<p class="soft">Noise is drawn anew each time, so figures under noise move within their intervals. '
-        f"{escape(', '.join(versions))}; {today}.</p>"
+        f"{escape(', '.join(versions))}.</p>"
     )

@@ -16,13 +16,18 @@ h2 { font-size: 1.2rem; margin: 2.5rem 0 .5rem; border-bottom: 1px solid var(--l
 h3 { font-size: 1rem; margin: 1.5rem 0 .25rem; }
 p, ul { margin: .4rem 0 .8rem; max-width: 48rem; }
 .soft, figcaption, caption { color: var(--soft); font-size: .875rem; }
-.verdict { border-left: .35rem solid var(--alarm); background: var(--wash); padding: .75rem 1rem; margin: 1.25rem 0; }
-.verdict p { margin: .25rem 0; } .verdict strong { font-size: 1.15rem; }
-.scroll { overflow-x: auto; }
+.verdict, .found { border-left: .35rem solid var(--alarm); background: var(--wash); padding: .75rem 1rem;
+  margin: 1.25rem 0; }
+.found { border-color: var(--line); }
+.verdict p, .found p { margin: .25rem 0; } .verdict strong { font-size: 1.3rem; } .found strong { font-size: 1.1rem; }
+.verdict ul { margin: .25rem 0 0; padding-left: 1.25rem; } code { overflow-wrap: anywhere; }
+dt { font-weight: 600; } dd { margin: 0 0 .4rem; max-width: 48rem; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; margin: .5rem 0; }
 caption { text-align: left; padding: .25rem 0; }
 th, td { text-align: left; padding: .3rem .6rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { font-weight: 600; } .n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+th small { display: block; font-weight: 400; font-size: .8rem; color: var(--soft); max-width: 22rem; }
+thead .n { white-space: normal; }
 tr.floor td, tr.floor th { color: var(--soft); }
 .text { background: var(--wash); border-radius: .3rem; padding: .5rem .75rem; margin: .75rem 0; }
 .text td { padding-top: .45rem; } .text th { width: 9.5rem; font-weight: 600; } .text tr:last-child > * { border: 0; }
@@ -31,6 +36,12 @@ tr.floor td, tr.floor th { color: var(--soft); }
 .said i { color: var(--soft); font-style: italic; text-decoration: line-through; text-decoration-thickness: 1px; }
 .said u { color: var(--soft); text-decoration: none; }
 .answer { border-left: 2px solid var(--line); padding-left: .3rem; margin-left: .15rem; }
+@media (max-width: 56rem) { .figures, .figures > *, .figures tr, .figures th, .figures td { display: block; }
+  .figures thead { display: none; } .figures tr { border-bottom: 1px solid var(--line); padding: .35rem 0; }
+  .figures th, .figures td { border: 0; padding: .1rem 0; } .figures th small { max-width: none; }
+  .figures td.n { display: flex; justify-content: space-between; gap: 1rem; }
+  .figures td.n::before { content: attr(data-label); color: var(--soft); }
+  .text, .text tbody, .text tr, .text th, .text td { display: block; width: auto; } .text th { border: 0; } }
 figure { margin: 1rem 0; } svg { width: 100%; max-width: 46rem; height: auto; }
 svg text { font-size: 11px; fill: var(--ink); font-family: inherit; }
 svg .grid { stroke: var(--line); } svg .axis { stroke: var(--soft); fill: none; }
@@ -43,7 +54,7 @@ pre { background: var(--wash); padding: .6rem .75rem; white-space: pre-wrap; ove
   font: .85rem/1.5 ui-monospace, "SFMono-Regular", Menlo, Consolas, monospace; }
 details > summary { cursor: pointer; font-weight: 600; margin: 1rem 0 .25rem; }
 @media print { body { max-width: none; padding: 0; font-size: 10.5pt; }
-  * { -webkit-print-color-adjust: exact; print-color-adjust: exact; } .scroll { overflow: visible; }
-  tr, figure, .verdict { break-inside: avoid; } h2, h3 { break-after: avoid; }
+  * { -webkit-print-color-adjust: exact; print-color-adjust: exact; }
+  tr, figure, .verdict, .found { break-inside: avoid; } h2, h3 { break-after: avoid; }
   details::details-content { content-visibility: visible; block-size: auto; } }
 """

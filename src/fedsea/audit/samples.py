@@ -4,7 +4,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fedsea.errors import UsageError
-from fedsea.tasks.reading import read_rows
+from fedsea.tasks import Example, Task, get_task
+from fedsea.tasks.encoding import encode as encode_example
+from fedsea.tasks.reading import Row, read_rows
 from fedsea.text import read_text
 from fedsea.training.examples import IGNORED, Encoded
 
@@ -16,7 +18,14 @@ class Question(NamedTuple):
     answer: str
 
 
-Text = str | Question
+class TaskText(NamedTuple):
+    """An example of a task, written as a training on the task writes it."""
+
+    task: Task
+    example: Example
+
+
+Text = str | Question | TaskText
 
 # Of the kind that must not leave a house; people, places and firms are invented.
 SAMPLES = (
@@ -38,7 +47,8 @@ SAMPLES = (
 def read_texts(file: Path) -> list[Text]:
     """The texts of a file.
 
-    Of each object of a `.jsonl` the column `text`, or `prompt` and `answer`; else of each line that is not blank.
+    Of each object of a `.jsonl` the column `messages` (a conversation, as a training on it takes it), `text`, or
+    `prompt` and `answer`; else of each line that is not blank.
 
     Raises
     ------
@@ -47,17 +57,33 @@ def read_texts(file: Path) -> list[Text]:
     """
     texts: list[Text]
     if file.suffix == ".jsonl":
-        rows = read_rows(str(file), "validation", (), "an audit needs text, or prompt and answer")
-        texts = [
-            # An answer goes on behind a space, as it would be written.
-            Question(row.text("prompt"), f" {row.text('answer')}") if row.has("prompt") else row.text("text")
-            for row in rows
-        ]
+        rows = read_rows(str(file), "validation", (), "an audit needs messages, text, or prompt and answer")
+        texts = [text for row in rows for text in _texts_of(row)]
     else:
         texts = [line.strip() for line in read_text(file).split("\n") if line.strip()]
     if not texts:
         raise UsageError(f"there is no text in {file}")
     return texts
+
+
+def read_task(name: str, path: str) -> list[Text]:
+    """The examples of a task that a training on its data learns.
+
+    Raises
+    ------
+    UsageError
+        If there is no such task, or its data cannot be read.
+    """
+    task = get_task(name)
+    return [TaskText(task, example) for example in task.read(path, "train")]
+
+
+def _texts_of(row: Row) -> list[Text]:
+    if row.has("messages"):
+        chat = get_task("chat")
+        return [TaskText(chat, example) for example in chat.examples(row)]
+    # An answer goes on behind a space, as it would be written.
+    return [Question(row.text("prompt"), f" {row.text('answer')}") if row.has("prompt") else row.text("text")]
 
 
 def encode(text: Text, tokenizer: Any, tokens: int, *, answers: bool) -> tuple[Encoded, int]:
@@ -75,6 +101,8 @@ def encode(text: Text, tokenizer: Any, tokens: int, *, answers: bool) -> tuple[E
     UsageError
         If nothing is left of the text, or of its answer.
     """
+    if isinstance(text, TaskText):
+        return _encode_example(text, tokenizer, tokens, answers=answers)
     prompt = text.prompt if isinstance(text, Question) else text
     ids = list(tokenizer(prompt).input_ids)
     whole, first = ids, 0
@@ -87,3 +115,16 @@ def encode(text: Text, tokenizer: Any, tokens: int, *, answers: bool) -> tuple[E
         raise UsageError(f"the text {prompt!r} has no tokens")
     labels = [IGNORED if place < first else token for place, token in enumerate(kept)]
     return Encoded(tuple(kept), tuple(labels), len(whole) - len(kept)), first or len(kept)
+
+
+def _encode_example(text: TaskText, tokenizer: Any, tokens: int, *, answers: bool) -> tuple[Encoded, int]:
+    """As `encode`: in training what the task learns, in a session all before the last answer."""
+    encoded = encode_example(text.task, text.example, tokenizer, tokens)
+    learnt = [label != IGNORED for label in encoded.labels]
+    if answers:
+        return encoded, learnt.index(True) or len(learnt)
+    asked = len(learnt)
+    while asked and learnt[asked - 1]:
+        asked -= 1
+    kept = encoded.input_ids[: asked or len(learnt)]
+    return Encoded(kept, (*[IGNORED] * len(kept),) if asked else kept, encoded.cut), len(kept)

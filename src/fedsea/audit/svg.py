@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 640, 300
-LEFT, RIGHT, TOP, BOTTOM = 56, 190, 14, 50
-CHARACTER = 6.2  # width of a label's character, about
+LEFT, TOP, BOTTOM = 56, 14, 50
+SIGN = 30  # what stands before a curve's name
+CHARACTER = 7.0  # width of a label's character, at most on average, in any sans-serif font
 LINE = 14  # height of a label
 DASHES = ("", "7 4", "2 3", "9 3 2 3", "4 2", "1 2")
 
@@ -37,12 +38,14 @@ def chart(title: str, x_label: str, y_label: str, curves: Sequence[Curve], *, pe
     Curves differ in colour (classes `c0`, `c1`, ... of the page's style), in dashes and in markers, and each has its
     name at its end.
     """
+    right = SIGN + max((CHARACTER * len(curve.name) for curve in curves), default=0)
+    edge = WIDTH - right
     xs = sorted({point[0] for curve in curves for point in curve.points})
     top = 1.0 if percent else rounded_up(max((point[3] for curve in curves for point in curve.points), default=1.0))
     widest = math.log1p(xs[-1]) or 1.0 if xs else 1.0
 
     def across(x: float) -> float:
-        return LEFT + math.log1p(x) / widest * (WIDTH - LEFT - RIGHT)
+        return LEFT + math.log1p(x) / widest * (edge - LEFT)
 
     def down(y: float) -> float:
         return TOP + (1 - min(y, top) / top) * (HEIGHT - TOP - BOTTOM)
@@ -52,9 +55,7 @@ def chart(title: str, x_label: str, y_label: str, curves: Sequence[Curve], *, pe
     for step in range(5):
         value = top * step / 4
         label = f"{100 * value:.0f} %" if percent else f"{value:.3g}"
-        parts.append(
-            f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{down(value):.1f}" y2="{down(value):.1f}"/>'
-        )
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{edge:.1f}" y1="{down(value):.1f}" y2="{down(value):.1f}"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{down(value) + 4:.1f}" text-anchor="end">{label}</text>')
     taken = -math.inf
     for x in xs:
@@ -63,11 +64,11 @@ def chart(title: str, x_label: str, y_label: str, curves: Sequence[Curve], *, pe
         if across(x) - taken > CHARACTER * (len(label) + 1):
             taken = across(x)
             parts.append(f'<text x="{taken:.1f}" y="{floor + 17}" text-anchor="middle">{label}</text>')
-    middle = LEFT + (WIDTH - LEFT - RIGHT) / 2
+    middle = LEFT + (edge - LEFT) / 2
     parts.append(f'<text x="{middle:.1f}" y="{HEIGHT - 12}" text-anchor="middle">{escape(x_label)}</text>')
     turned = f"translate(13 {TOP + (floor - TOP) / 2:.1f}) rotate(-90)"
     parts.append(f'<text transform="{turned}" text-anchor="middle">{escape(y_label)}</text>')
-    parts.append(f'<path class="axis" d="M{LEFT} {TOP}V{floor}H{WIDTH - RIGHT}"/>')
+    parts.append(f'<path class="axis" d="M{LEFT} {TOP}V{floor}H{edge:.1f}"/>')
     for number, curve in enumerate(curves):
         kind = "bound" if curve.bound else f"c{number % 6}"
         places = [(across(x), down(low), down(value), down(high)) for x, low, value, high in curve.points]
@@ -84,12 +85,10 @@ def chart(title: str, x_label: str, y_label: str, curves: Sequence[Curve], *, pe
     ends = [down(curve.points[-1][2]) for curve in curves]
     for number, (curve, y) in enumerate(zip(curves, spaced(ends, TOP + 4, floor), strict=True)):
         kind = "bound" if curve.bound else f"c{number % 6}"
-        x = WIDTH - RIGHT + 12
+        x = edge + 12
         parts.append(f'<g class="{kind}">{"" if curve.bound else _marker(number, x, y)}')
-        parts.append(
-            f'<line x1="{x - 8}" x2="{x + 8}" y1="{y:.1f}" y2="{y:.1f}" stroke-dasharray="{DASHES[number % 6]}"/>'
-        )
-        parts.append(f'</g><text x="{x + 14}" y="{y + 4:.1f}">{escape(curve.name)}</text>')
+        parts.append(f'<path d="M{x - 8:.1f} {y:.1f}h16" stroke-dasharray="{DASHES[number % 6]}"/>')
+        parts.append(f'</g><text x="{x + 14:.1f}" y="{y + 4:.1f}">{escape(curve.name)}</text>')
     body = "\n".join(parts)
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" xmlns="http://www.w3.org/2000/svg">\n{body}\n</svg>'
 

@@ -3,8 +3,9 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from fedsea.audit.audit import Audits, Report
+from fedsea.audit.audit import Audits
 from fedsea.audit.limits import Limit
+from fedsea.audit.report import Report
 from fedsea.bench.privacy_case import Case
 from fedsea.bench.results import Line
 from fedsea.bench.workbench import Workbench

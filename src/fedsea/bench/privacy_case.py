@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from typing import Any
 
-from fedsea.audit.audit import Plan, common_start
+from fedsea.audit.audit import common_start
 from fedsea.audit.observation import Knowledge, Subject
 from fedsea.audit.observe import observe_sessions
+from fedsea.audit.plan import Plan
 from fedsea.audit.samples import SAMPLES, encode
 from fedsea.bench.workbench import PARTITION, Workbench, described
 from fedsea.checkpoints import open_checkpoint

@@ -20,12 +20,12 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from fedsea.audit.attacks import get_attack
-from fedsea.audit.audit import Plan
 from fedsea.audit.known_adapter import KnownAdapter
 from fedsea.audit.language import told_before
 from fedsea.audit.limits import Limit, find_limits
 from fedsea.audit.observation import Knowledge, Observation, Subject
 from fedsea.audit.observe import observe_sessions
+from fedsea.audit.plan import Plan
 from fedsea.audit.scores import score
 from fedsea.bench.processes import ServerProcess
 from fedsea.bench.quality import train_whole

@@ -26,9 +26,25 @@ from fedsea.partition import Partition
 from fedsea.text import one_line
 
 if TYPE_CHECKING:  # --help needs no torch
-    from fedsea.audit.audit import Report
+    from rich.console import Console
+
+    from fedsea.audit.decision import Decision
+    from fedsea.audit.report import Report
     from fedsea.audit.scores import Score
     from fedsea.privacy import Noise
+
+
+COLUMNS = (
+    ("text read", 0, "tokens"),
+    ("answer read", 1, "tokens"),
+    ("learnt tokens", 2, "labels"),
+    ("names, numbers", 0, "details"),
+    ("exact texts", 0, "exact"),
+    ("meaning", 0, "similarity"),
+    ("ROUGE-L", 0, "rougeL"),
+    ("BLEU-4", 0, "bleu4"),
+)
+"""Of the table: a heading, which scores of a finding (text, answer, labels), and which of them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,9 +111,13 @@ def audit(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Texts: a line each, or a .jsonl with the column text, or prompt and answer.",
+            help="Texts: a line each, or a .jsonl with messages, text, or prompt and answer. With --task, its data.",
             show_default="a few made-up ones",
         ),
+    ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(metavar="TASK", help="Read --data as a training on this task does, as fedsea finetune."),
     ] = None,
     texts: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="The first N texts only.", show_default="all")
@@ -141,15 +161,22 @@ def audit(
 ) -> None:
     """Send texts through a real session of MODEL, or train on them, and say what attacks on what is seen read."""
     noises = model.noises()
+    if task is not None and data is None:
+        raise UsageError("--task says how --data is read; give --data PATH as well")
     require_folders(json_file, report_file)
     prepare_torch("cpu", threads)
-    from fedsea.audit.audit import Audits, Plan
+    from fedsea.audit.audit import Audits
+    from fedsea.audit.decision import decide
     from fedsea.audit.page import write_page
-    from fedsea.audit.samples import SAMPLES, read_texts
+    from fedsea.audit.plan import Plan
+    from fedsea.audit.samples import SAMPLES, Text, read_task, read_texts
 
+    attacked: list[Text] = list(SAMPLES)
+    if data is not None:
+        attacked = read_texts(data) if task is None else read_task(task, str(data))
     plan = Plan(
         model=model.model,
-        texts=(list(SAMPLES) if data is None else read_texts(data))[:texts],
+        texts=attacked[:texts],
         partition=Partition(model.input_layers, model.output_layers),
         wire_dtype=model.wire_dtype,
         tokens=tokens,
@@ -170,13 +197,14 @@ def audit(
                 progress(f"{noise} ({place} of {len(noises)})", 0, len(plan.texts))
             reports.append(audits.under(noise))
     if len(reports) == 1:
-        _show(reports[0])
+        show_report(reports[0])
     else:
-        _compare(reports)
+        compare_reports(reports)
+    conclude(decide(reports))
     if report_file is not None:
         write_page(reports, command_line(), report_file)
     if json_file is not None:
-        found = [report.to_json() for report in reports]
+        found = [report.to_json() | {"decision": dataclasses.asdict(decide([report]))} for report in reports]
         write_json(found[0] if len(found) == 1 else found, json_file)
 
 
@@ -208,39 +236,68 @@ def write_json(value: Any, file: Path) -> None:
         raise UsageError(f"cannot write {file}: {error.strerror}") from None
 
 
-def _show(report: "Report") -> None:
+def show_report(report: "Report") -> None:
     from rich.console import Console
-    from rich.table import Table
+
+    from fedsea.audit.report import brief
 
     console = Console(highlight=False)
     console.print(f"[bold]{escape(report.verdict)}[/bold]\n{escape(report.limit)}\n")
-    answered, learnt = any(report.answers), any(finding.labels for finding in report.findings)
-    table = Table(box=None, pad_edge=False)
-    table.add_column("attack")
-    columns = ["tokens", "95 %", "exact texts", "ROUGE-L", "BLEU-4", "names, numbers", "meaning"]
-    more = [*(["answer's tokens"] if answered else []), *(["learnt tokens"] if learnt else [])]
-    for name in [*columns, *more, "s/token"]:
-        table.add_column(name, justify="right")
-    for finding in report.findings:
-        row = [*_cells(finding.prompt), *([_cell(finding.answer.get("tokens"))] if answered else [])]
-        row += [_cell(finding.labels.get("labels"))] if learnt else []
-        table.add_row(finding.attack, *row, f"{finding.seconds_per_token:.3f}")
-    told = [*_cells(report.told["prompt"]), *([_cell(report.told["answer"].get("tokens"))] if answered else [])]
-    told += [""] if learnt else []
-    table.add_row("[dim]told all before[/dim]", *told, "", style="dim")
-    console.print(table)
+    rows = {finding.attack: (finding.prompt, finding.answer, finding.labels) for finding in report.findings}
+    rows["told all before"] = (report.told["prompt"], report.told["answer"], {})
+    columns = [(name, [_cell(scores[part].get(key)) for scores in rows.values()]) for name, part, key in COLUMNS]
+    columns.insert(1, ("95 %", [_interval(prompt.get("tokens")) for prompt, *_ in rows.values()]))
+    columns.append(("s/token", [*(f"{one.seconds_per_token:.3f}" for one in report.findings), ""]))
+    columns = [(name, cells) for name, cells in columns if any(cell.strip("–") for cell in cells)]
+    left_out = print_columns(console, ("attack", list(rows)), columns)
     p, q = report.partition.input_layers, report.partition.output_layers
+    more = f" Not shown for want of room: {', '.join(left_out)}; --report has them." if left_out else ""
     console.print(
-        f"\n{report.model}, partition ({p}, {q}), {report.mechanism}, {report.wire_dtype} on the wire; "
-        f"{len(report.texts)} texts, {report.tokens} tokens. {_cost(report)}The last line is no attack: the model's "
-        f"own guess of each token if it is told all tokens before it.{_learnt_from(report)}",
+        f"\n{report.model}, partition ({p}, {q}), {brief(report.mechanism)}, {report.wire_dtype} on the wire; "
+        f"{len(report.texts)} texts, {report.tokens} tokens. {_cost(report)}Means over texts, and the 95 % interval "
+        f"of the first. The last line is no attack: the model's own guess of each token if it is told all tokens "
+        f"before it.{_learnt_from(report)}{more}",
         style="dim",
         markup=False,
     )
     best = report.best
     if best is not None:
-        console.print(f"\n[bold]Sent[/bold]  {escape(_line(report.texts[0] + report.answers[0]))}", soft_wrap=True)
-        console.print(f"[bold]Read[/bold]  {escape(_line(best.texts[0]))}", soft_wrap=True)
+        console.print(f"\n[bold]Sent[/bold]  {escape(_line(report.texts[0] + report.answers[0]))}")
+        console.print(f"[bold]Read[/bold]  {escape(_line(best.texts[0]))}")
+
+
+def print_columns(console: "Console", first: tuple[str, list[str]], columns: list[tuple[str, list[str]]]) -> list[str]:
+    """Print a table with as many columns as there is room for, in their order; returns the names of the others.
+
+    Parameters
+    ----------
+    first
+        Name and cells of the column that names the rows.
+    columns
+        The others, right-aligned, the most important first.
+    """
+    from rich.cells import cell_len
+    from rich.table import Table
+
+    def width(name: str, cells: list[str]) -> int:
+        return max(cell_len(one) for one in (*name.split(), *cells))
+
+    room = console.width - width(*first) - 2
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(first[0], width=width(*first))
+    shown, left_out = [first[1]], []
+    for name, cells in columns:
+        needed = width(name, cells) + 2
+        if needed > room:
+            left_out.append(name)
+            continue
+        room -= needed
+        table.add_column(name, justify="right", width=needed - 2)
+        shown.append(cells)
+    for row in zip(*shown, strict=True):
+        table.add_row(*row)
+    console.print(table)
+    return left_out
 
 
 def _learnt_from(report: "Report") -> str:
@@ -257,42 +314,61 @@ def _cost(report: "Report") -> str:
     return f"Loss {report.loss:.2f} nats a token, {report.public_loss:.2f} for the public model unprotected. "
 
 
-def _compare(reports: "list[Report]") -> None:
-    """A line for each protection: what each attack reads, what any could, and what it costs."""
+def compare_reports(reports: "list[Report]") -> None:
+    """For each protection: what each attack reads, what any could, and what it costs; a line each if there is room."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.padding import Padding
+    from rich.text import Text
 
-    from fedsea.audit.audit import share
+    from fedsea.audit.report import brief, share
 
-    table = Table(box=None, pad_edge=False)
-    table.add_column("tokens read, by attack")
-    for name in [*(finding.attack for finding in reports[0].findings), "any, at most", "loss"]:
-        table.add_column(name, justify="right")
-    for report in reports:
-        limit = report.limits.of_text
-        shares = [finding.prompt.get("tokens") for finding in report.findings]
-        cells = ["–" if one is None else share(one.mean) for one in shares]
-        cells += ["–" if limit is None else share(limit.accuracy), "–" if report.loss is None else f"{report.loss:.2f}"]
-        table.add_row(report.asked, *cells)
     console = Console(highlight=False)
-    console.print(table)
+    names = [finding.attack for finding in reports[0].findings]
+    columns = [
+        (name, [_cell(report.findings[place].prompt.get("tokens")) for report in reports])
+        for place, name in enumerate(names)
+    ]
+    limits = [report.limits.of_text for report in reports]
+    columns.append(("any, at most", ["–" if limit is None else share(limit.accuracy) for limit in limits]))
+    columns.append(("loss", ["–" if report.loss is None else f"{report.loss:.2f}" for report in reports]))
+    protections = [brief(report.asked) for report in reports]
+    widest = max(map(len, protections)) + sum(max(map(len, (*name.split(), *cells))) + 2 for name, cells in columns) + 2
+    if widest <= console.width:
+        print_columns(console, ("tokens read, by attack", protections), columns)
+    else:
+        for place, protection in enumerate(protections):
+            console.print(protection, style="bold", markup=False)
+            read = ", ".join(f"{name} {cells[place]}".replace(" ", "\N{NO-BREAK SPACE}") for name, cells in columns)
+            console.print(Padding(Text(read), (0, 0, 0, 2)))
     console.print(
-        "\n“any, at most” is an estimate that holds for every attack; the loss is the model's on the same texts, nats "
-        "a token.",
+        "\nShares of the text's tokens that each attack reads. “any, at most” is an estimate that holds for every "
+        "attack; the loss is the model's on the same texts, nats a token.",
         style="dim",
     )
+
+
+def conclude(decision: "Decision") -> None:
+    from rich.console import Console
+    from rich.padding import Padding
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    console.print(Text(f"\nDecision: {decision.sentence}", style="bold"))
+    for option in decision.options:
+        console.print(Padding(Text(f"– {option}"), (0, 0, 0, 2)))
 
 
 def _line(text: str) -> str:
     return one_line(text)
 
 
-def _cells(scores: "dict[str, Score]") -> list[str]:
-    tokens = scores.get("tokens")
-    spread_of = "–" if tokens is None else f"{tokens.low:.2f} … {tokens.high:.2f}"
-    others = ("exact", "rougeL", "bleu4", "details", "similarity")
-    return [_cell(tokens), spread_of, *(_cell(scores.get(name)) for name in others)]
-
-
 def _cell(value: "Score | None") -> str:
-    return "–" if value is None else f"{value.mean:.3f}"
+    from fedsea.audit.report import share
+
+    return "–" if value is None else share(value.mean)
+
+
+def _interval(value: "Score | None") -> str:
+    from fedsea.audit.report import share
+
+    return "–" if value is None else f"{share(value.low)[:-2]} … {share(value.high)}"

@@ -13,7 +13,7 @@ from fedsea.errors import UsageError
 from fedsea.partition import Partition
 
 if TYPE_CHECKING:  # --help needs no torch
-    from fedsea.audit.calibrate import Calibration, Outcome, TaskData, Trial
+    from fedsea.audit.calibrate import Calibration, TaskData, Trial
 
 WIDTH = 120  # where there is no terminal
 
@@ -26,7 +26,7 @@ class AttackedTexts:
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Texts to attack: a line each, or a .jsonl with the column text.",
+            help="Texts to attack: a line each, or a .jsonl with messages, text, or prompt and answer.",
             show_default="a few made-up ones",
         ),
     ] = None
@@ -111,9 +111,9 @@ def calibrate(
     chosen = [parse_family(one) for one in mechanism_family or ("relative", "relative-clipped-gaussian")]
     data = costs.read(model)
     prepare_torch("cpu", threads)
-    from fedsea.audit.audit import Plan
     from fedsea.audit.calibrate import Goal
     from fedsea.audit.calibrate import calibrate as search
+    from fedsea.audit.plan import Plan
     from fedsea.audit.samples import SAMPLES, read_texts
 
     goal = Goal(max_recovery, attack, precision)
@@ -139,7 +139,7 @@ def calibrate(
 
 
 def _tell(trial: "Trial", attack: str) -> None:
-    from fedsea.audit.audit import share
+    from fedsea.audit.report import share
 
     got = trial.recovery
     loss = "" if trial.loss is None else f", loss {trial.loss:.2f}"
@@ -148,7 +148,7 @@ def _tell(trial: "Trial", attack: str) -> None:
 
 
 def _as_json(found: "Calibration") -> dict[str, Any]:
-    from fedsea.audit.audit import finite
+    from fedsea.audit.report import finite
 
     best = found.best
     mechanism = None if best is None or best.found is None else best.found.mechanism
@@ -160,7 +160,7 @@ def _show(found: "Calibration", task: str | None) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from fedsea.audit.audit import share
+    from fedsea.audit.report import share
 
     table = Table(box=None, pad_edge=False)
     names = [name for name in found.unprotected_metrics if name != "perplexity"]  # the answer loss says it as well
@@ -179,19 +179,38 @@ def _show(found: "Calibration", task: str | None) -> None:
         console.width = WIDTH
     console.print(table)
     where = "the attacked texts" if task is None else f"{task}'s right answers"
-    console.print(f"\nLoss in nats a token, on {where}. “any, at most” is an estimate for any attacker.", style="dim")
+    console.print(
+        f"\nLoss in nats a token, on {where}; of blind guessing {found.blind_loss:.2f}. “any, at most” is an "
+        "estimate for any attacker.",
+        style="dim",
+    )
     for outcome in found.outcomes:
         if outcome.found is None:
-            console.print(f"Not reachable: {outcome.reason}.", markup=False, soft_wrap=True)
-    _conclude(found.best, found)
+            console.print(f"Not reachable: {outcome.reason}.", markup=False)
+        elif outcome.useless:
+            console.print(f"Of no use: {outcome.found.mechanism}, as good as blind guessing or worse.", markup=False)
+    _conclude(found)
 
 
-def _conclude(best: "Outcome | None", found: "Calibration") -> None:
-    target = f"at most {100 * found.goal.max_recovery:g} % read by {found.goal.attack}"
-    if best is None or best.found is None:
-        print(f"\n{target}: not reachable with these mechanisms.")
-    else:
-        print(f"\n{target}, at the least loss of these:\n--mechanism {best.found.mechanism}")
+def _conclude(found: "Calibration") -> None:
+    from fedsea.audit.decision import OPTIONS
+
+    target = f"at most {100 * found.goal.max_recovery:g} % of the tokens read by {found.goal.attack}"
+    best = found.best
+    if best is not None and best.found is not None:
+        cost = (
+            ""
+            if best.cost is None or found.unprotected is None
+            else (f" It costs: a loss of {best.cost:.2f} instead of {found.unprotected:.2f} nats a token.")
+        )
+        print(f"\nDecision: send with --mechanism {best.found.mechanism}\nfor {target}.{cost}")
+        print("Other attacks, and the answer, were not looked at: fedsea audit does, with --answer-tokens 32.")
+        return
+    reached = any(outcome.found is not None for outcome in found.outcomes)
+    why = "what reaches it leaves a model of no use" if reached else "not reachable with these mechanisms"
+    print(f"\nDecision: do not send. {target[0].upper()}{target[1:]}: {why}.")
+    for option in OPTIONS:
+        print(f"  – {option}")
 
 
 def _figures(names: list[str], metrics: dict[str, float], cost: float | None) -> list[str]:

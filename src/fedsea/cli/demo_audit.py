@@ -9,14 +9,14 @@ from rich.text import Text
 from fedsea.cli.terminal import escape, print_json
 
 if TYPE_CHECKING:  # --help needs no torch
-    from fedsea.audit.audit import Report
+    from fedsea.audit.report import Report
     from fedsea.demo.audience import Audience
 
 
 def show_audit(name: str, audience: "Audience", console: Console, *, threads: int, as_json: bool) -> None:
     """Run the demonstration and show what it has measured, as it comes."""
     with audience.step("Loading PyTorch and transformers"):
-        from fedsea.audit.audit import finite
+        from fedsea.audit.report import finite
         from fedsea.demo.audit import run_audit_demo
     console.print("The provider knows the public model. What can it read of text that it is never sent?\n")
     demo = run_audit_demo(name, audience, threads=threads, on_report=lambda report: _texts(report, console))
@@ -45,7 +45,7 @@ def _texts(report: "Report", console: Console) -> None:
 
 
 def _table(reports: "tuple[Report, ...]") -> Table:
-    from fedsea.audit.audit import share
+    from fedsea.audit.report import share
 
     table = Table(title="What the provider reads", title_justify="left", title_style="bold", expand=True)
     table.add_column("protection")

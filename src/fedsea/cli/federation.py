@@ -177,6 +177,7 @@ def join(
     threads: Threads = None,
 ) -> None:
     """Take part in a federation with your own text, until Ctrl-C. The text stays here."""
+    from fedsea.client.leak_notice import IN_TRAINING, leak_notice
     from fedsea.federation.join import Member
     from fedsea.federation.participant_options import ParticipantOptions
 
@@ -202,6 +203,15 @@ def join(
         try:
             tell(f"reading the data and the model's files, as {member.name} of {member.invitation.federation}")
             ready = member.start()
+            warning = leak_notice(
+                IN_TRAINING,
+                model or member.invitation.model,
+                (input_layers, output_layers),
+                mechanism or (f"relative:level={noise_level}" if noise_level else ""),
+                training=True,
+            )
+            if warning is not None:
+                tell(warning)
             tell(f"{ready['examples']} examples of {ready['task']}; connecting to {member.invitation.superlink}")
             member.watch()
         except KeyboardInterrupt:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import click
 import typer
 
-from fedsea.cli.leakage import warn_of_leakage
 from fedsea.cli.terminal import tell
+from fedsea.client.leak_notice import SEE
 from fedsea.client.lookup import GUESSES
 from fedsea.errors import UsageError
 from fedsea.partition import Partition
@@ -52,6 +52,13 @@ NoiseLevel = Annotated[
     float | None, typer.Option(help="The same, as a multiple of the mean |h_A|.", show_default="no noise")
 ]
 WireDtype = Annotated[Dtype | None, typer.Option(help="What to send hidden states in.", show_default="16 bits")]
+
+
+def _tell(line: str) -> None:
+    """A model's notice; a command in it is to be pasted."""
+    said, _, rest = line.partition(f"{SEE}: ")
+    command, _, after = rest.partition(" (")
+    tell(f"{said}{SEE}", command, f"({after}") if rest else tell(line)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +113,7 @@ class ClientOptions:
         prepare_torch(self.device, self.threads)
         from fedsea.client.model import SplitModelForCausalLM
 
-        model = SplitModelForCausalLM.from_pretrained(
+        return SplitModelForCausalLM.from_pretrained(
             self.model,
             server=self.server,
             credentials=self.credentials,
@@ -117,10 +124,8 @@ class ClientOptions:
             wire_dtype=self.wire_dtype,
             device=self.device,
             reconnect_seconds=self.reconnect_seconds,
-            notice=tell,
+            notice=_tell,
         )
-        warn_of_leakage(self, model)
-        return model
 
     def noise(self) -> "Noise":
         """What happens to hidden states before they leave, not calibrated.

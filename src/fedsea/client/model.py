@@ -30,6 +30,7 @@ from fedsea.parts.cache import CACHE
 from fedsea.privacy import GaussianNoise, Magnitude, Noise
 from fedsea.privacy.calibrate import measure_magnitude
 from fedsea.privacy.shape import Sensitivity
+from fedsea.privacy.warning import leak_warning
 from fedsea.text import one_line
 from fedsea.wire.credentials import Credentials
 from fedsea.wire.frames import to_wire
@@ -190,6 +191,9 @@ class SplitModelForCausalLM(NativeMixin, PreTrainedModel, SplitGenerationMixin):
         model = cls(input_blocks, output_blocks, partition, noise, measure, endpoint, settings)
         model.generation_config = checkpoint.generation_config
         model.max_tokens = max_tokens
+        if endpoint is not None and not insecure:  # without TLS nothing leaves this machine
+            model._audited_as = checkpoint.name
+            model._tell_of_leak(leak_warning(model.noise, partition, settings.hidden_size, measure))
         return model
 
     def new_cache(self) -> SplitCache:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fedsea.client.channel import RunChannel
 from fedsea.client.connection import Endpoint
+from fedsea.client.leak_notice import IN_TRAINING, leak_notice
 from fedsea.client.narrow import NarrowMixin
 from fedsea.client.origin import Origin
 from fedsea.client.run import LossScale, MiddleRun, keep_state
@@ -68,6 +69,7 @@ class TrainingMixin(NarrowMixin):
         self._peft_configs: dict[str, LoraConfig] | None = None  # PEFT's own, where it has put the adapter on
         self._goodbye: weakref.finalize[..., Any] | None = None
         self._weight = 1.0
+        self._audited_as = ""
         self._look = None
         self._origin = Origin()
         if self._endpoint is not None:
@@ -115,6 +117,15 @@ class TrainingMixin(NarrowMixin):
         drawn = int(torch.randint(1 << 62, ())) if seed is None else seed
         spec = AdapterSpec.from_config(adapter_config, self.config, drawn)
         self._add(replace(spec, narrow=self.noise.width or 0), adapter_config, run, take_up=take_up)
+        self._tell_of_leak(IN_TRAINING, training=True)
+
+    def _tell_of_leak(self, why: str, *, training: bool = False) -> None:
+        """Say what is known to leak, and what audits it; nothing where nothing leaves this machine."""
+        layers = (self.partition.input_layers, self.partition.output_layers)
+        mechanism = str(self._asked) if self.noise.alters else ""
+        line = leak_notice(why, self._audited_as, layers, mechanism, training=training) if self._audited_as else None
+        if line is not None:
+            self._settings.notice(line)
 
     def check_adapter(self, adapter_config: LoraConfig) -> None:
         """Raise what `add_adapter` would say of a configuration, and do nothing."""

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
-from fedsea.audit.audit import Audits, Plan, Report
+from fedsea.audit.audit import Audits
+from fedsea.audit.plan import Plan
+from fedsea.audit.report import Report
 from fedsea.audit.samples import SAMPLES
 from fedsea.checkpoints import open_checkpoint
 from fedsea.demo.audience import Audience

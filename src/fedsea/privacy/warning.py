@@ -1,4 +1,4 @@
-"""Which configurations are known to leak, so that nobody uses them without having been told."""
+"""What each configuration is known to leak, so that nobody uses one without having been told."""
 
 from collections.abc import Callable
 
@@ -10,10 +10,8 @@ from fedsea.privacy.mechanism import Magnitude, Noise
 WEAK_LEVEL, WEAK_SIZE = 10.0, 576
 
 
-def leak_warning(noise: Noise, partition: Partition, hidden_size: int, measure: Callable[[], Magnitude]) -> str | None:
-    """Why a configuration is known to let the provider read the text; None if it is not.
-
-    None says nothing in its favour: `fedsea audit` measures what is read.
+def leak_warning(noise: Noise, partition: Partition, hidden_size: int, measure: Callable[[], Magnitude]) -> str:
+    """Why a configuration is known to let the provider read the text or the answer: one line.
 
     Parameters
     ----------
@@ -35,4 +33,4 @@ def leak_warning(noise: Noise, partition: Partition, hidden_size: int, measure: 
     level = channel.std / (magnitude * min(1.0, channel.clip / magnitude.norm))
     if level < WEAK_LEVEL * (hidden_size / WEAK_SIZE) ** 0.5:
         return f"noise of {level:.3g} x the mean |h_A| is weak: a search with the public weights is likely to read much"
-    return None
+    return "noise on what leaves hides no answer: whoever runs the middle and knows the public weights can read it"

@@ -110,7 +110,7 @@ def answer_tokens(task: LabelTask, tokenizer: Any, question: Question) -> tuple[
     """
     template = Template(tokenizer, task.cue)
     written = {word: _continued(tokenizer, template, question, word)[1] for word in task.verbalisers.values()}
-    shared = _common_prefix(list(written.values()))
+    shared = common_prefix(list(written.values()))
     firsts = {word: ids[len(shared)] for word, ids in written.items() if len(ids) > len(shared)}
     if len(set(firsts.values())) < len(written):
         raise UsageError(
@@ -233,7 +233,7 @@ def _answer_spans(messages: Sequence[tuple[str, str]], template: Template) -> tu
             continue
         # An answer that is still to come and one that is there are written alike up to where it begins.
         before = template.chat(messages[:place], answer_next=True)
-        start = len(_common_prefix([before, whole]))
+        start = len(common_prefix([before, whole]))
         end = whole.find(content, start) + len(content)
         if start < done or end < start + len(content) or whole[start : end - len(content)].strip():
             raise UsageError("the model's chat template changes answers, so they cannot be told from the prompt")
@@ -242,7 +242,7 @@ def _answer_spans(messages: Sequence[tuple[str, str]], template: Template) -> tu
     return whole, spans
 
 
-def _common_prefix(texts: Sequence[Any]) -> Any:
+def common_prefix(texts: Sequence[Any]) -> Any:
     """What sequences begin with, all of them."""
     shortest = min(texts, key=len)
     length = next(

@@ -1,0 +1,34 @@
+"""What is said before text leaves: that a configuration is known to leak, and which command measures how much."""
+
+import os
+import shlex
+
+WARNING = "FEDSEA_LEAK_WARNING"
+"""The environment variable that hides the line if it is `off`."""
+
+SEE = "see how much"
+"""Stands before the command."""
+
+IN_TRAINING = "in training the gradients tell the provider what is learnt, and noise on the states does not hide that"
+
+
+def leak_notice(
+    why: str, model: str, layers: tuple[int, int], mechanism: str = "", *, training: bool = False
+) -> str | None:
+    """The line for a reason, with the command that audits this configuration; None if the user has hidden it.
+
+    Parameters
+    ----------
+    why
+        What is known to leak (`leak_warning`, `IN_TRAINING`).
+    model, layers, mechanism
+        The model's name, its input and output layers, and the protection as users write it; empty for none.
+    training
+        Whether a training is to be audited.
+    """
+    if os.environ.get(WARNING) == "off":
+        return None
+    words = ["fedsea", "audit", model, "--input-layers", str(layers[0]), "--output-layers", str(layers[1])]
+    words += ["--mechanism", mechanism] if mechanism else []
+    more = " --train-steps 4 --task TASK --data PATH" if training else " --answer-tokens 32"
+    return f"{why}; {SEE}: {shlex.join(words)}{more} ({WARNING}=off hides this)"

@@ -1,0 +1,236 @@
+"""What follows from an audit: the decision, and that all of it is legible on a narrow terminal and on any screen."""
+
+import itertools
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedsea.audit.audit import Audits
+from fedsea.audit.decision import decide
+from fedsea.audit.page import page
+from fedsea.audit.plan import Plan
+from fedsea.audit.report import Report
+from fedsea.audit.samples import SAMPLES, TaskText, encode, read_texts
+from fedsea.audit.svg import WIDTH
+from fedsea.checkpoints import load_tokenizer
+from fedsea.cli import run as command
+from fedsea.partition import Partition
+from fedsea.privacy import RelativeClippedGaussianNoise, RelativeGaussianNoise
+from fedsea.tasks import get_task
+from fedsea.tasks.encoding import encode as encode_example
+
+MESSAGES = [
+    {"role": "user", "content": "Where is Mr. Voss?"},
+    {"role": "assistant", "content": "In ward 3."},
+    {"role": "user", "content": "Since when?"},
+    {"role": "assistant", "content": "Since 14 May."},
+]
+
+
+@pytest.fixture(scope="module")
+def reports(small: str) -> list[Report]:
+    """Without protection, under noise that hides the text, and the same behind a clip; answers attacked as well."""
+    audits = Audits(
+        Plan(small, SAMPLES[:2], Partition(0, 1), tokens=8, answer=3, attacks=("prior", "search", "read-out"))
+    )
+    noises = (RelativeGaussianNoise(0.0), RelativeGaussianNoise(1e4), RelativeClippedGaussianNoise(1.0, 1e4))
+    return [audits.under(noise) for noise in noises]
+
+
+@pytest.fixture(scope="module")
+def trained(small: str) -> Report:
+    attacks = ("prior", "nearest", "search", "search-map", "read-out", "gradient", "average")
+    return Audits(Plan(small, SAMPLES[:2], Partition(0, 1), tokens=8, train_steps=2, attacks=attacks)).under(
+        RelativeGaussianNoise(0.5)
+    )
+
+
+def unread(report: Report, *, answers: bool = True) -> Report:
+    """The report as if no attack had read anything of texts and answers, and the model were of use."""
+    findings = tuple(
+        replace(
+            one,
+            prompt={name: replace(score, mean=0.0) for name, score in one.prompt.items()},
+            answer={name: replace(score, mean=0.0) for name, score in one.answer.items()},
+        )
+        for one in report.findings
+    )
+    kept = report.answers if answers else ("",) * len(report.answers)
+    return replace(report, findings=findings, answers=kept, loss=3.0, public_loss=2.5)
+
+
+def test_what_is_read_is_not_to_be_sent(reports: list[Report], trained: Report) -> None:
+    found = decide(reports[:1])
+    assert found.action == "do not send"
+    assert "100 % of the text's tokens" in found.why
+    assert len(found.options) == 3
+    assert "tokens that are learnt" in decide([trained]).why
+
+
+def test_an_answer_that_is_read_is_enough(reports: list[Report]) -> None:
+    """No noise on the way in hides what the provider computes itself."""
+    found = decide(reports[1:2])
+    assert found.action == "do not send"
+    assert "of the answer's tokens" in found.why
+    assert "of the text's" not in found.why
+
+
+def test_a_model_that_guesses_blindly_is_of_no_use(reports: list[Report]) -> None:
+    blind = reports[0].blind_loss
+    found = decide([replace(unread(reports[1]), loss=blind + 0.8)])
+    assert found.action == "do not send"
+    assert f"{blind + 0.8:.2f}" in found.why
+    assert "of no use" in found.why
+
+
+def test_an_answer_that_nobody_attacked_decides_nothing(reports: list[Report]) -> None:
+    found = decide([unread(reports[1], answers=False)])
+    assert found.action == "audit first"
+    assert "--answer-tokens" in " ".join(found.options)
+    alone = [one for one in reports[1].findings if one.attack == "prior"]
+    assert decide([replace(reports[1], findings=tuple(alone))]).action == "audit first"
+
+
+def test_of_what_may_be_sent_the_cheapest_is_named(reports: list[Report]) -> None:
+    cheap, dear = unread(reports[2]), replace(unread(reports[1]), loss=4.0)
+    found = decide([reports[0], dear, cheap])
+    assert (found.action, found.mechanism) == ("send", cheap.asked)
+    assert found.sentence.startswith(f"Send with --mechanism {cheap.asked}. ")
+    assert "A better attack may exist" in found.why
+    assert decide(reports).action == "do not send"
+
+
+def test_a_conversation_is_audited_as_a_training_reads_it(small: str, tmp_path: Path) -> None:
+    data = tmp_path / "my.jsonl"
+    data.write_text(json.dumps({"messages": MESSAGES}) + "\n")
+    (text,) = read_texts(data)
+    assert isinstance(text, TaskText)
+    tokenizer, chat = load_tokenizer(small), get_task("chat")
+    learnt = encode_example(chat, chat.read(str(data))[0], tokenizer, 512)
+    found, prompt = encode(text, tokenizer, 512, answers=True)
+    assert found == learnt
+    assert [label == -100 for label in learnt.labels].index(False) == prompt
+    asked, length = encode(text, tokenizer, 512, answers=False)
+    assert len(asked.input_ids) == length
+    said = tokenizer.decode(asked.input_ids)
+    assert "In ward 3." in said
+    assert "14 May" not in said
+
+
+@pytest.mark.parametrize("more", [[], ["--task", "chat"]])
+def test_the_file_that_is_trained_on_can_be_audited(
+    small: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str]
+) -> None:
+    data, out = tmp_path / "my.jsonl", tmp_path / "found.json"
+    data.write_text(json.dumps({"messages": MESSAGES}) + "\n")
+    options = ["--data", str(data), *more, "--train-steps", "1", "--tokens", "128", "--input-layers", "0"]
+    attacks = ["--attack", "nearest", "--attack", "gradient"]
+    assert command(["audit", small, *options, *attacks, "--threads", "1", "--json", str(out)]) == 0
+    assert "Decision: Do not send." in capsys.readouterr().out
+    found = json.loads(out.read_text())
+    assert found["decision"]["action"] == "do not send"
+    assert found["known"] > 5  # the chat template's own start is nobody's secret
+    assert "Mr. Voss" in found["texts"][0]
+
+
+def test_a_task_needs_its_data(small: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(["audit", small, "--task", "chat"]) == 2
+    assert "give --data PATH as well" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_nothing_is_cut_on_a_terminal(
+    reports: list[Report],
+    trained: Report,
+    width: int,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from fedsea.cli.audit import compare_reports, conclude, show_report
+
+    monkeypatch.setenv("COLUMNS", str(width))
+    for report in (reports[0], trained):
+        show_report(report)
+        conclude(decide([report]))
+        printed = capsys.readouterr().out
+        assert max(map(len, printed.splitlines())) <= width
+        assert all(re.search(rf"^{re.escape(one.attack)} ", printed, re.MULTILINE) for one in report.findings)
+        assert not re.search(r"\w…", printed)  # an ellipsis stands for what was cut; an interval has spaces around
+    compare_reports([*reports, replace(reports[2], asked="clip:norm=1.0+gaussian:std=123456.789012345")])
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= width
+    assert not re.search(r"\w…", printed)
+    assert "clip:norm=1+gaussian:std=1.235e+05" in printed
+
+
+class Drawn(HTMLParser):
+    """Texts of a page's charts, each with where it is anchored, and the cells of its tables of figures, row by row."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.texts: list[tuple[dict[str, str | None], str]] = []
+        self.rows: list[list[str]] = []
+        self._text: dict[str, str | None] | None = None
+        self._table = self._cell = False
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        self._text = values if tag == "text" else self._text
+        if tag == "table":
+            self._table = values.get("class") == "figures"
+        if self._table and tag == "tr":
+            self.rows.append([])
+        if self._table and tag in ("th", "td"):
+            self.rows[-1].append("")
+            self._cell = True
+
+    def handle_endtag(self, tag: str) -> None:
+        self._cell = self._cell and tag not in ("th", "td")
+
+    def handle_data(self, data: str) -> None:
+        if self._text is not None:
+            self.texts.append((self._text, data))
+            self._text = None
+        if self._cell:
+            self.rows[-1][-1] += f" {data}"
+
+
+def text_width(text: str, size: float) -> float:
+    """Width in DejaVu Sans, bold, in pixels: a wide font, so that what fits in it fits in others."""
+    ft2font: Any = pytest.importorskip("matplotlib.ft2font")
+    font_manager: Any = pytest.importorskip("matplotlib.font_manager")
+    font = ft2font.FT2Font(font_manager.findfont(font_manager.FontProperties(family="DejaVu Sans", weight="bold")))
+    font.set_size(size, 72)
+    font.set_text(text, 0)
+    return float(font.get_width_height()[0]) / 64
+
+
+@pytest.mark.parametrize("several", [True, False])
+def test_nothing_overflows_on_the_page(reports: list[Report], trained: Report, several: bool) -> None:
+    drawn = Drawn(page(reports if several else [trained], "fedsea audit"))
+    for place, text in drawn.texts:
+        if "x" in place and place.get("text-anchor") is None:  # a curve's name, at the right
+            assert float(place["x"] or 0) + text_width(text, 11) <= WIDTH
+    assert bool(drawn.texts) == several
+    # A table is as wide as the longest words of its columns need; below 56 rem it is a list instead.
+    room = 56 * 16 - 2 * 1.25 * 16
+    tables = [list(rows) for _, rows in itertools.groupby(drawn.rows, key=len)]
+    assert tables
+    for rows in tables:
+        columns = [
+            [text_width(word, 0.9 * 16) for cell in column for word in _unbroken(cell)]
+            for column in zip(*rows, strict=True)
+        ]
+        assert sum(max(column, default=0.0) + 0.6 * 16 for column in columns) <= room
+
+
+def _unbroken(cell: str) -> list[str]:
+    """What is never broken of a cell: figures are in one piece, names break at spaces and hyphens."""
+    stripped = " ".join(cell.split())
+    return [stripped] if re.fullmatch(r"[\d.… %–]*", stripped) else re.split(r"[ -]", stripped)
