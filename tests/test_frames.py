@@ -17,6 +17,7 @@ from fedsea.wire.frames import (
     MAX_ROWS,
     NO_RESULT,
     ROW_MAP,
+    TEXT,
     VERSION,
     Frame,
     Kind,
@@ -46,7 +47,9 @@ def steps(draw: some.DrawFn) -> Step:
     starts = draw(some.lists(some.integers(0, 2**32 - 1), min_size=count, max_size=count))
     indices = some.integers(0, 2**32 - 1)
     row_map = draw(some.none() | some.lists(indices, min_size=count, max_size=count).map(tuple))
-    rows = Rows(tuple(starts), tuple(counts))
+    end = max(start + count for start, count in zip(starts, counts, strict=True))
+    text = draw(some.just(0) | some.integers(end + 1, 2**32 - 1)) if end < 2**32 - 1 else 0
+    rows = Rows(tuple(starts), tuple(counts), text)
     number = draw(some.integers(0, 2**32 - 1))
     return Step(number, rows, draw(tensors(rows.total)), row_map, want_result=draw(some.booleans()))
 
@@ -172,6 +175,8 @@ def message_bytes(text: bytes, *, length: int | None = None, dtype: int = 0) -> 
         (step_bytes(dtype=4), "unknown dtype"),
         (step_bytes(dtype=2), "has 8 bytes, 16 came"),
         (step_bytes(flags=4), "unknown flags"),
+        (step_bytes(flags=TEXT), "is said to have 0 tokens, and has 1"),
+        (step_bytes(flags=TEXT)[:24], "ends after 24 bytes"),
         (step_bytes(flags=ROW_MAP), "has 16 bytes, 12 came"),
         (step_bytes(rows=0), "0 rows"),
         (step_bytes(rows=MAX_ROWS + 1), f"{MAX_ROWS + 1} rows"),

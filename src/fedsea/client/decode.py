@@ -126,5 +126,5 @@ def stream_tokens(
                 lookup.judge(len(guess), right)
             # A guess is worth its place only if a token after it can still be given: not at the end of the text, and
             # not what would end it.
-            room = min(end, model.max_tokens) - length - 1
+            room = min(end, model.guess_limit(length)) - length - 1
             guess = list(takewhile(lambda token: token not in stop_ids, lookup.guess(room)))

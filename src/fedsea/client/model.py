@@ -27,6 +27,7 @@ from fedsea.errors import LimitExceededError, UsageError
 from fedsea.partition import Partition
 from fedsea.parts import InputBlocks, OutputBlocks, Rows
 from fedsea.parts.cache import CACHE
+from fedsea.parts.families import turning_point
 from fedsea.privacy import GaussianNoise, Magnitude, Noise
 from fedsea.privacy.calibrate import measure_magnitude
 from fedsea.privacy.shape import Sensitivity
@@ -168,6 +169,7 @@ class SplitModelForCausalLM(NativeMixin, PreTrainedModel, SplitGenerationMixin):
             hidden_size=checkpoint.config.hidden_size,
             reconnect_seconds=reconnect_seconds,
             notice=notice,
+            turn=turning_point(checkpoint.config),
         )
         max_tokens = checkpoint.config.max_position_embeddings
         if endpoint is not None:
@@ -388,6 +390,11 @@ class SplitModelForCausalLM(NativeMixin, PreTrainedModel, SplitGenerationMixin):
         ids = tokens[:, first : first + chunk.width]
         hidden = self._protected(ids, chunk, cache.input_cache, self.noise, cache.digests, base=base)
         return to_wire(hidden, self._settings.wire_dtype)
+
+    def guess_limit(self, length: int) -> int:
+        """Tokens that a text of `length` may have with guesses: a step has no more than what changes none of it."""
+        turn = self._settings.turn
+        return self.max_tokens if turn is None or length > turn else min(self.max_tokens, turn)
 
     def _check_lengths(self, rows: Rows) -> None:
         if min(rows.counts) == 0:

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from fedsea.client.graph import Exchange, ScaleGradient, SpoilStep
 from fedsea.client.origin import Origin, Watch, row_bytes
 from fedsea.client.run import MiddleRun
-from fedsea.errors import LimitExceededError, NonFiniteError
+from fedsea.errors import LimitExceededError, NonFiniteError, UsageError
 from fedsea.parts import InputBlocks, OutputBlocks, RowCache, Rows
 from fedsea.parts.adapters import AdapterSpec, adapter_parameters
 from fedsea.parts.blocks import Part
+from fedsea.parts.families import turning_point
 from fedsea.privacy import Noise, NoiseSource
 from fedsea.privacy.source import DIGEST_BYTES
 from fedsea.wire.frames import MAX_PLACES
@@ -155,7 +156,15 @@ class PassMixin:
 
     def _split(self, run: MiddleRun, rows: Rows) -> list[tuple[int, int]]:
         limit = run.channel.micro_batches
-        split = split_rows(rows, min(self.micro_batches, limit), run.tokens_of_frame(len(rows)))
+        pieces = min(self.micro_batches, limit)
+        turn = turning_point(self._module.config)
+        mixed = turn is not None and min(rows.counts) <= turn < max(rows.counts)
+        split = split_rows(rows, 1 if mixed else pieces, run.tokens_of_frame(len(rows)))
+        if mixed and len(split) > 1:
+            raise UsageError(
+                f"this model computes texts of up to {turn} tokens in another way than longer ones; put no "
+                "texts of both kinds into a batch that is too large for one frame, or make the batch smaller"
+            )
         if len(split) > limit:
             raise LimitExceededError(
                 f"the batch takes {len(split)} micro-batches, the block server keeps {limit}; make the batch smaller"

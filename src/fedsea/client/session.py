@@ -38,6 +38,8 @@ class SessionSettings:
         The run whose adapter the middle has; None for the base model.
     narrow
         Rank of that run's narrow cut; 0 if it has none.
+    turn
+        Tokens up to which a text is computed as a short one (`turning_point`); None where that makes no difference.
     """
 
     partition: Partition
@@ -48,6 +50,7 @@ class SessionSettings:
     notice: Callable[[str], None]
     run: str | None = None
     narrow: int = 0
+    turn: int | None = None
 
     @property
     def width(self) -> int:
@@ -72,6 +75,7 @@ class Session:
         self._awaits_opened = False
         self._step = 0  # the last step sent to the server's session
         self._closed = False
+        self._turned: tuple[int, ...] | None = None  # from where on each row was computed as a long text
 
     @property
     def width(self) -> int:
@@ -125,6 +129,7 @@ class Session:
             raise _closed()
         if row_map is not None:
             self._journal.select(row_map)
+        self._note_turn(rows, row_map)
         exchange = _Exchange(self._chunks(rows), row_map)
         patience = Patience(self._settings.reconnect_seconds)
         while True:
@@ -196,9 +201,24 @@ class Session:
         # they start. Only moving rows twice would be wrong.
         before = exchange.chunks[len(exchange.results)].starts
         if not self._whole and any(before):
-            for chunk in self._chunks(Rows((0,) * len(before), before)):
+            for chunk in [chunk for piece in self._as_computed(before) for chunk in self._chunks(piece)]:
                 self._result(self._send(chunk, None, want_result=False))
         self._whole = True
+
+    def _note_turn(self, rows: Rows, row_map: Sequence[int] | None) -> None:
+        if self._settings.turn is None or rows.furthest <= self._settings.turn:
+            self._turned = None
+        elif self._turned is None or not any(rows.starts):
+            self._turned = rows.starts
+        elif row_map is not None:
+            self._turned = tuple(self._turned[row] for row in row_map)
+
+    def _as_computed(self, ends: tuple[int, ...]) -> list[Rows]:
+        """All that came before these ends, in pieces that are computed as they were: as a short text or a long one."""
+        turned = ends if self._turned is None else tuple(map(min, self._turned, ends))
+        rest = tuple(end - start for start, end in zip(turned, ends, strict=True))
+        pieces = [Rows((0,) * len(ends), turned), Rows(turned, rest, (self._settings.turn or 0) + 1)]
+        return [piece for piece in pieces if piece.total]
 
     def _connect(self, resume: str | None) -> None:
         settings = self._settings

@@ -107,9 +107,7 @@ class Part(nn.Module):
         # A rotary embedding that changes with the length of the text belongs to that text.
         embedding = cache.rotary if cache is not None else copy.deepcopy(self.rotary)
         positions = rows.positions(hidden.device)
-        furthest = max(rows.ends)
-        # Padded places must not make a length-dependent rotary embedding believe in a longer text.
-        rotary = embedding(hidden, positions if rows.reach == furthest else positions.clamp(max=furthest - 1))
+        rotary = _rotate(embedding, hidden, positions, rows)
         masks = {
             window: attention_mask(rows, window, hidden.device) for window in {self.windows[layer] for layer in layers}
         }
@@ -155,6 +153,17 @@ class Part(nn.Module):
         self.requires_grad_(False)
         self.rotary.to(device)
         return self
+
+
+def _rotate(embedding: Any, hidden: Tensor, positions: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+    """Rotary cosines and sines, of an embedding that may look at how long the text is, which is the whole step's."""
+    if rows.reach == rows.furthest:
+        cos, sin = embedding(hidden, positions)
+        return cos, sin
+    # Padded places must not make it believe in a longer text, nor a piece of a step in a shorter one.
+    last = positions.new_full((len(positions), 1), rows.furthest - 1)
+    cos, sin = embedding(hidden, torch.cat([positions.clamp(max=rows.furthest - 1), last], dim=1))
+    return cos[:, :-1], sin[:, :-1]
 
 
 class InputBlocks(Part):

@@ -60,6 +60,19 @@ _FAMILIES: dict[str, tuple[str, Callable[[Any, int], int | None]]] = {
 }
 
 
+def turning_point(config: PreTrainedConfig) -> int | None:
+    """Tokens up to which a text is computed with other rotary frequencies than a longer one (longrope); None if none.
+
+    As in transformers, the length is that of the longest row after a forward pass, and counts for all its tokens; what
+    the cache holds stays as it was computed.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") != "longrope" or rope["short_factor"] == rope["long_factor"]:
+        return None
+    turn: int = rope["original_max_position_embeddings"]
+    return turn
+
+
 def family_of(config: PreTrainedConfig) -> Family:
     """The family of a model, by its configuration's `model_type`.
 

@@ -24,10 +24,14 @@ class Rows:
         Position of each row's first new token: the number of tokens of that row that came before.
     counts
         Number of new tokens of each row; not all 0.
+    text
+        Tokens that the longest row will have after the step that this is a piece of, where that is more than here. Some
+        rotary embeddings depend on it.
     """
 
     starts: tuple[int, ...]
     counts: tuple[int, ...]
+    text: int = 0
 
     @classmethod
     def uniform(cls, rows: int, start: int, count: int) -> "Rows":
@@ -51,6 +55,11 @@ class Rows:
     def ends(self) -> tuple[int, ...]:
         """Each row's number of tokens after this step."""
         return tuple(start + count for start, count in zip(self.starts, self.counts, strict=True))
+
+    @cached_property
+    def furthest(self) -> int:
+        """Tokens that the longest row has after the whole step."""
+        return max(self.text, *self.ends)
 
     @cached_property
     def reach(self) -> int:
@@ -109,6 +118,7 @@ class Rows:
             Rows(
                 tuple(start + min(done, count) for start, count in zip(self.starts, self.counts, strict=True)),
                 tuple(min(max(count - done, 0), size) for count in self.counts),
+                self.furthest,
             )
             for done in range(0, self.width, size)
         ]

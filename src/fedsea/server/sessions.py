@@ -271,7 +271,7 @@ class SessionTable:
         for start, length in zip(rows.starts, before or [0] * len(rows), strict=True):
             if start > length:
                 raise ProtocolError(f"a row holds {length} tokens, the step would go on at {start}")
-        longest = max(rows.ends)
+        longest = rows.furthest
         if longest > self.max_tokens:
             raise LimitExceededError(
                 f"a row of {longest} tokens is longer than the model's {self.max_tokens} positions"

@@ -4,12 +4,13 @@
     0       1     version, 1
     1       1     kind
     2       1     dtype of the tensor (0: no tensor)
-    3       1     flags: 1 row map follows, 2 no result wanted
+    3       1     flags: 1 row map follows, 2 no result wanted, 8 length of the text follows
     4       4     step, counted from 1 in a session
     8       4     number of rows (STEP), or length of the JSON text (OPEN, OPENED, CLOSE)
     12      4     hidden size
     16      8n    STEP: start and count of each row
     ..      4n    STEP with flag 1: for each row, which of the rows before it continues
+    ..      4     STEP with flag 8: tokens that the longest row will have, where more steps of its text follow
     ..            tensor [tokens, hidden], row after row; or JSON text
 
 All numbers are little-endian and unsigned; what a kind has no use for is 0. Nothing is read before it is checked, and
@@ -18,7 +19,7 @@ nothing is made that is larger than what came; whatever does not fit is a `Proto
 
 import json
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Any
 
@@ -34,7 +35,7 @@ HEADER = struct.Struct("<BBBBIII")
 MAX_JSON = 1 << 16
 MAX_ROWS = 4096
 MAX_PLACES = 4096  # rows x tokens of the longest row: what a step takes once it is padded to be computed
-ROW_MAP, NO_RESULT = 1, 2
+ROW_MAP, NO_RESULT, TEXT = 1, 2, 8
 _DTYPES = {1: torch.float32, 2: torch.float16, 3: torch.bfloat16}
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _EXPONENTS = {
@@ -125,10 +126,12 @@ def encode(frame: Frame) -> bytes:
         return HEADER.pack(VERSION, Kind.RESULT, code, 0, frame.number, tokens, hidden) + tensor_bytes(frame.states)
     rows, count = frame.rows, len(frame.rows)
     flags = (ROW_MAP if frame.row_map is not None else 0) | (0 if frame.want_result else NO_RESULT)
+    text = struct.pack("<I", rows.text) if rows.text > max(rows.ends) else b""
+    flags |= TEXT if text else 0
     hidden = frame.states.shape[1]
     header = HEADER.pack(VERSION, Kind.STEP, _CODES[frame.states.dtype], flags, frame.number, count, hidden)
     mapping = struct.pack(f"<{count}I", *frame.row_map) if frame.row_map is not None else b""
-    return header + encode_rows(rows) + mapping + tensor_bytes(frame.states)
+    return header + encode_rows(rows) + mapping + text + tensor_bytes(frame.states)
 
 
 def decode(data: bytes, *, max_bytes: int | None = None) -> Frame:
@@ -201,7 +204,7 @@ def decode_json(data: bytes, offset: int, length: int) -> dict[str, Any]:
 
 
 def _decode_step(data: bytes, code: int, flags: int, number: int, count: int, hidden: int) -> Step:
-    if flags & ~(ROW_MAP | NO_RESULT):
+    if flags & ~(ROW_MAP | NO_RESULT | TEXT):
         raise ProtocolError(f"a step has unknown flags ({flags})")
     rows = decode_rows(data, HEADER.size, count)
     if count * rows.width > MAX_PLACES:
@@ -213,6 +216,13 @@ def _decode_step(data: bytes, code: int, flags: int, number: int, count: int, hi
             raise ProtocolError(f"a step of {count} rows ends after {len(data)} bytes")
         row_map = struct.unpack_from(f"<{count}I", data, offset)
         offset += 4 * count
+    if flags & TEXT:
+        if len(data) < offset + 4:
+            raise ProtocolError(f"a step of {count} rows ends after {len(data)} bytes")
+        rows = replace(rows, text=struct.unpack_from("<I", data, offset)[0])
+        if rows.text <= max(rows.ends):
+            raise ProtocolError(f"a step's text is said to have {rows.text} tokens, and has {max(rows.ends)}")
+        offset += 4
     states = decode_tensor(data, offset, code, rows.total, hidden)
     return Step(number, rows, states, row_map, want_result=not flags & NO_RESULT)
 
