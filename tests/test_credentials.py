@@ -196,6 +196,39 @@ def test_load_refuses_a_key_that_others_can_read(made: Path) -> None:
         Credentials.load(made / "alice", "client")
 
 
+@pytest.mark.parametrize("name", ["authority.pem", "certificate.pem"])
+def test_load_refuses_certificates_that_others_can_change(made: Path, name: str) -> None:
+    (made / "alice" / name).chmod(0o646)
+    with pytest.raises(CredentialsError, match=rf"run `chmod go-w .*/alice/{name}`"):
+        Credentials.load(made / "alice", "client")
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(b"\xef\xbb\xbf", b""), (b"Bag Attributes\n  friendlyName: \xe9\n", b"\n# end\n"), (b"", b"\r\n\r\n")],
+)
+def test_what_stands_around_the_pem_changes_nothing(made: Path, before: bytes, after: bytes) -> None:
+    plain = Credentials.load(made / "alice", "client")
+    for path in (made / "alice").iterdir():
+        path.write_bytes(before + path.read_bytes() + after)
+    assert Credentials.load(made / "alice", "client") == plain
+    authority = made / "authority" / "certificate.pem"
+    authority.write_bytes(before + authority.read_bytes() + after)
+    assert create_credentials(made, clients=["dora"]).names("created") == ("dora",)
+    assert Credentials.load(made / "dora", "client").authority == plain.authority
+
+
+def test_a_command_in_an_error_can_be_pasted(tmp_path: Path) -> None:
+    folder = tmp_path / "it's mine"
+    create_credentials(folder)
+    (folder / "client-a" / "key.pem").chmod(0o644)
+    with pytest.raises(CredentialsError, match="chmod") as raised:
+        Credentials.load(folder / "client-a", "client")
+    command = str(raised.value).partition("`")[2].rpartition("`")[0]
+    subprocess.run(command, shell=True, check=True)
+    assert Credentials.load(folder / "client-a", "client").name == "client-a"
+
+
 def test_load_refuses_expired_and_not_yet_valid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     create_credentials(tmp_path / "old", lifetime=EXPIRED)
     with pytest.raises(CredentialsError, match=r"expired on .*credentials init"):
@@ -299,12 +332,22 @@ def test_addresses_read_and_write_the_same(text: str, parts: tuple[str, int]) ->
     "text",
     [
         *("", "host", ":80", "host:", "host:x", "host:0", "host:65536", "host:-1", "::1:80", "[::1]", "[x]:80"),
-        *("http://host:80", "host/x:80", "a b:80", "host:٣", "host:00708012345", "host:" + "9" * 5000),
+        *(
+            "http://host:80",
+            "https://host",
+            "dns:///host:80",
+            "host/x:80",
+            "a b:80",
+            "host:٣",
+            "host:00708012345",
+            "host:" + "9" * 5000,
+        ),
     ],
 )
 def test_bad_addresses_are_refused(text: str) -> None:
-    with pytest.raises(UsageError, match="is no address"):
+    with pytest.raises(UsageError, match="is no address") as raised:
         parse_address(text)
+    assert ("without a scheme" in str(raised.value)) == ("/" in text or " " in text)
 
 
 def test_port_zero_is_for_listening_only() -> None:

@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -32,7 +33,7 @@ from fedsea.federation.process import Child
 from fedsea.federation.settings import Settings
 from fedsea.federation.status import read_status
 from fedsea.federation.superlink import may_call
-from fedsea.federation.up import run_config
+from fedsea.federation.up import Federation, UpOptions, run_config
 from tests.federation_commands import gone, own, until
 
 
@@ -103,6 +104,14 @@ def test_each_data_owner_gets_its_own_keys_and_where_to_connect(tmp_path: Path) 
     (here.client("bob") / SUPERNODE_KEY).write_text("no key")
     with pytest.raises(FedSEAError, match="is no key of a SuperNode"):
         here.public_key("bob")
+
+
+def test_the_command_of_a_data_owner_can_be_pasted(tmp_path: Path) -> None:
+    path = tmp_path / "hospi täls #1 it's $x"
+    settings = Settings(name="fed", model="random:tiny", task="cb")
+    federation = Federation(path, settings, UpOptions(("alice",), port=0, superlink_port=0), print)
+    words = shlex.split(federation.commands()["alice"])
+    assert words[:4] == ["fedsea", "federation", "join", str(path.resolve() / "clients" / "alice")]
 
 
 def test_a_data_owners_folder_must_be_whole_and_its_own(tmp_path: Path) -> None:

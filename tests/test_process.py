@@ -2,9 +2,10 @@
 
 import ast
 import posixpath
+import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -93,3 +94,34 @@ def test_commands_that_run_python_are_built_in_one_place() -> None:
             assert not (isinstance(node, ast.Constant) and node.value in ("-m", "-Im")), where
             assert not (isinstance(node, ast.Attribute) and node.attr in ("executable", "system", "popen")), where
             assert not (isinstance(node, ast.keyword) and node.arg in ("shell", "executable")), where
+
+
+PASTED = re.compile(
+    r"`((?:fedsea|chmod|pip) [^`]*)`|(?:^|:  )((?:fedsea (?!federation up )[a-z]+ [a-zA-Z-]|source ).*)", re.DOTALL
+)
+
+
+def pasted_values(template: ast.JoinedStr) -> Iterator[ast.expr]:
+    """What an f-string puts into commands that it shows."""
+    values = [part.value for part in template.values if isinstance(part, ast.FormattedValue)]
+    numbers = iter(range(len(values)))
+    text = "".join(
+        str(part.value) if isinstance(part, ast.Constant) else f"\0{next(numbers)}\0" for part in template.values
+    )
+    for found in PASTED.finditer(text):
+        yield from (values[int(number)] for number in re.findall("\0([0-9]+)\0", found[1] or found[2]))
+
+
+def test_commands_that_are_shown_to_be_pasted_are_quoted() -> None:
+    checked = 0
+    for path in SOURCE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            for value in pasted_values(node) if isinstance(node, ast.JoinedStr) else ():
+                calls = {
+                    getattr(one.func, "attr", getattr(one.func, "id", ""))
+                    for one in ast.walk(value)
+                    if isinstance(one, ast.Call)
+                }
+                assert calls & {"quote", "join"}, f"{path.relative_to(SOURCE)}:{value.lineno}: {ast.unparse(value)}"
+                checked += 1
+    assert checked > 5

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -47,9 +48,10 @@ def _print(summary: CredentialsSummary, console: Console) -> None:
         table.add_row(entry.name, entry.outcome, f"{entry.expires:%Y-%m-%d}", escape(str(entry.folder)))
     console.print(table)
     authority, server, coordinator, *clients = summary.entries
-    directory = escape(str(summary.directory))
     console.print(f"The server's certificate is good for: {', '.join(summary.hosts)}")
-    console.print(f"Start the server:  fedsea serve MODEL --credentials {directory}", soft_wrap=True)
+    console.print(
+        f"Start the server:  fedsea serve MODEL --credentials {escape(quote(str(summary.directory)))}", soft_wrap=True
+    )
     console.print(
         f"Whoever has {escape(str(coordinator.folder))} directs federated rounds at the server (fedsea federation).",
         soft_wrap=True,

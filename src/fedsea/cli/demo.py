@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -132,11 +133,11 @@ def _show(report: "DemoReport", console: Console) -> None:
     console.print("\n[bold]The server is stopped, its certificates are gone. Next:[/bold]")
     if shutil.which("fedsea") is None:
         activate = os.path.relpath(TOOLS / "activate")
-        console.print(f"  source {escape(activate)}", soft_wrap=True)
+        console.print(f"  source {escape(quote(activate))}", soft_wrap=True)
     for command in (
         "fedsea credentials init credentials",
-        f"fedsea serve {report.model} --credentials credentials",
-        f"fedsea chat {report.model} --server localhost:7070 --credentials credentials/client-a",
+        f"fedsea serve {quote(report.model)} --credentials credentials",
+        f"fedsea chat {quote(report.model)} --server localhost:7070 --credentials credentials/client-a",
     ):
         console.print(f"  {escape(command)}", soft_wrap=True)
     console.print("[bold]Or teach it something that only you know, in two minutes:[/bold]  fedsea demo --finetune")

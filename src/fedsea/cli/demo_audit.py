@@ -1,5 +1,6 @@
 """`fedsea demo --audit`: what a provider reads, with and without protection."""
 
+from shlex import quote
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -73,8 +74,8 @@ def _conclude(name: str, console: Console) -> None:
     )
     console.print("\n[bold]With your own texts, and a page to show[/bold] (docs/privacy.md):")
     for command in (
-        f"fedsea audit {name} --data my.txt --report report.html",
-        f"fedsea calibrate {name} --max-recovery 0.05",
-        f"fedsea chat {name} --server localhost:7070 --credentials credentials/client-a --show-leakage",
+        f"fedsea audit {quote(name)} --data my.txt --report report.html",
+        f"fedsea calibrate {quote(name)} --max-recovery 0.05",
+        f"fedsea chat {quote(name)} --server localhost:7070 --credentials credentials/client-a --show-leakage",
     ):
         console.print(f"  {escape(command)}", soft_wrap=True)

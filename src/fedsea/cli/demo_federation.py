@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -71,7 +72,7 @@ def _show(report: "FederationDemoReport", console: Console) -> None:
         console.print(f"The adapter is in {escape(str(report.adapter))}: PEFT loads it.")
     console.print("\n[bold]Between machines[/bold] (docs/federation.md):")
     for command in (
-        f"fedsea federation up hospitals --model {report.model} --clients ward-a,ward-b --task cb "
+        f"fedsea federation up hospitals --model {quote(report.model)} --clients ward-a,ward-b --task cb "
         "--listen 0.0.0.0 --host hub.example.org",
         "fedsea federation join ward-a --task cb --data /data/ward-a",
         "fedsea federation status hospitals --watch",

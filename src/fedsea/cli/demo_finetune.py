@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -78,8 +79,8 @@ def _show(report: "FineTuningReport", console: Console) -> None:
         console.print(f"The adapter is in {escape(str(report.adapter))}.")
     console.print("\n[bold]With your own text[/bold] (docs/finetuning.md):")
     for command in (
-        f"fedsea serve {report.model} --credentials credentials",
-        f"fedsea finetune {report.model} --server localhost:7070 --credentials credentials/client-a "
+        f"fedsea serve {quote(report.model)} --credentials credentials",
+        f"fedsea finetune {quote(report.model)} --server localhost:7070 --credentials credentials/client-a "
         "--task chat --data my.jsonl",
     ):
         console.print(f"  {escape(command)}", soft_wrap=True)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -298,7 +299,7 @@ def _invite(running: "Federation", *, as_json: bool) -> None:
     print("Give each data owner its folder, over a channel you trust. There it runs, with its own data:")
     for command in commands.values():
         print(f"  {command}")
-    print(f"See how it goes:  fedsea federation status {running.deployment.path} --watch", flush=True)
+    print(f"See how it goes:  fedsea federation status {quote(str(running.deployment.path))} --watch", flush=True)
 
 
 @contextlib.contextmanager

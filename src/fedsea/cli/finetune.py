@@ -200,7 +200,8 @@ def finetune(
         print_json(summary)
     elif done:
         print(f"The adapter is in {folder.adapter}: loss {summary['first_loss']:.3f} -> {summary['last_loss']:.3f}.")
-        print(f"Chat with it:  fedsea chat {client.model} --adapter {folder.adapter} --server {client.server} ...")
+        words = ["fedsea", "chat", client.model, "--adapter", str(folder.adapter), "--server", client.server]
+        print(f"Chat with it:  {shlex.join(words)} ...")
     if not done:
         raise KeyboardInterrupt
 

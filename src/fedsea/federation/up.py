@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from shlex import quote
 from types import TracebackType
 from typing import Any, Self
 
@@ -198,7 +199,7 @@ class Federation:
         """For each client the command that its data owner runs."""
         task = self.settings.task or "TASK"
         return {
-            name: f"fedsea federation join {self.deployment.client(name)} --task {task} --data PATH"
+            name: f"fedsea federation join {quote(str(self.deployment.client(name)))} --task {quote(task)} --data PATH"
             for name in self.options.clients
         }
 

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from shlex import quote
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -224,7 +225,9 @@ class Worker:
 def _listen(path: Path) -> socket.socket:
     mode = path.parent.stat().st_mode
     if stat.S_IMODE(mode) & 0o077:
-        raise UsageError(f"other users of this machine can enter {path.parent}: run `chmod 700 {path.parent}`")
+        raise UsageError(
+            f"other users of this machine can enter {path.parent}: run `chmod 700 {quote(str(path.parent))}`"
+        )
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe, contextlib.suppress(OSError):
         probe.connect(str(path))

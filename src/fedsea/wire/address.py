@@ -25,7 +25,10 @@ def parse_address(text: str, *, allow_port_zero: bool = False) -> tuple[str, int
     UsageError
         If the text is not such an address.
     """
-    host, colon, port_text = text.strip().rpartition(":")
+    stripped = text.strip()
+    if "/" in stripped or any(character.isspace() for character in stripped):
+        raise UsageError(f"{text!r} is no address: write HOST:PORT alone, without a scheme or a path")
+    host, colon, port_text = stripped.rpartition(":")
     if not colon or not host:
         raise UsageError(f"{text!r} is no address: write HOST:PORT, such as localhost:7070")
     if host.startswith("[") and host.endswith("]"):
@@ -34,8 +37,6 @@ def parse_address(text: str, *, allow_port_zero: bool = False) -> tuple[str, int
             raise UsageError(f"{text!r} is no address: between the brackets stands no IPv6 address")
     elif ":" in host:
         raise UsageError(f"{text!r} is no address: write an IPv6 host in brackets, such as [::1]:7070")
-    if "/" in host or any(character.isspace() for character in host):
-        raise UsageError(f"{text!r} is no address: write HOST:PORT alone, without a scheme or a path")
     lowest = 0 if allow_port_zero else 1
     digits = port_text.isascii() and port_text.isdecimal() and len(port_text) <= 5
     if not (digits and lowest <= int(port_text) <= 65535):

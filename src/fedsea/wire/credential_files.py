@@ -2,10 +2,12 @@
 
 import datetime
 import os
+import re
 import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Literal
 
 from fedsea.errors import CredentialsError
@@ -14,6 +16,8 @@ from fedsea.wire import certificates
 from fedsea.wire.certificates import Pair, Role
 
 RENEW_BEFORE = datetime.timedelta(days=30)
+
+_PEM = re.compile(rb"-----BEGIN ([A-Z0-9 ]+)-----.*?-----END \1-----", re.DOTALL)
 
 Outcome = Literal["created", "kept", "re-issued"]
 
@@ -49,7 +53,7 @@ def complete_authority(folder: Path, lifetime: datetime.timedelta) -> tuple[Pair
         pair = certificates.create_authority(lifetime)
         write_file(folder / "key.pem", pair.key)
         write_file(folder / "certificate.pem", pair.certificate)
-    pair = Pair(paths[0].read_bytes(), paths[1].read_bytes())
+    pair = Pair(*(only_pem(path.read_bytes()) for path in paths))
     return pair, CredentialsEntry("authority", folder, outcome, certificates.expiry(pair.certificate))
 
 
@@ -78,7 +82,7 @@ def complete_party(
 def present_hosts(folder: Path) -> tuple[str, ...]:
     """Hosts that the server's certificate in `folder` is good for; none if there is no readable certificate."""
     try:
-        return certificates.hosts_of((folder / "certificate.pem").read_bytes())
+        return certificates.hosts_of(only_pem((folder / "certificate.pem").read_bytes()))
     except (FileNotFoundError, CredentialsError):
         return ()
 
@@ -89,7 +93,7 @@ def read_party(folder: Path, renew: str) -> tuple[bytes, Pair]:
     Raises
     ------
     CredentialsError
-        If one is missing or unreadable, or if other users of the machine can read the key.
+        If one is missing or unreadable, or if other users of the machine can change it, or read the key.
     """
     contents = []
     for name in ("authority.pem", "certificate.pem", "key.pem"):
@@ -97,16 +101,26 @@ def read_party(folder: Path, renew: str) -> tuple[bytes, Pair]:
         try:
             with path.open("rb") as file:
                 mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
-                contents.append(file.read())
+                contents.append(only_pem(file.read()))
         except FileNotFoundError:
             raise CredentialsError(f"{path} is missing: {renew}") from None
         except OSError as error:
             raise CredentialsError(f"cannot read {path}: {error.strerror}") from error
         # Windows keeps no such mode bits; access lists protect a user's files there.
         if name == "key.pem" and os.name == "posix" and mode & 0o077:
-            raise CredentialsError(f"other users of this machine can read {path}: run `chmod 600 {path}`")
+            raise CredentialsError(f"other users of this machine can read {path}: run `chmod 600 {quote(str(path))}`")
+        if os.name == "posix" and mode & 0o022:
+            raise CredentialsError(
+                f"other users of this machine can change {path}: run `chmod go-w {quote(str(path))}`"
+            )
     authority, certificate, key = contents
     return authority, Pair(certificate, key)
+
+
+def only_pem(content: bytes) -> bytes:
+    """What is PEM in a file, without a byte order mark before it or notes around it; all of it if nothing is."""
+    blocks = [found[0] for found in _PEM.finditer(content)]
+    return b"\n".join([*blocks, b""]) if blocks else content
 
 
 def _make_private(folder: Path) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING
 
 import grpc
@@ -107,7 +108,7 @@ class Credentials:
         folder = Path(directory).expanduser()
         if role == "server":
             top = folder.parent if folder.name == _SERVER else folder
-            renew = f"run `fedsea credentials init {top}`"
+            renew = f"run `fedsea credentials init {quote(str(top))}`"
             if (folder / _SERVER).is_dir():
                 folder = folder / _SERVER
         else:

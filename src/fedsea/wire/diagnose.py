@@ -11,6 +11,7 @@ import ssl
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from shlex import quote
 from typing import NoReturn
 
 from fedsea.errors import CredentialsError, FedSEAError, ServerUnavailableError, UsageError
@@ -187,7 +188,7 @@ def _server_refused(host: str, where: str, error: ssl.SSLCertVerificationError) 
     if code in _OTHER_HOST:
         return CredentialsError(
             f"the certificate of the server at {where} is not for the name {host!r}: its operator adds it with "
-            f"`fedsea credentials init DIR --host {host}` and restarts the server"
+            f"`fedsea credentials init DIR --host {quote(host)}` and restarts the server"
         )
     if code == _WRONG_PURPOSE:
         return CredentialsError(
