@@ -139,8 +139,9 @@ def test_help_imports_no_torch() -> None:
 def test_every_limit_has_a_flag_with_its_default() -> None:
     assert LimitOptions().limits() == Limits()
     assert len(dataclasses.fields(LimitOptions)) == len(dataclasses.fields(Limits))
-    changed = LimitOptions(1, 2, 3, 4, 5.0, 6.0, 7, 8, 9, 10.0, 11, 12, 13).limits()
-    assert changed == Limits(1, 2, 3, 4 << 20, 5.0, 6.0, 7 << 20, 8, 9, 10.0, 11 << 20, 12 << 20, 13)
+    changed = LimitOptions(1, 2, 3, 4, 5.0, 6.0, 7, 8, 9, 10.0, 11, 12, 13, 0.25, 14, 15).limits()
+    of_runs = (8, 9, 10.0, 11 << 20, 12 << 20, 13)
+    assert changed == Limits(1, 2, 3, 4 << 20, 5.0, 6.0, 7 << 20, *of_runs, 0.25, 14 << 20, 15)
 
 
 def test_sigterm_tells_the_sessions_and_exits_with_0() -> None:

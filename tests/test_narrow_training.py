@@ -128,7 +128,7 @@ def test_gradients_through_the_wire_are_those_of_finite_differences(tiny_server:
     with adapted(tiny_server, noise=CUT) as model:
         project = model.narrow_cut["project"].weight
         assert model._run is not None
-        run = tiny_server.server.runs._runs[model._run.channel.name]
+        run = tiny_server.server.runs.find(model._run.channel.name, "anonymous")
 
         def loss() -> float:
             with torch.no_grad():
@@ -328,7 +328,7 @@ def test_a_fine_tuning_goes_on_from_its_checkpoint_and_in_its_own_place_only(
         def on_step(one: Any) -> None:
             figures.append(one)
             if len(figures) == 3:  # the server loses the run: back to step 2, by itself
-                runs.close(runs._runs[model._run.channel.name])  # type: ignore[union-attr]
+                runs.close(runs.find(model._run.channel.name, "anonymous"))  # type: ignore[union-attr]
 
         assert not training.run(on_step, lambda: len(figures) == 5)
     elsewhere: dict[str, Any] = {"noise": CUT, "partition": Partition(2, 1)}
@@ -480,7 +480,7 @@ def test_a_server_that_has_lost_the_run_says_so(tiny_server: RunningServer) -> N
         model.eval()
         assert model._run is not None
         runs = tiny_server.server.runs
-        runs.close(runs._runs[model._run.channel.name])
+        runs.close(runs.find(model._run.channel.name, "anonymous"))
         with torch.no_grad(), pytest.raises(RunLostError):
             model(prompt())
 

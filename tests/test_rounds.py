@@ -406,7 +406,8 @@ def test_a_round_that_is_closed_ends_its_runs(
     invite(admin, spec, start, ["a"], "server-hierarchical")  # of the same label: the first is given up
     with pytest.raises(FedSEAError, match="is over"):
         train(model, [batch(1)])
-    assert not [name for name in server.server.runs._runs if name == ticket.run]
+    with pytest.raises(FedSEAError, match="does not have the run"):
+        server.server.runs.find(ticket.run, "anonymous")
     model.close()
 
 

@@ -385,10 +385,12 @@ def test_a_cleared_run_knows_no_gradient_and_no_micro_batch(table: RunTable) -> 
 
 def test_a_run_is_its_own_clients_only(table: RunTable) -> None:
     run = begin(table)
-    with pytest.raises(ProtocolError, match="the run name 'one' is taken by another client"):
-        begin(table, client="b")
     with pytest.raises(RunLostError, match="does not have the run 'one'"):
         table.find("one", "b")
+    others = begin(table, client="b")
+    assert (table.find("one", "a"), table.find("one", "b")) == (run, others)
+    do(table, run, forward(1), backward(2), update(3))
+    table.close(others)
     assert table.find("one", "a") is run
 
 

@@ -67,12 +67,32 @@ class LimitOptions:
     graph_mib: Annotated[
         int | None,
         typer.Option(
-            min=0, help="Memory for activations that wait for gradients, in MiB.", show_default="a quarter of the free"
+            min=0,
+            help="Memory for micro-batches that wait for gradients and their activations, in MiB.",
+            show_default="a quarter of the free",
         ),
     ] = None
     max_run_micro_batches: Annotated[
         int, typer.Option(min=1, help="Micro-batches of one run that wait for their gradient.")
     ] = 64
+    client_share: Annotated[
+        float | None,
+        typer.Option(
+            min=0.01,
+            max=1.0,
+            help="Part of each amount of memory that one client may have.",
+            show_default="a half; all of it with --insecure",
+        ),
+    ] = None
+    buffer_mib: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Memory for frames that wait: read ahead, or answers not yet read, in MiB.",
+            show_default="a sixteenth of the free",
+        ),
+    ] = None
+    max_run_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the longest text in training.")] = 8_192
 
     def limits(self) -> "Limits":
         """The same as the server takes it."""
@@ -92,6 +112,9 @@ class LimitOptions:
             run_bytes=_bytes(self.run_mib),
             graph_bytes=_bytes(self.graph_mib),
             run_micro_batches=self.max_run_micro_batches,
+            client_share=self.client_share,
+            buffer_bytes=_bytes(self.buffer_mib),
+            run_tokens=self.max_run_tokens,
         )
 
 

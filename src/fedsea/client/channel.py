@@ -11,7 +11,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from fedsea.client.connection import GOODBYE_SECONDS, Connection, ConnectionLost, Endpoint
@@ -35,6 +34,7 @@ from fedsea.wire.run_frames import (
     decode_run,
     encode_run,
     export_shapes,
+    pages,
     read_pages,
 )
 from fedsea.wire.runs import Attach, Attached
@@ -256,16 +256,8 @@ class RunChannel:
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Set the middle's weights and optimizer states, named as in `export`."""
-        batch: dict[str, Tensor] = {}
-        size = 0
-        for name, tensor in sorted(tensors.items()):
-            if batch and size + tensor.nbytes > self.frame_bytes // 2:
-                self.call(partial(Tensors, tensors=batch))
-                batch, size = {}, 0
-            batch[name] = tensor.detach().to("cpu", torch.float32).contiguous()
-            size += tensor.nbytes + len(name) + 64
-        if batch:
-            self.call(partial(Tensors, tensors=batch))
+        for some in pages(tensors, self.frame_bytes // 2):
+            self.call(partial(Tensors, tensors=some))
 
     def close(self, *, end: bool) -> None:
         """Let go of the connection; with `end`, the server gives the run up. Safe to call twice."""

@@ -16,7 +16,17 @@ from fedsea.wire import contract
 from fedsea.wire.credentials import Credentials
 from fedsea.wire.frames import Kind, Message
 from fedsea.wire.rounds import RoundPlan, RoundStatus, ServerDescription
-from fedsea.wire.run_frames import Command, Operation, Outcome, Reply, Tensors, decode_run, encode_run, read_pages
+from fedsea.wire.run_frames import (
+    Command,
+    Operation,
+    Outcome,
+    Reply,
+    Tensors,
+    decode_run,
+    encode_run,
+    pages,
+    read_pages,
+)
 
 T = TypeVar("T")
 
@@ -79,7 +89,7 @@ class BlockServerAdmin:
             held = call.description.layers
             call.command({"do": "open", **plan.to_body()})
             here = {name: weight for name, weight in weights.items() if layer_of(name) in held}
-            for page in _pages(here, call.frame_bytes // 2):
+            for page in pages(here, call.frame_bytes // 2):
                 call.ask(lambda number, page=page: Tensors(number, page))  # type: ignore[misc]
             call.command({"do": "start"})
             names = plan.adapter.weight_names(held)
@@ -191,16 +201,3 @@ class _Call:
         if not isinstance(reply, Outcome):
             raise ProtocolError("the block server sent something that is no outcome")
         return reply.body
-
-
-def _pages(tensors: Mapping[str, Tensor], limit: int) -> list[dict[str, Tensor]]:
-    """Named tensors in parts of at most about `limit` bytes."""
-    pages: list[dict[str, Tensor]] = [{}]
-    size = 0
-    for name, tensor in sorted(tensors.items()):
-        if pages[-1] and size + tensor.nbytes > limit:
-            pages.append({})
-            size = 0
-        pages[-1][name] = tensor.detach().float().cpu().contiguous()
-        size += tensor.nbytes + len(name) + 64
-    return [page for page in pages if page]

@@ -4,32 +4,26 @@ A round is opened in three parts: `open` with the plan, the adapter's weights at
 """
 
 import math
-from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
-from fedsea.errors import CredentialsError, LimitExceededError, ProtocolError
-from fedsea.server.limits import MIB
+from fedsea.errors import CredentialsError, ProtocolError
+from fedsea.server.ledger import Kept, Pool, nbytes
 from fedsea.server.rounds import RoundTable
 from fedsea.server.stream import Stream
 from fedsea.wire.frames import Kind, Message, encode
 from fedsea.wire.rounds import RoundPlan, ServerDescription
-from fedsea.wire.run_frames import Command, Outcome, Tensors, decode_run, encode_run
+from fedsea.wire.run_frames import Command, Outcome, Tensors, decode_run, encode_run, page
 
 
 class _Opening:
     """A round that is being opened: its plan, and the weights that have come so far."""
 
-    def __init__(self, plan: RoundPlan, limit: int) -> None:
-        self.plan, self.weights, self._left = plan, dict[str, Tensor](), limit
-
-    def add(self, tensors: Mapping[str, Tensor]) -> None:
-        """More weights."""
-        self._left -= sum(tensor.nbytes for tensor in tensors.values())
-        if self._left < 0:
-            raise LimitExceededError("the round's adapter is larger than the server's memory for adapters")
-        self.weights.update(tensors)
+    def __init__(self, plan: RoundPlan, layers: range) -> None:
+        self.plan, self.weights = plan, dict[str, Tensor]()
+        self.names = plan.adapter.weight_names(layers)
 
 
 async def coordinate(stream: Stream, table: RoundTable, description: ServerDescription) -> None:
@@ -56,30 +50,42 @@ async def coordinate(stream: Stream, table: RoundTable, description: ServerDescr
     body = {**description.to_body(), "frame_bytes": limits.frame_bytes}
     await stream.write(encode(Message(Kind.OPENED, body)))
     opening: _Opening | None = None
+    ledger = table.runs.ledger
+    ledger.keep(stream, Kept(Pool.ADAPTERS, stream.client, lambda: nbytes(opening.weights if opening else None)))
+
+    def knows(name: str) -> bool:
+        if opening is None:
+            raise ProtocolError("weights came, and no round is being opened")
+        return name in opening.names
+
     while (data := await stream.read_bytes()) is not None:
-        asked, _ = decode_run(data, max_bytes=stream.frame_bytes)
+        stream.held = len(data)
+        read = partial(decode_run, data, max_bytes=stream.frame_bytes, knows=knows)
+        asked, _ = await stream.apart(read, len(data))
         if isinstance(asked, Message) and asked.kind is Kind.CLOSE:
             return
         reply: Outcome | Tensors
         if isinstance(asked, Tensors):
-            if opening is None:
-                raise ProtocolError("weights came, and no round is being opened")
-            opening.add(asked.tensors)
+            assert opening is not None
+            ledger.require(Pool.ADAPTERS, stream.client, nbytes(asked.tensors), "the round's adapter")
+            opening.weights.update(asked.tensors)
             reply = Outcome(asked.number, {})
         elif isinstance(asked, Command) and asked.body.get("do") == "open":
-            opening = _Opening(RoundPlan.from_body(asked.body), limits.run_bytes or MIB)
+            opening = _Opening(RoundPlan.from_body(asked.body), table.runs.middle.layers)
             reply = Outcome(asked.number, {})
         elif isinstance(asked, Command) and asked.body.get("do") == "start":
             if opening is None:
                 raise ProtocolError("a round was started, and none is being opened")
-            table.open(opening.plan, opening.weights)
+            table.open(opening.plan, opening.weights, stream.client)
             opening = None
             reply = Outcome(asked.number, {})
         elif isinstance(asked, Command):
             reply = await _answer(asked, table, limits.frame_bytes)
         else:
             raise ProtocolError("a command was expected")
-        await stream.write(encode_run(reply))
+        size = nbytes(reply.tensors) if isinstance(reply, Tensors) else 0
+        await stream.write(await stream.apart(partial(encode_run, reply), size))
+        stream.held = 0
 
 
 async def _answer(command: Command, table: RoundTable, frame_bytes: int) -> Outcome | Tensors:
@@ -98,7 +104,8 @@ async def _answer(command: Command, table: RoundTable, frame_bytes: int) -> Outc
             after = body.get("after")
             if average is None or not isinstance(after, str):
                 raise ProtocolError("an average is asked for after 'aggregate', and goes on after a name")
-            return _page(command.number, average, after, frame_bytes // 2)
+            chosen, more = page(average, after, frame_bytes // 2)
+            return Tensors(command.number, chosen, more)
         case "close":
             table.close(label)
             return Outcome(command.number, {})
@@ -113,16 +120,3 @@ def _weights(value: Any) -> dict[str, float]:
         if type(weight) not in (int, float) or not math.isfinite(weight):
             raise ProtocolError("a client's weight in an average is a number")
     return {client: float(weight) for client, weight in value.items()}
-
-
-def _page(number: int, tensors: Mapping[str, Tensor], after: str, limit: int) -> Tensors:
-    """The tensors behind a name, as many as fit."""
-    names = sorted(name for name in tensors if name > after)
-    chosen: dict[str, Tensor] = {}
-    size = 0
-    for name in names:
-        size += tensors[name].nbytes + len(name) + 64
-        if chosen and size > limit:
-            break
-        chosen[name] = tensors[name]
-    return Tensors(number, chosen, more=len(chosen) < len(names))

@@ -40,10 +40,19 @@ class Limits:
         Memory for the adapters, their gradients and their optimizers of all runs, in bytes; None for an eighth of what
         is free.
     graph_bytes
-        Memory for the activations of micro-batches that wait for their gradient, of all runs, in bytes; None for a
-        quarter of what is free. What does not fit is computed a second time.
+        Memory for micro-batches that wait for their gradient, of all runs, in bytes: their inputs and activations; None
+        for a quarter of what is free. Activations that do not fit are computed a second time. Where the inputs do not
+        fit, a run's oldest micro-batch gives way to its newest.
     run_micro_batches
         Micro-batches of one run that wait for their gradient; the oldest gives way.
+    client_share
+        The part of each amount of memory that one client may have; None for half of it, and for all of it on a server
+        without certificates, whose clients are all one.
+    buffer_bytes
+        Memory for frames that wait, of all streams and runs, in bytes: read ahead, or answers that their client may not
+        have yet; None for a sixteenth of the host's free memory.
+    run_tokens
+        Tokens of the longest text that a run may send.
     """
 
     sessions: int = 64
@@ -59,15 +68,20 @@ class Limits:
     run_bytes: int | None = None
     graph_bytes: int | None = None
     run_micro_batches: int = 64
+    client_share: float | None = None
+    buffer_bytes: int | None = None
+    run_tokens: int = 8_192
 
-    def settled(self, device: torch.device) -> "Limits":
-        """The limits with every amount of memory as a number of bytes."""
+    def settled(self, device: torch.device, *, secure: bool = False) -> "Limits":
+        """The limits with every amount of memory as a number of bytes; `secure`: whether clients have certificates."""
         free = free_memory(device)
         return replace(
             self,
             cache_bytes=free // 2 if self.cache_bytes is None else self.cache_bytes,
             run_bytes=free // 8 if self.run_bytes is None else self.run_bytes,
             graph_bytes=free // 4 if self.graph_bytes is None else self.graph_bytes,
+            buffer_bytes=free_memory(torch.device("cpu")) // 16 if self.buffer_bytes is None else self.buffer_bytes,
+            client_share=(0.5 if secure else 1.0) if self.client_share is None else self.client_share,
         )
 
 

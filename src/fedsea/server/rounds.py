@@ -34,10 +34,13 @@ from fedsea.errors import (
 )
 from fedsea.partition import layer_of
 from fedsea.server.joint import backward_together, forward_together
+from fedsea.server.ledger import Kept, Pool, nbytes
+from fedsea.server.member import Member
 from fedsea.server.runs import Run, RunTable
-from fedsea.server.scheduler import Scheduler
+from fedsea.server.scheduler import Owner, Scheduler
 from fedsea.server.trainer import Trainer
-from fedsea.wire.rounds import MemberState, MemberStatus, RoundPlan, RoundStatus, Seat, run_name
+from fedsea.wire.roles import COORDINATOR
+from fedsea.wire.rounds import MemberStatus, RoundPlan, RoundStatus, Seat, run_name
 from fedsea.wire.run_frames import ADAPTER, Backward, Command, Forward, Operation, Outcome, States, Tensors
 from fedsea.wire.runs import Attach, OptimizerStep
 
@@ -47,60 +50,26 @@ NOT_OF_A_MEMBER = (
 )  # the round's adapter is the coordinator's to set, and not one member's to scale
 
 
-@dataclass(eq=False)
-class Member:
-    """A client's place in a round.
-
-    Attributes
-    ----------
-    run
-        What it has begun with its ticket.
-    heard
-        When it was last heard of, in the table's clock.
-    waiting
-        The operation that waits for those of the others, and where its answer goes.
-    """
-
-    seat: Seat
-    heard: float
-    run: Run | None = None
-    finished: bool = False
-    straggled: bool = False
-    ended: bool = False
-    waiting: "tuple[Operation, asyncio.Future[bytes]] | None" = None
-
-    @property
-    def state(self) -> MemberState:
-        """As the coordinator is told."""
-        if self.finished:
-            return "finished"
-        if self.ended or (self.run is None and self.straggled):
-            return "gone"
-        return "joined" if self.run is not None else "expected"
-
-    @property
-    def awaited(self) -> bool:
-        """Whether the others wait for it."""
-        return not (self.finished or self.straggled or self.ended)
-
-
 class Round:
     """A round at this server. `RoundTable` makes it."""
 
-    def __init__(self, plan: RoundPlan, weights: dict[str, Tensor], table: "RoundTable") -> None:
+    def __init__(self, plan: RoundPlan, weights: dict[str, Tensor], table: "RoundTable", opener: str) -> None:
         now = table.runs.clock()
         self.plan, self.weights, self._table = plan, weights, table
         self.members = {seat.client: Member(seat, now) for seat in plan.members}
         self.opened = self.heard = now
         self.common: Trainer | None = None
+        self._opener = opener
+        self._shared: Kept | None = None  # the adapter of `common`, in the ledger
+        table.runs.ledger.keep(self, Kept(Pool.ADAPTERS, opener, lambda: nbytes(self.weights) + nbytes(self.average)))
         self.average: dict[str, Tensor] | None = None
         self._begun = self._busy = False
         self._timer: asyncio.TimerHandle | None = None
 
     @property
-    def owner(self) -> str:
-        """Whose work the scheduler takes it for."""
-        return f"round {self.plan.label}"
+    def owner(self) -> Owner:
+        """Whose work the scheduler takes it for: all rounds together are as one client."""
+        return Owner(COORDINATOR, f"round {self.plan.label}")
 
     def join(self, wish: Attach, client: str, num_layers: int, end: Callable[[FedSEAError], None]) -> Run:
         """A client shows its ticket and begins its run."""
@@ -112,11 +81,14 @@ class Round:
             raise StragglerError("the round has begun without this client; it may come back in the next round")
         runs = self._table.runs
         runs.check(wish, num_layers)
-        if self.plan.shared and self.common is None:
-            self.common = self._trainer(runs.middle.layers, None)
-        trainer = self._trainer(wish.partition.middle(num_layers), self.common)
-        trainer.weight, trainer.max_norm = member.seat.weight, self.plan.max_norm or float("inf")
-        member.run = runs.add(replace(wish, adapter=self.plan.adapter), client, trainer, end)
+        layers = wish.partition.middle(num_layers)
+        if self.plan.shared:
+            adapter = self._shared = self._shared or runs.reserve(self.plan.adapter, runs.middle.layers, self._opener)
+        else:
+            adapter = runs.reserve(self.plan.adapter, layers, client)
+        runs.ledger.keep(self, adapter)  # for the average, also if the run ends before
+        wish = replace(wish, adapter=self.plan.adapter)
+        member.run = runs.add(wish, client, partial(self._build, layers, client, member.seat), adapter, end)
         member.run.owner, member.run.on_end = self.owner, partial(self._left, member)
         member.heard = self.heard = runs.clock()
         self.kick()
@@ -135,12 +107,17 @@ class Round:
             return member
         raise RefusedTicketError("the ticket is not one of this round's")
 
-    def _trainer(self, layers: range, share: Trainer | None) -> Trainer:
-        trainer = self._table.runs.trainer(self.plan.adapter, layers, share)
-        if share is None:
-            here = {name: weight for name, weight in self.weights.items() if layer_of(name) in layers}
-            if here:
-                trainer.load({f"{ADAPTER}/{name}": weight for name, weight in here.items()})
+    def _build(self, layers: range, client: str, seat: Seat | None = None) -> Trainer:
+        """A member's trainer, in the worker thread; the first of a shared adapter builds that, too (without a seat)."""
+        runs, share = self._table.runs, None
+        if self.plan.shared and seat is not None:
+            share = self.common = self.common or self._build(runs.middle.layers, self._opener)
+        trainer = runs.build(self.plan.adapter, layers, client, share)
+        here = {f"{ADAPTER}/{name}": one for name, one in self.weights.items() if layer_of(name) in layers}
+        if here and share is None:
+            trainer.load(here)
+        if seat is not None:
+            trainer.weight, trainer.max_norm = seat.weight, self.plan.max_norm or float("inf")
         return trainer
 
     # What members do
@@ -163,7 +140,7 @@ class Round:
         if command == "finish":
             member.finished = True
             self.kick()
-            return self._table.runs.settle(run, Outcome(operation.number, {"version": run.trainer.version}))
+            return self._table.runs.settle(run, Outcome(operation.number, {"version": run.version}))
         if isinstance(operation, Command) and command == "update":
             refusal = self.plan.refusal(OptimizerStep.from_body(operation.body))
             if refusal is not None:
@@ -326,11 +303,11 @@ class Round:
         spoiled = []
         for client, weight in weights.items():
             member = self.members.get(client)
-            if member is None or member.run is None:
+            trainer = member.run.built if member is not None and member.run is not None else None
+            if trainer is None:
                 raise ProtocolError(f"client {client!r} has no run in the round {self.plan.label!r}")
             if not 0 < weight < float("inf"):
                 raise ProtocolError(f"the weight of client {client!r} must be above 0; got {weight}")
-            trainer = member.run.trainer
             here = {name: value for name, value in trainer.parameters.items() if layer_of(name) in trainer.layers}
             if not all(bool(torch.isfinite(value).all()) for value in here.values()):
                 spoiled.append(client)
@@ -353,7 +330,7 @@ class Round:
                 MemberStatus(
                     client,
                     member.state,
-                    steps=member.run.trainer.version if member.run is not None else 0,
+                    steps=member.run.version if member.run is not None else 0,
                     straggled=member.straggled,
                     bytes_up=member.run.bytes_up if member.run is not None else 0,
                     bytes_down=member.run.bytes_down if member.run is not None else 0,
@@ -367,6 +344,7 @@ class Round:
         """End it: its members' runs are given up."""
         if self._timer is not None:
             self._timer.cancel()
+        self._table.runs.ledger.release(self)
         for member in self.members.values():
             if member.run is not None:
                 member.run.on_end = None
@@ -393,13 +371,15 @@ class RoundTable:
     rounds: dict[str, Round] = field(default_factory=dict)
     tasks: set[asyncio.Future[None]] = field(default_factory=set)
 
-    def open(self, plan: RoundPlan, weights: dict[str, Tensor]) -> None:
+    def open(self, plan: RoundPlan, weights: dict[str, Tensor], opener: str = COORDINATOR) -> None:
         """Open a round; one of the same name is given up.
 
         Parameters
         ----------
         weights
             The adapter's at the start, of this server's layers, by whole-model names; others start as the plan says.
+        opener
+            The coordinator, as its certificate calls it.
 
         Raises
         ------
@@ -430,7 +410,7 @@ class RoundTable:
                 raise ProtocolError(f"the round's adapter has no weight {name!r} in the block server's layers")
             if tuple(weight.shape) != shapes[name]:
                 raise ProtocolError(f"{name} has shape {list(weight.shape)}, the model's {list(shapes[name])}")
-        self.rounds[plan.label] = Round(plan, weights, self)
+        self.rounds[plan.label] = Round(plan, weights, self, opener)
 
     def find(self, label: str) -> Round:
         """A round.

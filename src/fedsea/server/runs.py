@@ -11,15 +11,19 @@ A run is what training leaves at the server: the middle's adapter and its optimi
 a long absence ends it: an operation that is refused is not done, and the run stays as it was before.
 
 Operations are done in the order of their numbers, each once. An answer is kept until the client says that it has it,
-and is sent again to a client that comes back without it.
+and is sent again to a client that comes back without it. A page of an export says so too: it goes on after the last.
 
-All of it belongs to the thread of the event loop, except `RunTable.do`, which computes in the worker's.
+Names are the client's own: two clients' runs of one name are two runs, and neither client learns of the other's.
+
+All of it belongs to the thread of the event loop, except `RunTable.do` and what builds a run's modules
+(`Run.trainer`), which the worker's does.
 """
 
 import math
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,10 +32,13 @@ from torch import nn
 from fedsea.errors import FedSEAError, LimitExceededError, ProtocolError, RunLostError, UsageError
 from fedsea.parts import MiddleBlocks
 from fedsea.parts.adapters import AdapterSpec
+from fedsea.server.ledger import Kept, Ledger, Pool
 from fedsea.server.limits import MIB, Limits
+from fedsea.server.scheduler import Owner
 from fedsea.server.sessions import State, check_layers, check_width
 from fedsea.server.trainer import Trainer
 from fedsea.wire.frames import wire_dtype
+from fedsea.wire.handshake import MAX_COUNT
 from fedsea.wire.run_frames import Backward, Command, Forward, Operation, Outcome, Reply, Tensors, encode_run
 from fedsea.wire.runs import MAX_SETTING, Attach, OptimizerStep
 
@@ -48,12 +55,14 @@ class Run:
         Its name, and whose it is.
     wish
         What its client asked for when it began.
-    trainer
-        The middle's half of it.
+    make
+        Builds the middle's half of it. That takes a while: `trainer` does it once, in the worker.
     number
         The last operation done.
     replies
-        Frames of the answers that the client may not have yet, by number.
+        Frames of the answers that the client may not have yet, by number; None for one that it must have.
+    page
+        The last operation that was answered with a page of an export.
     changed
         When its state last changed, in the table's clock.
     end
@@ -62,6 +71,8 @@ class Run:
         Whose work its operations are, for the scheduler: its own, or a federated round's.
     on_end
         Told when it ends.
+    adapter
+        Its adapter in the ledger.
     bytes_up, bytes_down
         Of its frames.
     """
@@ -69,19 +80,56 @@ class Run:
     name: str
     client: str
     wish: Attach
-    trainer: Trainer
+    make: Callable[[], Trainer]
+    adapter: Kept
     changed: float
     end: Callable[[FedSEAError], None]
     state: State = State.ATTACHED
     number: int = 0
-    replies: OrderedDict[int, bytes] = field(default_factory=OrderedDict)
-    owner: str = ""
+    replies: OrderedDict[int, bytes | None] = field(default_factory=OrderedDict)
+    page: int = 0
     on_end: Callable[[], None] | None = None
     bytes_up: int = 0
     bytes_down: int = 0
+    _trainer: Trainer | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        self.owner = self.owner or self.name
+        self.owner = Owner(self.client, f"run {self.name}")
+
+    @property
+    def trainer(self) -> Trainer:
+        """The middle's half of it; built if it is not there yet, so the first to ask must be the worker.
+
+        Raises
+        ------
+        RunLostError
+            If the run has ended before it was built.
+        """
+        if self._trainer is None:
+            if self.state is State.ENDED:
+                raise RunLostError(f"the run {self.name!r} has ended")
+            self._trainer = self.make()
+        return self._trainer
+
+    @property
+    def built(self) -> Trainer | None:
+        """The same, if it is there."""
+        return self._trainer
+
+    @property
+    def version(self) -> int:
+        """Optimizer steps done."""
+        return self._trainer.version if self._trainer is not None else 0
+
+    @property
+    def waiting_bytes(self) -> int:
+        """Of the micro-batches that wait for their gradient."""
+        return self._trainer.waiting_bytes if self._trainer is not None else 0
+
+    @property
+    def reply_bytes(self) -> int:
+        """Of the answers that are kept."""
+        return sum(len(answer) for answer in list(self.replies.values()) if answer is not None)
 
     def count(self, up: int, down: int) -> None:
         """Count a frame's bytes."""
@@ -107,13 +155,23 @@ class RunTable:
         Compute dtype.
     clock
         Seconds, monotonic.
+    ledger
+        What all tables of the server keep; None for one of its own.
     """
 
     def __init__(
-        self, middle: MiddleBlocks, limits: Limits, *, max_tokens: int, dtype: torch.dtype, clock: Callable[[], float]
+        self,
+        middle: MiddleBlocks,
+        limits: Limits,
+        *,
+        max_tokens: int,
+        dtype: torch.dtype,
+        clock: Callable[[], float],
+        ledger: Ledger | None = None,
     ) -> None:
         self.middle, self.limits, self.max_tokens, self.dtype, self.clock = middle, limits, max_tokens, dtype, clock
-        self._runs: dict[str, Run] = {}
+        self.ledger = ledger or Ledger(limits)
+        self._runs: dict[tuple[str, str], Run] = {}
         self.modules = {
             name: (module.out_features, module.in_features)
             for name, module in middle.named_modules()
@@ -126,7 +184,12 @@ class RunTable:
     @property
     def graph_bytes(self) -> int:
         """Memory of all activations that are kept now."""
-        return sum(run.trainer.graph_bytes for run in list(self._runs.values()))
+        return sum(trainer.graph_bytes for trainer in self._trainers())
+
+    def _trainers(self, client: str | None = None) -> list[Trainer]:
+        """Those that are there, of one client or of all."""
+        runs = [run for run in list(self._runs.values()) if client is None or run.client == client]
+        return [run.built for run in runs if run.built is not None]
 
     def find(self, name: str, client: str) -> Run:
         """A client's run.
@@ -136,8 +199,8 @@ class RunTable:
         RunLostError
             If the server does not have it.
         """
-        run = self._runs.get(name)
-        if run is None or run.client != client:
+        run = self._runs.get((client, name))
+        if run is None:
             raise RunLostError(
                 f"the block server does not have the run {name!r} (any more); load the adapter again, "
                 "or resume the training from its last checkpoint"
@@ -156,21 +219,19 @@ class RunTable:
         UsageError
             If it is there and is to be begun.
         ProtocolError
-            If the name is another client's, or the run is of another partition, wire dtype or adapter.
+            If the run is of another partition, wire dtype or adapter.
         PartitionError, LimitExceededError
             If a new run does not fit.
         """
-        run = self._runs.get(wish.run)
+        run = self._runs.get((client, wish.run))
         if run is None:
             if not wish.begin:
                 self.find(wish.run, client)
             return self._begin(wish, client, num_layers, end), True
-        if run.client != client:
-            raise ProtocolError(f"the run name {wish.run!r} is taken by another client; choose another name")
         if wish.begin:
             # Before its connection is taken over: that may be a training under way.
             raise UsageError(
-                f"the run {wish.run!r} is at the server already, after {run.trainer.version} optimizer steps; choose "
+                f"the run {wish.run!r} is at the server already, after {run.version} optimizer steps; choose "
                 "another name, or take it up with take_up=True and set the adapter from a checkpoint"
             )
         different = wish.adapter.difference(run.wish.adapter)
@@ -180,6 +241,10 @@ class RunTable:
             raise ProtocolError(f"the run {wish.run!r} has another partition or wire dtype; choose another name")
         if wish.received > run.number:
             raise ProtocolError(f"the run {wish.run!r} has done {run.number} operations, not {wish.received}")
+        if any(answer is None for number, answer in run.replies.items() if number > wish.received):
+            raise ProtocolError(
+                "the client has asked for a further page of an export, and says that it has not the last"
+            )
         if run.state is State.ATTACHED:
             run.end(ProtocolError("another connection has taken the run up"))
         run.state, run.changed, run.end = State.ATTACHED, self.clock(), end
@@ -189,7 +254,8 @@ class RunTable:
         layers = wish.partition.middle(num_layers)
         self.check(wish, num_layers)
         self._make_room(client)
-        return self.add(wish, client, self.trainer(wish.adapter, layers), end)
+        adapter = self.reserve(wish.adapter, layers, client)
+        return self.add(wish, client, partial(self.build, wish.adapter, layers, client), adapter, end)
 
     def check(self, wish: Attach, num_layers: int) -> None:
         """Refuse a run that this server's model cannot have.
@@ -206,49 +272,66 @@ class RunTable:
         if wish.adapter.narrow >= size:
             raise ProtocolError(f"a narrow cut of rank {wish.adapter.narrow} is not narrow: the hidden size is {size}")
 
-    def trainer(self, spec: AdapterSpec, layers: range, share: Trainer | None = None) -> Trainer:
-        """The middle's half of a run.
-
-        Parameters
-        ----------
-        share
-            Another one whose adapter it trains as well; None for one of its own, for which there must be memory.
+    def reserve(self, spec: AdapterSpec, layers: range, client: str) -> Kept:
+        """An adapter with its gradient and its optimizer, for the ledger; nothing is built yet.
 
         Raises
         ------
         LimitExceededError
-            If there is none.
+            If there is no memory for it.
         ProtocolError
             If a target of the adapter is not a linear module of the model.
         """
-        if share is None:
-            shapes = spec.weight_shapes(self.modules, layers)
-            numbers = sum(math.prod(shape) for shape in shapes.values()) + spec.narrow * self.middle.config.hidden_size
-            needed = 4 * 4 * numbers  # weights, gradient, two moments
-            used = sum({id(run.trainer.trained): run.trainer.state_bytes for run in self._runs.values()}.values())
-            if self.limits.run_bytes is not None and used + needed > self.limits.run_bytes:
-                raise LimitExceededError(
-                    f"the server's memory for adapters ({self.limits.run_bytes / MIB:.1f} MiB) is used up: "
-                    f"the run needs {needed / MIB:.1f} MiB"
-                )
+        shapes = spec.weight_shapes(self.modules, layers)
+        numbers = sum(math.prod(shape) for shape in shapes.values()) + spec.narrow * self.middle.config.hidden_size
+        needed = 4 * 4 * numbers  # weights, gradient, two moments
+        self.ledger.require(Pool.ADAPTERS, client, needed, "the run")
+        return Kept(Pool.ADAPTERS, client, lambda: needed)
+
+    def build(self, spec: AdapterSpec, layers: range, client: str, share: Trainer | None = None) -> Trainer:
+        """The middle's half of a client's run. Takes a while: in the worker thread.
+
+        Parameters
+        ----------
+        share
+            Another one whose adapter it trains as well; None for one of its own.
+        """
         return Trainer(
             self.middle,
             spec,
             layers,
             self.dtype,
-            self._has_room,
+            lambda more: more <= self.ledger.room(Pool.ACTIVATIONS, client),
             max_micros=self.limits.run_micro_batches,
             share=share,
+            relieve=partial(self._relieve, client),
         )
 
-    def add(self, wish: Attach, client: str, trainer: Trainer, end: Callable[[FedSEAError], None]) -> Run:
-        """Take a run into the table."""
-        run = Run(wish.run, client, wish, trainer, self.clock(), end)
-        self._runs[wish.run] = run
-        return run
+    def _relieve(self, client: str) -> None:
+        """Give up activations, which can be computed again, until what waits fits: first a client's own, then all."""
+        for trainers in (self._trainers(client), self._trainers()):
+            for trainer in sorted(trainers, key=lambda one: one.graph_bytes, reverse=True):
+                while self.ledger.room(Pool.ACTIVATIONS, client) < 0 and trainer.give_up_activations():
+                    pass
 
-    def _has_room(self, graph_bytes: int) -> bool:
-        return self.limits.graph_bytes is None or self.graph_bytes + graph_bytes <= self.limits.graph_bytes
+    def add(
+        self,
+        wish: Attach,
+        client: str,
+        make: Callable[[], Trainer],
+        adapter: Kept,
+        end: Callable[[FedSEAError], None],
+    ) -> Run:
+        """Take a run into the table. One of its client's that has the name is given up."""
+        before = self._runs.get((client, wish.run))
+        if before is not None:
+            self.close(before)
+            before.end(RunLostError(f"the run {wish.run!r} was given up for another one of this name"))
+        run = Run(wish.run, client, wish, make, adapter, self.clock(), end)
+        self._runs[client, wish.run] = run
+        waiting = Kept(Pool.ACTIVATIONS, client, lambda: run.waiting_bytes)
+        self.ledger.keep(run, adapter, waiting, Kept(Pool.BUFFERS, client, lambda: run.reply_bytes))
+        return run
 
     def _make_room(self, client: str) -> None:
         own = [run for run in self._runs.values() if run.client == client and run.on_end is None]
@@ -271,8 +354,11 @@ class RunTable:
         """Any state -> ENDED: the name is forgotten, the adapter given up."""
         run.state = State.ENDED
         run.replies.clear()
-        if self._runs.get(run.name) is run:
-            del self._runs[run.name]
+        if run.built is not None:
+            run.built.close()
+        self.ledger.release(run)
+        if self._runs.get((run.client, run.name)) is run:
+            del self._runs[run.client, run.name]
             if run.on_end is not None:
                 run.on_end()
 
@@ -306,6 +392,13 @@ class RunTable:
             )
         if len(run.replies) >= REPLIES:
             raise LimitExceededError(f"{len(run.replies)} answers were left unread, the limit")
+        if isinstance(operation, Command) and operation.body.get("do") == "export" and run.replies.get(run.page):
+            run.replies[run.page] = None
+        if run.reply_bytes and self.ledger.room(Pool.BUFFERS, run.client) <= 0:
+            raise LimitExceededError(
+                f"{len(run.replies)} answers ({run.reply_bytes / MIB:.1f} MiB) were left unread, and the server's "
+                f"memory for {Pool.BUFFERS.value} is used up; send fewer operations at a time"
+            )
         if isinstance(operation, Forward | Backward):
             self._check_tensor(run, operation)
 
@@ -315,10 +408,13 @@ class RunTable:
             raise ProtocolError(f"the run's wire dtype is {run.wire_dtype}, the tensor has {tensor.dtype}")
         narrow = run.trainer.spec.narrow if isinstance(operation, Forward) else 0
         check_width(tensor.shape[1], narrow, self.middle.config.hidden_size)
-        if isinstance(operation, Forward) and operation.rows.width > self.max_tokens:
-            raise LimitExceededError(
-                f"a row of {operation.rows.width} tokens is longer than the model's {self.max_tokens} positions"
-            )
+        if not isinstance(operation, Forward):
+            return
+        width, allowed = operation.rows.width, self.limits.run_tokens
+        if width > self.max_tokens:
+            raise LimitExceededError(f"a row of {width} tokens is longer than the model's {self.max_tokens} positions")
+        if width > allowed:
+            raise LimitExceededError(f"a text of {width} tokens is over the server's limit of {allowed} in training")
 
     def do(self, run: Run, operation: Operation) -> bytes:
         """Do an operation that was admitted; returns the answer's frame. Runs in the worker thread.
@@ -348,7 +444,10 @@ class RunTable:
         """An operation is done: keep its answer, and give the frame."""
         answer = encode_run(reply)
         run.number = reply.number
-        run.replies[reply.number] = answer
+        if run.state is not State.ENDED:
+            run.replies[reply.number] = answer
+        if isinstance(reply, Tensors):
+            run.page = reply.number
         return answer
 
     def _answer(self, run: Run, operation: Operation) -> Reply:
@@ -389,6 +488,6 @@ class RunTable:
 
 
 def _numbers(value: Any) -> list[int]:
-    if not isinstance(value, list) or any(type(number) is not int or not 0 <= number < 1 << 53 for number in value):
+    if not isinstance(value, list) or any(type(number) is not int or not 0 <= number < MAX_COUNT for number in value):
         raise ProtocolError("a command needs whole numbers, 0 or more")
     return value

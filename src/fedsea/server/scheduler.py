@@ -1,7 +1,8 @@
-"""Who computes next: one step at a time on the device, sessions in turn.
+"""Who computes next: one step at a time on the device, clients in turn, and each client's sessions and runs in turn.
 
-Torch runs in one worker thread, so that the event loop stays free for the network. Each session has its own queue and
-the sessions take turns, so a long prompt (which comes in several steps) does not keep others from their next token.
+Torch runs in one worker thread, so that the event loop stays free for the network. Each session has its own queue, so a
+long prompt (which comes in several steps) does not keep others from their next token, and many sessions of one client
+take no more than that client's turns.
 """
 
 import asyncio
@@ -9,56 +10,72 @@ import traceback
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 T = TypeVar("T")
 
 
+class Owner(NamedTuple):
+    """Whose work something is: a client's, and there of which session, run or stream."""
+
+    client: str
+    name: str
+
+
 class Turns(Generic[T]):
-    """A queue for each owner; `next` serves the owners in turn, each in the order of its own items."""
+    """A queue for each owner; `next` serves the clients in turn, each client's owners in turn, and each in order."""
 
     def __init__(self) -> None:
-        self._queues: OrderedDict[str, deque[T]] = OrderedDict()
+        self._clients: OrderedDict[str, OrderedDict[str, deque[T]]] = OrderedDict()
 
-    def add(self, owner: str, item: T) -> None:
+    def add(self, owner: Owner, item: T) -> None:
         """Put an item at the end of its owner's queue."""
-        self._queues.setdefault(owner, deque()).append(item)
+        self._clients.setdefault(owner.client, OrderedDict()).setdefault(owner.name, deque()).append(item)
 
     def next(self) -> T | None:
         """Take the first item of the owner whose turn it is; None if there is nothing."""
-        if not self._queues:
+        if not self._clients:
             return None
-        owner, queue = self._queues.popitem(last=False)
+        client, queues = self._clients.popitem(last=False)
+        name, queue = queues.popitem(last=False)
         item = queue.popleft()
         if queue:
-            self._queues[owner] = queue
+            queues[name] = queue
+        if queues:
+            self._clients[client] = queues
         return item
 
 
 class Scheduler:
-    """Runs work in the one worker thread, fairly between sessions. Used from one event loop."""
+    """Runs work in the one worker thread, fairly between clients. Used from one event loop.
 
-    def __init__(self) -> None:
-        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="fedsea-torch")
+    Parameters
+    ----------
+    name
+        The thread's.
+    """
+
+    def __init__(self, name: str = "fedsea-torch") -> None:
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
         self._waiting: Turns[tuple[Callable[[], Any], asyncio.Future[Any]]] = Turns()
         self._busy = self._stopped = False
 
-    async def run(self, session: str, work: Callable[[], T]) -> T:
-        """Do `work` when it is the session's turn; return or raise what it does.
+    async def run(self, owner: Owner, work: Callable[[], T]) -> T:
+        """Do `work` when it is the owner's turn; return or raise what it does.
 
         Cancelled while it waits, the work is not done; cancelled later, it is done to the end, unheard.
         """
         done: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        self._waiting.add(session, (work, done))
+        self._waiting.add(owner, (work, done))
         self._start_next()
         try:
             return await done
         finally:
             del done  # or else an error holds this frame by its traceback, and the frame the error
 
-    async def settled(self, session: str) -> None:
-        """Wait until nothing that was started for the session is still being done."""
-        await self.run(session, _nothing)
+    async def settled(self, owner: Owner) -> None:
+        """Wait until nothing that was started for the owner is still being done."""
+        await self.run(owner, _nothing)
 
     def _start_next(self) -> None:
         while not (self._busy or self._stopped) and (item := self._waiting.next()) is not None:

@@ -1,12 +1,13 @@
 """The block server: the gRPC service around the sessions, and its life from start to SIGTERM."""
 
 import asyncio
+import contextlib
 import datetime
 import hashlib
 import logging
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -28,13 +29,17 @@ from fedsea.errors import (
 from fedsea.parts import MiddleBlocks
 from fedsea.server.connections import listener_options, log_refusal, raise_file_limit
 from fedsea.server.coordinate import coordinate
+from fedsea.server.health import Health
+from fedsea.server.ledger import Kept, Ledger, Pool
 from fedsea.server.limits import Limits
-from fedsea.server.rounds import Member, Round, RoundTable
+from fedsea.server.member import Member
+from fedsea.server.rounds import Round, RoundTable
 from fedsea.server.run_stream import RunStream
 from fedsea.server.runs import Run, RunTable
-from fedsea.server.scheduler import Scheduler
+from fedsea.server.scheduler import Owner, Scheduler
 from fedsea.server.sessions import Session, SessionTable, State, check_cut
 from fedsea.server.stream import Stream
+from fedsea.server.trainer import Trainer
 from fedsea.wire import contract
 from fedsea.wire.address import format_address, is_loopback, parse_address
 from fedsea.wire.credentials import Credentials, server_credentials
@@ -105,15 +110,17 @@ class BlockServer:
         self.num_layers: int = config.num_hidden_layers
         self.middle = MiddleBlocks.from_checkpoint(checkpoint, layers, dtype=options.dtype, device=options.device)
         self.fingerprint = checkpoint.fingerprint()
-        limits = options.limits.settled(torch.device(options.device))
+        limits = options.limits.settled(torch.device(options.device), secure=options.credentials is not None)
+        self.ledger = Ledger(limits)
         of_tables: Any = {
             "max_tokens": config.max_position_embeddings,
             "dtype": options.dtype,
             "clock": time.monotonic,
+            "ledger": self.ledger,
         }
         self.table = SessionTable(self.middle, limits, **of_tables)
         self.runs = RunTable(self.middle, limits, **of_tables)
-        self.scheduler = Scheduler()
+        self.scheduler, self._codec = Scheduler(), Scheduler("fedsea-codec")
         self.rounds = RoundTable(
             self.runs, self.scheduler, secure=options.credentials is not None, report=self._report_straggler
         )
@@ -121,6 +128,7 @@ class BlockServer:
         self._stopping = False
         self._warned_on: datetime.date | None = None
         self._streams: set[Stream] = set()
+        self._of_client: Counter[str] = Counter()  # streams of each client
         self._done = asyncio.Event()
 
     async def start(self) -> str:
@@ -133,14 +141,17 @@ class BlockServer:
         """
         raise_file_limit()
         self._warn_of_end()
-        server = grpc.aio.server(options=listener_options(self.table.limits.frame_bytes))
+        settings = listener_options(self.table.limits.frame_bytes)
+        # Of one connection; more than a client may have, so that who has too many is told, and does not wait.
+        settings.append(("grpc.max_concurrent_streams", self._allowed_streams + 16))
+        server = grpc.aio.server(options=settings)
         handlers = {
             contract.SESSION: grpc.stream_stream_rpc_method_handler(self._session),
             contract.RUN: grpc.stream_stream_rpc_method_handler(self._run),
             contract.COORDINATE: grpc.stream_stream_rpc_method_handler(self._coordinate),
         }
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(contract.SERVICE, handlers),))
-        await self._add_health(server)
+        self._add_health(server)
         try:
             self.port = self._bind(server)
         except RuntimeError as error:
@@ -158,12 +169,11 @@ class BlockServer:
             return int(server.add_insecure_port(address))
         return int(server.add_secure_port(address, server_credentials(self.options.credentials)))
 
-    async def _add_health(self, server: grpc.aio.Server) -> None:
-        from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+    def _add_health(self, server: grpc.aio.Server) -> None:
+        from grpc_health.v1 import health_pb2_grpc
 
-        self._health = health.aio.HealthServicer()
+        self._health = Health(self._counted)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        await self._health.set(contract.SERVICE, health_pb2.HealthCheckResponse.SERVING)
 
     async def wait(self) -> None:
         """Wait until the server has stopped."""
@@ -174,12 +184,13 @@ class BlockServer:
         if self._stopping or self._server is None:
             return
         self._stopping = True
-        await self._health.enter_graceful_shutdown()
+        self._health.stop()
         self._sweeper.cancel()
         for stream in list(self._streams):
             stream.end(ServerUnavailableError("the block server is stopping"))
         await self._server.stop(grace=STOP_SECONDS)
         await self.scheduler.shutdown()
+        await self._codec.shutdown()
         self._done.set()
 
     async def _sweep(self) -> None:
@@ -218,23 +229,47 @@ class BlockServer:
 
     async def _call(self, context: Any, serve: Callable[[Stream], Awaitable[FedSEAError | None]]) -> None:
         """One call: a stream that is in the server's list while it lasts."""
-        stream = Stream(context, self.table.limits.frame_bytes, self._tap() if self._tap is not None else None)
+        stream = Stream(
+            context, self.table.limits.frame_bytes, self._codec, self._tap() if self._tap is not None else None
+        )
+        self.ledger.keep(stream, Kept(Pool.BUFFERS, stream.client, lambda: stream.held))
         try:
-            refusal = await serve(stream)
-            # Not within an `except`: gRPC keeps what ends a call, and with it would keep a failed step's tensors.
-            if refusal is not None:
-                await stream.refuse(refusal)
+            with self._counted(stream.client):
+                self._streams.add(stream)
+                refusal = await serve(stream)
+                # Not within an `except`: gRPC keeps what ends a call, and with it would keep a failed step's tensors.
+                if refusal is not None:
+                    await stream.refuse(refusal)
+                return
+        except FedSEAError as error:
+            refused = error.with_traceback(None)
         finally:
             self._streams.discard(stream)
+            self.ledger.release(stream)
+        log_refusal(stream, "stream", "-", refused)
+        await stream.refuse(refused)
 
-    def _count(self, stream: Stream) -> None:
-        if not stream.client:
+    @property
+    def _allowed_streams(self) -> int:
+        """A stream may wait for its OPEN, or for a client that does not read: those must not pile up either."""
+        return 2 * self.table.limits.client_sessions
+
+    @contextlib.contextmanager
+    def _counted(self, client: str) -> Iterator[None]:
+        """Count a stream of a client while it is open."""
+        if not client:
             raise CredentialsError("the client's certificate has no name: get one from `fedsea credentials init DIR`")
-        # A stream may wait for its OPEN, or for a client that does not read: those must not pile up either.
-        allowed = 2 * self.table.limits.client_sessions
-        if Counter(other.client for other in self._streams)[stream.client] >= allowed:
-            raise LimitExceededError(f"client {stream.client!r} has {allowed} streams open, twice its session limit")
-        self._streams.add(stream)
+        if self._of_client[client] >= self._allowed_streams:
+            raise LimitExceededError(
+                f"client {client!r} has {self._allowed_streams} streams open, twice its session limit"
+            )
+        self._of_client[client] += 1
+        try:
+            yield
+        finally:
+            self._of_client[client] -= 1
+            if not self._of_client[client]:
+                del self._of_client[client]
 
     async def _serve_session(self, stream: Stream) -> FedSEAError | None:
         """OPEN, then steps until CLOSE, an error (which is returned), or the loss of the connection."""
@@ -246,7 +281,8 @@ class BlockServer:
             if session is None:
                 return
             # What the session's lost connection has left in the worker comes first: it moves the cache and the step.
-            await self.scheduler.settled(session.name)
+            owner = Owner(session.client, f"session {session.name}")
+            await self.scheduler.settled(owner)
             log.info("session opened session=%s client=%s step=%d", short(session), stream.client, session.step)
             await stream.write(encode(Message(Kind.OPENED, self._opened(session).to_body())))
             while (frame := await stream.read()) is not None:
@@ -256,7 +292,7 @@ class BlockServer:
                 if not isinstance(frame, Step):
                     raise ProtocolError("a step or CLOSE was expected")
                 self.table.admit(session, frame)
-                await stream.write(await self.scheduler.run(session.name, self._work(session, frame)))
+                await stream.write(await self.scheduler.run(owner, self._work(session, frame)))
             # The stream ended without CLOSE (a killed client looks like this too): the session may be taken up again.
             self._lose(stream, session)
 
@@ -275,22 +311,26 @@ class BlockServer:
                 return
             table = self.runs if wish.token is None else self.rounds
             run, new = table.attach(wish, stream.client, self.num_layers, stream.end)
-            await self.scheduler.settled(run.owner)
+            self.ledger.keep(stream, run.adapter)
+            trainer = await self._trainer(run)
             log.info("run %s run=%s client=%s", "begun" if new else "taken up", run.name, stream.client)
             limits, member_of = self.table.limits, self.rounds.of(run)
             attached = Attached(
                 new,
                 run.number,
-                run.trainer.version,
+                run.version,
                 limits.frame_bytes,
                 limits.run_micro_batches,
                 shared=member_of is not None and member_of.weighs(run),
             )
             await stream.write(encode(Message(Kind.OPENED, attached.to_body())))
-            async with RunStream(stream, run.count) as frames:
-                for number, answer in run.replies.items():
-                    if number > wish.received:
-                        frames.write(answer)
+            room = partial(self.ledger.room, Pool.BUFFERS, stream.client)
+            async with RunStream(
+                stream, received=wish.received, room=room, knows=trainer.knows, count=run.count
+            ) as frames:
+                for number, answer in list(run.replies.items()):
+                    if number > wish.received and answer is not None:
+                        await frames.write(number, answer)
                 while (item := await frames.read()) is not None:
                     frame, received = item
                     if stream.reason is not None:
@@ -302,12 +342,13 @@ class BlockServer:
                     if not isinstance(frame, Forward | Backward | Command | Tensors):
                         raise ProtocolError("an operation or CLOSE was expected")
                     self.runs.admit(run, frame, received)
-                    frames.write(
+                    answer = (
                         await member_of.do(run, frame)
                         if member_of is not None
                         else await self.scheduler.run(run.owner, partial(self.runs.do, run, frame))
                     )
-                    del frame, item
+                    await frames.write(frame.number, answer)
+                    del frame, item, answer
             self._leave(stream, run)
 
         def refuse(error: FedSEAError) -> None:
@@ -331,7 +372,6 @@ class BlockServer:
             return error
 
         try:
-            self._count(stream)
             await serve()
         except FedSEAError as error:
             return refusal(error.with_traceback(None))
@@ -399,13 +439,26 @@ class BlockServer:
         if wish is None:
             return None
         layers, dtype = wish.partition.middle(self.num_layers), wire_dtype(wish.wire_dtype)
-        adapted = self.runs.find(wish.run, stream.client).trainer if wish.run is not None else None
+        run = self.runs.find(wish.run, stream.client) if wish.run is not None else None
+        adapted = None
+        if run is not None:
+            self.ledger.keep(stream, run.adapter)
+            adapted = await self._trainer(run)
         check_cut(wish.narrow, adapted)
         if wish.resume is not None:
             session = self.table.attach(wish.resume, stream.client, layers, dtype, stream.end)
             if session is not None:
                 return session
-        return self.table.open(stream.client, layers, dtype, stream.end, adapted)
+        return self.table.open(stream.client, layers, dtype, stream.end, adapted, run.adapter if run else None)
+
+    async def _trainer(self, run: Run) -> Trainer:
+        """A run's, built in the worker if it is not there; a run that cannot be built ends."""
+        try:
+            return await self.scheduler.run(run.owner, lambda: run.trainer)
+        except Exception:
+            if run.built is None:
+                self.runs.close(run)
+            raise
 
     def _opened(self, session: Session) -> Opened:
         held, limits = self.middle.layers, self.table.limits

@@ -27,7 +27,8 @@ import torch
 from fedsea.errors import FedSEAError, LimitExceededError, PartitionError, ProtocolError
 from fedsea.parts import MiddleBlocks, RowCache
 from fedsea.parts.adapters import AdapterSpec
-from fedsea.server.limits import MIB, Limits
+from fedsea.server.ledger import Kept, Ledger, Pool
+from fedsea.server.limits import Limits
 from fedsea.wire.frames import Result, Step, to_wire
 
 
@@ -108,13 +109,23 @@ class SessionTable:
         Tokens that a row may have: the model's positions.
     clock
         Seconds, monotonic.
+    ledger
+        What all tables of the server keep; None for one of its own.
     """
 
     def __init__(
-        self, middle: MiddleBlocks, limits: Limits, *, max_tokens: int, dtype: torch.dtype, clock: Callable[[], float]
+        self,
+        middle: MiddleBlocks,
+        limits: Limits,
+        *,
+        max_tokens: int,
+        dtype: torch.dtype,
+        clock: Callable[[], float],
+        ledger: Ledger | None = None,
     ) -> None:
         assert limits.cache_bytes is not None
         self.middle, self.limits, self.max_tokens, self.dtype, self.clock = middle, limits, max_tokens, dtype, clock
+        self.ledger = ledger or Ledger(limits)
         self._sessions: dict[str, Session] = {}
 
     def __len__(self) -> int:
@@ -123,7 +134,7 @@ class SessionTable:
     @property
     def cache_bytes(self) -> int:
         """Memory that is set aside for the sessions' caches now."""
-        return sum(session.cache_bytes for session in list(self._sessions.values()))
+        return self.ledger.used(Pool.CACHES)
 
     def open(
         self,
@@ -132,8 +143,11 @@ class SessionTable:
         wire_dtype: torch.dtype,
         end: Callable[[FedSEAError], None],
         adapted: Adapted | None = None,
+        adapter: Kept | None = None,
     ) -> Session:
         """A new session, ATTACHED to the connection that `end` ends; through a run's adapter if it is given.
+
+        `adapter` is that adapter in the ledger: the session may outlive the run.
 
         Raises
         ------
@@ -147,6 +161,9 @@ class SessionTable:
         name = secrets.token_hex(16)
         session = Session(name, client, layers, wire_dtype, self.middle.new_cache(), self.clock(), end, adapted)
         self._sessions[name] = session
+        self.ledger.keep(session, Kept(Pool.CACHES, client, lambda: session.cache_bytes))
+        if adapter is not None:
+            self.ledger.keep(session, adapter)
         return session
 
     def _make_room(self, client: str) -> None:
@@ -200,6 +217,7 @@ class SessionTable:
         """Any state -> ENDED: the name is forgotten, the cache given up."""
         session.state, session.cache, session.cache_bytes = State.ENDED, None, 0
         self._sessions.pop(session.name, None)
+        self.ledger.release(session)
 
     def expire(self) -> list[Session]:
         """End the sessions whose time is up, and return them; the connections of idle ones are told."""
@@ -285,12 +303,8 @@ class SessionTable:
     def _reserve(self, session: Session, cache: RowCache, step: Step) -> None:
         per_token = self.middle.cache_bytes_per_token(self.dtype, session.layers)
         wanted = per_token * len(step.rows) * cache.capacity_for(step.rows)
-        allowed = self.limits.cache_bytes or 0
-        if self.cache_bytes - session.cache_bytes + wanted > allowed:
-            raise LimitExceededError(
-                f"the server's memory for caches ({allowed / MIB:.1f} MiB) is used up: "
-                f"the session needs {wanted / MIB:.1f} MiB"
-            )
+        if wanted > session.cache_bytes:
+            self.ledger.require(Pool.CACHES, session.client, wanted - session.cache_bytes, "the session")
         session.cache_bytes = wanted
 
 

@@ -3,15 +3,22 @@
 import asyncio
 import contextlib
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import grpc
 
 from fedsea.errors import FedSEAError
 from fedsea.server.connections import peer_of
+from fedsea.server.scheduler import Owner, Scheduler
+from fedsea.text import one_line
 from fedsea.wire import contract
 from fedsea.wire.frames import Frame, decode
 from fedsea.wire.roles import is_coordinator
+
+T = TypeVar("T")
+SMALL = 1 << 16  # bytes of a frame that the event loop reads itself: a decode step's, and whatever takes less than 1 ms
+SAID = 1000  # characters of an error that its client is told: it may quote what came
 
 
 class Stream:
@@ -23,6 +30,8 @@ class Stream:
         gRPC's context of the call.
     frame_bytes
         Longest frame that may come.
+    codec
+        Where frames are read that take long.
     on_frame
         Shown each frame that passes, as bytes: whether it came from the client, and the frame.
 
@@ -38,19 +47,24 @@ class Stream:
         Whether the certificate is a coordinator's; without certificates anybody's is.
     reason
         Why `end` was called; None if it was not.
+    held
+        Bytes of the frames that came and are not done with.
     """
 
-    def __init__(self, context: Any, frame_bytes: int, on_frame: Callable[[bool, bytes], None] | None = None) -> None:
+    def __init__(
+        self,
+        context: Any,
+        frame_bytes: int,
+        codec: Scheduler,
+        on_frame: Callable[[bool, bytes], None] | None = None,
+    ) -> None:
         task = asyncio.current_task()
         assert task is not None
-        self._context, self.frame_bytes, self._task = context, frame_bytes, task
+        self._context, self.frame_bytes, self._codec, self._task = context, frame_bytes, codec, task
         self._writing, self._on_frame = False, on_frame
         self.reason: FedSEAError | None = None
-        shown = context.auth_context()
-        secure = b"ssl" in shown.get("transport_security_type", ())
-        names = shown.get("x509_common_name") or [b""]
-        self.coordinator = not secure or is_coordinator(shown)
-        self.client: str = names[0].decode(errors="replace") if secure else "anonymous"
+        self.held = 0
+        self.client, self.coordinator = identity_of(context)
         self.peer = peer_of(context)
 
     async def read(self) -> Frame | None:
@@ -61,8 +75,12 @@ class Stream:
         FedSEAError
             If what came is no frame, or too long.
         """
+        self.held = 0
         data = await self.read_bytes()
-        return None if data is None else decode(data, max_bytes=self.frame_bytes)
+        if data is None:
+            return None
+        self.held = len(data)
+        return await self.apart(partial(decode, data, max_bytes=self.frame_bytes), len(data))
 
     async def read_bytes(self) -> bytes | None:
         """The next frame as it came; None if the stream is over."""
@@ -72,6 +90,10 @@ class Stream:
         if self._on_frame is not None:
             self._on_frame(True, data)
         return bytes(data)
+
+    async def apart(self, work: Callable[[], T], size: int) -> T:
+        """Turn `size` bytes into a frame or back: beside the event loop, in the client's turn, if they are many."""
+        return work() if size <= SMALL else await self._codec.run(Owner(self.client, str(id(self))), work)
 
     async def write(self, data: bytes) -> None:
         """Send a frame; waits while the client does not read.
@@ -111,4 +133,14 @@ class Stream:
             For gRPC to see; only a client that is gone already is not told, and nothing is raised.
         """
         with contextlib.suppress(grpc.aio.InternalError):
-            await self._context.abort(contract.status_of(error), str(error), contract.trailing_metadata(error))
+            await self._context.abort(
+                contract.status_of(error), one_line(str(error))[:SAID], contract.trailing_metadata(error)
+            )
+
+
+def identity_of(context: Any) -> tuple[str, bool]:
+    """The name of a call's client, and whether it is a coordinator."""
+    shown = context.auth_context()
+    secure = b"ssl" in shown.get("transport_security_type", ())
+    names = shown.get("x509_common_name") or [b""]
+    return names[0].decode(errors="replace") if secure else "anonymous", not secure or is_coordinator(shown)

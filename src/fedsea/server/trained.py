@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fedsea.errors import ProtocolError
 from fedsea.partition import in_middle, layer_of
-from fedsea.wire.run_frames import ADAPTER, STATES, Tensors
+from fedsea.wire.run_frames import ADAPTER, STATES, Tensors, page
 from fedsea.wire.runs import OptimizerStep
 
 
@@ -236,17 +236,8 @@ class TrainedAdapter:
 
         Names are those of `load`.
         """
-        everything = dict(self._everything(layers))
-        names = sorted(name for name in everything if name > after)
-        chosen: dict[str, Tensor] = {}
-        size = 0
-        for name in names:
-            tensor = everything[name]
-            size += 4 * tensor.numel() + len(name) + 64
-            if chosen and size > limit:
-                break
-            chosen[name] = tensor.detach().to("cpu", torch.float32).contiguous()
-        return Tensors(number, chosen, more=len(chosen) < len(names))
+        chosen, more = page(dict(self._everything(layers)), after, limit)
+        return Tensors(number, chosen, more)
 
     def _everything(self, layers: range) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self.parameters.items():

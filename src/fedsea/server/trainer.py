@@ -19,7 +19,7 @@ from fedsea.parts.adapters import AdapterSpec, adapter_parameters
 from fedsea.server.micros import Graph, Micro, Pull, count_kept_bytes, take_back
 from fedsea.server.trained import Share, TrainedAdapter, explain
 from fedsea.wire.frames import to_wire
-from fedsea.wire.run_frames import Backward, Forward, States, Tensors, gradient_to_wire
+from fedsea.wire.run_frames import ADAPTER, STATES, Backward, Forward, States, Tensors, gradient_to_wire
 from fedsea.wire.runs import OptimizerStep
 
 FLOAT16_ROOM = 12  # powers of two between a gradient's largest value and what float16 can hold, about
@@ -44,6 +44,8 @@ class Trainer:
         Micro-batches that may wait.
     share
         Another trainer, whose adapter and modules this one trains as well; its layers have those of this one.
+    relieve
+        Told when the micro-batches that wait take more memory than there is, to give up activations.
 
     Attributes
     ----------
@@ -73,7 +75,9 @@ class Trainer:
         room: Callable[[int], bool] = lambda _bytes: True,
         max_micros: int = 64,
         share: "Trainer | None" = None,
+        relieve: Callable[[], None] = lambda: None,
     ) -> None:
+        self._relieve = relieve
         self.base, self.spec, self.layers, self.dtype, self.room = middle, spec, layers, dtype, room
         if share is None:
             self.blocks = middle.twin()
@@ -106,6 +110,7 @@ class Trainer:
         self._max_micros = max_micros
         self._micros: OrderedDict[int, Micro] = OrderedDict()
         self._evicted: OrderedDict[int, None] = OrderedDict()
+        self._closed = False
         self._contributor = object()  # what the adapter knows it by: itself, it would live on there
 
     @property
@@ -122,6 +127,19 @@ class Trainer:
     def graph_bytes(self) -> int:
         """Memory of the activations that are kept now, in bytes."""
         return sum(micro.graph_bytes for micro in list(self._micros.values()))
+
+    @property
+    def waiting_bytes(self) -> int:
+        """Memory of the micro-batches that wait, inputs and activations, in bytes."""
+        return self.graph_bytes + sum(micro.hidden.nbytes for micro in list(self._micros.values()))
+
+    def give_up_activations(self) -> bool:
+        """Have one micro-batch's activations computed again later, the oldest's; whether there was one."""
+        for micro in self._micros.values():
+            if micro.graph is not None:
+                micro.drop()
+                return True
+        return False
 
     @property
     def state_bytes(self) -> int:
@@ -180,8 +198,12 @@ class Trainer:
         answer = States(operation.number, to_wire(packed, wire_dtype))
         self._micros.pop(operation.micro, None)  # a client that is back after its death counts from 1 again
         self._evicted.pop(operation.micro, None)
+        if self._closed:
+            return answer  # to nobody
         self._micros[operation.micro] = micro
-        while len(self._micros) > self._max_micros:
+        if not self.room(0):
+            self._relieve()
+        while len(self._micros) > 1 and (len(self._micros) > self._max_micros or not self.room(0)):
             evicted, _ = self._micros.popitem(last=False)
             self._evicted[evicted] = None
             while len(self._evicted) > 1024:
@@ -213,7 +235,8 @@ class Trainer:
         """
         micro = self._micros.get(operation.micro)
         if micro is None:
-            why = "was given up for later ones" if operation.micro in self._evicted else "is not waiting for one"
+            gone = operation.micro in self._evicted
+            why = "was given up for later ones; send fewer at a time" if gone else "is not waiting for one"
             raise ProtocolError(f"a gradient came for micro-batch {operation.micro}, which {why}")
         if len(operation.gradient) != micro.rows.total:
             raise ProtocolError(
@@ -270,6 +293,11 @@ class Trainer:
         for micro in micros:
             self._micros.pop(micro, None)
 
+    def close(self) -> None:
+        """Its run has ended: nothing waits any more, and nothing will. The adapter stays, for whoever else holds it."""
+        self._closed = True
+        self._micros.clear()
+
     def restore(self, version: int, *, clear: bool) -> None:
         """Set the optimizer steps done; with `clear`, forget gradient, optimizer and waiting micro-batches as well."""
         if clear:
@@ -285,6 +313,11 @@ class Trainer:
             If the run has no weight of that name, or of another shape. Nothing is set then.
         """
         self.trained.load(tensors, self.layers)
+
+    def knows(self, name: str) -> bool:
+        """Whether a tensor of this name can be set."""
+        kind, _, weight = name.partition("/")
+        return (kind == ADAPTER or kind in STATES) and weight in self.parameters
 
     def export(self, number: int, after: str, limit: int) -> Tensors:
         """Weights and optimizer states by name, those behind `after`, as many as fit into `limit` bytes (one at least).

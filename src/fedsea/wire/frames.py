@@ -113,25 +113,39 @@ def encode(frame: Frame) -> bytes:
     Raises
     ------
     ProtocolError
-        If a message is longer than a peer accepts.
+        If a message is longer than a peer accepts, or a number does not fit its field.
     """
     if isinstance(frame, Message):
         text = encode_json(frame.body)
-        return HEADER.pack(VERSION, frame.kind, 0, 0, 0, len(text), 0) + text
+        return pack(HEADER, VERSION, frame.kind, 0, 0, 0, len(text), 0) + text
     if isinstance(frame, Result):
         if frame.states is None:
-            return HEADER.pack(VERSION, Kind.RESULT, 0, 0, frame.number, 0, 0)
+            return pack(HEADER, VERSION, Kind.RESULT, 0, 0, frame.number, 0, 0)
         tokens, hidden = frame.states.shape
         code = _CODES[frame.states.dtype]
-        return HEADER.pack(VERSION, Kind.RESULT, code, 0, frame.number, tokens, hidden) + tensor_bytes(frame.states)
+        return pack(HEADER, VERSION, Kind.RESULT, code, 0, frame.number, tokens, hidden) + tensor_bytes(frame.states)
     rows, count = frame.rows, len(frame.rows)
     flags = (ROW_MAP if frame.row_map is not None else 0) | (0 if frame.want_result else NO_RESULT)
-    text = struct.pack("<I", rows.text) if rows.text > max(rows.ends) else b""
+    text = pack(struct.Struct("<I"), rows.text) if rows.text > max(rows.ends) else b""
     flags |= TEXT if text else 0
     hidden = frame.states.shape[1]
-    header = HEADER.pack(VERSION, Kind.STEP, _CODES[frame.states.dtype], flags, frame.number, count, hidden)
-    mapping = struct.pack(f"<{count}I", *frame.row_map) if frame.row_map is not None else b""
+    header = pack(HEADER, VERSION, Kind.STEP, _CODES[frame.states.dtype], flags, frame.number, count, hidden)
+    mapping = pack(struct.Struct(f"<{count}I"), *frame.row_map) if frame.row_map is not None else b""
     return header + encode_rows(rows) + mapping + text + tensor_bytes(frame.states)
+
+
+def pack(fields: struct.Struct, *values: float) -> bytes:
+    """Some fields of a frame.
+
+    Raises
+    ------
+    ProtocolError
+        If a value does not fit its field: what a peer counts may be larger than a frame can say.
+    """
+    try:
+        return fields.pack(*values)
+    except (struct.error, OverflowError) as error:
+        raise ProtocolError(f"a number does not fit a frame's field: {error}") from None
 
 
 def decode(data: bytes, *, max_bytes: int | None = None) -> Frame:
@@ -230,7 +244,7 @@ def _decode_step(data: bytes, code: int, flags: int, number: int, count: int, hi
 def encode_rows(rows: Rows) -> bytes:
     """Start and count of each row."""
     numbers = (number for pair in zip(rows.starts, rows.counts, strict=True) for number in pair)
-    return struct.pack(f"<{2 * len(rows)}I", *numbers)
+    return pack(struct.Struct(f"<{2 * len(rows)}I"), *numbers)
 
 
 def decode_rows(data: bytes, offset: int, count: int) -> Rows:

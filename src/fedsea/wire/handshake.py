@@ -8,6 +8,8 @@ from fedsea.errors import ProtocolError
 from fedsea.partition import Partition
 from fedsea.wire.frames import WIRE_DTYPES
 
+MAX_COUNT = 1 << 31  # below it is what a peer may count: it goes into fields of 32 bits, and is counted on from there
+
 
 @dataclass(frozen=True)
 class Open:
@@ -128,7 +130,7 @@ def read_model(body: dict[str, Any]) -> tuple[Partition, Fingerprint]:
 
 
 def read_count(body: dict[str, Any], field: str) -> int:
-    """The whole number, 0 or more, that a field of a body is.
+    """The whole number, 0 or more and below 2**31, that a field of a body is.
 
     Raises
     ------
@@ -136,6 +138,6 @@ def read_count(body: dict[str, Any], field: str) -> int:
         If it is not.
     """
     value = body.get(field)
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 53:
-        raise ProtocolError(f"the field {field!r} must be a whole number, 0 or more")
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < MAX_COUNT:
+        raise ProtocolError(f"the field {field!r} must be a whole number, 0 or more and below {MAX_COUNT}")
     return value

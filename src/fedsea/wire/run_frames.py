@@ -14,9 +14,10 @@ It keeps an answer until the client says that it has it, so an operation is done
 connection.
 """
 
+import json
 import math
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,9 +44,12 @@ from fedsea.wire.frames import (
     encode_json,
     encode_rows,
     is_finite,
+    pack,
     tensor_bytes,
 )
 
+MAX_TENSORS = 4096  # in one frame
+MAX_TENSORS_HEADER = 1 << 20  # bytes of safetensors' own description of them
 ADAPTER = "adapter"  # the kind of tensor that is a weight: `adapter/NAME`; others are the optimizer's, `exp_avg/NAME`
 STATES = ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")  # of torch's optimizers, by name
 RUN = struct.Struct("<IIif")
@@ -168,7 +172,7 @@ def encode_run(frame: RunFrame, *, received: int = 0) -> bytes:
     Raises
     ------
     ProtocolError
-        If a message is longer than a peer accepts.
+        If a message is longer than a peer accepts, or a number does not fit its field.
     """
     if isinstance(frame, Message):
         return encode(frame)
@@ -193,17 +197,24 @@ def encode_run(frame: RunFrame, *, received: int = 0) -> bytes:
         count = len(body)
     if tensor is not None:
         code, hidden, body = dtype_code(tensor.dtype), tensor.shape[1], tensor_bytes(tensor)
-    header = HEADER.pack(VERSION, kind, code, flags, frame.number, count, hidden)
-    return header + RUN.pack(received, micro, exponent, norm) + before + body
+    header = pack(HEADER, VERSION, kind, code, flags, frame.number, count, hidden)
+    return header + pack(RUN, received, micro, exponent, norm) + before + body
 
 
-def decode_run(data: bytes, *, max_bytes: int | None = None) -> tuple[RunFrame, int]:
+def decode_run(
+    data: bytes, *, max_bytes: int | None = None, knows: Callable[[str], bool] = lambda _name: True
+) -> tuple[RunFrame, int]:
     """The frame in `data`, which may come from anybody, and the last reply that its sender has.
+
+    Parameters
+    ----------
+    knows
+        Whether there is a tensor of a name; one that is not known is refused before anything is made of the others.
 
     Raises
     ------
     ProtocolError
-        If the bytes are not exactly one well-formed frame, or a tensor holds values that are not finite.
+        If the bytes are not exactly one well-formed frame, a tensor is not known, or its values are not finite.
     LimitExceededError
         If they are more than `max_bytes`.
     """
@@ -245,16 +256,19 @@ def decode_run(data: bytes, *, max_bytes: int | None = None) -> tuple[RunFrame, 
         answer = None if nothing else decode_tensor(data, START, code, count, hidden)
         return States(number, answer, exponent, norm), received
     if kind == Kind.TENSORS:
-        return Tensors(number, _decode_tensors(data, count), bool(flags & MORE)), received
+        return Tensors(number, _decode_tensors(data, count, knows), bool(flags & MORE)), received
     if kind in (Kind.COMMAND, Kind.OUTCOME):
         body = decode_json(data, START, count)
         return (Command if kind == Kind.COMMAND else Outcome)(number, body), received
     raise ProtocolError(f"there is no frame of kind {kind}")
 
 
-def _decode_tensors(data: bytes, length: int) -> dict[str, Tensor]:
+def _decode_tensors(data: bytes, length: int, knows: Callable[[str], bool]) -> dict[str, Tensor]:
     if len(data) != START + length:
         raise ProtocolError(f"a frame says it has {length} bytes of tensors and has {len(data) - START}")
+    for name in _tensor_names(data):
+        if not knows(name):
+            raise ProtocolError(f"the adapter has no weight {name.rpartition('/')[2][:200]!r}")
     try:
         tensors = load(data[START:])
     except (SafetensorError, ValueError, KeyError) as error:
@@ -302,6 +316,49 @@ def export_shapes(weights: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int
     """What the export of a run may hold, by name: the weights, and an optimizer's states for each."""
     states = {f"{kind}/{name}": () if kind == "step" else shape for kind in STATES for name, shape in weights.items()}
     return {f"{ADAPTER}/{name}": shape for name, shape in weights.items()} | states
+
+
+def _tensor_names(data: bytes) -> list[str]:
+    """The names that a frame of tensors has, before any is made: a tensor costs its reader more than it costs to send.
+
+    safetensors begins with the length of its header, 8 bytes, and the header, a JSON object with an entry a tensor.
+    """
+    size = int.from_bytes(data[START : START + 8], "little")
+    if size > MAX_TENSORS_HEADER:
+        raise ProtocolError(f"the header of a frame's tensors is over {MAX_TENSORS_HEADER} bytes")
+    try:
+        header = json.loads(data[START + 8 : START + 8 + size])
+    except (ValueError, RecursionError):
+        header = None
+    if not isinstance(header, dict):
+        raise ProtocolError("a frame's tensors are not in the safetensors format")
+    names = [name for name in header if name != "__metadata__"]
+    if len(names) > MAX_TENSORS:
+        raise ProtocolError(f"a frame has {len(names)} tensors; {MAX_TENSORS} are allowed")
+    return names
+
+
+def page(tensors: Mapping[str, Tensor], after: str, limit: int) -> tuple[dict[str, Tensor], bool]:
+    """Those behind a name, in order, that fit into a frame with `limit` bytes (one at least); and if there are more.
+
+    As they travel: float32, on the CPU.
+    """
+    names, chosen, size = sorted(name for name in tensors if name > after), dict[str, Tensor](), 0
+    for name in names[:MAX_TENSORS]:
+        size += 4 * tensors[name].numel() + len(name) + 64
+        if chosen and size > limit:
+            break
+        chosen[name] = tensors[name].detach().to("cpu", torch.float32).contiguous()
+    return chosen, len(chosen) < len(names)
+
+
+def pages(tensors: Mapping[str, Tensor], limit: int) -> Iterator[dict[str, Tensor]]:
+    """All of them, page by page."""
+    more, after = bool(tensors), ""
+    while more:
+        chosen, more = page(tensors, after, limit)
+        after = max(chosen)
+        yield chosen
 
 
 def gradient_to_wire(gradient: Tensor, dtype: torch.dtype) -> tuple[Tensor, int]:

@@ -1,0 +1,60 @@
+"""The standard gRPC health service: how the server is, asked once or watched.
+
+Not gRPC's own servicer: there, one watcher that does not read keeps the server from telling the others, and from
+stopping. Here each waits for itself, and is counted as every other stream of a client is.
+"""
+
+import asyncio
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from fedsea.errors import FedSEAError
+from fedsea.server.stream import identity_of
+from fedsea.wire import contract
+
+
+class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
+    """Serving from the start, until `stop`.
+
+    Parameters
+    ----------
+    counted
+        Has a client's stream counted while it is open, or raises why it may not be.
+    """
+
+    def __init__(self, counted: Callable[[str], AbstractContextManager[None]]) -> None:
+        self._counted = counted
+        self._stopping = asyncio.Event()
+
+    def stop(self) -> None:
+        """Not serving from now on; whoever watches is told."""
+        self._stopping.set()
+
+    def _status(self, name: str) -> Any:
+        statuses = health_pb2.HealthCheckResponse
+        if name not in ("", contract.SERVICE):
+            return statuses.SERVICE_UNKNOWN
+        return statuses.NOT_SERVING if self._stopping.is_set() else statuses.SERVING
+
+    async def Check(self, request: Any, context: Any) -> Any:  # noqa: N802
+        """How the server is."""
+        status = self._status(request.service)
+        if status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN:
+            await context.abort(grpc.StatusCode.NOT_FOUND)
+        return health_pb2.HealthCheckResponse(status=status)
+
+    async def Watch(self, request: Any, context: Any) -> None:  # noqa: N802
+        """How the server is, and again once that has changed."""
+        try:
+            with self._counted(identity_of(context)[0]):
+                await context.write(health_pb2.HealthCheckResponse(status=self._status(request.service)))
+                await self._stopping.wait()
+                await context.write(health_pb2.HealthCheckResponse(status=self._status(request.service)))
+                return
+        except FedSEAError as error:
+            refused = error
+        await context.abort(contract.status_of(refused), str(refused), contract.trailing_metadata(refused))
