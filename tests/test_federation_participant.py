@@ -329,7 +329,7 @@ def test_a_training_that_blows_up_is_told_and_gives_its_seat_up(coordinator: Coo
     participant = Participant(options(data))
     (ticket,) = coordinator.open("ann")
     with pytest.raises(NonFiniteError):
-        participant.train(body(ticket, recipe=SETTINGS.recipe() | {"lr": 1e30, "local_steps": 6}), local(weights()))
+        participant.train(body(ticket), {name: weight * 1e37 for name, weight in local(weights()).items()})
     assert coordinator.admin.status(coordinator.label).members[0].state == "gone"
     participant.close()
 

@@ -104,6 +104,20 @@ class AuditedModel:
         return [with_strength(one, strength) for one in families for strength in read_levels(self.levels)]
 
 
+def _looks(given: object) -> int:
+    """A number, or the largest one in the file of a `LookLedger`."""
+    text = str(given)
+    if not text.isdigit():
+        from fedsea.privacy import LookLedger
+
+        if not Path(text).is_file():
+            raise UsageError(f"--looks is a number or the file where looks are counted; got {text!r}")
+        return max(1, LookLedger(text, 0).most_seen())
+    if int(text) < 1:
+        raise UsageError("looks must be 1 or more; got 0")
+    return int(text)
+
+
 @spread
 def audit(
     model: AuditedModel,
@@ -127,7 +141,12 @@ def audit(
         int, typer.Option(min=0, metavar="N", help="Tokens of an answer to each text, attacked as well.")
     ] = 0,
     looks: Annotated[
-        int, typer.Option(min=1, metavar="N", help="How often each text is sent, each time with fresh noise.")
+        int,
+        typer.Option(
+            parser=_looks,
+            metavar="N|FILE",
+            help="How often each text is sent, each time with fresh noise; or the file where looks are counted.",
+        ),
     ] = 1,
     train_steps: Annotated[
         int, typer.Option(min=0, metavar="N", help="Audit a training on the texts, of N steps, instead of sessions.")

@@ -170,6 +170,15 @@ def join(
     private_ends: Annotated[
         bool, typer.Option("--private-ends", help="Take part only if the adapter of your own blocks stays here.")
     ] = False,
+    max_looks: Annotated[
+        int,
+        typer.Option(
+            min=0, help="With noise: how often each text may leave under fresh noise, in all; 0 for no end of it."
+        ),
+    ] = 64,
+    looks: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Where that is counted.", show_default="looks.db in FOLDER")
+    ] = None,
     *,
     privacy: PrivacyOptions,
     dtype: ComputeDtype = "float32",
@@ -195,6 +204,8 @@ def join(
         shard_seed=shard_seed,
         max_tokens=max_tokens,
         insist_private=private_ends,
+        max_looks=max_looks,
+        looks=str(looks.expanduser().absolute()) if looks is not None else "",
         dtype=dtype,
         wire_dtype=wire_dtype,
         device=device,

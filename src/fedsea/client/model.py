@@ -60,6 +60,8 @@ class SplitModelForCausalLM(NativeMixin, PreTrainedModel, SplitGenerationMixin):
     tap
         Told after each step of a session which places it had, and what left for them and came back, as it crossed the
         wire, `[tokens, hidden]`; None for nobody.
+    look_ledger
+        Counts how often each text leaves under fresh noise, and refuses what is beyond its number; None for no count.
     """
 
     main_input_name = "input_ids"
@@ -387,8 +389,8 @@ class SplitModelForCausalLM(NativeMixin, PreTrainedModel, SplitGenerationMixin):
     def _leaving(self, tokens: Tensor, rows: Rows, chunk: Rows, cache: SplitCache, *, base: bool) -> Tensor:
         """`h_A` of some of the step's places, protected, in the wire dtype: what leaves the client."""
         first = max(start - begin for start, begin in zip(chunk.starts, rows.starts, strict=True))
-        ids = tokens[:, first : first + chunk.width]
-        hidden = self._protected(ids, chunk, cache.input_cache, self.noise, cache.digests, base=base)
+        ids, step = tokens[:, first : first + chunk.width], (tokens, rows)
+        hidden = self._protected(ids, chunk, cache.input_cache, self.noise, cache.digests, base=base, step=step)
         return to_wire(hidden, self._settings.wire_dtype)
 
     def guess_limit(self, length: int) -> int:

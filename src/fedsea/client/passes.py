@@ -5,7 +5,7 @@
 
 import hashlib
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from fedsea.parts import InputBlocks, OutputBlocks, RowCache, Rows
 from fedsea.parts.adapters import AdapterSpec, adapter_parameters
 from fedsea.parts.blocks import Part
 from fedsea.parts.families import turning_point
-from fedsea.privacy import Noise, NoiseSource
+from fedsea.privacy import LookLedger, Noise, NoiseSource
 from fedsea.privacy.source import DIGEST_BYTES
 from fedsea.wire.frames import MAX_PLACES
 
@@ -38,6 +38,7 @@ class PassMixin:
     _source: NoiseSource
     _origin: Origin
     _look: Noise | None
+    look_ledger: LookLedger | None
     _check_lengths: Callable[[Rows], None]
     _run: MiddleRun | None
     _adapter: AdapterSpec | None
@@ -180,6 +181,7 @@ class PassMixin:
         digests: list[list[bytes]],
         *,
         base: bool = True,
+        step: tuple[Tensor, Rows] | None = None,
     ) -> Tensor:
         """What may leave for some tokens `[rows, width]`: `[tokens, width of a state]`.
 
@@ -189,6 +191,8 @@ class PassMixin:
             Of each row, the keys of its draws up to where these tokens start. Those of the tokens are added.
         base
             Whether base weights may be others than when they were read last.
+        step
+            All tokens of which these are a part, and their rows; None if these are all.
         """
         blocks = self.input_blocks
         watch = Watch(blocks)
@@ -199,19 +203,19 @@ class PassMixin:
         def normals() -> Tensor:
             here = self._origin.digest(blocks, base=base)
             pairs = zip(row_bytes(rows.pack(embedded)), watch.of_states(hidden), strict=True)
-            made = [here + token + state for token, state in pairs]
-            drawn: list[bytes] = []
-            for known, start, count, row in zip(digests, rows.starts, rows.counts, tokens.tolist(), strict=True):
-                # What left before there was noise is not known here: nothing else may have the key of this text then.
-                known.extend(secrets.token_bytes(DIGEST_BYTES) for _ in range(start - len(known)))
-                before = known[start - 1] if start else b""
-                done = len(drawn)
-                drawn += source.extend(before, row[:count], made[done : done + count])
-                known[start:] = drawn[done:]
-            return source.normals(drawn, hidden.shape[1])
+            drawn = _extend(digests, source, tokens, rows, [here + token + state for token, state in pairs])
+            self._count_looks(*(step or (tokens, rows)), rows.starts, drawn)
+            return source.normals([key for row in drawn for key in row], hidden.shape[1])
 
         # Float64 is for measuring, and not put on the grid of what leaves.
         return noise.apply(hidden.float() if hidden.dtype is torch.float64 else hidden, normals)
+
+    def _count_looks(self, tokens: Tensor, rows: Rows, starts: Sequence[int], drawn: list[list[bytes]]) -> None:
+        """A text is counted where it begins to leave, as what it is in this step."""
+        if self.look_ledger is None:
+            return
+        texts = zip(tokens.tolist(), rows.counts, starts, drawn, strict=True)
+        self.look_ledger.charge([(row[:count], keys[-1]) for row, count, start, keys in texts if keys and not start])
 
     def _finish_loss(self, loss: Tensor, hidden: Tensor, logits: Tensor) -> Tensor:
         """A loss that is not finite spoils the step, and says why."""
@@ -231,6 +235,21 @@ class PassMixin:
     def _backbone_states(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
         hidden, cache = self._module._states(*args, **kwargs)
         return self._scaled(hidden), cache
+
+
+def _extend(
+    digests: list[list[bytes]], source: NoiseSource, tokens: Tensor, rows: Rows, made: list[bytes]
+) -> list[list[bytes]]:
+    """The keys of draws for tokens `[rows, width]`, row by row, which are added to what is known of each row."""
+    drawn, done = [], 0
+    for known, start, count, row in zip(digests, rows.starts, rows.counts, tokens.tolist(), strict=True):
+        # What left before there was noise is not known here: no other text may have the keys of this one then.
+        known.extend(secrets.token_bytes(DIGEST_BYTES) for _ in range(start - len(known)))
+        before = known[start - 1] if start else b""
+        known[start:] = source.extend(before, row[:count], made[done : done + count])
+        drawn.append(known[start:])
+        done += count
+    return drawn
 
 
 def split_rows(rows: Rows, pieces: int, max_tokens: int) -> list[tuple[int, int]]:

@@ -71,7 +71,7 @@ class TrainingMixin(NarrowMixin):
         self._weight = 1.0
         self._audited_as = ""
         self._look = None
-        self._origin = Origin()
+        self._origin, self.look_ledger = Origin(), None
         if self._endpoint is not None:
             self.lora_middle = nn.Parameter(torch.zeros(1, device=self.input_blocks.device), requires_grad=False)
         module: Any = self

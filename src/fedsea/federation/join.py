@@ -31,6 +31,7 @@ LET_IN_SECONDS = 90.0
 TRY_AGAIN_SECONDS = 3.0
 QUIET_SECONDS = 10.0  # without a connection: then the reason is looked for
 OWN_ENDS = "own-ends.safetensors"
+LOOKS = "looks.db"
 NOT_LET_IN = "[code: 2004] "
 
 
@@ -83,6 +84,7 @@ class Member:
             servers=self.invitation.servers,
             credentials=str(self._folder),
             private_ends=str(self._folder / OWN_ENDS),
+            looks=options.looks or str(self._folder / LOOKS),
         )
         if not self._options.task:
             raise UsageError("the coordinator leaves the task open: give --task TASK")

@@ -21,6 +21,7 @@ from fedsea.federation.recipe import LocalRecipe, lora_config
 from fedsea.federation.shards import Sharding
 from fedsea.federation.shelf import ModelShelf, protection
 from fedsea.parts.adapters import adapter_parameters
+from fedsea.privacy import LookLedger
 from fedsea.tasks import evaluate, get_task
 from fedsea.training.batches import Batches
 from fedsea.wire.rounds import Ticket
@@ -54,6 +55,7 @@ class Participant:
         if options.threads is not None:
             torch.set_num_threads(options.threads)
         self.options, self.on_step = options, None
+        self._ledger = LookLedger(options.looks, options.max_looks) if options.looks else None
         self._shelf = shelf if shelf is not None else ModelShelf(1)
         self._lock = threading.Lock()
         self._next_batch = 0
@@ -215,6 +217,13 @@ class Participant:
             if not bool(torch.isfinite(weight).all()):
                 raise NonFiniteError(f"the adapter that came is not finite: {name}")
         model = self._shelf.get(self.options, ticket.server, lora)
+        model.look_ledger = self._ledger
+        if self._ledger is not None and model.max_tokens < self._texts.max_tokens:
+            # Or else a server decides where texts are cut, and one that is cut elsewhere is another one to the ledger.
+            raise TermsError(
+                f"the block server takes texts of {model.max_tokens} tokens, this client's have up to "
+                f"{self._texts.max_tokens}: it has to join with --max-tokens {model.max_tokens}"
+            )
         try:
             model.join_round(ticket, config)
             extra = weights.keys() - adapter_parameters(model).keys()

@@ -8,6 +8,8 @@ from typing import Any
 from fedsea.errors import UsageError
 from fedsea.partition import Partition
 
+MAX_LOOKS = 64  # noise of so many looks at one state is worth an eighth; a federation rarely evaluates more often
+
 
 @dataclass(frozen=True)
 class ParticipantOptions:
@@ -32,6 +34,9 @@ class ParticipantOptions:
     private_ends
         Where to keep the adapter of its own blocks in a federation that leaves it to its owner (a file); empty for
         nowhere. `insist_private` refuses one that does not.
+    looks, max_looks
+        Where looks at its texts are counted (a file); empty for nowhere. How often each text may be looked at under
+        fresh noise, in all rounds and evaluations; 0 for as often as one likes. Without noise nothing is counted.
     max_tokens
         The longest text; what is more is cut from its context.
     wire_dtype
@@ -64,6 +69,8 @@ class ParticipantOptions:
     reconnect_seconds: float = 30.0
     private_ends: str = ""
     insist_private: bool = False
+    looks: str = ""
+    max_looks: int = MAX_LOOKS
 
     @property
     def partition(self) -> Partition:

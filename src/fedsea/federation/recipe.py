@@ -1,14 +1,28 @@
 """What a coordinator asks of a client in a round: the adapter and the local training. Checked, as it is a peer's."""
 
-import math
 from dataclasses import dataclass, fields
 from typing import Any
 
 from peft import LoraConfig
 
 from fedsea.errors import ProtocolError
+from fedsea.parts.adapters import MAX_RANK
 
-MAX_STEPS = 1_000_000
+# What a coordinator may ask for. Whoever trains needs no more, and a round that moves nothing, or never ends, is a way
+# to have a text sent again and again: more of that is with the budget of looks (`fedsea.privacy.ledger`).
+_BOUNDS: dict[str, tuple[float, float]] = {
+    "local_steps": (1, 10_000),
+    "batch_size": (1, 1024),
+    "accumulation": (1, 1024),
+    "lr": (1e-8, 10.0),
+    "weight_decay": (0.0, 10.0),
+    "max_grad_norm": (1e-4, 1e9),
+    "seed": (0, 1 << 63),
+    "proximal_mu": (0.0, 1e4),
+}
+MAX_BATCHES = 100_000  # of a round: steps times accumulation
+_DROPOUT = (1e-3, 0.9)  # where it is not 0
+_SCALE = (1e-3, 1e3)  # of an adapter: alpha over its rank
 _LORA = {"r": int, "lora_alpha": (int, float), "lora_dropout": (int, float), "use_rslora": bool, "use_dora": bool}
 
 
@@ -47,9 +61,13 @@ class LocalRecipe:
             whole = isinstance(field.default, int)
             if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
                 raise ProtocolError(f"the round's {field.name} must be a number; got {value!r}")
-            lowest = 0 if field.name in ("weight_decay", "proximal_mu", "seed") else math.ulp(0.0)
-            if not (lowest <= value and math.isfinite(value)) or (whole and value > MAX_STEPS and field.name != "seed"):
-                raise ProtocolError(f"the round's {field.name} cannot be {value}")
+            low, high = _BOUNDS[field.name]
+            if not low <= value <= high:
+                raise ProtocolError(f"the round's {field.name} must be from {low:g} to {high:g}; got {value}")
+        if self.local_steps * self.accumulation > MAX_BATCHES:
+            raise ProtocolError(
+                f"the round asks for {self.local_steps} steps of {self.accumulation} batches, more than {MAX_BATCHES}"
+            )
 
     @classmethod
     def from_body(cls, body: Any, proximal_mu: Any = 0.0) -> "LocalRecipe":
@@ -78,6 +96,7 @@ def lora_config(body: Any) -> LoraConfig:
     for name, kind in _LORA.items():
         if not isinstance(body[name], kind) or (kind is not bool and isinstance(body[name], bool)):  # type: ignore[arg-type]
             raise ProtocolError(f"the round's adapter has no {name} that can be used: {body[name]!r}")
+    _check_strength(body)
     targets = body["target_modules"]
     plain = isinstance(targets, list) and targets and all(isinstance(name, str) for name in targets)
     if targets != "all-linear" and not plain:
@@ -86,3 +105,18 @@ def lora_config(body: Any) -> LoraConfig:
         return LoraConfig(**body)
     except (TypeError, ValueError) as error:
         raise ProtocolError(f"PEFT refuses the round's adapter: {error}") from None
+
+
+def _check_strength(body: dict[str, Any]) -> None:
+    """An adapter that moves states by a hair, or drops one input in a million, is a way to fresh noise on one state."""
+    scale = body["lora_alpha"] / max(1, body["r"])
+    if not (1 <= body["r"] <= MAX_RANK and _SCALE[0] <= scale <= _SCALE[1]):
+        raise ProtocolError(
+            f"the round's adapter must have a rank of 1 to {MAX_RANK} and an alpha of {_SCALE[0]:g} to {_SCALE[1]:g} "
+            f"times that; got {body['r']} and {body['lora_alpha']}"
+        )
+    dropout = body["lora_dropout"]
+    if dropout and not _DROPOUT[0] <= dropout <= _DROPOUT[1]:
+        raise ProtocolError(
+            f"the round's lora_dropout must be 0, or from {_DROPOUT[0]:g} to {_DROPOUT[1]:g}; got {dropout}"
+        )

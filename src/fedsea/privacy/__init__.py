@@ -4,6 +4,7 @@ from fedsea.privacy.adaptive import AdaptiveGaussianNoise
 from fedsea.privacy.clipped import Clip, ClippedGaussianNoise, RelativeClip, RelativeClippedGaussianNoise
 from fedsea.privacy.compose import Chain
 from fedsea.privacy.gaussian import GaussianNoise
+from fedsea.privacy.ledger import LookLedger
 from fedsea.privacy.mechanism import Channel, Magnitude, Noise
 from fedsea.privacy.narrow import NarrowCut
 from fedsea.privacy.parse import parse_mechanism
@@ -18,6 +19,7 @@ __all__ = [
     "Clip",
     "ClippedGaussianNoise",
     "GaussianNoise",
+    "LookLedger",
     "Magnitude",
     "NarrowCut",
     "Noise",
