@@ -1,5 +1,6 @@
 """The budget of looks: how often a text leaves under fresh noise, over rounds, evaluations, processes and restarts."""
 
+import json
 import multiprocessing
 import sqlite3
 import stat
@@ -12,6 +13,7 @@ import torch
 
 from fedsea import GaussianNoise
 from fedsea.cli import run as command
+from fedsea.cli.audit import _looks
 from fedsea.errors import FedSEAError, LimitExceededError, ProtocolError, TermsError, UsageError
 from fedsea.federation.participant import Participant
 from fedsea.federation.recipe import LocalRecipe, lora_config
@@ -229,6 +231,32 @@ def test_an_adapter_that_hardly_does_anything_is_refused_in_one_line(change: dic
     with pytest.raises(ProtocolError, match="the round's") as caught:
         lora_config(SETTINGS.lora() | change)
     assert "\n" not in str(caught.value)
+
+
+def test_commands_count_in_one_file(
+    small: str, start_server: Callable[..., RunningServer], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, file, server = tmp_path / "rows.jsonl", tmp_path / "looks.db", start_server(small).address
+    data.write_text('{"text": "The tide comes in twice a day."}\n')
+    where = [small, "--server", server, "--insecure", "--task", "text", "--data", str(data), "--noise-std", "1"]
+    counted = ["--looks", str(file), "--max-looks", "2"]
+    steps = ["--steps", "1", "--batch-size", "1", "--json"]
+    assert command(["finetune", *where, *counted, *steps, "--output", str(tmp_path / "one")]) == 0
+    assert json.loads(capsys.readouterr().out)["looks"] == 1
+    assert command(["evaluate", *where, *counted, "--json"]) == 0
+    assert LookLedger(file, 0).most_seen() == 2
+    capsys.readouterr()
+    for refused in (
+        ["evaluate", *where, *counted],
+        ["finetune", *where, *counted, *steps, "--output", str(data) + "2"],
+    ):
+        assert command(refused) != 0
+        assert "the budget of looks is used up" in capsys.readouterr().err
+    assert command(["evaluate", *where, "--max-looks", "2"]) != 0
+    assert "--looks FILE" in capsys.readouterr().err
+    assert command(["finetune", *where, *steps, "--output", str(tmp_path / "three")]) == 0
+    assert LookLedger(tmp_path / "three" / "looks.db", 0).most_seen() == 1
+    assert _looks(str(file)) == 2
 
 
 def test_an_audit_takes_its_looks_from_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from fedsea.cli.options import AsJson, ClientOptions, prepare_torch, spread
+from fedsea.cli.options import AsJson, ClientOptions, LookOptions, prepare_torch, spread
 from fedsea.cli.progress import progress_bar
 from fedsea.cli.terminal import print_json
 from fedsea.errors import UsageError
@@ -127,6 +127,8 @@ def evaluate(
     predictions: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write each answer and what was right, as JSON lines.")
     ] = None,
+    *,
+    looks: LookOptions,
     as_json: AsJson = False,
 ) -> None:
     """Ask MODEL a task's questions, and score its answers with the task's official metrics."""
@@ -141,7 +143,12 @@ def evaluate(
     chosen = get_task(task)
     examples = chosen.read(data, split)[:limit]
     tokenizer = load_tokenizer(model.model)
+    ledger = looks.ledger()
+    if ledger is not None and model.whole:
+        raise UsageError("--looks is for --server; nothing leaves with --whole")
     with model.open(adapter) as opened, progress_bar(quiet=as_json) as progress:
+        if ledger is not None:
+            opened.look_ledger = ledger
         result = evaluate_task(
             opened,
             tokenizer,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from fedsea.cli.options import AsJson, ClientOptions, spread
+from fedsea.cli.options import AsJson, ClientOptions, LookOptions, spread
 from fedsea.cli.progress import NowAndThen, progress_bar
 from fedsea.cli.terminal import print_json, tell
 from fedsea.errors import FedSEAError, NonFiniteError, UsageError
@@ -139,6 +139,7 @@ def finetune(
     data: DataOptions,
     lora: LoraOptions,
     recipe: RecipeOptions,
+    looks: LookOptions,
     output: Annotated[Path, typer.Option(metavar="DIR", help="Where checkpoints, figures and the adapter go.")] = Path(
         "fedsea-run"
     ),
@@ -177,6 +178,7 @@ def finetune(
         from fedsea.training.batches import Batches
         from fedsea.training.loop import FineTuning
 
+        model.look_ledger = looks.ledger(output / "looks.db")
         if micro_batches is not None:
             model.micro_batches = micro_batches
         if recompute:
@@ -259,6 +261,7 @@ def _summary(folder: Any, training: "FineTuning", *, done: bool) -> dict[str, An
         "tokens": sum(line["tokens"] for line in figures),
         "bytes_up": traffic.bytes_up,
         "bytes_down": traffic.bytes_down,
+        "looks": ledger.most_seen() if (ledger := training.model.look_ledger) is not None else 0,
         "adapter": str(folder.adapter) if done else None,
         "output": str(folder.path),
     }

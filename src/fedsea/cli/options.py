@@ -22,7 +22,7 @@ from fedsea.partition import Partition
 if TYPE_CHECKING:  # a command's --help needs no torch
     from fedsea.client.model import SplitModelForCausalLM
     from fedsea.client.sampling import Sampling
-    from fedsea.privacy import Noise
+    from fedsea.privacy import LookLedger, Noise
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -185,6 +185,34 @@ class AdaptedClientOptions(ClientOptions):
                 model.close()
                 raise
         return model
+
+
+@dataclasses.dataclass(frozen=True)
+class LookOptions:
+    """How often texts may leave under fresh noise."""
+
+    max_looks: Annotated[
+        int | None,
+        typer.Option(min=1, help="With noise: how often each text may leave under fresh noise.", show_default="no end"),
+    ] = None
+    looks: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Where that is counted: one file for several commands.")
+    ] = None
+
+    def ledger(self, default: Path | None = None) -> "LookLedger | None":
+        """What counts, in `default` if no file is named; None if there is neither.
+
+        Raises
+        ------
+        UsageError
+            If there is a limit and nowhere to count.
+        """
+        from fedsea.privacy import LookLedger
+
+        path = self.looks or default
+        if path is None and self.max_looks is not None:
+            raise UsageError("--max-looks needs --looks FILE: where looks are counted, from one command to the next")
+        return LookLedger(path, self.max_looks or 0) if path is not None else None
 
 
 @dataclasses.dataclass(frozen=True)
