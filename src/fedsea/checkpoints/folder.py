@@ -33,6 +33,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 
+_BASE = "model."
 _EMBEDDING_WEIGHT = "model.embed_tokens.weight"
 _HEAD_WEIGHT = "lm_head.weight"
 
@@ -59,37 +60,37 @@ class FolderCheckpoint(Checkpoint):
         self._opened: dict[str, TensorFile] = {}
         self.config = self._read_config()
         self.generation_config = self._read_generation_config()
-        self._file_of = self._locate()
-        if self.config.tie_word_embeddings and {_EMBEDDING_WEIGHT, _HEAD_WEIGHT} <= self._file_of.keys():
-            self._settle_stored_tied_head()
+        self._place = self._locate()
+        self._settle_head()
 
     def tensor_names(self) -> frozenset[str]:
-        return frozenset(self._file_of)
+        return frozenset(self._place)
 
     def load(
         self, names: Iterable[str], *, dtype: torch.dtype, device: torch.device | str = "cpu"
     ) -> Iterator[tuple[str, torch.Tensor]]:
         names = list(names)
-        unknown = sorted(set(names) - self._file_of.keys())
+        unknown = sorted(set(names) - self._place.keys())
         if unknown:
             raise ModelNotFoundError(f"{self._files.where} has no weight {unknown[0]}")
         for name in names:
-            yield name, self._open(self._file_of[name]).read(name, dtype=dtype, device=device)
+            filename, stored = self._place[name]
+            yield name, self._open(filename).read(stored, dtype=dtype, device=device)
 
     def fingerprint(self, layers: Iterable[int] | None = None) -> Fingerprint:
         wanted = None if layers is None else {str(layer) for layer in layers}
         groups: dict[str, list[str]] = {}
-        for name in self._file_of:
+        for name in self._place:
             group = group_of(name)
             if group is not None and (wanted is None or group in wanted):
                 groups.setdefault(group, []).append(name)
         return Fingerprint(
             config_digest(self.config),
             group_digests(
-                (name, self._open(self._file_of[name]).shape(name), self._sample(name))
+                (name, self._shape(name), self._sample(name))
                 for names in groups.values()
                 # A fingerprint is no reason to fetch a file: a group is left out unless all of it is on this machine.
-                if all(self._files.on_disk(self._file_of[name]) for name in names)
+                if all(self._files.on_disk(self._place[name][0]) for name in names)
                 for name in names
             ),
         )
@@ -99,7 +100,7 @@ class FolderCheckpoint(Checkpoint):
 
     def whole_folder(self) -> Path:
         """A folder with all files of the model, fetched if need be, for transformers' own `from_pretrained`."""
-        for filename in {CONFIG, *self._file_of.values()}:
+        for filename in {CONFIG, *(filename for filename, _ in self._place.values())}:
             self._required(filename)
         for filename in (GENERATION_CONFIG, INDEX):
             self._files.path(filename)
@@ -113,7 +114,7 @@ class FolderCheckpoint(Checkpoint):
         try:
             with quiet_transformers():
                 return AutoTokenizer.from_pretrained(found[0].parent, trust_remote_code=False, local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # of any kind: the files may come from a stranger
             raise ModelNotFoundError(
                 f"the tokenizer of {self._files.where} cannot be loaded: {_line(error)}"
             ) from error
@@ -124,7 +125,7 @@ class FolderCheckpoint(Checkpoint):
             config: PreTrainedConfig = AutoConfig.from_pretrained(
                 path.parent, trust_remote_code=False, local_files_only=True
             )
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except Exception as error:  # of any kind: the file may come from a stranger
             raise ModelNotFoundError(f"{CONFIG} of {self._files.where} cannot be used: {_line(error)}") from error
         if getattr(config, "quantization_config", None) is not None:
             raise ModelNotFoundError(
@@ -145,18 +146,28 @@ class FolderCheckpoint(Checkpoint):
             return GenerationConfig.from_model_config(self.config)
         try:
             return GenerationConfig.from_pretrained(path.parent, local_files_only=True)
-        except (OSError, ValueError, TypeError) as error:
+        except Exception as error:  # as above
             raise ModelNotFoundError(f"{GENERATION_CONFIG} of {self._files.where}: {_line(error)}") from error
 
-    def _locate(self) -> dict[str, str]:
-        """The file that holds each weight, without weights that are computed (rotary frequencies)."""
+    def _locate(self) -> dict[str, tuple[str, str]]:
+        """File and stored name of each weight, without weights that are computed (rotary frequencies)."""
         if self._files.has(SINGLE):
             file_of = dict.fromkeys(self._open(SINGLE).names(), SINGLE)
         elif self._files.has(INDEX):
             file_of = self._read_index()
+            # What the files say that are here counts, as for transformers; the index, for those still to be fetched.
+            for filename in sorted(set(file_of.values())):
+                if self._files.on_disk(filename):
+                    file_of |= dict.fromkeys(TensorFile(self._required(filename)).names(), filename)
         else:
             raise self._without_safetensors()
-        return {name: filename for name, filename in file_of.items() if not name.endswith("rotary_emb.inv_freq")}
+        # A base model that was saved without its head has no prefix.
+        bare = not any(name.startswith(_BASE) for name in file_of)
+        return {
+            _BASE + stored if bare and stored != _HEAD_WEIGHT else stored: (filename, stored)
+            for stored, filename in file_of.items()
+            if not stored.endswith("rotary_emb.inv_freq")
+        }
 
     def _read_index(self) -> dict[str, str]:
         try:
@@ -183,15 +194,29 @@ class FolderCheckpoint(Checkpoint):
             )
         return ModelNotFoundError(f"{self._files.where} has no weights: neither {SINGLE} nor {INDEX}")
 
-    def _settle_stored_tied_head(self) -> None:
-        """A head is stored though the configuration ties it: as in transformers, the weights decide which is right."""
-        if self._sample(_HEAD_WEIGHT) == self._sample(_EMBEDDING_WEIGHT):
-            del self._file_of[_HEAD_WEIGHT]
-        else:
+    def _settle_head(self) -> None:
+        """Whether the head is the embedding: as the configuration says, or as the weights do if both are stored."""
+        embedding, head = _EMBEDDING_WEIGHT in self._place, _HEAD_WEIGHT in self._place
+        if not self.config.tie_word_embeddings:
+            if embedding and not head:
+                raise ModelNotFoundError(
+                    f"{self._files.where} has no weight {_HEAD_WEIGHT}, and its {CONFIG} does not say that the head is "
+                    "the embedding (tie_word_embeddings); fetch or save the whole model again"
+                )
+        elif head and not embedding:
+            self._place[_EMBEDDING_WEIGHT] = self._place.pop(_HEAD_WEIGHT)
+        elif head and self._sample(_HEAD_WEIGHT) == self._sample(_EMBEDDING_WEIGHT):
+            del self._place[_HEAD_WEIGHT]
+        elif head:
             self.config.tie_word_embeddings = False
 
     def _sample(self, name: str) -> bytes:
-        return sample_bytes(self._open(self._file_of[name]).sampled_rows(name))
+        filename, stored = self._place[name]
+        return sample_bytes(self._open(filename).sampled_rows(stored))
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        filename, stored = self._place[name]
+        return self._open(filename).shape(stored)
 
     def _open(self, filename: str) -> TensorFile:
         if filename not in self._opened:
@@ -209,4 +234,6 @@ class FolderCheckpoint(Checkpoint):
 
 def _line(error: Exception) -> str:
     """The first line of a library's error message."""
+    if isinstance(error, KeyError):
+        return f"it lacks {error}"
     return (str(error).strip() or type(error).__name__).splitlines()[0]

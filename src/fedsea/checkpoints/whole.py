@@ -29,10 +29,16 @@ def whole_model(checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.dev
                 local_files_only=True,
                 trust_remote_code=False,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,
             )
         model, report = loaded
         # transformers gives such weights random numbers and goes on.
         _require_none_missing(sorted(report["missing_keys"]), checkpoint.name)
+        for name, stored, needed in sorted(report["mismatched_keys"]):
+            raise ModelNotFoundError(
+                f"{checkpoint.name}: weight {name} has shape {list(stored)}; "
+                f"the model of its configuration needs {list(needed)}"
+            )
         return model.to(device).eval()
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(checkpoint.config, dtype=dtype)

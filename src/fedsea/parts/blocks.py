@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from fedsea.checkpoints.base import Checkpoint
-from fedsea.errors import PartitionError
-from fedsea.partition import Partition, weight_names
+from fedsea.errors import ModelNotFoundError, PartitionError
+from fedsea.partition import Partition
 from fedsea.parts.cache import RowCache, cache_argument
 from fedsea.parts.families import family_of
 from fedsea.parts.narrow import LinearMap
 from fedsea.parts.rows import Rows, attention_mask
+
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 class Part(nn.Module):
@@ -130,25 +132,24 @@ class Part(nn.Module):
         self, checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device | str, head: Tensor | None = None
     ) -> Self:
         """Give every module its weights from the checkpoint, and the head those of `head` if given; read no others."""
-        stored = checkpoint.tensor_names()
-        wanted = set(self.state_dict())
-        weights = {}
-        if head is not None:
-            weights["lm_head.weight"] = head
-            wanted.remove("lm_head.weight")
-        tied = "lm_head.weight" in wanted and "lm_head.weight" not in stored
-        names = weight_names(
-            stored,
-            self.layers,
-            embedding=hasattr(self.model, "embed_tokens") or tied,
-            norm=hasattr(self.model, "norm"),
-            head="lm_head.weight" in wanted,
-        )
-        for name, tensor in checkpoint.load(names, dtype=dtype, device=device):
-            if name in wanted:
-                weights[name] = tensor
-            if tied and name == "model.embed_tokens.weight":
-                weights["lm_head.weight"] = tensor
+        # By the name under which it is stored: a tied head is the embedding.
+        tied = self.config.tie_word_embeddings
+        stored_as = {name: _EMBEDDING if tied and name == _HEAD else name for name in self.state_dict()}
+        shapes = {stored_as[name]: tuple(weight.shape) for name, weight in self.state_dict().items()}
+        weights = {} if head is None else {_HEAD: head}
+        wanted = sorted({stored for name, stored in stored_as.items() if name not in weights})
+        lacking = [name for name in wanted if name not in checkpoint.tensor_names()]
+        if lacking:
+            raise ModelNotFoundError(f"{checkpoint.name} does not fill the model: it lacks {', '.join(lacking[:3])}")
+        loaded = {}
+        for name, tensor in checkpoint.load(wanted, dtype=dtype, device=device):
+            if tensor.shape != shapes[name]:
+                raise ModelNotFoundError(
+                    f"{checkpoint.name}: weight {name} has shape {list(tensor.shape)}; "
+                    f"the model of its configuration needs {list(shapes[name])}"
+                )
+            loaded[name] = tensor
+        weights |= {name: loaded[stored] for name, stored in stored_as.items() if name not in weights}
         self.load_state_dict(weights, strict=True, assign=True)
         self.requires_grad_(False)
         self.rotary.to(device)

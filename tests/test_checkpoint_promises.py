@@ -1,0 +1,173 @@
+"""What a folder of weights promises (names, shapes, a tied head) is kept, or refused in one line."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from fedsea import Partition, SplitModelForCausalLM
+from fedsea.checkpoints import load_tokenizer, load_whole_model, open_checkpoint
+from fedsea.checkpoints.random import CONFIGURATIONS
+from fedsea.errors import ModelNotFoundError
+from fedsea.parts import MiddleBlocks
+
+Weights = dict[str, torch.Tensor]
+IDS = torch.arange(1, 12)[None]
+WEIGHTS = "model.safetensors"
+
+
+def save(folder: Path, kind: str = "tiny", **settings: Any) -> Any:
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**(CONFIGURATIONS[kind] | settings))).eval()
+    model.save_pretrained(folder)
+    return model
+
+
+def rewrite(folder: Path, change: Callable[[Weights], Weights]) -> None:
+    save_file(change(load_file(folder / WEIGHTS)), folder / WEIGHTS, {"format": "pt"})
+
+
+def split_logits(folder: Path) -> torch.Tensor:
+    """All of the model in input and output blocks: what a client computes of it, without a server."""
+    with SplitModelForCausalLM.from_pretrained(folder, server="127.0.0.1:1", partition=Partition(3, 3)) as model:
+        logits: torch.Tensor = model(IDS).logits
+        return logits
+
+
+def without_prefix(weights: Weights) -> Weights:
+    return {name.removeprefix("model."): weight for name, weight in weights.items()}
+
+
+def head_instead_of_embedding(weights: Weights) -> Weights:
+    weights["lm_head.weight"] = weights.pop("model.embed_tokens.weight")
+    return weights
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        ("tiny", dict),
+        ("tiny", without_prefix),
+        ("tiny-qwen2", without_prefix),
+        ("tiny-qwen2", head_instead_of_embedding),
+        ("tiny", lambda weights: weights | {"model.layers.9.mlp.up_proj.weight": torch.zeros(2, 2)}),
+    ],
+)
+def test_what_transformers_loads_is_computed_as_in_transformers(
+    tmp_path: Path, kind: str, change: Callable[[Weights], Weights]
+) -> None:
+    original = save(tmp_path, kind)
+    rewrite(tmp_path, change)
+    with torch.no_grad():
+        expected = original(IDS).logits
+        assert torch.equal(load_whole_model(tmp_path)(IDS).logits, expected)
+    torch.testing.assert_close(split_logits(tmp_path), expected, atol=1e-5, rtol=1e-5)
+    fingerprint = open_checkpoint(tmp_path).fingerprint()
+    assert fingerprint.groups.keys() >= {"embedding", "0", "5", "norm"}
+
+
+def wrong_files(weight_map: dict[str, str]) -> dict[str, str]:
+    first, last = min(weight_map.values()), max(weight_map.values())
+    return {name: first if file == last else last if file == first else file for name, file in weight_map.items()}
+
+
+def some_names(weight_map: dict[str, str]) -> dict[str, str]:
+    return {name: file for index, (name, file) in enumerate(sorted(weight_map.items())) if index % 3 == 0}
+
+
+@pytest.mark.parametrize("change", [wrong_files, some_names])
+def test_an_index_that_is_wrong_loads_as_in_transformers(
+    tmp_path: Path, change: Callable[[dict[str, str]], dict[str, str]]
+) -> None:
+    original = save(tmp_path)
+    original.save_pretrained(tmp_path / "shards", max_shard_size="300KB")
+    index = tmp_path / "shards" / "model.safetensors.index.json"
+    body = json.loads(index.read_text())
+    changed = change(body["weight_map"])
+    assert set(changed.values()) == set(body["weight_map"].values())
+    index.write_text(json.dumps(body | {"weight_map": changed}))
+    with torch.no_grad():
+        torch.testing.assert_close(split_logits(tmp_path / "shards"), original(IDS).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_a_head_that_is_missing_is_not_taken_from_the_embedding(tmp_path: Path) -> None:
+    save(tmp_path)
+    rewrite(tmp_path, lambda weights: {name: weight for name, weight in weights.items() if name != "lm_head.weight"})
+    for load in (open_checkpoint, load_whole_model, split_logits):
+        with pytest.raises(ModelNotFoundError, match=r"has no weight lm_head\.weight.*tie_word_embeddings") as raised:
+            load(tmp_path)
+        assert "\n" not in str(raised.value)
+
+
+def without_one(weights: Weights) -> Weights:
+    del weights["model.layers.2.mlp.up_proj.weight"]
+    return weights
+
+
+def of_another_shape(weights: Weights) -> Weights:
+    return weights | {"model.layers.2.mlp.up_proj.weight": torch.zeros(8, 64)}
+
+
+def differently_named(weights: Weights) -> Weights:
+    return {f"module.{name}": weight for name, weight in weights.items()}
+
+
+def with_a_short_vocabulary(weights: Weights) -> Weights:
+    return weights | {"model.embed_tokens.weight": weights["model.embed_tokens.weight"][:100].clone()}
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (without_one, r"lacks model\.layers\.2\.mlp\.up_proj\.weight"),
+        (of_another_shape, r"model\.layers\.2\.mlp\.up_proj\.weight has shape \[8, 64\]; .* needs \[160, 64\]"),
+        (differently_named, r"lacks (lm_head|model\.)"),
+        (with_a_short_vocabulary, r"model\.embed_tokens\.weight has shape \[100, 64\]; .* needs \[256, 64\]"),
+    ],
+)
+def test_weights_that_do_not_fill_the_model_are_one_line(
+    tmp_path: Path, change: Callable[[Weights], Weights], says: str
+) -> None:
+    save(tmp_path)
+    rewrite(tmp_path, change)
+    for load in (split_logits, load_whole_model):
+        with pytest.raises(ModelNotFoundError, match=says) as raised:
+            load(tmp_path)
+        assert "\n" not in str(raised.value)
+    if change in (without_one, of_another_shape):  # at the server as well
+        with pytest.raises(ModelNotFoundError, match=says):
+            MiddleBlocks.from_checkpoint(open_checkpoint(tmp_path), range(1, 5), dtype=torch.float32)
+
+
+NESTED, OF_WRONG_TYPES = "[" * 100_000, '{"hidden_size": "x", "eos_token_id": {}, "model": 3}'
+
+
+@pytest.mark.parametrize("content", [NESTED, OF_WRONG_TYPES, "[1]", "\x00"])
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_a_damaged_file_beside_the_weights_is_one_line(tmp_path: Path, name: str, content: str) -> None:
+    save(tmp_path)
+    Tokenizer(BPE({"a": 0}, [])).save(str(tmp_path / "tokenizer.json"))
+    load_tokenizer(tmp_path)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ModelNotFoundError, match=f"{re.escape(str(tmp_path))}.* can(not)? be ") as raised:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("content", [NESTED, "\x00"])
+@pytest.mark.parametrize("name", ["generation_config.json", "tokenizer_config.json"])
+def test_a_damaged_file_of_settings_is_one_line(tmp_path: Path, name: str, content: str) -> None:
+    save(tmp_path)
+    Tokenizer(BPE({"a": 0}, [])).save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ModelNotFoundError, match=re.escape(str(tmp_path))) as raised:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(raised.value)
