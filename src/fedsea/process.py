@@ -8,7 +8,9 @@ A process on a leash has a group of its own, and standard input is a pipe whose 
 end closes, even as its starter was killed with -9, the process ends its whole group.
 """
 
+import logging
 import os
+import resource
 import runpy
 import signal
 import sys
@@ -19,6 +21,7 @@ from pathlib import Path
 
 from fedsea.threads import WAITING
 
+log = logging.getLogger(__name__)
 GRACE_SECONDS = 5.0  # between SIGTERM and SIGKILL
 TOOLS = Path(sys.executable).parent  # where the commands of the installed packages are
 _SAFE_PATH = {"PYTHONSAFEPATH": "1"}
@@ -52,6 +55,16 @@ def without_proxy(*hosts: str) -> dict[str, str]:
     named = (os.environ.get(name, "") for name in ("no_proxy", "NO_PROXY"))
     spared = dict.fromkeys(one.strip() for names in (*named, *_THIS_MACHINE, *hosts) for one in names.split(","))
     return dict.fromkeys(("no_proxy", "NO_PROXY"), ",".join(filter(None, spared)))
+
+
+def raise_file_limit() -> None:
+    """Let this process have as many open files, and so connections, as the system allows it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        except (ValueError, OSError):  # macOS has a lower limit of its own
+            log.warning("open files stay limited limit=%d", soft)
 
 
 def put_on_leash() -> None:

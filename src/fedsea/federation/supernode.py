@@ -2,7 +2,8 @@
 
 A SuperNode runs the app that its SuperLink sends, beside the data. This one runs FedSEA's own, as it is installed here,
 and answers to any other that it cannot be verified (Flower's way for apps that nobody vouches for). It also looks for
-messages more often than every three seconds, and is missed sooner. On standard output it prints `{"connected": NODE}`
+messages more often than every three seconds, and is missed sooner; and it answers processes of its own user only, where
+Flower would hand tasks to whoever asks on this machine. On standard output it prints `{"connected": NODE}`
 and `{"refused": WHY}`.
 """
 
@@ -19,6 +20,7 @@ from typing import Any
 
 from fedsea.errors import UsageError
 from fedsea.federation.flower_app import check_bundle, check_run
+from fedsea.federation.peers import OwnProcessesOnly
 
 POLL_SECONDS = 0.5
 HEARTBEAT_SECONDS = 10  # Flower's least; a SuperNode that died may come back after twice that, not after a minute
@@ -29,6 +31,7 @@ def main() -> None:
     """Run the SuperNode."""
     node: Any = importlib.import_module("flwr.supernode.start_client_internal")
     command: Any = importlib.import_module("flwr.supernode.cli.flower_supernode")
+    served: Any = importlib.import_module("flwr.supernode.main")
     if not all(hasattr(node, name) for name in _NEEDED) or not hasattr(command, "start_client_internal"):
         sys.exit("this version of Flower cannot be kept from running any app that comes; install flwr 1.41")
     out = os.fdopen(os.dup(1), "w", buffering=1)
@@ -44,9 +47,17 @@ def main() -> None:
     node.time = SimpleNamespace(**vars(time) | {"sleep": lambda seconds: time.sleep(min(seconds, POLL_SECONDS))})
     for name in ("flwr.supernode.fleet_http_connection", "flwr.supercore.heartbeat"):
         importlib.import_module(name).HEARTBEAT_DEFAULT_INTERVAL = HEARTBEAT_SECONDS  # type: ignore[attr-defined]
+    # The interface for its own children is at a port that every account of this machine can reach.
+    create = served.create_app
+    served.create_app = lambda **options: _guarded(create(**options))
     # With trusted entities given, every app is verified before it is stored; who they are is not looked at here.
     command.start_client_internal = lambda **options: start(**options | {"trusted_entities": {"fedsea": ""}})
     command.flower_supernode()
+
+
+def _guarded(app: Any) -> Any:
+    app.add_middleware(OwnProcessesOnly)  # what is added last is asked first
+    return app
 
 
 def _verifier(tell: Callable[..., None]) -> Callable[[Any, Mapping[str, str]], bool]:

@@ -1,7 +1,6 @@
 """Connections as the operating system sees them: how many there may be, and how long one may be silent at first."""
 
 import logging
-import resource
 from typing import Any
 from urllib.parse import unquote
 
@@ -23,16 +22,6 @@ def listener_options(frame_bytes: int) -> list[tuple[str, int]]:
         ("grpc.so_reuseport", 0),
         ("grpc.server_handshake_timeout_ms", HANDSHAKE_MS),
     ]
-
-
-def raise_file_limit() -> None:
-    """Let this process have as many open files, and so connections, as the system allows it."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        try:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        except (ValueError, OSError):  # macOS has a lower limit of its own
-            log.warning("open files stay limited limit=%d", soft)
 
 
 def peer_of(context: Any) -> str:

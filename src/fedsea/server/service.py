@@ -27,7 +27,8 @@ from fedsea.errors import (
     UsageError,
 )
 from fedsea.parts import MiddleBlocks
-from fedsea.server.connections import listener_options, log_refusal, raise_file_limit
+from fedsea.process import raise_file_limit
+from fedsea.server.connections import listener_options, log_refusal
 from fedsea.server.coordinate import coordinate
 from fedsea.server.health import Health
 from fedsea.server.ledger import Kept, Ledger, Pool

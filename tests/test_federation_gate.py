@@ -1,0 +1,258 @@
+"""What stands before Flower's interfaces: who is asked for how much, and which processes of a machine are answered."""
+
+import base64
+import contextlib
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvicorn
+from cryptography.hazmat.primitives.asymmetric import ec
+from flwr.proto.runtime_pb2 import AcquireTaskRequest, AcquireTaskResponse
+from flwr.supercore.constant import TaskType
+from flwr.supercore.date import now
+from flwr.supercore.object_store import ObjectStoreFactory
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
+from flwr.supernode.nodestate import NodeStateFactory
+
+from fedsea.federation import peers, superlink, supernode
+
+LONG = 1 << 20
+SETTINGS = {"log_level": "error", "ws": "none", "proxy_headers": False, "lifespan": "off"}
+
+
+@contextlib.contextmanager
+def served(app: Any, **how: Any) -> Iterator[int]:
+    """An app behind a port of this machine, in a thread."""
+    listener = socket.socket()
+    listener.bind(("127.0.0.1", 0))
+    listener.listen()
+    server = uvicorn.Server(uvicorn.Config(app, **(SETTINGS | how)))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    try:
+        yield int(listener.getsockname()[1])
+    finally:
+        server.should_exit = True
+        thread.join(20)
+        listener.close()
+
+
+@pytest.fixture(scope="module")
+def flower_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    home = tmp_path_factory.mktemp("flower")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FLWR_HOME", str(home))
+        patch.setenv("FLWR_TELEMETRY_ENABLED", "0")
+        yield home
+
+
+class Link:
+    """Flower's SuperLink behind the gate, and a data owner whose key it knows."""
+
+    def __init__(self, port: int, key: ec.EllipticCurvePrivateKey) -> None:
+        self.port, self._key = port, key
+
+    def signed(self, key: ec.EllipticCurvePrivateKey | None = None) -> dict[str, str]:
+        """Headers with the data owner's key, signed with it or with another."""
+        stamp = now().isoformat()
+        signature = sign_message(key or self._key, stamp.encode())
+        return {
+            "flwr-public-key": base64.b64encode(public_key_to_bytes(self._key.public_key())).decode(),
+            "flwr-signature": base64.b64encode(signature).decode(),
+            "flwr-timestamp": stamp,
+        }
+
+    def connect(self) -> socket.socket:
+        connection = socket.create_connection(("127.0.0.1", self.port), timeout=60)
+        connection.settimeout(60)
+        return connection
+
+    def post(self, path: str, headers: dict[str, str], body: bytes = b"", connection: Any = None) -> int:
+        """The status that comes after these headers and as much of a body as is taken."""
+        with connection or self.connect() as open_one:
+            lines = [f"POST {path} HTTP/1.1", "Host: x", "Content-Type: application/protobuf"]
+            lines += [f"{name}: {value}" for name, value in headers.items()]
+            open_one.sendall("\r\n".join((*lines, "", "")).encode())
+            with contextlib.suppress(OSError):  # it may be closed by then
+                open_one.sendall(body)
+            return int(open_one.recv(64).split()[1])
+
+
+@pytest.fixture(scope="module")
+def link(flower_home: Path) -> Iterator[Link]:
+    from flwr.superlink.main import create_app
+
+    app = create_app()
+    app.state.enable_supernode_auth = True
+    app.add_middleware(superlink.Gate)
+    key = ec.generate_private_key(ec.SECP384R1())
+    state = app.state.linkstate_factory.state()
+    state.create_node("", "", public_key_to_bytes(key.public_key()), 10.0, name="ward-a")
+    with served(app, http=superlink.patient_protocol()) as port:
+        yield Link(port, key)
+
+
+PULL, REGISTER = "/v1/fleet/pull-messages", "/v1/fleet/register-node"
+
+
+def length(size: int) -> dict[str, str]:
+    return {"Content-Length": str(size)}
+
+
+@pytest.mark.parametrize("size", [LONG, 10 << 40])
+@pytest.mark.parametrize("path", [PULL, REGISTER, "/v1/fleet/push-object", "/v1/fleet/nothing"])
+def test_who_has_not_signed_is_not_listened_to_for_long(link: Link, path: str, size: int) -> None:
+    """Nothing of the body is waited for: none is sent here."""
+    assert link.post(path, length(size)) == 413
+
+
+@pytest.mark.parametrize("kind", ["another's signature", "no signature", "another's key", "no base64", "half a header"])
+def test_a_signature_is_looked_at_before_the_body(link: Link, kind: str) -> None:
+    headers, other = link.signed(), ec.generate_private_key(ec.SECP384R1())
+    if kind == "another's signature":
+        headers = link.signed(other)
+    elif kind == "no signature":
+        del headers["flwr-signature"]
+    elif kind == "another's key":
+        stranger = Link(link.port, other)
+        headers = stranger.signed()
+    elif kind == "no base64":
+        headers["flwr-public-key"] = "%%%"
+    else:
+        headers["flwr-public-key"] = headers["flwr-public-key"][:30]
+    assert link.post(PULL, headers | length(LONG)) == 413
+    assert link.post(PULL, headers | length(3), b"abc") != 413
+
+
+def test_a_registered_data_owner_sends_what_it_needs_and_no_more(link: Link) -> None:
+    assert link.post(PULL, link.signed() | length(LONG), bytes(LONG)) not in (413, 408)
+    assert link.post(PULL, link.signed() | length(superlink.KNOWN_BYTES + 1)) == 413
+
+
+def test_a_body_of_no_stated_length_is_counted(link: Link) -> None:
+    chunk = b"10000\r\n" + bytes(0x10000) + b"\r\n"
+    for headers, count in (({}, 2), (link.signed(), superlink.KNOWN_BYTES // 0x10000 + 1)):
+        assert link.post(PULL, headers | {"Transfer-Encoding": "chunked"}, chunk * count) == 413
+
+
+def test_a_slow_sender_is_not_waited_for(link: Link, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(superlink, "UNKNOWN_SECONDS", 0.2)
+    assert link.post(REGISTER, length(1000), b"abc") == 408
+    # Nor one that sends no request, or half of one: the connection ends, whenever that is.
+    monkeypatch.setattr(superlink, "SILENT_SECONDS", 0.3)
+    for sent in (b"", b"POST /v1/fl", b"POST /v1/fleet/pull-messages HTTP/1.1\r\nHost: x\r\n"):
+        with link.connect() as connection, contextlib.suppress(ConnectionError):
+            connection.sendall(sent)
+            assert connection.recv(64) == b""
+
+
+def strange_socket(monkeypatch: pytest.MonkeyPatch) -> socket.socket:
+    """A socket that is another user's: of one that root makes, or of oneself if the servers were somebody else's."""
+    if os.geteuid() == 0:
+        os.seteuid(65534)
+        try:
+            return socket.socket()
+        finally:
+            os.seteuid(0)
+    mine = os.geteuid()
+    monkeypatch.setattr(peers.os, "geteuid", lambda: mine + 1)
+    return socket.socket()
+
+
+needs_tables = pytest.mark.skipif(not peers.TABLES[0].exists(), reason="this system does not list sockets")
+CONTROL = "/v1/control/list-nodes"
+
+
+@needs_tables
+@pytest.mark.parametrize("more", [{}, {"X-Forwarded-For": "127.0.0.1", "Forwarded": "for=127.0.0.1"}])
+def test_another_user_of_the_coordinators_machine_gives_no_orders(
+    link: Link, monkeypatch: pytest.MonkeyPatch, more: dict[str, str]
+) -> None:
+    assert link.post(CONTROL, length(0) | more) != 403
+    for path in (CONTROL, "/v1/control/start-run", "/v1/runtime/acquire-task", "/docs"):
+        stranger = strange_socket(monkeypatch)
+        stranger.settimeout(60)
+        stranger.connect(("127.0.0.1", link.port))
+        assert link.post(path, length(0) | more, connection=stranger) == 403
+    # It may be a data owner all the same.
+    stranger = strange_socket(monkeypatch)
+    stranger.connect(("127.0.0.1", link.port))
+    assert link.post(PULL, length(3), b"abc", connection=stranger) not in (403, 413)
+
+
+@needs_tables
+def test_another_user_of_a_data_owners_machine_gets_no_task(flower_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flwr.supernode.main import create_app
+
+    factory = NodeStateFactory(objectstore_factory=ObjectStoreFactory())
+    assert factory.state().create_task(task_type=TaskType.CLIENT_APP, run_id=7, fab_hash="0" * 64)
+    app = supernode._guarded(create_app(state_factory=factory, superexec_auth_secret=None))
+    request = AcquireTaskRequest(supported_task_types=["flwr-clientapp"]).SerializeToString()
+    lines = [
+        f"{name}: {value}"
+        for name, value in (
+            ("Host", "x"),
+            ("Content-Type", "application/protobuf"),
+            ("flwr-package-name", "flwr"),
+            ("flwr-package-version", "1.41.0"),
+            ("flwr-component-name", "x"),
+            ("Content-Length", len(request)),
+            ("Connection", "close"),
+        )
+    ]
+    message = "\r\n".join(("POST /v1/runtime/acquire-task HTTP/1.1", *lines, "", "")).encode() + request
+
+    def ask(connection: socket.socket, port: int) -> tuple[int, bytes]:
+        with connection:
+            connection.settimeout(60)
+            connection.connect(("127.0.0.1", port))
+            connection.sendall(message)
+            head, _, body = b"".join(iter(lambda: connection.recv(4096), b"")).partition(b"\r\n\r\n")
+            return int(head.split()[1]), body
+
+    with served(app) as port:
+        status, body = ask(strange_socket(monkeypatch), port)
+        assert (status, AcquireTaskRequest.__name__.encode() in body) == (403, False)
+        monkeypatch.undo()
+        status, body = ask(socket.socket(), port)
+        assert status == 200
+        assert AcquireTaskResponse.FromString(body).token
+
+
+@needs_tables
+@pytest.mark.parametrize(("family", "host"), [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")])
+def test_a_socket_that_nobody_holds_any_longer_is_nobodys(family: socket.AddressFamily, host: str) -> None:
+    """The kernel lists it as root's; else a stranger would send an order and close."""
+    with socket.socket(family) as listener:
+        try:
+            listener.bind((host, 0))
+        except OSError:
+            pytest.skip(f"this machine has no {host}")
+        listener.listen()
+        client = socket.socket(family)
+        client.connect(listener.getsockname())
+        accepted, _ = listener.accept()
+        with accepted:
+            scope = {"client": accepted.getpeername()[:2], "server": accepted.getsockname()[:2]}
+            assert peers.of_own_process(scope)
+            mine = os.geteuid()
+            if mine:
+                assert not peers.of_own_process(scope, mine + 1)
+            client.sendall(b"order")
+            client.close()
+            until(lambda: not peers.of_own_process(scope))
+            assert not peers.of_own_process({**scope, "client": None})
+            assert not peers.of_own_process({**scope, "client": ("unix", 0)})
+
+
+def until(holds: Callable[[], bool]) -> None:
+    end = time.monotonic() + 30
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.01)
