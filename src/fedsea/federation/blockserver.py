@@ -15,6 +15,7 @@ from fedsea.partition import layer_of
 from fedsea.wire import contract
 from fedsea.wire.credentials import Credentials
 from fedsea.wire.frames import Kind, Message
+from fedsea.wire.handshake import read_count
 from fedsea.wire.rounds import RoundPlan, RoundStatus, ServerDescription
 from fedsea.wire.run_frames import (
     Command,
@@ -181,10 +182,7 @@ class _Call:
         if not isinstance(frame, Message) or frame.kind is not Kind.OPENED:
             raise ProtocolError("the block server did not answer OPEN with OPENED")
         self.description = ServerDescription.from_body(frame.body)
-        frame_bytes = frame.body.get("frame_bytes")
-        if not isinstance(frame_bytes, int):
-            raise ProtocolError("the block server's answer to OPEN is incomplete")
-        self.frame_bytes = frame_bytes
+        self.frame_bytes = read_count(frame.body, "frame_bytes")
 
     def ask(self, make: Callable[[int], Operation]) -> Reply:
         """Send an operation and wait for its answer."""

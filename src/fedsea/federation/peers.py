@@ -17,6 +17,7 @@ Scope = MutableMapping[str, Any]
 App = Callable[[Scope, Any, Any], Awaitable[None]]
 
 TABLES = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))
+CLOSING = ((b"content-type", b"text/plain"), (b"connection", b"close"))
 _ROOT = 0
 
 
@@ -37,8 +38,7 @@ class OwnProcessesOnly:
 async def refuse(scope: Scope, send: Any, status: int, why: str) -> None:
     """Answer a request with a status and one line, and end its connection: what else it sends is not read."""
     if scope["type"] == "http":
-        headers = [(b"content-type", b"text/plain"), (b"connection", b"close")]
-        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.start", "status": status, "headers": list(CLOSING)})
         await send({"type": "http.response.body", "body": why.encode()})
     else:
         await send({"type": "websocket.close", "code": 1008})

@@ -9,6 +9,7 @@ from flwr.app import Message
 
 from fedsea.errors import ModelMismatchError, PartitionError, ProtocolError
 from fedsea.federation.arrays import Arrays, Shapes, read_arrays
+from fedsea.text import one_line as text_on_one_line
 
 EXAMPLES = "num-examples"
 TRAINING = (EXAMPLES, "train-loss", "steps", "tokens", "bytes-up", "bytes-down", "seconds")
@@ -67,7 +68,7 @@ def error_text(message: Message) -> str:
 
 def one_line(text: str) -> str:
     """A peer's words as one line that can be printed, of a length that can be kept."""
-    text = "".join(letter if letter.isprintable() else "?" for letter in " ".join(text[: 2 * MAX_REASON].split()))
+    text = text_on_one_line(text[: 2 * MAX_REASON])
     return text if len(text) <= MAX_REASON else f"{text[:MAX_REASON]}..."
 
 

@@ -18,7 +18,7 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
-from fedsea.federation.peers import App, Scope, is_local, of_own_process, refuse
+from fedsea.federation.peers import CLOSING, App, Scope, is_local, of_own_process, refuse
 from fedsea.process import raise_file_limit
 
 FOR_DATA_OWNERS = "/v1/fleet/"
@@ -26,6 +26,7 @@ FOR_DATA_OWNERS = "/v1/fleet/"
 KNOWN_BYTES, UNKNOWN_BYTES = 16 << 20, 64 << 10
 KNOWN_SECONDS, UNKNOWN_SECONDS = 300.0, 10.0  # for a body
 BODIES_AT_ONCE = 8  # of one data owner; its other requests wait
+LINGER_SECONDS = 10.0
 SILENT_SECONDS = 10.0  # a connection without a request is closed after once to twice that
 CONNECTIONS = 4096  # more are answered that the service is unavailable
 
@@ -54,7 +55,7 @@ class Gate:
         key = await run_in_threadpool(signer, scope)
         most, seconds = (KNOWN_BYTES, KNOWN_SECONDS) if key else (UNKNOWN_BYTES, UNKNOWN_SECONDS)
         if declared(scope) > most:
-            await refuse(scope, send, 413, f"a request has at most {most} bytes")
+            await refuse_body(scope, receive, send, most)
             return
         turn = self._turns.setdefault(key, asyncio.Semaphore(BODIES_AT_ONCE)) if key else contextlib.nullcontext()
         async with turn:
@@ -66,7 +67,7 @@ class Gate:
             if body is None:
                 return  # it has left
             if len(body) > most:
-                await refuse(scope, send, 413, f"a request has at most {most} bytes")
+                await refuse_body(scope, receive, send, most)
                 return
             await self.app(scope, partial(_again, [body], receive), send)
 
@@ -81,6 +82,21 @@ async def read_body(receive: Any, most: int) -> bytes | None:
         body += message.get("body", b"")
         more = message.get("more_body", False)
     return bytes(body)
+
+
+async def refuse_body(scope: Scope, receive: Any, send: Any, most: int) -> None:
+    """Answer that a request is too long. What comes for a moment is thrown away, so that its sender sees the answer."""
+
+    async def throw_away() -> None:
+        while (await receive())["type"] == "http.request":
+            pass
+
+    await send({"type": "http.response.start", "status": 413, "headers": list(CLOSING)})
+    text = f"a request has at most {most} bytes".encode()
+    await send({"type": "http.response.body", "body": text, "more_body": True})
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(throw_away(), LINGER_SECONDS)
+    await send({"type": "http.response.body", "body": b""})
 
 
 async def _again(unread: list[bytes], receive: Any) -> Any:

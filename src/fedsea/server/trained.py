@@ -283,6 +283,8 @@ def _norm(gradients: list[Tensor], divisors: list[float] | None = None) -> float
     if not gradients:
         return 0.0
     norms = torch.stack(torch._foreach_norm(gradients))
+    if not bool(torch.isfinite(norms).all()):  # of what is finite itself, a square may be beyond float32
+        norms = torch.stack([gradient.double().norm() for gradient in gradients])
     if divisors is not None:
         norms = norms / torch.tensor(divisors, device=norms.device)
     norm = float(torch.linalg.vector_norm(norms))

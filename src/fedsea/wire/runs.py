@@ -148,6 +148,8 @@ class Attached:
         if not isinstance(body.get("new"), bool) or not isinstance(body.get("shared"), bool):
             raise ProtocolError("the server's answer to OPEN is incomplete")
         counts = {name: read_count(body, name) for name in ("number", "version", "frame_bytes", "micro_batches")}
+        if not counts["micro_batches"]:
+            raise ProtocolError("the server takes no micro-batches")
         return cls(body["new"], **counts, shared=body["shared"])
 
 
