@@ -38,6 +38,7 @@ from fedsea.server.ledger import Kept, Pool, nbytes
 from fedsea.server.member import Member
 from fedsea.server.runs import Run, RunTable
 from fedsea.server.scheduler import Owner, Scheduler
+from fedsea.server.trained import MOST
 from fedsea.server.trainer import Trainer
 from fedsea.wire.roles import COORDINATOR
 from fedsea.wire.rounds import MemberStatus, RoundPlan, RoundStatus, Seat, run_name
@@ -117,7 +118,7 @@ class Round:
         if here and share is None:
             trainer.load(here)
         if seat is not None:
-            trainer.weight, trainer.max_norm = seat.weight, self.plan.max_norm or float("inf")
+            trainer.weight, trainer.max_norm = seat.weight, self.plan.max_norm or MOST
         return trainer
 
     # What members do

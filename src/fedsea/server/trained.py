@@ -17,6 +17,8 @@ from fedsea.partition import in_middle, layer_of
 from fedsea.wire.run_frames import ADAPTER, STATES, Tensors, page
 from fedsea.wire.runs import OptimizerStep
 
+MOST = 1e15  # a norm; beside a larger one, a sum in float32 would not be finite for others
+
 
 @dataclass(frozen=True)
 class Share:
@@ -34,7 +36,7 @@ class Share:
 
     weight: float
     layers: range
-    max_norm: float = math.inf
+    max_norm: float = MOST
 
 
 class TrainedAdapter:
@@ -283,8 +285,6 @@ def _norm(gradients: list[Tensor], divisors: list[float] | None = None) -> float
     if not gradients:
         return 0.0
     norms = torch.stack(torch._foreach_norm(gradients))
-    if not bool(torch.isfinite(norms).all()):  # of what is finite itself, a square may be beyond float32
-        norms = torch.stack([gradient.double().norm() for gradient in gradients])
     if divisors is not None:
         norms = norms / torch.tensor(divisors, device=norms.device)
     norm = float(torch.linalg.vector_norm(norms))

@@ -17,7 +17,7 @@ from fedsea.partition import in_middle
 from fedsea.parts import MiddleBlocks
 from fedsea.parts.adapters import AdapterSpec, adapter_parameters
 from fedsea.server.micros import Graph, Micro, Pull, count_kept_bytes, take_back
-from fedsea.server.trained import Share, TrainedAdapter, explain
+from fedsea.server.trained import MOST, Share, TrainedAdapter, explain
 from fedsea.wire.frames import to_wire
 from fedsea.wire.run_frames import ADAPTER, STATES, Backward, Forward, States, Tensors, gradient_to_wire
 from fedsea.wire.runs import OptimizerStep
@@ -106,7 +106,7 @@ class Trainer:
         self.bytes_per_place: float | None = None
         self.trouble: str | None = None
         self.weight: float | None = None  # beside others' gradients; None for what each gradient says
-        self.max_norm = float("inf")
+        self.max_norm = MOST
         self._max_micros = max_micros
         self._micros: OrderedDict[int, Micro] = OrderedDict()
         self._evicted: OrderedDict[int, None] = OrderedDict()
