@@ -18,6 +18,7 @@ from fedsea.federation.settings import Settings
 from fedsea.parts.adapters import AdapterSpec
 from fedsea.server.trained import Share, TrainedAdapter
 from fedsea.wire.rounds import RoundPlan, new_seat
+from fedsea.wire.run_frames import MAX_WEIGHT
 from fedsea.wire.runs import OptimizerStep
 from tests.conftest import RunningServer
 from tests.federation_fakes import MIXED, FakeServer, Run, Weights, World, assert_same, averaged, clients, trained
@@ -111,7 +112,7 @@ def test_no_training_goes_farther_than_the_reach() -> None:
 
 def test_a_gradient_that_is_finite_spoils_nobody_s() -> None:
     adapter, layers = shared(), range(1, 5)
-    assert adapter.add("mallory", {NAME: torch.full((4,), 9.2e18)}, 1.0, Share(1.0, layers), fresh=True)
+    assert adapter.add("mallory", {NAME: torch.full((4,), 9.2e18)}, 1.0, Share(MAX_WEIGHT, layers), fresh=True)
     assert adapter.add("honest", {NAME: torch.full((4,), 1e16)}, 1.0, Share(100.0, layers), fresh=True)
     assert adapter.norm() < float("inf")
     for spoiled in (torch.inf, torch.nan):
