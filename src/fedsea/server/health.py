@@ -5,15 +5,13 @@ stopping. Here each waits for itself, and is counted as every other stream of a 
 """
 
 import asyncio
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from fedsea.errors import FedSEAError
-from fedsea.server.stream import identity_of
+from fedsea.server.stream import StreamCounter, identity_of
 from fedsea.wire import contract
 
 
@@ -22,12 +20,12 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
 
     Parameters
     ----------
-    counted
-        Has a client's stream counted while it is open, or raises why it may not be.
+    streams
+        Counts those that watch.
     """
 
-    def __init__(self, counted: Callable[[str], AbstractContextManager[None]]) -> None:
-        self._counted = counted
+    def __init__(self, streams: StreamCounter) -> None:
+        self._streams = streams
         self._stopping = asyncio.Event()
 
     def stop(self) -> None:
@@ -50,7 +48,7 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
     async def Watch(self, request: Any, context: Any) -> None:  # noqa: N802
         """How the server is, and again once that has changed."""
         try:
-            with self._counted(identity_of(context)[0]):
+            with self._streams.counted(identity_of(context)[0]):
                 await context.write(health_pb2.HealthCheckResponse(status=self._status(request.service)))
                 await self._stopping.wait()
                 await context.write(health_pb2.HealthCheckResponse(status=self._status(request.service)))

@@ -157,6 +157,8 @@ class RunTable:
         Seconds, monotonic.
     ledger
         What all tables of the server keep; None for one of its own.
+    on_end
+        Told of each run that ends.
     """
 
     def __init__(
@@ -168,9 +170,10 @@ class RunTable:
         dtype: torch.dtype,
         clock: Callable[[], float],
         ledger: Ledger | None = None,
+        on_end: Callable[[Run], None] = lambda _run: None,
     ) -> None:
         self.middle, self.limits, self.max_tokens, self.dtype, self.clock = middle, limits, max_tokens, dtype, clock
-        self.ledger = ledger or Ledger(limits)
+        self.ledger, self._on_end = ledger or Ledger(limits), on_end
         self._runs: dict[tuple[str, str], Run] = {}
         self.modules = {
             name: (module.out_features, module.in_features)
@@ -359,6 +362,7 @@ class RunTable:
         self.ledger.release(run)
         if self._runs.get((run.client, run.name)) is run:
             del self._runs[run.client, run.name]
+            self._on_end(run)
             if run.on_end is not None:
                 run.on_end()
 

@@ -1,13 +1,11 @@
 """The block server: the gRPC service around the sessions, and its life from start to SIGTERM."""
 
 import asyncio
-import contextlib
 import datetime
 import hashlib
 import logging
 import time
-from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -22,6 +20,7 @@ from fedsea.errors import (
     LimitExceededError,
     ModelMismatchError,
     ProtocolError,
+    RunLostError,
     ServerError,
     ServerUnavailableError,
     UsageError,
@@ -37,9 +36,9 @@ from fedsea.server.member import Member
 from fedsea.server.rounds import Round, RoundTable
 from fedsea.server.run_stream import RunStream
 from fedsea.server.runs import Run, RunTable
-from fedsea.server.scheduler import Owner, Scheduler
+from fedsea.server.scheduler import Owner, Scheduler, spare_the_collector
 from fedsea.server.sessions import Session, SessionTable, State, check_cut
-from fedsea.server.stream import Stream
+from fedsea.server.stream import Stream, StreamCounter
 from fedsea.server.trainer import Trainer
 from fedsea.wire import contract
 from fedsea.wire.address import format_address, is_loopback, parse_address
@@ -120,7 +119,7 @@ class BlockServer:
             "ledger": self.ledger,
         }
         self.table = SessionTable(self.middle, limits, **of_tables)
-        self.runs = RunTable(self.middle, limits, **of_tables)
+        self.runs = RunTable(self.middle, limits, **of_tables, on_end=self._end_through)
         self.scheduler, self._codec = Scheduler(), Scheduler("fedsea-codec")
         self.rounds = RoundTable(
             self.runs, self.scheduler, secure=options.credentials is not None, report=self._report_straggler
@@ -129,7 +128,8 @@ class BlockServer:
         self._stopping = False
         self._warned_on: datetime.date | None = None
         self._streams: set[Stream] = set()
-        self._of_client: Counter[str] = Counter()  # streams of each client
+        # A stream may wait for its OPEN, or for a client that does not read: those must not pile up either.
+        self._counter = StreamCounter(2 * limits.client_sessions)
         self._done = asyncio.Event()
 
     async def start(self) -> str:
@@ -141,10 +141,11 @@ class BlockServer:
             If the address is taken or is not this machine's.
         """
         raise_file_limit()
+        spare_the_collector()
         self._warn_of_end()
         settings = listener_options(self.table.limits.frame_bytes)
         # Of one connection; more than a client may have, so that who has too many is told, and does not wait.
-        settings.append(("grpc.max_concurrent_streams", self._allowed_streams + 16))
+        settings.append(("grpc.max_concurrent_streams", self._counter.allowed + 16))
         server = grpc.aio.server(options=settings)
         handlers = {
             contract.SESSION: grpc.stream_stream_rpc_method_handler(self._session),
@@ -173,7 +174,7 @@ class BlockServer:
     def _add_health(self, server: grpc.aio.Server) -> None:
         from grpc_health.v1 import health_pb2_grpc
 
-        self._health = Health(self._counted)
+        self._health = Health(self._counter)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
 
     async def wait(self) -> None:
@@ -235,7 +236,7 @@ class BlockServer:
         )
         self.ledger.keep(stream, Kept(Pool.BUFFERS, stream.client, lambda: stream.held))
         try:
-            with self._counted(stream.client):
+            with self._counter.counted(stream.client):
                 self._streams.add(stream)
                 refusal = await serve(stream)
                 # Not within an `except`: gRPC keeps what ends a call, and with it would keep a failed step's tensors.
@@ -249,28 +250,6 @@ class BlockServer:
             self.ledger.release(stream)
         log_refusal(stream, "stream", "-", refused)
         await stream.refuse(refused)
-
-    @property
-    def _allowed_streams(self) -> int:
-        """A stream may wait for its OPEN, or for a client that does not read: those must not pile up either."""
-        return 2 * self.table.limits.client_sessions
-
-    @contextlib.contextmanager
-    def _counted(self, client: str) -> Iterator[None]:
-        """Count a stream of a client while it is open."""
-        if not client:
-            raise CredentialsError("the client's certificate has no name: get one from `fedsea credentials init DIR`")
-        if self._of_client[client] >= self._allowed_streams:
-            raise LimitExceededError(
-                f"client {client!r} has {self._allowed_streams} streams open, twice its session limit"
-            )
-        self._of_client[client] += 1
-        try:
-            yield
-        finally:
-            self._of_client[client] -= 1
-            if not self._of_client[client]:
-                del self._of_client[client]
 
     async def _serve_session(self, stream: Stream) -> FedSEAError | None:
         """OPEN, then steps until CLOSE, an error (which is returned), or the loss of the connection."""
@@ -450,7 +429,9 @@ class BlockServer:
             session = self.table.attach(wish.resume, stream.client, layers, dtype, stream.end)
             if session is not None:
                 return session
-        return self.table.open(stream.client, layers, dtype, stream.end, adapted, run.adapter if run else None)
+        if run is not None and run.state is State.ENDED:
+            raise RunLostError(f"the run {run.name!r} has ended")
+        return self.table.open(stream.client, layers, dtype, stream.end, adapted)
 
     async def _trainer(self, run: Run) -> Trainer:
         """A run's, built in the worker if it is not there; a run that cannot be built ends."""
@@ -486,6 +467,12 @@ class BlockServer:
         log_refusal(stream, "session", short(session), error)
         if session is not None and session.end == stream.end:
             self._close(session, error.code)
+
+    def _end_through(self, run: Run) -> None:
+        """A run has ended, and so do the sessions that go through its adapter: they would hold it."""
+        for session in self.table.through(run.built):
+            session.end(RunLostError(f"the run {run.name!r} has ended, and with it the sessions through its adapter"))
+            self._close(session, "run ended")
 
     def _leave(self, stream: Stream, run: Run | None) -> None:
         """A run's stream is over, for whatever reason: the run stays, unless another stream has taken it up."""

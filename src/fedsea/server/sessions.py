@@ -143,11 +143,8 @@ class SessionTable:
         wire_dtype: torch.dtype,
         end: Callable[[FedSEAError], None],
         adapted: Adapted | None = None,
-        adapter: Kept | None = None,
     ) -> Session:
         """A new session, ATTACHED to the connection that `end` ends; through a run's adapter if it is given.
-
-        `adapter` is that adapter in the ledger: the session may outlive the run.
 
         Raises
         ------
@@ -162,8 +159,6 @@ class SessionTable:
         session = Session(name, client, layers, wire_dtype, self.middle.new_cache(), self.clock(), end, adapted)
         self._sessions[name] = session
         self.ledger.keep(session, Kept(Pool.CACHES, client, lambda: session.cache_bytes))
-        if adapter is not None:
-            self.ledger.keep(session, adapter)
         return session
 
     def _make_room(self, client: str) -> None:
@@ -212,6 +207,10 @@ class SessionTable:
         """The session's connection is lost: ATTACHED -> DETACHED, for a while."""
         if session.state is State.ATTACHED:
             session.state, session.changed = State.DETACHED, self.clock()
+
+    def through(self, adapted: Adapted | None) -> list[Session]:
+        """The sessions that go through a run's adapter."""
+        return [one for one in self._sessions.values() if one.adapted is adapted is not None]
 
     def close(self, session: Session) -> None:
         """Any state -> ENDED: the name is forgotten, the cache given up."""

@@ -2,13 +2,14 @@
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, TypeVar
 
 import grpc
 
-from fedsea.errors import FedSEAError
+from fedsea.errors import CredentialsError, FedSEAError, LimitExceededError
 from fedsea.server.connections import peer_of
 from fedsea.server.scheduler import Owner, Scheduler
 from fedsea.text import one_line
@@ -136,6 +137,37 @@ class Stream:
             await self._context.abort(
                 contract.status_of(error), one_line(str(error))[:SAID], contract.trailing_metadata(error)
             )
+
+
+class StreamCounter:
+    """Counts the open streams of each client, of which there may be `allowed`."""
+
+    def __init__(self, allowed: int) -> None:
+        self.allowed = allowed
+        self._open: Counter[str] = Counter()
+
+    @contextlib.contextmanager
+    def counted(self, client: str) -> Iterator[None]:
+        """Count a stream while it is open.
+
+        Raises
+        ------
+        LimitExceededError
+            If its client has too many.
+        CredentialsError
+            If its client has no name.
+        """
+        if not client:
+            raise CredentialsError("the client's certificate has no name: get one from `fedsea credentials init DIR`")
+        if self._open[client] >= self.allowed:
+            raise LimitExceededError(f"client {client!r} has {self.allowed} streams open, twice its session limit")
+        self._open[client] += 1
+        try:
+            yield
+        finally:
+            self._open[client] -= 1
+            if not self._open[client]:
+                del self._open[client]
 
 
 def identity_of(context: Any) -> tuple[str, bool]:
