@@ -335,5 +335,5 @@ def test_epsilon_is_infinite_without_noise_and_falls_with_it() -> None:
 
 def test_a_missing_accountant_is_one_line_that_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "opacus.accountants.analysis", None)
-    with pytest.raises(UsageError, match=r"pip install 'fedsea\[privacy\]'"):
+    with pytest.raises(UsageError, match=r"pip install 'opacus>=[\d.]+'"):
         privacy_spent(ClippedGaussianNoise(1.0, 1.0), delta=1e-5)

@@ -16,6 +16,7 @@ ORDER = [
     "partition",
     "files",
     "text",
+    "extras",
     "chats",
     "threads",
     "process",

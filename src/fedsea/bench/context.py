@@ -10,6 +10,7 @@ from fedsea.bench.results import Line, number
 from fedsea.bench.workbench import Workbench
 from fedsea.client.model import SplitModelForCausalLM
 from fedsea.errors import UsageError
+from fedsea.extras import install_line
 
 CONTEXTS = (500, 1000, 2000, 4000)
 QUICK_CONTEXTS = (500, 1000)
@@ -92,7 +93,7 @@ def require_plotting(otherwise: str = "") -> None:
         import matplotlib  # noqa: F401
     except ImportError:
         choice = f", or {otherwise}" if otherwise else ""
-        raise UsageError(f"drawing needs matplotlib: pip install 'fedsea[bench]'{choice}") from None
+        raise UsageError(f"drawing needs matplotlib: {install_line('matplotlib')}{choice}") from None
 
 
 def draw_curve(points: list[tuple[int, float]], path: Path, model: str) -> None:

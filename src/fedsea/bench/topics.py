@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from rich.console import Console
 
 from fedsea.bench.context import require_plotting
+from fedsea.bench.names import check_topics
 from fedsea.bench.results import Line, Report
 from fedsea.bench.workbench import Settings, Workbench
-from fedsea.errors import UsageError
 
 Topics = Mapping[str, Callable[[Workbench], Iterator[Line]]]
 
@@ -38,9 +38,7 @@ def run_topics(topics: Topics, settings: Settings, console: Console, only: Seque
     FedSEAError
         If a server or a measurement fails: a bench without its figures is not a result.
     """
-    unknown = [name for name in only if name not in topics]
-    if unknown:
-        raise UsageError(f"no topic {', '.join(unknown)} in this bench; there are {', '.join(topics)}")
+    check_topics(only, list(topics))
     if settings.plots is not None:
         require_plotting("leave --plots out")
     report = Report(console)

@@ -15,16 +15,17 @@ import stat
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from fedsea.errors import ModelNotFoundError
+from fedsea.extras import install_line, missing
 from fedsea.files import parse_json, replace_folder, write_file
 from fedsea.process import child_environment, module_command
 
 FORMAT = 3  # one more for each change of what a conversion writes: what an earlier version made is not used again
 MANIFEST = "manifest.json"
+CONVERTER = ("gguf", "accelerate")  # the packages of the extra `gguf`
 
 _log = logging.getLogger(__name__)
 
@@ -48,8 +49,7 @@ def converted_folder(source: Path) -> Path:
         If the file cannot be read or converted, the `gguf` extra is missing, or the cache cannot be written.
     """
     source = source.resolve()
-    place = hashlib.sha256(str(source).encode()).hexdigest()[:16]
-    folder = cache_folder() / "gguf" / f"{source.stem}-{place}-v{FORMAT}"
+    folder, place = _place(source)
     try:
         if _is_current(folder, source):
             return folder
@@ -65,10 +65,31 @@ def converted_folder(source: Path) -> Path:
     return folder
 
 
+def require_converter(source: Path) -> None:
+    """Check that `source` is converted already, or can be.
+
+    Raises
+    ------
+    ModelNotFoundError
+        If packages are missing; it has the command that installs them.
+    """
+    absent = missing(*CONVERTER)
+    source = source.resolve()
+    if absent and not _is_current(_place(source)[0], source):
+        raise ModelNotFoundError(
+            f"converting {source.name} needs packages that are not installed here: {install_line(*absent)}"
+        )
+
+
+def _place(source: Path) -> tuple[Path, str]:
+    """The folder of a conversion, and the part of its name that stands for where the source is."""
+    place = hashlib.sha256(str(source).encode()).hexdigest()[:16]
+    return cache_folder() / "gguf" / f"{source.stem}-{place}-v{FORMAT}", place
+
+
 def _convert(source: Path, folder: Path) -> None:
     """Convert `source` into `folder`. The caller holds the lock, so whatever an earlier attempt left is stale."""
-    if find_spec("gguf") is None or find_spec("accelerate") is None:
-        raise ModelNotFoundError(f"converting {source.name} needs the gguf extra: pip install 'fedsea[gguf]'")
+    require_converter(source)
     _log.info("converting %s once (about 15 seconds for 100 MB)", source.name)
     made = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(made, ignore_errors=True)

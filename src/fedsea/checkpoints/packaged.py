@@ -4,7 +4,9 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from fedsea.checkpoints.gguf import CONVERTER
 from fedsea.errors import ModelNotFoundError
+from fedsea.extras import install_line, missing
 
 
 @dataclass(frozen=True)
@@ -33,4 +35,6 @@ def packaged_gguf(name: str) -> Path:
     for folder in folders:
         for path in sorted(Path(folder).glob("*.gguf")):
             return path
-    raise ModelNotFoundError(f"{name} comes with a Python package that is not installed here: {package.install}")
+    absent = missing(*CONVERTER)
+    lines = [*([install_line(*absent)] if absent else []), package.install]
+    raise ModelNotFoundError(f"{name} comes with a Python package that is not installed here: {' && '.join(lines)}")

@@ -19,101 +19,16 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 
 from fedsea.checkpoints.base import Checkpoint
+from fedsea.checkpoints.configurations import CONFIGURATIONS as CONFIGURATIONS
+from fedsea.checkpoints.configurations import PREFIX as PREFIX
 from fedsea.checkpoints.fingerprint import Fingerprint, config_digest, group_digests
+from fedsea.checkpoints.names import no_configuration
 from fedsea.errors import ModelNotFoundError
 
-PREFIX = "random:"
 STREAM_VERSION = "fedsea-random-1"
 CHUNK_VALUES = 2**20  # one generator each; fixed, so that values do not depend on the number of threads
 PIECE_VALUES = 2**18  # small enough for the CPU's cache, large enough that threads seldom wait for Python's lock
 CAST_VALUES = 2**15  # torch starts no threads of its own for a cast of this size
-
-
-def _rope(theta: float, **more: Any) -> dict[str, Any]:
-    return {"rope_type": "default", "rope_theta": theta, **more}
-
-
-_LLAMA_2 = {
-    "model_type": "llama",
-    "vocab_size": 32000,
-    "max_position_embeddings": 4096,
-    "rms_norm_eps": 1e-5,
-    "rope_parameters": _rope(10000.0),
-}
-_TINY = {
-    "vocab_size": 256,
-    "hidden_size": 64,
-    "intermediate_size": 160,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "rope_parameters": _rope(10000.0),
-    "initializer_range": 0.2,  # at the usual 0.02 so small a model gives every token nearly the same logits
-}
-CONFIGURATIONS: dict[str, dict[str, Any]] = {
-    "llama-2-7b": _LLAMA_2
-    | {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
-    "llama-2-13b": _LLAMA_2
-    | {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40},
-    "llama-2-70b": _LLAMA_2
-    | {
-        "hidden_size": 8192,
-        "intermediate_size": 28672,
-        "num_hidden_layers": 80,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 8,
-    },
-    "llama-3-8b": {
-        "model_type": "llama",
-        "vocab_size": 128256,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 8192,
-        "rms_norm_eps": 1e-5,
-        "rope_parameters": _rope(500000.0),
-    },
-    "smollm2-135m": {
-        "model_type": "llama",
-        "vocab_size": 49152,
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "max_position_embeddings": 8192,
-        "rms_norm_eps": 1e-5,
-        "rope_parameters": _rope(100000.0),
-        "tie_word_embeddings": True,
-    },
-    "tiny": _TINY | {"model_type": "llama"},
-    "tiny-llama3": _TINY
-    | {
-        "model_type": "llama",
-        "rope_parameters": _rope(
-            10000.0,
-            rope_type="llama3",
-            factor=8.0,
-            low_freq_factor=1.0,
-            high_freq_factor=4.0,
-            original_max_position_embeddings=64,
-        ),
-    },
-    "tiny-mistral": _TINY | {"model_type": "mistral", "head_dim": 16, "sliding_window": 32},
-    "tiny-qwen2": _TINY
-    | {
-        "model_type": "qwen2",
-        "tie_word_embeddings": True,
-        "use_sliding_window": True,
-        "sliding_window": 32,
-        "max_window_layers": 3,
-        "layer_types": ["full_attention"] * 3 + ["sliding_attention"] * 3,
-    },
-    "tiny-qwen3": _TINY | {"model_type": "qwen3", "head_dim": 32},
-}
 
 
 class RandomCheckpoint(Checkpoint):
@@ -136,9 +51,7 @@ class RandomCheckpoint(Checkpoint):
     def __init__(self, name: str) -> None:
         key = name.removeprefix(PREFIX)
         if key not in CONFIGURATIONS:
-            raise ModelNotFoundError(
-                f"no random configuration {key!r}; there are: {', '.join(PREFIX + known for known in CONFIGURATIONS)}"
-            )
+            raise no_configuration(key)
         self.name = name
         tokens = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
         self.config: PreTrainedConfig = AutoConfig.for_model(**(CONFIGURATIONS[key] | tokens))

@@ -1,8 +1,6 @@
 """Finds the checkpoint that a name means."""
 
 import os
-import re
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,12 +10,9 @@ from fedsea.checkpoints.base import Checkpoint
 from fedsea.checkpoints.files import FolderFiles, HubFiles
 from fedsea.checkpoints.folder import FolderCheckpoint
 from fedsea.checkpoints.gguf import converted_folder
-from fedsea.checkpoints.packaged import PACKAGED, packaged_gguf
-from fedsea.checkpoints.random import CONFIGURATIONS, PREFIX, RandomCheckpoint
+from fedsea.checkpoints.names import locate
+from fedsea.checkpoints.random import RandomCheckpoint
 from fedsea.checkpoints.whole import whole_model
-from fedsea.errors import ModelNotFoundError
-
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def open_checkpoint(name: str | os.PathLike[str]) -> Checkpoint:
@@ -36,27 +31,13 @@ def open_checkpoint(name: str | os.PathLike[str]) -> Checkpoint:
     ModelNotFoundError
         If nothing goes by this name, or its files are missing, damaged or refused. The message says what to do.
     """
+    kind, place = locate(name)
     text = os.fspath(name)
-    if isinstance(name, str):
-        if text.startswith(PREFIX):
-            return RandomCheckpoint(text)
-        if text in PACKAGED:
-            return FolderCheckpoint(text, FolderFiles(converted_folder(packaged_gguf(text))))
-    path = Path(text).expanduser()
-    if path.is_dir():
-        return FolderCheckpoint(text, FolderFiles(path))
-    if path.is_file():
-        if path.suffix.lower() != ".gguf":
-            raise ModelNotFoundError(
-                f"{text} is neither a folder nor a .gguf file; give the folder that holds the model"
-            )
-        return FolderCheckpoint(text, FolderFiles(converted_folder(path)))
-    if isinstance(name, str) and _HUB_ID.fullmatch(text) and not text.startswith("."):
+    if kind == "random":
+        return RandomCheckpoint(text)
+    if kind == "hub":
         return FolderCheckpoint(text, HubFiles(text))
-    known = ", ".join([*PACKAGED, *(PREFIX + key for key in CONFIGURATIONS)])
-    raise ModelNotFoundError(
-        f"no model {text!r}: it is no path that exists, no organisation/model name of the hub, and none of {known}"
-    )
+    return FolderCheckpoint(text, FolderFiles(converted_folder(place) if kind == "gguf" else place))
 
 
 def load_tokenizer(name: str | os.PathLike[str]) -> Any:

@@ -88,8 +88,6 @@ class AuditedModel:
         UsageError
             If options contradict each other, or one cannot be used.
         """
-        from fedsea.privacy.strength import parse_family, with_strength
-
         if self.levels is None:
             several: list[str | None] = [*self.mechanism] if self.mechanism else [None]
             return [
@@ -100,8 +98,11 @@ class AuditedModel:
             ]
         if self.noise_std is not None or self.noise_level is not None:
             raise UsageError("--levels says how strong the noise is; leave out --noise-std and --noise-level")
+        strengths = read_levels(self.levels)
+        from fedsea.privacy.strength import parse_family, with_strength
+
         families = [parse_family(one) for one in self.mechanism or ["relative"]]
-        return [with_strength(one, strength) for one in families for strength in read_levels(self.levels)]
+        return [with_strength(one, strength) for one in families for strength in strengths]
 
 
 def _looks(given: object) -> int:
@@ -179,20 +180,26 @@ def audit(
     ] = None,
 ) -> None:
     """Send texts through a real session of MODEL, or train on them, and say what attacks on what is seen read."""
-    noises = model.noises()
+    from fedsea.audit.samples import SAMPLES, Text, read_task, read_texts
+    from fedsea.checkpoints.names import check_model
+    from fedsea.tasks.metrics import require_rouge
+
     if task is not None and data is None:
         raise UsageError("--task says how --data is read; give --data PATH as well")
+    check_model(model.model)
     require_folders(json_file, report_file)
+    require_rouge()
+    attacked: list[Text] = list(SAMPLES)
+    if data is not None:
+        attacked = read_texts(data) if task is None else read_task(task, str(data))
+    told = [] if colluder is None else read_texts(colluder)
+    noises = model.noises()
     prepare_torch("cpu", threads)
     from fedsea.audit.audit import Audits
     from fedsea.audit.decision import decide
     from fedsea.audit.page import write_page
     from fedsea.audit.plan import Plan
-    from fedsea.audit.samples import SAMPLES, Text, read_task, read_texts
 
-    attacked: list[Text] = list(SAMPLES)
-    if data is not None:
-        attacked = read_texts(data) if task is None else read_task(task, str(data))
     plan = Plan(
         model=model.model,
         texts=attacked[:texts],
@@ -206,7 +213,7 @@ def audit(
         attacker_has_adapter=model.attacker_has_adapter,
         train_steps=train_steps,
         batch_size=batch_size,
-        colluder=[] if colluder is None else read_texts(colluder),
+        colluder=told,
     )
     reports: list[Report] = []
     with progress_bar() as progress:

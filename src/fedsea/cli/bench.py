@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fedsea.bench.names import NAMES, check_topics
 from fedsea.cli.options import ComputeDtype, Device, Threads, prepare_torch, require_folders, spread
 from fedsea.errors import UsageError
 
@@ -17,6 +18,10 @@ if TYPE_CHECKING:  # --help needs no torch
     from fedsea.bench.workbench import Settings
 
 app = typer.Typer(help="Measure what FedSEA claims, on this machine.", no_args_is_help=True)
+
+
+def _topics(bench: str) -> str:
+    return f"Topics: {', '.join(NAMES[bench])}."
 
 
 JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the lines as a JSON list.")]
@@ -40,6 +45,20 @@ class BenchOptions:
     markdown: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the lines as a Markdown table.")] = None
     strict: Strict = False
 
+    def check(self, bench: str) -> None:
+        """Check what was typed, as far as that needs no library that takes seconds to load.
+
+        Raises
+        ------
+        FedSEAError
+            If there is no such topic, model or folder.
+        """
+        from fedsea.checkpoints.names import check_model
+
+        check_topics(self.only or (), NAMES[bench])
+        check_model(self.model)
+        require_folders(self.json_file, self.markdown)
+
     def measure(
         self,
         run: "Callable[[Settings, Console, list[str]], Report]",
@@ -53,7 +72,6 @@ class BenchOptions:
         FedSEAError
             If a file cannot be written, or a measurement fails.
         """
-        require_folders(self.json_file, self.markdown)
         import torch
         from rich.console import Console
 
@@ -74,28 +92,30 @@ class BenchOptions:
             raise typer.Exit(1)
 
 
-@app.command()
+@app.command(epilog=_topics("inference"))
 @spread
 def inference(
     options: BenchOptions,
     plots: Plots = None,
 ) -> None:
     """Private inference beside the whole model: exactness, speed, bytes, memory. A full run takes about ten minutes."""
+    options.check("inference")
     from fedsea.bench.inference import run
 
     options.measure(run, plots)
 
 
-@app.command()
+@app.command(epilog=_topics("training"))
 @spread
 def training(options: BenchOptions) -> None:
     """Fine-tuning through the split beside PEFT on the whole model: exactness, speed, bytes, memory."""
+    options.check("training")
     from fedsea.bench.training import run
 
     options.measure(run)
 
 
-@app.command()
+@app.command(epilog=_topics("federation"))
 @spread
 def federation(
     options: BenchOptions,
@@ -105,12 +125,13 @@ def federation(
     plots: Plots = None,
 ) -> None:
     """Training together: each strategy beside its definition, its time, its memory, and how good the adapter is."""
+    options.check("federation")
     from fedsea.bench.federation import run
 
     options.measure(run, plots, data)
 
 
-@app.command()
+@app.command(epilog=_topics("privacy"))
 @spread
 def privacy(
     options: BenchOptions,
@@ -118,6 +139,7 @@ def privacy(
     plots: Plots = None,
 ) -> None:
     """What a provider reads of what is sent, beside a bound on what anybody can; by noise, attack and partition."""
+    options.check("privacy")
     from fedsea.bench.privacy import run
 
     options.measure(run, plots, data)

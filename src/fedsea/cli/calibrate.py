@@ -55,6 +55,21 @@ class CostOptions:
     ] = None
     limit: Annotated[int, typer.Option(min=1, metavar="N", help="The first N examples of its validation split.")] = 64
 
+    def check(self) -> None:
+        """Check the task and what its score needs.
+
+        Raises
+        ------
+        UsageError
+            If there is no such task, data are missing, or a package is.
+        """
+        from fedsea.tasks import get_task
+
+        if (self.task is None) != (self.data is None):
+            raise UsageError("give --task TASK and --data PATH, both or neither")
+        if self.task is not None:
+            get_task(self.task).check_packages()
+
     def read(self, model: str) -> "TaskData | None":
         """The task's examples; None if there is no task.
 
@@ -63,8 +78,7 @@ class CostOptions:
         FedSEAError
             If a task or its data is missing, or cannot be read.
         """
-        if (self.task is None) != (self.data is None):
-            raise UsageError("give --task TASK and --data PATH, both or neither")
+        self.check()
         if self.task is None or self.data is None:
             return None
         from fedsea.audit.calibrate import TaskData
@@ -106,6 +120,14 @@ def calibrate(
     as_json: AsJson = False,
 ) -> None:
     """Find the --mechanism under which an attack reads no more of MODEL's texts than a target, at the least cost."""
+    from fedsea.audit.samples import SAMPLES, read_texts
+    from fedsea.checkpoints.names import check_model
+    from fedsea.tasks.metrics import require_rouge
+
+    check_model(model)
+    require_rouge()
+    texts = list(SAMPLES) if attacked.audit_data is None else read_texts(attacked.audit_data)
+    costs.check()
     from fedsea.privacy.strength import parse_family
 
     chosen = [parse_family(one) for one in mechanism_family or ("relative", "relative-clipped-gaussian")]
@@ -114,12 +136,11 @@ def calibrate(
     from fedsea.audit.calibrate import Goal
     from fedsea.audit.calibrate import calibrate as search
     from fedsea.audit.plan import Plan
-    from fedsea.audit.samples import SAMPLES, read_texts
 
     goal = Goal(max_recovery, attack, precision)
     plan = Plan(
         model=model,
-        texts=(list(SAMPLES) if attacked.audit_data is None else read_texts(attacked.audit_data))[: attacked.texts],
+        texts=texts[: attacked.texts],
         partition=Partition(input_layers, output_layers),
         wire_dtype=wire_dtype,
         tokens=attacked.tokens,

@@ -57,6 +57,13 @@ def demo(
         raise UsageError("one demonstration at a time: --finetune, --federation or --audit")
     if output is not None and not (finetune or federation):
         raise UsageError("--output is for --finetune and --federation; without them nothing is kept")
+    from fedsea.checkpoints.names import check_model
+
+    check_model(model)
+    if audit:
+        from fedsea.tasks.metrics import require_rouge
+
+        require_rouge()
     # A terminal that closes, or a `kill`, must not leave the block server behind: unwind as for Ctrl-C.
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _end)

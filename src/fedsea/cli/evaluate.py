@@ -11,7 +11,7 @@ import typer
 
 from fedsea.cli.options import AsJson, ClientOptions, LookOptions, prepare_torch, spread
 from fedsea.cli.progress import progress_bar
-from fedsea.cli.terminal import print_json
+from fedsea.cli.terminal import print_json, working
 from fedsea.errors import UsageError
 
 if TYPE_CHECKING:  # --help needs no torch
@@ -35,15 +35,20 @@ class EvaluatedModel(ClientOptions):
 
         Raises
         ------
-        UsageError
-            If it is neither or both, or an option is given that means nothing for a whole model.
+        FedSEAError
+            If it is neither or both, an option is given that means nothing for a whole model, or one is wrong.
         """
+        from fedsea.checkpoints.names import check_model
+
         if bool(self.server) == self.whole:
             raise UsageError("give --server HOST:PORT or --whole, one of them")
         if self.whole:
             for field in dataclasses.fields(ClientOptions):
                 if field.name not in _WITHOUT_SERVER and getattr(self, field.name) != field.default:
                     raise UsageError(f"--{field.name.replace('_', '-')} is for --server; --whole needs none")
+            check_model(self.model)
+        else:
+            super().check()
 
     def open(self, adapter: Path | None) -> AbstractContextManager[Any]:
         """Load the model with its adapter; a context manager that closes what it has opened.
@@ -136,17 +141,20 @@ def evaluate(
     _check_adapter(adapter)
     if predictions is not None and not predictions.parent.is_dir():
         raise UsageError(f"there is no folder {predictions.parent} to write {predictions.name} into")
-    from fedsea.checkpoints import load_tokenizer
-    from fedsea.tasks import evaluate as evaluate_task
     from fedsea.tasks import get_task
 
     chosen = get_task(task)
+    chosen.check_packages()
     examples = chosen.read(data, split)[:limit]
-    tokenizer = load_tokenizer(model.model)
-    ledger = looks.ledger()
-    if ledger is not None and model.whole:
+    if model.whole and (looks.looks is not None or looks.max_looks is not None):
         raise UsageError("--looks is for --server; nothing leaves with --whole")
-    with model.open(adapter) as opened, progress_bar(quiet=as_json) as progress:
+    with working(f"loading {model.model}"):
+        from fedsea.checkpoints import load_tokenizer
+        from fedsea.tasks import evaluate as evaluate_task
+
+        tokenizer, ledger = load_tokenizer(model.model), looks.ledger()
+        ready = model.open(adapter)
+    with ready as opened, progress_bar(quiet=as_json) as progress:
         if ledger is not None:
             opened.look_ledger = ledger
         result = evaluate_task(

@@ -33,6 +33,12 @@ def export_adapter(
     """Write the adapter of RUN as a standard PEFT adapter of the whole model."""
     if ends is not None and merge is not None:
         raise UsageError("give --ends or --merge, not both: put the ends in first, then merge what comes out")
+    from fedsea.checkpoints.names import check_model
+
+    if not run.exists():
+        raise UsageError(f"there is no folder {run}; give the output folder of fedsea finetune, or an adapter's")
+    if merge is not None:
+        check_model(merge)
     import torch
 
     from fedsea.training.export import export_adapter as export

@@ -15,8 +15,9 @@ import typer
 
 from fedsea.cli.options import AsJson, ClientOptions, LookOptions, spread
 from fedsea.cli.progress import NowAndThen, progress_bar
-from fedsea.cli.terminal import print_json, tell
+from fedsea.cli.terminal import print_json, tell, working
 from fedsea.errors import FedSEAError, NonFiniteError, UsageError
+from fedsea.extras import install_line
 
 if TYPE_CHECKING:  # --help needs no torch
     from fedsea.tasks import Example
@@ -103,22 +104,32 @@ class DataOptions:
         int | None, typer.Option(min=1, metavar="N", help="The first N examples only.", show_default="all")
     ] = None
 
-    def read(self, model: str) -> "list[Encoded]":
-        """Read and tokenise the examples.
+    def read(self) -> "list[Example]":
+        """Read the examples.
 
         Raises
         ------
         FedSEAError
-            Whatever is wrong with the task, its files or the model's tokenizer.
+            Whatever is wrong with the task or its files.
         """
         if not self.task or not self.data:
             raise UsageError("give --task TASK and --data PATH (see: fedsea finetune --help)")
+        from fedsea.tasks import get_task
+
+        return get_task(self.task).read(self.data, "train")[: self.limit]
+
+    def encoded(self, examples: "list[Example]", model: str) -> "list[Encoded]":
+        """Tokenise the examples.
+
+        Raises
+        ------
+        FedSEAError
+            Whatever is wrong with the model's tokenizer, or too long.
+        """
         from fedsea.checkpoints import load_tokenizer
         from fedsea.tasks import encode, get_task
 
-        task = get_task(self.task)
-        examples = task.read(self.data, "train")[: self.limit]
-        tokenizer = load_tokenizer(model)
+        task, tokenizer = get_task(self.task), load_tokenizer(model)
 
         def prepared(example: "Example") -> "Encoded":
             return encode(task, example, tokenizer, self.max_tokens, self.loss_on_prompt)
@@ -154,12 +165,15 @@ def finetune(
     as_json: AsJson = False,
 ) -> None:
     """Train a LoRA adapter of MODEL on private text; text, labels and loss stay here."""
-    from fedsea.training.folder import RunFolder
+    client.check()
+    examples = data.read()
+    with working("loading libraries"):
+        from fedsea.training.folder import RunFolder
 
-    chosen, folder = recipe.recipe(), RunFolder(output, tell)
+        chosen, folder = recipe.recipe(), RunFolder(output, tell)
     if resume:
         folder.read()
-    encoded = data.read(client.model)
+    encoded = data.encoded(examples, client.model)
     tell_of(encoded)
     settings = {
         "model": client.model,
@@ -323,7 +337,7 @@ def _tensorboard(folder: Path, begun: int) -> "Iterator[Callable[[Figures], None
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        tell("TensorBoard's logs are left out: pip install 'fedsea[tasks]' brings it")
+        tell("TensorBoard's logs are left out; this brings it", install_line("tensorboard"))
         yield lambda _figures: None
         return
     writer: Any = SummaryWriter(str(folder), purge_step=begun + 1)

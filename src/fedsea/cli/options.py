@@ -97,8 +97,11 @@ class ClientOptions:
         FedSEAError
             What is wrong with address, credentials, noise or model.
         """
+        from fedsea.checkpoints.names import check_model
+
         check_connection(self.server, self.credentials, self.insecure)
         self._check_noise()
+        check_model(self.model)
 
     def connect(self) -> "SplitModelForCausalLM":
         """Load the client's parts and meet the block server.

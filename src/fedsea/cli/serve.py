@@ -138,9 +138,12 @@ def serve(
     as_json: AsJson = False,
 ) -> None:
     """Run the middle blocks of MODEL, for many clients at once, until SIGTERM or Ctrl-C."""
+    from fedsea.checkpoints.names import check_model
+
     require_one_security(credentials, insecure)
     held = None if layers is None else parse_layers(layers)
     require_free(listen)
+    check_model(model)
     # While the weights load there is nothing to end gracefully yet.
     signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(0))
     prepare_torch(device, threads)

@@ -1,11 +1,10 @@
 """A conversation in a file: one JSON line with its `messages`, as the task `chat` takes it."""
 
-import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fedsea.errors import UsageError
+from fedsea.files import write_lines
 
 NEEDS = 'a kept conversation is one JSON line, {"messages": [{"role": …, "content": …}, …]}'
 ROLES = {role: role for role in ("system", "user", "assistant")}
@@ -30,13 +29,7 @@ def write_transcript(messages: Sequence[Mapping[str, str]], file: Path, *, new: 
     """
     if new and file.exists():
         raise UsageError(f"{file} is there already; take another name")
-    made = file.with_name(f".{file.name}.new")
-    try:
-        with os.fdopen(os.open(made, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as stream:
-            stream.write(json.dumps({"messages": list(messages)}, ensure_ascii=False) + "\n")
-        made.replace(file)
-    except OSError as error:
-        raise UsageError(f"cannot write {file}: {error.strerror}") from None
+    write_lines(file, [{"messages": list(messages)}])
 
 
 def read_transcript(file: Path) -> list[dict[str, str]]:

@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import Any
 
 from fedsea.checkpoints import open_checkpoint
-from fedsea.checkpoints.random import PREFIX
+from fedsea.checkpoints.configurations import PREFIX
 from fedsea.errors import ModelNotFoundError
 from fedsea.federation.shards import Sharding, read_shard
 from fedsea.tasks import Example, LabelTask, Split, Task, encode

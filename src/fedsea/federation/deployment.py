@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsea.errors import CredentialsError, UsageError
+from fedsea.extras import install_line
 from fedsea.federation.control import new_key, public_key_of
 from fedsea.files import parse_json, write_file, write_json
 from fedsea.wire.address import format_address
@@ -269,6 +270,6 @@ def require_flower() -> None:
     try:
         version = importlib.metadata.version("flwr")
     except importlib.metadata.PackageNotFoundError:
-        raise UsageError("a federation needs Flower: pip install 'fedsea[federation]'") from None
+        raise UsageError(f"a federation needs Flower: {install_line('flwr')}") from None
     if not version.startswith("1.41."):
-        raise UsageError(f"a federation needs Flower 1.41, not {version}: pip install 'fedsea[federation]'")
+        raise UsageError(f"a federation needs Flower 1.41, not {version}: {install_line('flwr')}")

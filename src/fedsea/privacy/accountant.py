@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedsea.errors import UsageError
+from fedsea.extras import install_line
 from fedsea.privacy.mechanism import Noise
 
 
@@ -72,7 +73,7 @@ def privacy_spent(noise: Noise, *, delta: float, releases: int = 1) -> PrivacySp
             warnings.simplefilter("ignore")  # deprecations within Opacus are not the user's
             from opacus.accountants.analysis import rdp
     except ImportError:
-        raise UsageError("epsilon needs an accountant; install it by: pip install 'fedsea[privacy]'") from None
+        raise UsageError(f"epsilon needs an accountant; install it by: {install_line('opacus')}") from None
     multiplier = channel.least_std / (2 * channel.clip)  # two states may differ where there is least noise
     # The best order is near this one, as Renyi divergences of Gaussians are linear in the order.
     best = multiplier * math.sqrt(2 * math.log(1 / delta) / releases)

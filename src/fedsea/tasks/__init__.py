@@ -1,5 +1,7 @@
 """Tasks: from a data set's own files to prompts, and from a model's answers to the official metrics."""
 
+from typing import TYPE_CHECKING, Any
+
 from fedsea.errors import UsageError
 from fedsea.tasks.base import Example, LabelTask, LossTask, Split, Task, WrittenTask
 from fedsea.tasks.boolq import BoolQ
@@ -8,7 +10,6 @@ from fedsea.tasks.chat import Chat
 from fedsea.tasks.copa import COPA
 from fedsea.tasks.coqa import CoQA
 from fedsea.tasks.encoding import encode
-from fedsea.tasks.evaluate import Evaluation, Prediction, evaluate
 from fedsea.tasks.multirc import MultiRC
 from fedsea.tasks.record import ReCoRD
 from fedsea.tasks.rte import RTE
@@ -16,6 +17,11 @@ from fedsea.tasks.text import Text
 from fedsea.tasks.wic import WiC
 from fedsea.tasks.wsc import WSC
 from fedsea.tasks.xsum import XSum
+
+if TYPE_CHECKING:
+    from fedsea.tasks.evaluation import Evaluation as Evaluation
+    from fedsea.tasks.evaluation import Prediction as Prediction
+    from fedsea.tasks.evaluation import evaluate as evaluate
 
 __all__ = [
     "TASKS",
@@ -51,3 +57,12 @@ def get_task(name: str) -> Task:
     if task is None:
         raise UsageError(f"there is no task {name!r}; there are {', '.join(TASKS)}")
     return task
+
+
+def __getattr__(name: str) -> Any:
+    """Import what evaluates when it is first used: a data set can be read, and found wrong, without torch."""
+    if name not in ("Evaluation", "Prediction", "evaluate"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from fedsea.tasks import evaluation
+
+    return getattr(evaluation, name)

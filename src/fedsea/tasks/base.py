@@ -154,6 +154,15 @@ class Task(ABC):
             If a column is missing or holds something else.
         """
 
+    def check_packages(self) -> None:  # noqa: B027 - most need none
+        """Check that what `score` needs is installed.
+
+        Raises
+        ------
+        UsageError
+            If a package is missing.
+        """
+
     @abstractmethod
     def score(self, examples: Sequence[Example], predictions: Sequence[str | None]) -> dict[str, float]:
         """The task's official metrics, each from 0 to 1.

@@ -5,6 +5,8 @@ import string
 from collections import Counter
 from collections.abc import Callable, Sequence
 
+from fedsea.extras import require
+
 Predictions = Sequence[str | None]
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -110,8 +112,20 @@ def leave_one_out(golds: Sequence[Sequence[str]], predictions: Predictions) -> d
     return _over_answers(best, golds, predictions)
 
 
+def require_rouge() -> None:
+    """Check that ROUGE can be computed.
+
+    Raises
+    ------
+    UsageError
+        If its package is not installed.
+    """
+    require("ROUGE", "rouge_score")
+
+
 def rouge(golds: Sequence[str], predictions: Predictions) -> dict[str, float]:
     """ROUGE-1, ROUGE-2 and ROUGE-L, the F-measure of each, averaged: the package rouge-score, with Porter's stemmer."""
+    require_rouge()
     from rouge_score.rouge_scorer import RougeScorer
 
     names = ["rouge1", "rouge2", "rougeL"]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from fedsea.errors import UsageError
+from fedsea.extras import require
 from fedsea.text import decode, require_whole
 
 HUB = "hub:"
@@ -212,10 +213,9 @@ def _whole(row: Row) -> Row:
 
 
 def _hub_rows(path: str, split: str, needs: str) -> Iterator[Row]:
-    try:
-        import datasets
-    except ImportError:
-        raise UsageError(f"{path} needs a package that is not installed here: pip install datasets") from None
+    require(path, "datasets")
+    import datasets
+
     name, _, config = path.removeprefix(HUB).partition(":")
     if not name:
         raise UsageError(f"a hub data set is written {HUB}NAME or {HUB}NAME:CONFIG; got {path!r}")

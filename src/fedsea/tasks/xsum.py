@@ -29,5 +29,8 @@ class XSum(WrittenTask):
         )
         yield Example(row.id, content, (summary,))
 
+    def check_packages(self) -> None:
+        metrics.require_rouge()
+
     def score(self, examples: Sequence[Example], predictions: Sequence[str | None]) -> dict[str, float]:
         return metrics.rouge([example.golds[0] for example in examples], predictions)

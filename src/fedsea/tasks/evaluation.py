@@ -123,6 +123,7 @@ def evaluate(
     """
     if not examples:
         raise UsageError("there are no examples to evaluate")
+    task.check_packages()
     if batch_size < 1:
         raise UsageError(f"a batch needs at least one example; got {batch_size}")
     max_tokens = min(max_tokens, _model_tokens(model))

