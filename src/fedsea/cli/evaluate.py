@@ -137,7 +137,6 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Ask MODEL a task's questions, and score its answers with the task's official metrics."""
-    model.check()
     _check_adapter(adapter)
     if predictions is not None and not predictions.parent.is_dir():
         raise UsageError(f"there is no folder {predictions.parent} to write {predictions.name} into")
@@ -146,6 +145,7 @@ def evaluate(
     chosen = get_task(task)
     chosen.check_packages()
     examples = chosen.read(data, split)[:limit]
+    model.check()
     if model.whole and (looks.looks is not None or looks.max_looks is not None):
         raise UsageError("--looks is for --server; nothing leaves with --whole")
     with working(f"loading {model.model}"):
