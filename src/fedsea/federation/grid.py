@@ -16,6 +16,7 @@ from fedsea.federation.members import Directory, pull, push
 from fedsea.wire.rounds import MemberStatus
 
 POLL_SECONDS = (0.05, 0.2)  # between two looks for replies: at first, and after a while
+EACH_SECONDS = 0.005  # a look asks for each reply by itself
 WATCH_SECONDS = 0.5  # between two looks at the block servers
 
 Conduct = Callable[[Sequence[Message], float | None], Iterable[Message]]
@@ -115,7 +116,7 @@ def exchange(
             reasons = late(set(pending.values()))
             if set(pending.values()) <= reasons.keys():
                 return replies, dropped | {node: reasons[node] for node in pending.values()}
-        time.sleep(pause)
+        time.sleep(max(pause, len(pending) * EACH_SECONDS))
         pause = min(POLL_SECONDS[1], pause * 1.3)
     return replies, dropped
 

@@ -7,15 +7,19 @@ to others then.
 """
 
 import ipaddress
+import logging
 import os
 import sys
 from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
 from typing import Any
 
+from fedsea.text import one_line
+
 Scope = MutableMapping[str, Any]
 App = Callable[[Scope, Any, Any], Awaitable[None]]
 
+log = logging.getLogger("flwr")  # what Flower's processes write
 TABLES = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))
 CLOSING = ((b"content-type", b"text/plain"), (b"connection", b"close"))
 _ROOT = 0
@@ -37,11 +41,18 @@ class OwnProcessesOnly:
 
 async def refuse(scope: Scope, send: Any, status: int, why: str) -> None:
     """Answer a request with a status and one line, and end its connection: what else it sends is not read."""
+    log_refusal(scope, status)
     if scope["type"] == "http":
         await send({"type": "http.response.start", "status": status, "headers": list(CLOSING)})
         await send({"type": "http.response.body", "body": why.encode()})
     else:
         await send({"type": "websocket.close", "code": 1008})
+
+
+def log_refusal(scope: Scope, status: int) -> None:
+    """One line of the log: from where, for what, and with which status."""
+    host, port, *_ = scope.get("client") or ("somewhere", 0)
+    log.warning("refused peer=%s:%s path=%s status=%d", host, port, one_line(str(scope.get("path")))[:100], status)
 
 
 def of_own_process(scope: Scope, user: int | None = None) -> bool:

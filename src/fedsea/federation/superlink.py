@@ -18,7 +18,7 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
-from fedsea.federation.peers import CLOSING, App, Scope, is_local, of_own_process, refuse
+from fedsea.federation.peers import CLOSING, App, Scope, is_local, log_refusal, of_own_process, refuse
 from fedsea.process import raise_file_limit
 
 FOR_DATA_OWNERS = "/v1/fleet/"
@@ -91,6 +91,7 @@ async def refuse_body(scope: Scope, receive: Any, send: Any, most: int) -> None:
         while (await receive())["type"] == "http.request":
             pass
 
+    log_refusal(scope, 413)
     await send({"type": "http.response.start", "status": 413, "headers": list(CLOSING)})
     text = f"a request has at most {most} bytes".encode()
     await send({"type": "http.response.body", "body": text, "more_body": True})
@@ -182,8 +183,9 @@ def main() -> None:
         "ws": "none",
         "proxy_headers": False,
         "limit_concurrency": CONNECTIONS,
+        "access_log": False,  # a line for every look for replies, day and night; what is refused is logged here
     }
-    command.uvicorn = SimpleNamespace(run=partial(uvicorn.run, **how))
+    command.uvicorn = SimpleNamespace(run=lambda **given: uvicorn.run(**(given | how)))
     raise_file_limit()
     command.flower_superlink()
 
