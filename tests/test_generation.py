@@ -263,6 +263,10 @@ def test_what_cannot_be_done_is_said(split: SplitModelForCausalLM) -> None:
         split(random_ids(2, 4), attention_mask=torch.tensor([[1] * 4, [0] * 4]))
     with pytest.raises(UsageError, match="output_attentions"):
         split(random_ids(1, 4), output_attentions=True)
+    with pytest.raises(UsageError, match="inputs_embeds"):
+        split(inputs_embeds=torch.zeros(1, 4, 64))
+    with pytest.raises(UsageError, match=r"must be \[rows, tokens\]; got the shape \[4\]"):
+        split(random_ids(1, 4)[0])
     with pytest.raises(LimitExceededError, match="513 tokens"):
         split(random_ids(1, 513))
     with pytest.raises(PartitionError, match="more than the model's 6"):

@@ -91,6 +91,16 @@ def both(start_server: Callable[..., RunningServer], small: str) -> Iterator[tup
         yield model, load_whole_model(small, dtype=torch.float32, device="cpu"), load_tokenizer(small)
 
 
+def test_a_tokenizer_is_set_up_for_generation(both: tuple[Any, Any, Any]) -> None:
+    """Left padding, so that a batch's answers are those of its texts alone."""
+    model, _whole, tokenizer = both
+    texts = ["Water", "The capital of France is"]
+    how = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    batch = model.generate(**tokenizer(texts, return_tensors="pt", padding=True), **how)
+    alone = [model.generate(**tokenizer(text, return_tensors="pt"), **how)[0] for text in texts]
+    assert [row[-6:].tolist() for row in batch] == [row[-6:].tolist() for row in alone]
+
+
 @pytest.mark.parametrize("more", [{}, {"stop_sequence": "e"}, {"batch_size": 2}], ids=["plain", "stop", "batch"])
 def test_a_pipeline_takes_it_for_the_whole_model(
     both: tuple[Any, Any, Any], caplog: pytest.LogCaptureFixture, more: dict[str, Any]

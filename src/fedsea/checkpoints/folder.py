@@ -113,11 +113,18 @@ class FolderCheckpoint(Checkpoint):
             raise ModelNotFoundError(f"{self._files.where} has no tokenizer (no tokenizer.json)")
         try:
             with quiet_transformers():
-                return AutoTokenizer.from_pretrained(found[0].parent, trust_remote_code=False, local_files_only=True)
+                tokenizer = AutoTokenizer.from_pretrained(
+                    found[0].parent, trust_remote_code=False, local_files_only=True
+                )
         except Exception as error:  # of any kind: the files may come from a stranger
             raise ModelNotFoundError(
                 f"the tokenizer of {self._files.where} cannot be loaded: {_line(error)}"
             ) from error
+        # A generation goes on from the last column, so that is where texts of a batch end.
+        tokenizer.padding_side = "left"
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
 
     def _read_config(self) -> PreTrainedConfig:
         path = self._required(CONFIG)

@@ -41,7 +41,9 @@ def open_checkpoint(name: str | os.PathLike[str]) -> Checkpoint:
 
 
 def load_tokenizer(name: str | os.PathLike[str]) -> Any:
-    """The tokenizer of the model that `name` means, as transformers loads it.
+    """The tokenizer of the model that `name` means, as transformers loads it, set up for generation.
+
+    It pads a batch at the left, with the end-of-text token if the model has none for padding.
 
     Raises
     ------

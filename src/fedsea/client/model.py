@@ -283,11 +283,13 @@ class SplitModelForCausalLM(NativeMixin, PreTrainedModel, SplitGenerationMixin):
         **kwargs: Any,
     ) -> tuple[Tensor, SplitCache | None]:
         """States before the final norm, `[rows, kept columns, hidden]`, and the cache that holds the text now."""
-        if input_ids is None or input_ids.numel() == 0:
-            raise UsageError("the prompt is empty; the model needs at least one token")
         unsupported = [key for key, value in kwargs.items() if value is not None and value is not False]
         if unsupported:
             raise UsageError(f"a split model does not take {', '.join(sorted(unsupported))}")
+        if input_ids is None or input_ids.numel() == 0:
+            raise UsageError("the prompt is empty; the model needs at least one token")
+        if input_ids.dim() != 2:
+            raise UsageError(f"input_ids must be [rows, tokens]; got the shape {list(input_ids.shape)}")
         given = the_cache(past_key_values, cache)
         if given is None and self._trains():
             hidden = self._pass_with_graph(input_ids, _padding(input_ids, attention_mask, 0))
