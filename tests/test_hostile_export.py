@@ -1,20 +1,21 @@
 """A block server that answers an export with what it likes: the client and the coordinator take nothing of it."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from fedsea import SplitModelForCausalLM
 from fedsea.checkpoints import open_checkpoint
+from fedsea.client import channel
 from fedsea.errors import ProtocolError
+from fedsea.federation import blockserver
 from fedsea.federation.blockserver import BlockServerAdmin
 from fedsea.parts.adapter_files import read_adapter
 from fedsea.parts.adapters import AdapterSpec
-from fedsea.server import coordinate
-from fedsea.server.trained import TrainedAdapter
 from fedsea.wire.rounds import RoundStatus
 from fedsea.wire.run_frames import Tensors
 from tests.conftest import RunningServer
@@ -84,23 +85,32 @@ def model(server: RunningServer) -> Iterator[SplitModelForCausalLM]:
     made.close()
 
 
+def arriving(monkeypatch: pytest.MonkeyPatch, module: Any, change: Change) -> None:
+    """Have what comes over the wire to a module be something else: tensors as `change` makes them."""
+    honest, last = module.decode_run, [""]
+
+    def decode_run(data: bytes) -> Any:
+        frame, received = honest(data)
+        if isinstance(frame, Tensors):
+            frame = change(frame, last[0])
+            last[0] = max(frame.tensors, default=last[0])
+        return frame, received
+
+    monkeypatch.setattr(module, "decode_run", decode_run)
+
+
 @pytest.mark.parametrize("kind", CHANGES)
 def test_a_server_that_exports_anything_else_is_told_and_nothing_is_saved(
     model: SplitModelForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    honest = TrainedAdapter.export
-
-    def export(self: TrainedAdapter, number: int, after: str, limit: int, layers: range) -> Tensors:
-        return CHANGES[kind](honest(self, number, after, limit, layers), after)
-
     optimizer = adamw(model.parameters())
     before = model.training_state(optimizer)[0]
-    monkeypatch.setattr(TrainedAdapter, "export", export)
     for take in (lambda: model.save_adapter(tmp_path / "a"), lambda: model.training_state(optimizer), model.state_dict):
-        with pytest.raises(ProtocolError, match="export"):
-            take()
+        with monkeypatch.context() as patch:
+            arriving(patch, channel, CHANGES[kind])
+            with pytest.raises(ProtocolError, match="export"):
+                take()
     assert not (tmp_path / "a").exists()
-    monkeypatch.undo()
     model.save_adapter(tmp_path / "b")  # the run goes on
     saved = read_adapter(tmp_path / "b")[1]
     assert saved.keys() == before.keys()
@@ -111,21 +121,17 @@ def test_a_server_that_exports_anything_else_is_told_and_nothing_is_saved(
 def test_the_coordinator_takes_no_average_of_anything_else(
     server: RunningServer, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    config, honest = open_checkpoint("random:tiny").config, coordinate._page
+    config = open_checkpoint("random:tiny").config
     spec = AdapterSpec.from_config(lora(), config)
     start = {name: torch.zeros(shape) for name, shape in spec.shapes_in(config, range(6)).items()}
-
-    def page(number: int, tensors: Mapping[str, torch.Tensor], after: str, limit: int) -> Tensors:
-        return CHANGES[kind](honest(number, tensors, after, limit), after)
-
     with BlockServerAdmin(server.address, insecure=True) as admin:
         ticket = invite(admin, spec, start, ["a"], "server-hierarchical", label="hostile.1")["a"]
         member = seated(server, ticket, start)
         member.finish_round()
-        monkeypatch.setattr(coordinate, "_page", page)
-        with pytest.raises(ProtocolError, match="export"):
-            admin.aggregate("hostile.1", {"a": 1.0})
-        monkeypatch.undo()
+        with monkeypatch.context() as patch:
+            arriving(patch, blockserver, CHANGES[kind])
+            with pytest.raises(ProtocolError, match="export"):
+                admin.aggregate("hostile.1", {"a": 1.0})
         average = admin.aggregate("hostile.1", {"a": 1.0})
         assert average.keys() == spec.weight_names(range(1, 5))
         member.close()
