@@ -344,7 +344,7 @@ def test_weights_and_states_that_are_exported_go_on_elsewhere_as_here(table: Run
         "adamw": {"adapter", "step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"},
     }[kind]
     twin = begin(table, "twin")
-    do(table, twin, Tensors(1, held), Command(2, {"do": "restore", "version": 2, "clear": False}))
+    do(table, twin, Command(1, {"do": "restore", "version": 2, "clear": False}), Tensors(2, held))
     do(table, run, *step(run.number + 1, 3))
     do(table, twin, *step(3, 3))
     assert same(weights(run), weights(twin))

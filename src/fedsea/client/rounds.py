@@ -50,7 +50,8 @@ class RoundMixin(TrainingMixin):
         if self._run is not None:
             self._run.channel.close(end=False)
         self._begin_run(spec, ticket.run, token=ticket.token)
-        self.lora_middle.grad = None
+        for parameter in self._module.parameters():
+            parameter.grad = None  # of a round that broke off between its two passes, say
         if self._adapter is None:
             self._adapter = spec
             spec.put_on(self._module, self._local_layers())

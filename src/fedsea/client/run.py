@@ -11,7 +11,7 @@ too, and the factor by which the handle's gradient has changed is the factor tha
 import math
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -44,8 +44,15 @@ class LossScale:
     """
 
     def __init__(self) -> None:
-        self.exponent = INITIAL_EXPONENT
-        self._good = 0
+        self.set(None)
+
+    def state(self) -> list[int]:
+        """All that it remembers: the exponent, and the steps since the last that overflowed."""
+        return [self.exponent, self._good]
+
+    def set(self, state: Sequence[int] | None) -> None:
+        """Go on from what `state` gave; None begins anew."""
+        self.exponent, self._good = state if state is not None else (INITIAL_EXPONENT, 0)
 
     def overflowed(self) -> None:
         """A gradient was not finite."""
@@ -241,6 +248,7 @@ class MiddleRun:
             raise UsageError("block servers step optimizers without 'maximize'")
         self._restore(optimizer)
         keep_state(optimizer)
+        empty = not optimizer.state.get(self.handle)  # it has never stepped, or was given the state of one that had not
         value = float(gradient)
         unscaled = getattr(optimizer, "grad_scale", None)
         scale = value / self._norm if self._norm else 1.0
@@ -257,7 +265,7 @@ class MiddleRun:
             dampening=float(group.get("dampening", 0.0)),
             nesterov=bool(group.get("nesterov")),
             amsgrad=bool(group.get("amsgrad")),
-            fresh=self._owner is not None and self._owner() is not optimizer,
+            fresh=self._owner is not None and (self._owner() is not optimizer or empty),
         )
         self.channel.submit(partial(Command, body={"do": "update", **step.to_body()}), asked=False)
         self.version, self._norm, self.trouble = step.step, value, None
@@ -312,14 +320,17 @@ class MiddleRun:
     def state(self) -> dict[str, Tensor]:
         """The middle's optimizer states by name, for an optimizer's state_dict."""
         states = {name: tensor for name, tensor in self.export().items() if not name.startswith(f"{ADAPTER}/")}
-        return {**states, "version": torch.tensor(float(self.version))}
+        scale = {"loss_scale": torch.tensor(self.scale.state())} if self.scale is not None else {}
+        return {**states, **scale, "version": torch.tensor(float(self.version))}
 
     def _restore(self, optimizer: torch.optim.Optimizer) -> None:
         """Hand the server what `load_state_dict` has put into the optimizer, if it has."""
         loaded = optimizer.state[self.handle].pop(STATE, None)
         if loaded:
-            self.load({name: tensor for name, tensor in loaded.items() if name != "version"})
+            if self.scale is not None and "loss_scale" in loaded:
+                self.scale.set([int(number) for number in loaded["loss_scale"]])
             self.set_version(int(loaded["version"]), clear=False)
+            self.load({name: tensor for name, tensor in loaded.items() if name not in ("version", "loss_scale")})
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Set weights (`adapter/NAME`) and optimizer states (`exp_avg/NAME`, ...) of the middle."""
@@ -328,11 +339,14 @@ class MiddleRun:
             self._owner = None
 
     def set_version(self, version: int, *, clear: bool) -> None:
-        """Set the optimizer steps done; with `clear`, forget gradients, optimizer states and waiting micro-batches."""
+        """Set the optimizer steps done, and forget the optimizer's states.
+
+        With `clear`, gradients and waiting micro-batches are forgotten as well.
+        """
         self.channel.call(partial(Command, body={"do": "restore", "version": version, "clear": clear}))
-        self.version = version
+        self.version, self._owner = version, None
         if clear:
-            self._owner = None
+            self._norm, self._overflow, self.trouble = 0.0, False, None
 
     def finish(self) -> None:
         """This client's part of a federated round is done; the run's adapter stays for the round's average."""
@@ -363,9 +377,13 @@ def _add_middle(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None
     for group, numbers in zip(optimizer.param_groups, saved["param_groups"], strict=True):
         for parameter, number in zip(group["params"], numbers["params"], strict=True):
             run = _RUNS.get(id(parameter))
-            if run is not None and run.handle is parameter and STATE not in optimizer.state[parameter]:
-                # A new dict: the saved ones are the optimizer's own.
-                saved["state"][number] = {**saved["state"].get(number, {}), STATE: run.state()}
+            held = saved["state"].get(number)
+            # One that has not stepped has no states, and torch takes any that it has for all of them.
+            if run is not None and run.handle is parameter and held and STATE not in held:
+                saved["state"][number] = {
+                    **held,
+                    STATE: run.state(),
+                }  # a new dict: the saved one is the optimizer's own
 
 
 def _all_finite(optimizer: torch.optim.Optimizer) -> bool:

@@ -5,7 +5,7 @@
 
 import secrets
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -367,33 +367,41 @@ class TrainingMixin(NarrowMixin):
     ) -> None:
         """Go back to what `training_state` gave after `step` optimizer steps, here and at the server.
 
+        All of the state becomes that: gradients and whatever states the optimizer has beside are forgotten.
+
         Raises
         ------
         ModelMismatchError
             If it is of another adapter. Nothing is set then.
         """
         middle = self.partition.middle(self.config.num_hidden_layers)
+        self.set_adapter_state(adapter)
+        for parameter in self.parameters():
+            parameter.grad = None
+        optimizer.state.clear()
         if self._run is not None:
             self._run.set_version(step, clear=True)
-        self.set_adapter_state(adapter)
-        if self._run is not None:
             self._run.load({name: state for name, state in states.items() if in_middle(name.partition("/")[2], middle)})
-        for name, weight in adapter_parameters(self._module).items():
-            kinds = {full.partition("/")[0]: state for full, state in states.items() if full.partition("/")[2] == name}
-            if kinds:
-                optimizer.state[weight] = {
-                    kind: state.clone() if kind == "step" else state.to(weight) for kind, state in kinds.items()
-                }
+        stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        local = adapter_parameters(self._module)
+        for full, state in states.items():
+            kind, _, name = full.partition("/")
+            if name in local and id(local[name]) in stepped:
+                optimizer.state[local[name]][kind] = state.clone() if kind == "step" else state.to(local[name])
+            if self._run is not None and id(self.lora_middle) in stepped:
+                # What stands for the middle's adapter has made the same steps.
+                own = optimizer.state[self.lora_middle]
+                own[kind] = state.clone() if kind == "step" else torch.zeros_like(self.lora_middle)
 
     @property
-    def loss_exponent(self) -> int | None:
-        """The power of two that a float16 model's loss is multiplied by in training; None for other dtypes."""
-        return self._run.scale.exponent if self._run is not None and self._run.scale is not None else None
+    def loss_scale(self) -> list[int] | None:
+        """How a float16 model's loss is scaled in training (`LossScale.state`); None for other dtypes."""
+        return self._run.scale.state() if self._run is not None and self._run.scale is not None else None
 
-    def set_loss_exponent(self, exponent: int | None) -> None:
-        """Go on with the loss scale of a checkpoint."""
-        if exponent is not None and self._run is not None and self._run.scale is not None:
-            self._run.scale.exponent = exponent
+    def set_loss_scale(self, state: Sequence[int] | None) -> None:
+        """Go on with the loss scale of a checkpoint; None for that of a training's start."""
+        if self._run is not None and self._run.scale is not None:
+            self._run.scale.set(state)
 
     def end_run(self) -> None:
         """The training is over: closing the model ends its run at the server, instead of keeping it."""

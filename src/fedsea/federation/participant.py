@@ -1,5 +1,6 @@
 """One data owner's half of a federation: its model and data, warm between rounds."""
 
+import hashlib
 import math
 import threading
 import time
@@ -246,6 +247,7 @@ class Participant:
         start = {name: weight.detach().clone() for name, weight in adapter_parameters(model).items()}
         losses = learnt = tokens = 0.0
         model.train()
+        torch.manual_seed(_draws_of(recipe.seed, self.options.name, first))
         for step in range(1, recipe.local_steps + 1):
             chosen = [batches[first + index] for index in range(recipe.accumulation)]
             first += recipe.accumulation
@@ -270,6 +272,11 @@ class Participant:
             if self.on_step is not None:
                 self.on_step(step, loss)
         return {"train-loss": losses / max(1.0, learnt), "steps": recipe.local_steps, "tokens": int(tokens)}
+
+
+def _draws_of(seed: int, name: str, first: int) -> int:
+    """What a round's dropout is drawn from: the same for a client that was restarted since the round before."""
+    return int.from_bytes(hashlib.blake2b(f"{seed} {first} {name}".encode(), digest_size=7).digest())
 
 
 def _start(own: OwnEnds | None, body: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

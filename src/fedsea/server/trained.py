@@ -198,11 +198,12 @@ class TrainedAdapter:
             torch._foreach_mul_(list(self._gradients.values()), factor)
 
     def restore(self, version: int, *, clear: bool) -> None:
-        """Set the optimizer steps done; with `clear`, forget gradient and optimizer as well."""
+        """Set the optimizer steps done, and forget the optimizer's states; with `clear`, the gradient as well."""
         self.version = version
+        self._optimizer = self._kind = None
+        self._restored = {}
         if clear:
-            self._gradients = self._optimizer = self._kind = None
-            self._restored = {}
+            self._gradients = None
             self._shares.clear()
             self._given.clear()
 

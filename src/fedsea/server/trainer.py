@@ -299,9 +299,14 @@ class Trainer:
         self._micros.clear()
 
     def restore(self, version: int, *, clear: bool) -> None:
-        """Set the optimizer steps done; with `clear`, forget gradient, optimizer and waiting micro-batches as well."""
+        """Set the optimizer steps done, and forget the optimizer's states.
+
+        With `clear`, the gradient and the micro-batches that wait are forgotten as well.
+        """
         if clear:
             self._micros.clear()
+            self._evicted.clear()
+            self.trouble = None
         self.trained.restore(version, clear=clear)
 
     def load(self, tensors: dict[str, Tensor]) -> None:

@@ -152,10 +152,9 @@ class FineTuning:
             return False
         if checkpoint.cut is not None:
             checkpoint.cut.check_place(self.model.partition.input_layers, self.folder.path)
-        self.optimizer.zero_grad()
         self.model.set_training_state(self.optimizer, checkpoint.adapter, checkpoint.optimizer, checkpoint.step)
         set_random_state(checkpoint.random)
-        self.model.set_loss_exponent(checkpoint.state.get("loss_exponent"))
+        self.model.set_loss_scale(checkpoint.state.get("loss_scale"))
         self.step = checkpoint.step
         if self.looks is not None:
             recorded = max((figures["step"] for figures in self.folder.metrics()), default=self.step)
@@ -178,7 +177,7 @@ class FineTuning:
             If it cannot be written; those before it are untouched.
         """
         adapter, states = self.model.training_state(self.optimizer)
-        state = {"recipe": asdict(self.recipe), "loss_exponent": self.model.loss_exponent}
+        state = {"recipe": asdict(self.recipe), "loss_scale": self.model.loss_scale}
         if self.looks is not None:
             state["looks"] = self.looks.state()
         checkpoint = TrainingState(self.step, adapter, states, random_state(), state, self.model.cut_record())
@@ -198,34 +197,47 @@ class FineTuning:
             What the server refuses, or that it is gone for too long; the last checkpoint has what is needed.
         """
         self.model.train()
+        if self.looks is not None:
+            self._tell_of_looks(self.looks)
+        lost = False
         try:
-            return self._run(on_step, stop)
+            while True:
+                try:
+                    if lost:
+                        self._begin_again()
+                        lost = False
+                    return self._run(on_step, stop)
+                except RunLostError:
+                    lost = True
         finally:
             if self.looks is not None:
                 self.looks.end()
 
+    def _begin_again(self) -> None:
+        """The server has lost the run: give it the last checkpoint."""
+        self.model.begin_run_again()
+        if not self.resume() and self.step > 0:
+            raise UsageError(
+                "the block server has lost the run, and there is no checkpoint to go on from; begin anew, in another "
+                "--output"
+            )
+        self._notice(f"the block server had lost the run; going on from the checkpoint of step {self.step}")
+
     def _run(self, on_step: Callable[[Figures], None], stop: Callable[[], bool]) -> bool:
-        if self.looks is not None:
-            self._tell_of_looks(self.looks)
-        elif self.step == 0:
+        if self.step == 0 and self.looks is None:
             self.save()
         while self.step < self.recipe.steps:
             if stop():
                 self.save()
                 return False
-            try:
-                if self.looks is not None and self.looks.decide(self._passes()):
-                    self.save()  # before any text is seen: what is spent is never forgotten
-                figures = self._one_step()
-                self.folder.record(asdict(figures))
-                on_step(figures)
-                late = time.monotonic() - self._saved_at > SAVE_SECONDS
-                if self.step % self.recipe.save_every == 0 or self.step == self.recipe.steps or late:
-                    self.save()
-            except RunLostError:
-                self.model.begin_run_again()
-                self.resume()
-                self._notice(f"the block server had lost the run; going on from the checkpoint of step {self.step}")
+            if self.looks is not None and self.looks.decide(self._passes()):
+                self.save()  # before any text is seen: what is spent is never forgotten
+            figures = self._one_step()
+            self.folder.record(asdict(figures))
+            on_step(figures)
+            late = time.monotonic() - self._saved_at > SAVE_SECONDS
+            if self.step % self.recipe.save_every == 0 or self.step == self.recipe.steps or late:
+                self.save()
         self.model.save_adapter(self.folder.adapter)
         return True
 
