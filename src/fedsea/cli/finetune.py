@@ -104,7 +104,7 @@ class DataOptions:
         int | None, typer.Option(min=1, metavar="N", help="The first N examples only.", show_default="all")
     ] = None
 
-    def read(self) -> "list[Example]":
+    def examples(self) -> "list[Example]":
         """Read the examples.
 
         Raises
@@ -118,14 +118,15 @@ class DataOptions:
 
         return get_task(self.task).read(self.data, "train")[: self.limit]
 
-    def encoded(self, examples: "list[Example]", model: str) -> "list[Encoded]":
-        """Tokenise the examples.
+    def read(self, model: str, examples: "list[Example] | None" = None) -> "list[Encoded]":
+        """Tokenise the examples; they are read if they have not been.
 
         Raises
         ------
         FedSEAError
-            Whatever is wrong with the model's tokenizer, or too long.
+            Whatever is wrong with the task, its files or the model's tokenizer.
         """
+        examples = self.examples() if examples is None else examples
         from fedsea.checkpoints import load_tokenizer
         from fedsea.tasks import encode, get_task
 
@@ -166,14 +167,14 @@ def finetune(
 ) -> None:
     """Train a LoRA adapter of MODEL on private text; text, labels and loss stay here."""
     client.check()
-    examples = data.read()
+    examples = data.examples()
     with working("loading libraries"):
         from fedsea.training.folder import RunFolder
 
         chosen, folder = recipe.recipe(), RunFolder(output, tell)
     if resume:
         folder.read()
-    encoded = data.encoded(examples, client.model)
+    encoded = data.read(client.model, examples)
     tell_of(encoded)
     settings = {
         "model": client.model,
