@@ -17,6 +17,7 @@ from fedsea.cli.audit import _looks
 from fedsea.errors import FedSEAError, LimitExceededError, ProtocolError, TermsError, UsageError
 from fedsea.federation.participant import Participant
 from fedsea.federation.recipe import LocalRecipe, lora_config
+from fedsea.federation.settings import Settings
 from fedsea.parts.adapters import adapter_parameters
 from fedsea.privacy import LookLedger
 from fedsea.server.limits import Limits
@@ -213,6 +214,11 @@ def test_a_recipe_out_of_bounds_is_refused_in_one_line(change: dict[str, Any]) -
     with pytest.raises(ProtocolError, match="the round") as caught:
         LocalRecipe.from_body(change)
     assert "\n" not in str(caught.value)
+
+
+def test_a_coordinator_is_told_of_its_recipe_before_anybody_else() -> None:
+    with pytest.raises(UsageError, match="lr must be from 1e-08 to 10; got 1e-30"):
+        Settings(lr=1e-30)
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,8 @@
 A state that changes must not carry the noise of before: the difference would leave without any. One that does not must
 carry it again: fresh draws average away. So the key of a draw holds the content of all that the state is a function of:
 
-- the text up to its token, and what the embedding gave for each of these tokens, as it was used (so an embedding that
-  was changed, or that NEFTune has put noise on, is another one),
+- the text up to its token, the positions, and what the embedding gave for each of these tokens, as it was used (so an
+  embedding that was changed, or that NEFTune has put noise on, is another one),
 - the adapter's and the projection's weights and the base layers' of the input blocks; LoRA's scaling, whether adapters
   are on or merged, autocast,
 - what earlier tokens of a session came from, where something has changed since,

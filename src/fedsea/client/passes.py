@@ -202,8 +202,10 @@ class PassMixin:
 
         def normals() -> Tensor:
             here = self._origin.digest(blocks, base=base)
-            pairs = zip(row_bytes(rows.pack(embedded)), watch.of_states(hidden), strict=True)
-            drawn = _extend(digests, source, tokens, rows, [here + token + state for token, state in pairs])
+            places = rows.pack(rows.positions(torch.device("cpu")).expand(len(rows), -1).unsqueeze(2))
+            parts = (row_bytes(places), row_bytes(rows.pack(embedded)), watch.of_states(hidden))
+            made = [here + place + token + state for place, token, state in zip(*parts, strict=True)]
+            drawn = _extend(digests, source, tokens, rows, made)
             self._count_looks(*(step or (tokens, rows)), rows.starts, drawn)
             return source.normals([key for row in drawn for key in row], hidden.shape[1])
 

@@ -6,20 +6,9 @@ from typing import Any
 from peft import LoraConfig
 
 from fedsea.errors import ProtocolError
+from fedsea.federation.settings import RECIPE_BOUNDS
 from fedsea.parts.adapters import MAX_RANK
 
-# What a coordinator may ask for. Whoever trains needs no more, and a round that moves nothing, or never ends, is a way
-# to have a text sent again and again: more of that is with the budget of looks (`fedsea.privacy.ledger`).
-_BOUNDS: dict[str, tuple[float, float]] = {
-    "local_steps": (1, 10_000),
-    "batch_size": (1, 1024),
-    "accumulation": (1, 1024),
-    "lr": (1e-8, 10.0),
-    "weight_decay": (0.0, 10.0),
-    "max_grad_norm": (1e-4, 1e9),
-    "seed": (0, 1 << 63),
-    "proximal_mu": (0.0, 1e4),
-}
 MAX_BATCHES = 100_000  # of a round: steps times accumulation
 _DROPOUT = (1e-3, 0.9)  # where it is not 0
 _SCALE = (1e-3, 1e3)  # of an adapter: alpha over its rank
@@ -61,7 +50,7 @@ class LocalRecipe:
             whole = isinstance(field.default, int)
             if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
                 raise ProtocolError(f"the round's {field.name} must be a number; got {value!r}")
-            low, high = _BOUNDS[field.name]
+            low, high = RECIPE_BOUNDS[field.name]
             if not low <= value <= high:
                 raise ProtocolError(f"the round's {field.name} must be from {low:g} to {high:g}; got {value}")
         if self.local_steps * self.accumulation > MAX_BATCHES:

@@ -20,6 +20,18 @@ _POSITIVE = {"rounds", "clients", "min_clients", "lora_rank", "local_steps", "ba
 _POSITIVE |= {"eval_batch_size", "join_seconds", "straggler_seconds", "round_seconds", "lr", "max_grad_norm"}
 _POSITIVE |= {"fraction_train", "fraction_evaluate", "max_examples"}
 NOISE_DEVIATIONS = 8.0  # farther than this a Gaussian does not go in practice
+# What clients do in a round at most and at least. Whoever trains needs no more. One that moves nothing or never ends
+# is a way to have a text sent again and again; `fedsea.privacy.ledger` says more of that.
+RECIPE_BOUNDS: dict[str, tuple[float, float]] = {
+    "local_steps": (1, 10_000),
+    "batch_size": (1, 1024),
+    "accumulation": (1, 1024),
+    "lr": (1e-8, 10.0),
+    "weight_decay": (0.0, 10.0),
+    "max_grad_norm": (1e-4, 1e9),
+    "seed": (0, 1 << 63),
+    "proximal_mu": (0.0, 1e4),
+}
 _SHARES = ("fraction_train", "fraction_evaluate")
 _BELOW_ONE = ("lora_dropout", "dp_delta")
 
@@ -162,6 +174,9 @@ class Settings:
                     raise UsageError(f"{key} must be {lowest}; got {value}")
             if (field.name in _SHARES and value > 1) or (field.name in _BELOW_ONE and value >= 1):
                 raise UsageError(f"{key} must be {'at most' if field.name in _SHARES else 'below'} 1; got {value}")
+        for name, (low, high) in RECIPE_BOUNDS.items():
+            if not low <= getattr(self, name, low) <= high:
+                raise UsageError(f"{_key(name)} must be from {low:g} to {high:g}; got {getattr(self, name)}")
         _one_of("mode", self.mode, MODES)
         _one_of("lora-kind", self.lora_kind, LORA_KINDS)
         _one_of("dtype", self.dtype, DTYPES)
