@@ -5,6 +5,7 @@ import os
 import resource
 import signal
 import stat
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
+from safetensors.torch import save_file
 
-from fedsea.errors import FedSEAError, UsageError
+from fedsea.checkpoints.tensorfile import TensorFile
+from fedsea.errors import FedSEAError, ModelNotFoundError, UsageError
 from fedsea.federation.deployment import FEDERATION, read_object
 from fedsea.federation.folder import FederationFolder
 from fedsea.federation.own_ends import OwnEnds
@@ -196,3 +199,18 @@ def test_json_that_is_nested_without_end_is_one_line(tmp_path: Path, content: st
         assert "\n" not in str(raised.value)
     assert CheckpointFolder(tmp_path / "checkpoints", told.append).load() is None
     assert "nested too deeply" in told[0]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs files of two users")
+def test_weights_that_another_user_keeps_to_himself_are_not_called_missing() -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        save_file({"a": torch.zeros(1)}, folder / "model.safetensors")
+        (folder / "model.safetensors").chmod(0o600)
+        os.seteuid(65534)
+        try:
+            with pytest.raises(ModelNotFoundError, match=r"another user's.*FEDSEA_CACHE"):
+                TensorFile(folder / "model.safetensors")
+        finally:
+            os.seteuid(0)

@@ -60,7 +60,7 @@ def converted_folder(source: Path) -> Path:
                 _remove_earlier(folder, place)
     except OSError as error:
         raise ModelNotFoundError(
-            f"{source} could not be converted into {folder.parent} ({error}); set FEDSEA_CACHE to a folder with room"
+            f"{source} could not be converted into {folder.parent} ({error}); set FEDSEA_CACHE to another folder"
         ) from error
     return folder
 

@@ -59,11 +59,15 @@ class TensorFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            with safe_open(path, framework="numpy"):  # checks the header, its offsets, and the length of the file
-                pass
-            with path.open("rb") as file:
+            # Opened here first: safetensors says "No such file" of one that it may not read, too.
+            with path.open("rb") as file, safe_open(path, framework="numpy"):  # checks header, offsets and length
                 length = int.from_bytes(file.read(8), "little")
                 header = parse_json(file.read(length))
+        except PermissionError:
+            raise ModelNotFoundError(
+                f"{path} is another user's, who lets nobody else read it; a converted model of your own comes into the "
+                "folder that FEDSEA_CACHE names"
+            ) from None
         except (OSError, SafetensorError, ValueError) as error:
             raise self._damaged(str(error)) from None
         header.pop("__metadata__", None)
