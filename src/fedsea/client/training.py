@@ -24,7 +24,7 @@ from fedsea.client.session import SessionSettings
 from fedsea.client.traffic import Traffic
 from fedsea.errors import ModelMismatchError, UsageError
 from fedsea.partition import LIFT, Partition, in_middle, layer_of
-from fedsea.parts.adapter_files import read_adapter, save_adapter
+from fedsea.parts.adapter_files import read_adapter, save_adapter, write_card
 from fedsea.parts.adapters import AdapterSpec, adapter_parameters
 from fedsea.parts.held import ANOTHER, NAME, hold
 from fedsea.wire.address import is_loopback, parse_address
@@ -231,7 +231,10 @@ class TrainingMixin(NarrowMixin):
 
     def _save_adapter(self, folder: str | Path, weights: Mapping[str, Tensor]) -> None:
         assert self._lora is not None
-        save_adapter(folder, self._lora, weights, self.config.name_or_path or None, self.cut_record())
+        cut, base = self.cut_record(), self.config.name_or_path or None
+        save_adapter(folder, self._lora, weights, base, cut)
+        kept = f"{self.partition.input_layers} input and {self.partition.output_layers} output layers at the client"
+        write_card(folder, self._lora, base, kept, has_cut=cut is not None)
 
     def load_adapter(
         self,

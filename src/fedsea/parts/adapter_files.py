@@ -14,7 +14,7 @@ from fedsea.files import make_private, parse_json
 from fedsea.partition import LIFT, PROJECT
 from fedsea.parts.cut_files import CutRecord, read_cut, save_cut
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
 PREFIX = "base_model.model."
 HAS_CUT = "narrow_cut"  # in the metadata of an adapter's file: the adapter alone is not the model
 MAGNITUDE = ".lora_magnitude_vector"  # DoRA's: PEFT's files leave the `.weight` behind it out
@@ -61,6 +61,32 @@ def save_adapter(
         make_private(Path(folder))
     except (OSError, SafetensorError) as error:
         raise UsageError(f"cannot write the adapter to {folder}: {error}") from None
+
+
+def write_card(
+    folder: str | Path, lora: LoraConfig, base: str | None, partition: str | None = None, *, has_cut: bool = False
+) -> None:
+    """Write the model card of an adapter that is given away: its base model, what it is, how it is loaded."""
+    known = base or "the base model that it was trained on, which has no name at a hub"
+    chosen = lora.target_modules or ()
+    targets = chosen if isinstance(chosen, str) else ", ".join(sorted(chosen))
+    loads = f'AutoModelForCausalLM.from_pretrained("{base or "BASE-MODEL"}")'
+    front = ["---", *([f"base_model: {base}"] if base else []), "library_name: peft", "tags: [lora, fedsea]", "---"]
+    where = [f"- Trained through FedSEA with {partition}; it fits every other partition and the whole model."]
+    use = ["```python", "from peft import PeftModel", "from transformers import AutoModelForCausalLM", ""]
+    use += [f'model = PeftModel.from_pretrained({loads}, "THIS-FOLDER")', "```"]
+    if has_cut:
+        use = ["Its narrow cut lies beside it, so that PEFT alone does not make the trained model of it:", ""]
+        use += ["`fedsea chat MODEL --server HOST:PORT --credentials DIR --adapter THIS-FOLDER`"]
+    facts = [
+        f"- Base model: {known}.",
+        f"- LoRA: rank {lora.r}, alpha {lora.lora_alpha:g}, on {targets or 'no module'}.",
+    ]
+    lines = [*front, "", "# LoRA adapter", "", *facts, *(where if partition else []), "", "## Load it", "", *use, ""]
+    try:
+        (Path(folder) / CARD).write_text("\n".join(lines), encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"cannot write to {folder}: {error.strerror}") from None
 
 
 def read_adapter(folder: str | Path) -> tuple[LoraConfig, dict[str, Tensor]]:

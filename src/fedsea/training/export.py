@@ -16,7 +16,7 @@ from torch import Tensor
 from fedsea.checkpoints import load_whole_model, open_checkpoint
 from fedsea.errors import ModelMismatchError, UsageError
 from fedsea.partition import LIFT, PROJECT
-from fedsea.parts.adapter_files import CONFIG, WEIGHTS, read_adapter, save_adapter
+from fedsea.parts.adapter_files import CONFIG, WEIGHTS, read_adapter, save_adapter, write_card
 from fedsea.parts.cut_files import CUT, CUT_WEIGHTS, read_cut
 from fedsea.parts.narrow import project
 from fedsea.training.folder import RUN, RunFolder
@@ -69,6 +69,7 @@ def export_adapter(source: Path, out: Path, ends: Mapping[str, Tensor] | None = 
             if name not in weights or weights[name].shape != weight.shape:
                 raise ModelMismatchError(f"the ends do not belong to the adapter in {adapter}: {name} does not fit")
         save_adapter(_make(out), lora, {**weights, **ends}, lora.base_model_name_or_path)
+        write_card(out, lora, lora.base_model_name_or_path)
         return False
     has_cut = read_cut(adapter) is not None
     _make(out)
@@ -77,6 +78,7 @@ def export_adapter(source: Path, out: Path, ends: Mapping[str, Tensor] | None = 
             shutil.copyfile(adapter / name, out / name)
     except OSError as error:
         raise UsageError(f"cannot write to {out}: {error.strerror}") from None
+    write_card(out, lora, lora.base_model_name_or_path, has_cut=has_cut)
     return has_cut
 
 
