@@ -186,13 +186,15 @@ def test_a_client_that_does_not_read_is_not_computed_for(start_server: Callable[
 
 
 def test_inputs_of_micro_batches_that_wait_are_counted_and_the_oldest_gives_way() -> None:
-    table = table_of(graph_bytes=10 * 2560)  # of ten inputs
+    table = table_of(graph_bytes=0)
     run = begin(table)
-    do(table, run, *(forward_of(number, number, recompute=True) for number in range(1, 31)))
-    assert table.ledger.used(Pool.ACTIVATIONS) <= 10 * 2560
-    with pytest.raises(ProtocolError, match="micro-batch 5, which was given up for later ones; send fewer"):
-        do(table, run, backward_of(31, 5))
-    do(table, run, backward_of(31, 30), backward_of(32, 29))
+    rows = Rows.uniform(8, 0, 512)
+    large = replace(forward_of(1, recompute=True), rows=rows, states=torch.zeros(rows.total, 64))  # 1 MiB
+    do(table, run, *(replace(large, number=number, micro=number) for number in range(1, 20)))
+    assert table.ledger.used(Pool.ACTIVATIONS) == 16 * MIB
+    with pytest.raises(ProtocolError, match="micro-batch 3, which was given up for later ones; send fewer"):
+        do(table, run, backward_of(20, 3))
+    do(table, run, replace(backward_of(20, 4), gradient=torch.zeros(rows.total, 64)))
 
 
 def test_activations_give_way_to_inputs_so_that_nobody_loses_a_micro_batch_to_another() -> None:

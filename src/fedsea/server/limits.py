@@ -41,8 +41,8 @@ class Limits:
         is free.
     graph_bytes
         Memory for micro-batches that wait for their gradient, of all runs, in bytes: their inputs and activations; None
-        for a quarter of what is free. Activations that do not fit are computed a second time. Where the inputs do not
-        fit, a run's oldest micro-batch gives way to its newest.
+        for a quarter of what is free. Activations that do not fit are computed a second time. Where the inputs are 16
+        MiB over it, a run's oldest micro-batch gives way to its newest.
     run_micro_batches
         Micro-batches of one run that wait for their gradient; the oldest gives way.
     client_share

@@ -22,6 +22,7 @@ from fedsea.wire.frames import to_wire
 from fedsea.wire.run_frames import ADAPTER, STATES, Backward, Forward, States, Tensors, gradient_to_wire
 from fedsea.wire.runs import OptimizerStep
 
+SPARE = 16 << 20  # bytes beyond the limit that inputs may take: where no activations are kept, several still wait
 FLOAT16_ROOM = 12  # powers of two between a gradient's largest value and what float16 can hold, about
 
 
@@ -203,7 +204,7 @@ class Trainer:
         self._micros[operation.micro] = micro
         if not self.room(0):
             self._relieve()
-        while len(self._micros) > 1 and (len(self._micros) > self._max_micros or not self.room(0)):
+        while len(self._micros) > 1 and (len(self._micros) > self._max_micros or not self.room(-SPARE)):
             evicted, _ = self._micros.popitem(last=False)
             self._evicted[evicted] = None
             while len(self._evicted) > 1024:
