@@ -1,6 +1,7 @@
 """`fedsea federation`: many data owners, one adapter, on Flower."""
 
 import contextlib
+import shlex
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -186,7 +187,7 @@ def join(
     device: Device = "cpu",
     threads: Threads = None,
 ) -> None:
-    """Take part in a federation with your own text, until Ctrl-C. The text stays here."""
+    """Take part in a federation with your own text, until it is over or Ctrl-C. The text stays here."""
     from fedsea.client.leak_notice import IN_TRAINING, leak_notice
     from fedsea.federation.join import Member
     from fedsea.federation.participant_options import ParticipantOptions
@@ -226,8 +227,14 @@ def join(
                 tell(warning)
             tell(f"{ready['examples']} examples of {ready['task']}; connecting to {member.invitation.superlink}")
             member.watch()
+            tell("the federation is over; saying goodbye")
+            member.say_goodbye()
         except KeyboardInterrupt:
             tell("leaving")
+        if member.adapter is not None:
+            print(f"The adapter is in {member.adapter}")
+            use = ["fedsea", "chat", options.model or member.invitation.model, "--adapter", str(member.adapter)]
+            print(f"Where a block server runs: {shlex.join([*use, '--credentials', str(folder)])} --server HOST:PORT")
 
 
 @app.command()

@@ -46,14 +46,23 @@ class BlockServerAdmin:
         The coordinator's folder.
     insecure
         Connect without TLS; to a loopback address only.
+    dial
+        `HOST:PORT` to connect to, where the coordinator reaches the server otherwise than its clients do; empty for
+        `address`.
     """
 
     def __init__(
-        self, address: str, credentials: str | Path | Credentials | None = None, *, insecure: bool = False
+        self,
+        address: str,
+        credentials: str | Path | Credentials | None = None,
+        *,
+        insecure: bool = False,
+        dial: str = "",
     ) -> None:
+        dial = dial or address
         self.address, self.traffic = address, Traffic()
         self._shapes: dict[str, dict[str, tuple[int, ...] | None]] = {}  # of each round's adapter at the server
-        self._endpoint = Endpoint(address, client_credentials(address, credentials, insecure, "coordinator"))
+        self._endpoint = Endpoint(dial, client_credentials(dial, credentials, insecure, "coordinator"))
 
     def __enter__(self) -> Self:
         return self

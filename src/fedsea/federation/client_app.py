@@ -31,7 +31,7 @@ from flwr.clientapp.mod import LocalDpMod
 from fedsea.errors import FedSEAError, ProtocolError, TermsError, UsageError
 from fedsea.federation.arrays import Arrays, from_record, to_record
 from fedsea.federation.settings import Settings
-from fedsea.federation.worker import WorkerClient, write_error
+from fedsea.federation.worker import FINISH, WorkerClient, write_error
 from fedsea.files import parse_json
 
 FAILED = 2  # Flower's code for a ClientApp that has failed
@@ -54,6 +54,9 @@ class Half(Protocol):
 
     def evaluate(self, body: dict[str, Any], weights: Arrays) -> dict[str, Any]:
         """Evaluate an adapter."""
+
+    def finish(self, body: dict[str, Any], weights: Arrays) -> dict[str, Any]:
+        """Keep the federation's adapter."""
 
 
 def protect(message: Message, context: Context, call_next: Callable[[Message, Context], Message]) -> Message:
@@ -89,6 +92,17 @@ def train(message: Message, context: Context) -> Message:
 def evaluate(message: Message, context: Context) -> Message:
     """Evaluate the global adapter on this client's validation split."""
     return _answer(message, lambda: _evaluate(message, context))
+
+
+@app.query(FINISH)
+def finish(message: Message, context: Context) -> Message:
+    """The federation is over: keep its adapter."""
+    return _answer(message, lambda: _finish(message, context))
+
+
+def _finish(message: Message, context: Context) -> RecordDict:
+    half_of(context).finish(*_read(message))
+    return RecordDict({"config": ConfigRecord({"kept": True})})
 
 
 def _describe(context: Context) -> RecordDict:
@@ -177,6 +191,10 @@ class _InProcess:
     def evaluate(self, body: dict[str, Any], weights: Arrays) -> dict[str, Any]:
         metrics: dict[str, Any] = self.participant.evaluate(body, _tensors(weights))
         return metrics
+
+    def finish(self, body: dict[str, Any], weights: Arrays) -> dict[str, Any]:
+        kept: dict[str, Any] = self.participant.finish(body, _tensors(weights))
+        return kept
 
 
 def _tensors(weights: Arrays) -> dict[str, Any]:

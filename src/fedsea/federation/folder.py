@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
+from torch import Tensor
 
 from fedsea.errors import UsageError
 from fedsea.federation.arrays import Arrays
@@ -128,15 +129,26 @@ class FederationFolder:
         UsageError
             If it cannot be written.
         """
-        final, partial = self.path / "adapter", self.path / f".adapter-{os.getpid()}"
-        shutil.rmtree(partial, ignore_errors=True)
         tensors = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
-        save_adapter(partial, self._lora, tensors, self._base_model)
-        try:
-            replace_folder(partial, final)
-        except OSError as error:
-            raise UsageError(f"cannot write {final}: {error.strerror}") from None
-        return final
+        write_adapter(self.path / "adapter", self._lora, tensors, self._base_model)
+        return self.path / "adapter"
 
     def _write_rounds(self, lines: list[dict[str, Any]]) -> None:
         write_lines(self.path / ROUNDS, lines)
+
+
+def write_adapter(folder: Path, lora: LoraConfig, weights: Mapping[str, Tensor], base_model: str | None) -> None:
+    """Write a PEFT adapter in place of the one that is there.
+
+    Raises
+    ------
+    UsageError
+        If it cannot be written; the one that was there stays.
+    """
+    partial = folder.with_name(f".{folder.name}-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    save_adapter(partial, lora, weights, base_model)
+    try:
+        replace_folder(partial, folder)
+    except OSError as error:
+        raise UsageError(f"cannot write {folder}: {error.strerror}") from None

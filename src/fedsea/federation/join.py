@@ -18,7 +18,7 @@ from fedsea.federation.deployment import SUPERNODE_KEY, Invitation, require_flow
 from fedsea.federation.participant_options import ParticipantOptions
 from fedsea.federation.process import Child, flower_environment
 from fedsea.federation.settings import Settings
-from fedsea.federation.worker import WORKER, read_error
+from fedsea.federation.worker import FINISH, WORKER, read_error
 from fedsea.wire.address import parse_address
 from fedsea.wire.credentials import Credentials
 
@@ -32,6 +32,7 @@ TRY_AGAIN_SECONDS = 3.0
 QUIET_SECONDS = 10.0  # without a connection: then the reason is looked for
 OWN_ENDS = "own-ends.safetensors"
 LOOKS = "looks.db"
+GOODBYE_SECONDS = 10.0  # a message takes Flower up to six
 NOT_LET_IN = "[code: 2004] "
 
 
@@ -50,6 +51,11 @@ class Member:
         them. Without, what the coordinator asks for.
     tell
         Told one line about each thing that happens.
+
+    Attributes
+    ----------
+    adapter
+        The folder of the federation's adapter once the federation is over; None before.
 
     Raises
     ------
@@ -85,6 +91,7 @@ class Member:
             credentials=str(self._folder),
             private_ends=str(self._folder / OWN_ENDS),
             looks=options.looks or str(self._folder / LOOKS),
+            output=str(self._folder / "adapter"),
         )
         if not self._options.task:
             raise UsageError("the coordinator leaves the task open: give --task TASK")
@@ -105,6 +112,7 @@ class Member:
         self._connected = False
         self._shut_out: float | None = None  # since when
         self._looked = False
+        self.adapter: Path | None = None
 
     def start(self) -> dict[str, Any]:
         """Start the worker and wait until it has read its data, then the SuperNode. Returns what the worker brings.
@@ -120,7 +128,7 @@ class Member:
         return ready
 
     def watch(self, seconds: float | None = None) -> None:
-        """Tell of each round; start again what dies; until an exception, or for some seconds.
+        """Tell of each round; start again what dies; until the federation is over, an exception, or for some seconds.
 
         Raises
         ------
@@ -128,7 +136,7 @@ class Member:
             If a process dies again and again, or the coordinator does not let this data owner in.
         """
         end = None if seconds is None else time.monotonic() + seconds
-        while end is None or time.monotonic() < end:
+        while self.adapter is None and (end is None or time.monotonic() < end):
             assert self._worker is not None
             assert self._node is not None
             while (said := self._worker.says(0.05)) is not None:
@@ -144,6 +152,12 @@ class Member:
             if not self._connected and not self._looked and time.monotonic() - self._begun["supernode"] > QUIET_SECONDS:
                 self._looked = True
                 self._tell(f"not connected yet: {why_no_connection(self.invitation.superlink, self._folder)}")
+            time.sleep(LOOK_SECONDS)
+
+    def say_goodbye(self) -> None:
+        """Once the federation is over: give the SuperNode time to tell the coordinator that the adapter has come."""
+        end = time.monotonic() + GOODBYE_SECONDS
+        while self._node is not None and self._node.running and time.monotonic() < end:
             time.sleep(LOOK_SECONDS)
 
     def close(self) -> None:
@@ -253,6 +267,9 @@ class Member:
         if "error" in said:
             self._tell(f"{what}: {said['error'].get('message')}")
             return
+        if said["did"] == FINISH:
+            self.adapter = Path(self._options.output)
+            return
         self._tell(f"{what}: {_figures(said.get('metrics', {}))}{said.get('seconds', 0):.1f} s")
 
 
@@ -269,7 +286,7 @@ def kept_running(members: Sequence[Member]) -> Iterator[None]:
 
     def watch(member: Member) -> None:
         try:
-            while not over.is_set():
+            while not over.is_set() and member.adapter is None:
                 member.watch(LOOK_SECONDS)
         except FedSEAError as error:
             ended.append(error)

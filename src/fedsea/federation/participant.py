@@ -16,12 +16,13 @@ from fedsea.checkpoints import Fingerprint, open_checkpoint
 from fedsea.client.model import SplitModelForCausalLM
 from fedsea.errors import FedSEAError, ModelMismatchError, NonFiniteError, ProtocolError, TermsError
 from fedsea.federation.data import Texts, task_schema, tokenizer_of
+from fedsea.federation.folder import write_adapter
 from fedsea.federation.own_ends import OwnEnds
 from fedsea.federation.participant_options import ParticipantOptions
 from fedsea.federation.recipe import LocalRecipe, lora_config
 from fedsea.federation.shards import Sharding
 from fedsea.federation.shelf import ModelShelf, protection
-from fedsea.parts.adapters import adapter_parameters
+from fedsea.parts.adapters import AdapterSpec, adapter_parameters
 from fedsea.privacy import LookLedger
 from fedsea.tasks import evaluate, get_task
 from fedsea.training.batches import Batches
@@ -186,6 +187,50 @@ class Participant:
                 raise
             metrics = {name: value for name, value in result.metrics.items() if math.isfinite(value)}
             return {"num-examples": result.count, **metrics}
+
+    def finish(self, body: dict[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Any]:
+        """The federation is over: keep its adapter, with the ends that this client has kept to itself, as PEFT's.
+
+        Parameters
+        ----------
+        body
+            `lora`; `private-ends` as for `train`.
+        weights
+            The whole adapter, by names of the whole model.
+
+        Returns
+        -------
+        dict
+            Nothing; where it is kept is its owner's matter.
+
+        Raises
+        ------
+        ModelMismatchError, NonFiniteError
+            If it is not this model's adapter, or not finite. Nothing is written then.
+        UsageError
+            If it cannot be written.
+        """
+        with self._lock:
+            if not self.options.output:
+                raise TermsError("this client has no place to keep the adapter")
+            config, lora = open_checkpoint(self.options.model).config, lora_config(body.get("lora"))
+            shapes = AdapterSpec.from_config(lora, config).shapes_in(config, range(config.num_hidden_layers))
+            kept = self._own_ends(body)
+            whole = {**weights, **(kept.load() or {} if kept is not None else {})}
+            for name in sorted(shapes.keys() ^ whole.keys()):
+                raise ModelMismatchError(
+                    f"the federation's adapter does not fit this model: {name} is on one side only"
+                )
+            for name, weight in whole.items():
+                if tuple(weight.shape) != shapes[name]:
+                    raise ModelMismatchError(
+                        f"the federation's adapter does not fit this model: {name} has shape {list(weight.shape)}, "
+                        f"the model's {list(shapes[name])}"
+                    )
+                if not bool(torch.isfinite(weight).all()):
+                    raise NonFiniteError(f"the federation's adapter is not finite: {name}")
+            write_adapter(Path(self.options.output), lora, whole, config.name_or_path or self.options.model)
+            return {}
 
     def close(self) -> None:
         """Leave the block server."""

@@ -37,6 +37,8 @@ class ParticipantOptions:
     looks, max_looks
         Where looks at its texts are counted (a file); empty for nowhere. How often each text may be looked at under
         fresh noise, in all rounds and evaluations; 0 for as often as one likes. Without noise nothing is counted.
+    output
+        The folder to keep the federation's adapter in once it is over; empty for nowhere.
     max_tokens
         The longest text; what is more is cut from its context.
     wire_dtype
@@ -71,6 +73,7 @@ class ParticipantOptions:
     insist_private: bool = False
     looks: str = ""
     max_looks: int = MAX_LOOKS
+    output: str = ""
 
     @property
     def partition(self) -> Partition:

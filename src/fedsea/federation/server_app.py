@@ -17,6 +17,7 @@ from fedsea.federation.blockserver import BlockServerAdmin
 from fedsea.federation.data import task_schema
 from fedsea.federation.exchange import Federation
 from fedsea.federation.folder import FederationFolder
+from fedsea.federation.handover import hand_over
 from fedsea.federation.members import Directory, Requirements
 from fedsea.federation.moments import set_strategy_state
 from fedsea.federation.recipe import lora_config
@@ -85,7 +86,10 @@ def run_federation(
     opened: list[BlockServerAdmin] = []
     if admins is None:
         credentials = Path(settings.credentials) if settings.credentials else None
-        opened = [BlockServerAdmin(one, credentials, insecure=settings.insecure) for one in settings.addresses]
+        opened = [
+            BlockServerAdmin(address, credentials, insecure=settings.insecure, dial=dial)
+            for address, dial in zip(settings.addresses, settings.dialled, strict=True)
+        ]
     chosen: Sequence[Admin] = opened if admins is None else admins
     try:
         step = OptimizerStep("adamw", settings.local_steps, 1.0, settings.lr, settings.weight_decay)
@@ -96,6 +100,7 @@ def run_federation(
         federation = Federation(settings, settings.lora(), servers, directory, folder, notice)
         strategy.work_with(federation, weights, state.step if state is not None else 0)
         adapter = folder.finish(strategy.run(grid))
+        hand_over(grid, federation, strategy.weights, adapter)
     finally:
         for admin in opened:
             admin.close()

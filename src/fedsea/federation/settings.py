@@ -50,6 +50,8 @@ class Settings:
         Whose data clients must have; empty for that of the first client.
     servers
         Addresses of the block servers, `HOST:PORT`, with commas between them.
+    dial
+        Where the coordinator itself connects to for them, in the same order; empty for the same addresses.
     credentials, insecure
         The coordinator's folder of `fedsea credentials init`; or no TLS, on this machine only.
     mode
@@ -76,6 +78,9 @@ class Settings:
         So many train at a time, the others of the round after them; 0 for all. In simulation: how many actors Ray has.
     seed
         Decides where the adapter starts, and how simulated clients' data are cut.
+    wait_seconds
+        So long the first round waits for clients while nothing changes: then the federation ends, and says who is
+        missing or refused. 0 for ever.
     join_seconds
         So long a round waits for a client that does not come.
     straggler_seconds
@@ -113,6 +118,7 @@ class Settings:
     model: str = "smollm2-135m"
     task: str = ""
     servers: str = "127.0.0.1:7070"
+    dial: str = ""
     credentials: str = ""
     insecure: bool = False
     mode: str = "server-hierarchical"
@@ -128,6 +134,7 @@ class Settings:
     fraction_train: float = 1.0
     clients_at_once: int = 0
     seed: int = 0
+    wait_seconds: float = 120.0
     join_seconds: float = 60.0
     straggler_seconds: float = 30.0
     round_seconds: float = 3600.0
@@ -184,6 +191,8 @@ class Settings:
             raise UsageError("servers must name a block server, HOST:PORT")
         if len(set(self.addresses)) < len(self.addresses):
             raise UsageError(f"servers names a block server twice: {self.servers}")
+        if len(self.dialled) != len(self.addresses):
+            raise UsageError("dial must name as many addresses as servers, in the same order")
         if self.dp_clip and not self.dp_epsilon:
             raise UsageError("dp-clip needs dp-epsilon: clipping without noise protects nothing")
         if self.dp_clip and not self.dp_delta:
@@ -214,6 +223,11 @@ class Settings:
     def addresses(self) -> tuple[str, ...]:
         """The block servers' addresses."""
         return tuple(address.strip() for address in self.servers.split(",") if address.strip())
+
+    @property
+    def dialled(self) -> tuple[str, ...]:
+        """Where the coordinator connects to for each of `addresses`."""
+        return tuple(address.strip() for address in self.dial.split(",") if address.strip()) or self.addresses
 
     @property
     def options(self) -> dict[str, float | int]:

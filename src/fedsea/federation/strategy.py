@@ -24,7 +24,7 @@ from fedsea.federation import replies as checked
 from fedsea.federation.arrays import Arrays, Shapes, WeightedMean, cut_to_reach, from_record, to_record
 from fedsea.federation.exchange import Federation, Round, Watch
 from fedsea.federation.grid import FederationGrid, exchange
-from fedsea.federation.members import Member
+from fedsea.federation.members import Directory, Member
 from fedsea.federation.moments import strategy_state
 from fedsea.federation.stage import Stage
 from fedsea.wire.rounds import Strategy
@@ -313,25 +313,41 @@ class FedSEAMixin(stock.FedAvg):
         self.federation.show("round done", this.number, loss=report["loss"])
 
     def _wait_for_clients(self, grid: Grid) -> None:
-        """Until as many nodes as wanted are there and have said what they are; for the latter there is a deadline."""
+        """Until enough clients are there, have said what they are, and may take part.
+
+        Raises
+        ------
+        UsageError
+            If nothing has changed for `wait-seconds`, with who is missing or refused.
+        """
         settings, directory = self.federation.settings, self.federation.directory
-        wanted, told, since = settings.min_clients if self.done else settings.clients, -1, time.monotonic()
+        wanted, told, since = settings.min_clients if self.done else settings.clients, (-1, -1), time.monotonic()
         while True:
             directory.update(grid)
             unknown, there = directory.ask_all(grid), len(list(grid.get_node_ids()))
-            answered = there - unknown
-            if there < wanted:
-                since = time.monotonic()
-            elif not unknown:
-                return
-            elif time.monotonic() - since > settings.join_seconds and len(directory.members) >= settings.min_clients:
-                directory.give_up_asking()
-                return
-            if answered != told:
-                told, since = answered, time.monotonic()  # they are coming
+            answered, ready = there - unknown, len(directory.members)
+            if there >= wanted and ready >= settings.min_clients:
+                if not unknown:
+                    return
+                if time.monotonic() - since > settings.join_seconds:
+                    directory.give_up_asking()
+                    return
+            if (answered, there) != told:
+                told, since = (answered, there), time.monotonic()  # they are coming
                 self.federation.notice(f"waiting for clients: {there} of {wanted} are connected, {answered} ready")
                 self.federation.show("waiting for clients", self.done + 1, connected=there, ready=answered)
+            if settings.wait_seconds and time.monotonic() - since > settings.wait_seconds:
+                raise UsageError(_why_waiting(there, wanted, directory))
             time.sleep(0.1)
+
+
+def _why_waiting(there: int, wanted: int, directory: Directory) -> str:
+    refused = "; ".join(f"{name} is refused: {reason}" for name, reason in directory.refused.values())
+    if there < wanted:
+        missing = f"only {there} of {wanted} clients are connected"
+        simulated = 'with flwr run, --federation-config "num-supernodes=N" says how many there are'
+        return f"{missing}; {refused or simulated}"
+    return refused or "no client has said what it is"
 
 
 def _inner(grid: Grid) -> Grid:

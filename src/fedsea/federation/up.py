@@ -138,6 +138,7 @@ class Federation:
         self._chosen = settings
         self.settings = replace(
             settings,
+            wait_seconds=0.0,  # data owners come when they come; who is there is told
             servers=",".join(servers),
             credentials=str(self.deployment.coordinator),
             insecure=False,
@@ -172,8 +173,7 @@ class Federation:
             self._tell(f"loading {self.settings.model} for the block server at {self._block_listen}")
             if self._block_server.says(START_SECONDS) is None:
                 raise FedSEAError(f"the block server did not start: {self._block_server.last_words()}")
-        local = self.options.listen if self.options.listen not in ("0.0.0.0", "::", "") else "127.0.0.1"
-        self._control = Control(format_address(local, self.options.superlink_port), here.authority)
+        self._control = Control(format_address(self._local, self.options.superlink_port), here.authority)
         self._await_superlink()
         for client in self.options.clients:
             self.control.register(client, here.public_key(client))
@@ -188,6 +188,12 @@ class Federation:
             settings=run_config(self._chosen),
             options=vars(self.options),
         )
+
+    @property
+    def _local(self) -> str:
+        """Where this machine reaches what it listens on."""
+        everywhere = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}
+        return everywhere.get(self.options.listen, self.options.listen)
 
     @property
     def control(self) -> Control:
@@ -221,7 +227,9 @@ class Federation:
         # Flower tells a coordinator's app numbers of nodes; here is known whose keys are theirs.
         keys = {self.deployment.public_key(client): client for client in self.options.clients}
         members = [f"{keys[node.public_key]}={node.number}" for node in self.control.nodes() if node.public_key in keys]
-        number = self.control.start(run_config(replace(self.settings, members=", ".join(members))))
+        # The public name of this machine may not lead here from here: it is reached as it is listened on.
+        dial = "" if self.options.servers else format_address(self._local, self.options.port)
+        number = self.control.start(run_config(replace(self.settings, members=", ".join(members), dial=dial)))
         try:
             while True:
                 self.check()

@@ -37,6 +37,9 @@ if TYPE_CHECKING:  # a refused request needs no arrays
 WORKER = "FEDSEA_WORKER"
 """The environment variable that names the worker's socket."""
 
+FINISH = "finish"
+"""What a worker, and the query to its ClientApp, is asked for when the federation is over."""
+
 LENGTHS = struct.Struct("<IQ")  # of the JSON text and of the tensors, in bytes
 MAX_TEXT = 16 << 20
 MAX_TENSORS = 8 << 30
@@ -92,6 +95,10 @@ class WorkerClient:
     def evaluate(self, body: dict[str, Any], weights: "Arrays") -> dict[str, Any]:
         """Evaluate an adapter; see `Participant.evaluate`. Raises as `train` does."""
         return self._call("evaluate", body, weights)[0]
+
+    def finish(self, body: dict[str, Any], weights: "Arrays") -> dict[str, Any]:
+        """Keep the federation's adapter; see `Participant.finish`. Raises as `train` does."""
+        return self._call(FINISH, body, weights)[0]
 
     def _call(
         self, what: str, body: dict[str, Any] | None = None, weights: "Arrays | None" = None

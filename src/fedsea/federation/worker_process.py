@@ -25,7 +25,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fedsea.errors import FedSEAError, ProtocolError, UsageError
-from fedsea.federation.worker import receive_frame, send_frame, write_error
+from fedsea.federation.worker import FINISH, receive_frame, send_frame, write_error
 from fedsea.files import write_json
 from fedsea.process import put_on_leash
 from fedsea.threads import let_idle_threads_sleep
@@ -52,6 +52,9 @@ class Half(Protocol):
 
     def evaluate(self, body: dict[str, Any], weights: "dict[str, Tensor]") -> dict[str, Any]:
         """Evaluate an adapter."""
+
+    def finish(self, body: dict[str, Any], weights: "dict[str, Tensor]") -> dict[str, Any]:
+        """Keep the federation's adapter."""
 
     def close(self) -> None:
         """Leave the block server."""
@@ -151,7 +154,7 @@ class Worker:
     def _result(self, half: Half, request: Request) -> dict[str, Any]:
         if request.do == "describe":
             return half.describe()
-        if request.do not in ("train", "evaluate"):
+        if request.do not in ("train", "evaluate", FINISH):
             raise ProtocolError(f"a worker cannot {request.do!r}")
         from safetensors import SafetensorError
         from safetensors.torch import load, save
@@ -162,6 +165,8 @@ class Worker:
             raise ProtocolError("the adapter that came to the worker cannot be read") from None
         if request.do == "evaluate":
             return half.evaluate(request.body, weights)
+        if request.do == FINISH:
+            return half.finish(request.body, weights)
         metrics, trained = half.train(request.body, weights)
         request.answer_tensors = save({name: tensor.contiguous() for name, tensor in trained.items()})
         return metrics

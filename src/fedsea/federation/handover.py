@@ -1,0 +1,52 @@
+"""The end of a federation: each of its clients is handed the adapter that it has helped to train."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+from flwr.serverapp import Grid
+
+from fedsea.federation.arrays import Arrays, to_record
+from fedsea.federation.exchange import Federation
+from fedsea.federation.grid import exchange
+from fedsea.federation.replies import error_text
+from fedsea.federation.worker import FINISH
+
+
+def hand_over(grid: Grid, federation: Federation, weights: Arrays, adapter: Path) -> None:
+    """Send the whole adapter to all registered clients that are there; says who has not got it.
+
+    Nothing where nobody is registered: simulated clients have no place of their own to keep it.
+
+    Parameters
+    ----------
+    grid
+        Flower's.
+    weights
+        The adapter, by names of the whole model.
+    adapter
+        The folder that it is in at the coordinator.
+    """
+    settings, directory = federation.settings, federation.directory
+    there = set(grid.get_node_ids()) & settings.registered.keys()
+    members = directory.admit(grid, sorted(there), settings.join_seconds)
+    if not members:
+        return
+    federation.show("handing over the adapter", settings.rounds)
+    own = {
+        "lora": dict(federation.lora),
+        "private-ends": settings.name if settings.private_ends else "",
+    }
+    content: dict[str, Any] = {"arrays": to_record(weights), "config": ConfigRecord({"fedsea": json.dumps(own)})}
+    kind = f"{MessageType.QUERY}.{FINISH}"
+    messages = [Message(RecordDict(dict(content)), member.node, kind) for member in members]
+    replies, missing = exchange(grid, messages, settings.join_seconds, lambda _waiting: {})
+    failed = dict(missing)
+    for node, reply in replies:
+        if reply is None or reply.has_error():
+            failed[node] = "its answer cannot be read" if reply is None else error_text(reply)
+    for member in members:
+        if member.node in failed:
+            why = failed[member.node]
+            federation.notice(f"client {member.name} has not got the adapter ({why}): give it the folder {adapter}")
