@@ -306,7 +306,7 @@ def test_local_differential_privacy_is_of_the_ends_only(
     middle = [name for name in plain if name not in ends]
     sigma = 2e-3 * np.sqrt(2 * np.log(1.25 / 1e-5)) / 0.5
     moved = np.concatenate([(noised[name] - first[name].numpy()).ravel() for name in ends])
-    assert np.std(moved) == pytest.approx(sigma, rel=0.1)
+    assert np.std(moved) == pytest.approx(sigma, rel=0.25)  # of 896 numbers: ten of its own standard deviations
     for name in middle:  # the same as without: nothing of it is protected
         np.testing.assert_allclose(noised[name], plain[name], atol=1e-4)
 

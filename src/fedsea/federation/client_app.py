@@ -7,8 +7,8 @@ process, their data and models between messages.
 
 Local differential privacy
 --------------------------
-With `dp-clip` (in the run configuration, or in the node configuration, which then decides) Flower's own `LocalDpMod`
-clips a client's update to that norm and adds Gaussian noise for `dp-epsilon` and `dp-delta`, in each round anew. What
+With `dp-clip` (in the run configuration, or in the node configuration, which then decides) a client's update is clipped
+to that norm and gets Gaussian noise for `dp-epsilon` and `dp-delta`, in each round anew (`local_dp.py`). What
 it protects is the adapter of the client's input and output blocks, on its way to the coordinator. What it does not
 protect: the middle's adapter, which the block server trains from the hidden states and gradients that it sees in any
 case; the metrics (loss, number of examples); and the sum over many rounds, as the budgets of rounds add up. The noise's
@@ -26,10 +26,10 @@ from typing import Any, Protocol
 import numpy as np
 from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.clientapp.mod import LocalDpMod
 
 from fedsea.errors import FedSEAError, ProtocolError, TermsError, UsageError
 from fedsea.federation.arrays import Arrays, from_record, to_record
+from fedsea.federation.local_dp import deviation_of, protected
 from fedsea.federation.settings import Settings
 from fedsea.federation.worker import FINISH, WorkerClient, write_error
 from fedsea.files import parse_json
@@ -60,7 +60,7 @@ class Half(Protocol):
 
 
 def protect(message: Message, context: Context, call_next: Callable[[Message, Context], Message]) -> Message:
-    """Flower's local differential privacy, if it is asked for; see above for what it protects."""
+    """Local differential privacy of what the coordinator gets, if it is asked for; see above for what it protects."""
     chosen = context.node_config if "dp-clip" in context.node_config else context.run_config
     clip = float(chosen.get("dp-clip", 0.0))
     if not clip:
@@ -73,7 +73,11 @@ def protect(message: Message, context: Context, call_next: Callable[[Message, Co
     reply = call_next(message, context)
     if reply.has_error() or not any(reply.content.array_records.values()):
         return reply  # nothing is sent that could be protected
-    return LocalDpMod(clip, sensitivity, epsilon, delta)(message, context, lambda _message, _context: reply)
+    (name, trained), *_ = reply.content.array_records.items()
+    before = from_record(next(iter(message.content.array_records.values())))
+    sent = protected(before, from_record(trained), clip, deviation_of(sensitivity, epsilon, delta))
+    reply.content[name] = to_record(sent)
+    return reply
 
 
 @app.query()
