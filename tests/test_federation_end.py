@@ -85,7 +85,8 @@ def test_simulated_clients_are_handed_nothing(tmp_path: Path) -> None:
 def test_clients_that_never_come_or_are_all_refused_end_it_with_one_line(
     tmp_path: Path, settings: dict[str, Any], says: str
 ) -> None:
-    run = Run(tmp_path, World(clients((1, 1, 10), (1, 1, 20)), [FakeServer("127.0.0.1:1")]), wait_seconds=0.3, **settings)
+    world = World(clients((1, 1, 10), (1, 1, 20)), [FakeServer("127.0.0.1:1")])
+    run = Run(tmp_path, world, wait_seconds=0.3, **settings)
     with pytest.raises(UsageError, match=re.escape(says)):
         run.start()
 

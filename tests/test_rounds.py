@@ -1,5 +1,7 @@
 """Federated rounds at a block server: the sums come out as by hand, and nobody who fails takes others along."""
 
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -328,6 +330,34 @@ def test_a_client_that_leaves_is_not_waited_for(
     assert states == {"stays": "finished", "leaves": "gone"}
     for model in (stays, leaves):
         model.close()
+
+
+@pytest.mark.skipif(threading.current_thread() is not threading.main_thread(), reason="signals reach the main thread")
+def test_a_client_that_is_interrupted_while_it_waits_gives_its_seat_up(
+    server: RunningServer, admin: BlockServerAdmin, spec: AdapterSpec, start: Weights
+) -> None:
+    """As Ctrl-C in a data owner's process: gRPC cancels the stream that is being read, and the others go on at once."""
+    tickets = invite(admin, spec, start, ["a", "b"], "client-batch")
+    models = {name: seated(server, ticket, start) for name, ticket in tickets.items()}
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGUSR1, stop)
+    timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGUSR1))
+    timer.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train(models["b"], [batch(1)])  # a does not come before this one is gone
+    finally:
+        timer.join()
+        signal.signal(signal.SIGUSR1, before)
+    models["b"].leave_round()
+    models["b"].close()
+    take_part(models["a"], [batch(2)])
+    states = {member.client: member for member in admin.status("test.1").members}
+    assert (states["b"].state, states["b"].straggled) == ("gone", False)
+    models["a"].close()
 
 
 def test_a_client_that_is_not_a_number_is_refused_and_the_others_go_on(

@@ -141,8 +141,9 @@ class RunChannel:
                     why = self._endpoint.explain(str(lost))
                     bound = self._settings.reconnect_seconds
                     raise ServerUnavailableError(f"{why} (tried again for {bound:g} s)") from None
-            except FedSEAError:
+            except BaseException:
                 # Refused: what was sent behind it is not done either. The run itself goes on, from where it is.
+                # Or interrupted, by Ctrl-C or a signal: gRPC has cancelled the stream, and nothing can be said on it.
                 self._drop()
                 self._forget()
                 self._refused = True

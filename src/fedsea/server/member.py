@@ -20,6 +20,8 @@ class Member:
         When it was last heard of, in the table's clock.
     waiting
         The operation that waits for those of the others, and where its answer goes.
+    computing
+        Whether its operation is being done.
     """
 
     seat: Seat
@@ -29,6 +31,11 @@ class Member:
     straggled: bool = False
     ended: bool = False
     waiting: "tuple[Operation, asyncio.Future[bytes]] | None" = None
+    computing: bool = False
+
+    def seconds_silent(self, now: float) -> float:
+        """How long it has had an answer, or nothing to wait for, and has said nothing."""
+        return 0.0 if self.computing or self.waiting is not None else now - self.heard
 
     @property
     def state(self) -> MemberState:

@@ -211,7 +211,7 @@ class Round:
         for member in chosen:
             assert member.waiting is not None
             batch.append((member, *member.waiting))
-            member.waiting = None
+            member.waiting, member.computing = None, True
         return batch
 
     async def _compute(self, batch: "list[tuple[Member, Operation, asyncio.Future[bytes]]]") -> None:
@@ -224,6 +224,8 @@ class Round:
                 raise
         finally:
             self._busy = False
+            for member, *_rest in batch:
+                member.computing, member.heard = False, self._table.runs.clock()
         for (_member, _operation, done), answer in zip(batch, answers, strict=True):
             if done.done():
                 continue
@@ -335,7 +337,7 @@ class Round:
                     straggled=member.straggled,
                     bytes_up=member.run.bytes_up if member.run is not None else 0,
                     bytes_down=member.run.bytes_down if member.run is not None else 0,
-                    seconds_since=round(now - member.heard, 3),
+                    seconds_since=round(member.seconds_silent(now), 3),
                 )
                 for client, member in self.members.items()
             ),
