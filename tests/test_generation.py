@@ -166,7 +166,13 @@ def test_right_padding_and_a_ragged_second_turn(split: SplitModelForCausalLM, wh
     logits = split(first, attention_mask=mask, past_key_values=cache).logits
     torch.testing.assert_close(logits[1, :6], whole_tiny(first[1:, :6]).logits[0], atol=1e-4, rtol=0)
     second = random_ids(2, 5, seed=9)
-    logits = split(second, past_key_values=cache).logits
+    both = torch.cat([mask, torch.ones_like(second)], dim=1)
+    with pytest.raises(UsageError, match="attention_mask of all columns"):
+        split(second, past_key_values=cache)
+    with pytest.raises(UsageError, match="padding between its tokens"):
+        split(second, attention_mask=both, past_key_values=cache)
+    places = both.cumsum(1)[:, 10:] - 1
+    logits = split(second, attention_mask=both, position_ids=places, past_key_values=cache).logits
     texts = [torch.cat([first[0], second[0]]), torch.cat([first[1, :6], second[1]])]
     for row, text in enumerate(texts):
         torch.testing.assert_close(logits[row], whole_tiny(text[None]).logits[0, -5:], atol=1e-4, rtol=0)

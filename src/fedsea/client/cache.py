@@ -33,6 +33,8 @@ class SplitCache(Cache):
         Tokens of each row, without padding; empty before the first step.
     mask
         Which columns are tokens and not padding: bool, `[rows, columns]`; None while there is no padding.
+    offsets
+        Of each row, by how much the positions of its tokens are more than their number in the row.
     digests
         Of each row, what the noise of each of its tokens is keyed by; nothing for those that left without.
     repeats
@@ -47,6 +49,7 @@ class SplitCache(Cache):
         self.columns = 0
         self.lengths: list[int] = []
         self.mask: Tensor | None = None
+        self.offsets: list[int] = []
         self.digests: list[list[bytes]] = []
         self.repeats = True
         self.row_map: list[int] | None = None
@@ -101,6 +104,7 @@ class SplitCache(Cache):
         self.input_cache.select(chosen)
         self.output_cache.select(chosen)
         self.lengths = gather_rows(self.lengths, chosen)
+        self.offsets = gather_rows(self.offsets, chosen) if self.offsets else []
         if self.digests:
             self.digests = [list(self.digests[row]) for row in chosen]
         if self.mask is not None:

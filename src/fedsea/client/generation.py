@@ -89,6 +89,9 @@ class SplitGenerationMixin(GenerationMixin):
         self, generation_config: Any, model_kwargs: dict[str, Any], *_args: Any, **_kwargs: Any
     ) -> None:
         """`generate` asks for a cache: a split one, unless the user brings one or wants none."""
+        mask = model_kwargs.get("attention_mask")
+        if mask is not None and mask.dim() == 2 and not bool(mask[:, -1].all()):
+            raise UsageError("a prompt of the batch is padded at the right, where generate goes on: pad at the left")
         # A session sends a prompt in pieces by itself. transformers' would have pieces of padding alone.
         generation_config.prefill_chunk_size = None
         if model_kwargs.get(CACHE) is None and generation_config.use_cache is not False:

@@ -18,6 +18,7 @@ from fedsea.client.cache import SplitCache
 from fedsea.client.connection import Endpoint, client_credentials
 from fedsea.client.dtypes import compute_dtype, wire_dtype_for
 from fedsea.client.generation import SplitGenerationMixin, the_cache
+from fedsea.client.layout import PACKING, Layout, read_layout
 from fedsea.client.narrow import check_rank, narrow_at_start
 from fedsea.client.native import NativeMixin, known_as
 from fedsea.client.session import Session, SessionSettings
@@ -218,16 +219,20 @@ class SplitModelForCausalLM(NativeMixin, PreTrainedModel, SplitGenerationMixin):
         return_dict: bool | None = None,
         num_items_in_batch: int | Tensor | None = None,
         cache: SplitCache | None = None,
+        position_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """As transformers' causal language models; a batch may be padded at either side, given its `attention_mask`.
+
+        Rows may be packed, several texts one after the other: without an `attention_mask` and a cache, a text begins
+        wherever `position_ids` do not count on, and sees nothing of the others.
 
         Parameters
         ----------
         input_ids
             New tokens, `[rows, tokens]`, int64.
         attention_mask
-            1 for tokens and 0 for padding, `[rows, cached + tokens]` or `[rows, tokens]`.
+            1 for tokens and 0 for padding, `[rows, cached + tokens]`; as before where the cache holds the text.
         past_key_values, cache
             A `SplitCache` to go on from; None for a new one. transformers uses the one name or the other, by release.
         labels
@@ -239,16 +244,23 @@ class SplitModelForCausalLM(NativeMixin, PreTrainedModel, SplitGenerationMixin):
             Labels of the whole batch over which the loss is averaged, where this call is a part of it.
         logits_to_keep
             Compute logits of the last so many columns only (or of the given columns); 0 for all.
+        position_ids
+            `[rows, tokens]` or `[1, tokens]`, counting on from one token of a text to the next; columns are counted,
+            padding as well, if it is not given.
+        kwargs
+            `seq_idx`, `cu_seq_lens_q` and the like, with which collators describe packed rows, are compared with
+            `position_ids`. Everything else is refused.
 
         Returns
         -------
         CausalLMOutputWithPast
-            `logits` `[rows, columns, vocabulary]`; those at padding mean nothing.
+            `logits` `[rows, columns, vocabulary]`; those at padding mean nothing. Of packed rows no cache is kept.
 
         Raises
         ------
         UsageError
-            If there are no tokens, or an argument is not supported.
+            If there are no tokens, or an argument is not supported, or mask and positions are more than lengths can
+            say: padding between a row's tokens. Nothing has been sent then.
         LimitExceededError
             If a row would be longer than the model or the server allows.
         """
@@ -258,7 +270,16 @@ class SplitModelForCausalLM(NativeMixin, PreTrainedModel, SplitGenerationMixin):
             learnt = (labels[:, 1:] != -100).sum() if num_items_in_batch is None else num_items_in_batch
             self._weight = float(max(1, int(learnt)))
         given = the_cache(past_key_values, cache)
-        hidden, cache = self._states(input_ids, attention_mask, given, use_cache, logits_to_keep, **kwargs)
+        hidden, cache = self._states(
+            input_ids,
+            attention_mask,
+            given,
+            use_cache,
+            logits_to_keep,
+            position_ids=position_ids,
+            labels=labels,
+            **kwargs,
+        )
         logits = self.output_blocks.logits(hidden)
         if hidden.requires_grad and self.dtype is torch.float16:
             logits = self._scaled(logits.float())
@@ -280,9 +301,12 @@ class SplitModelForCausalLM(NativeMixin, PreTrainedModel, SplitGenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         cache: SplitCache | None = None,
+        position_ids: Tensor | None = None,
+        labels: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, SplitCache | None]:
         """States before the final norm, `[rows, kept columns, hidden]`, and the cache that holds the text now."""
+        packing = {name: kwargs.pop(name) for name in PACKING if kwargs.get(name) is not None}
         unsupported = [key for key, value in kwargs.items() if value is not None and value is not False]
         if unsupported:
             raise UsageError(f"a split model does not take {', '.join(sorted(unsupported))}")
@@ -291,15 +315,19 @@ class SplitModelForCausalLM(NativeMixin, PreTrainedModel, SplitGenerationMixin):
         if input_ids.dim() != 2:
             raise UsageError(f"input_ids must be [rows, tokens]; got the shape {list(input_ids.shape)}")
         given = the_cache(past_key_values, cache)
-        if given is None and self._trains():
-            hidden = self._pass_with_graph(input_ids, _padding(input_ids, attention_mask, 0))
-            return _kept(hidden, logits_to_keep), None
-        cache = given if given is not None else self.new_cache()
-        if not isinstance(cache, SplitCache):
+        if given is not None and not isinstance(given, SplitCache):
             raise UsageError("the cache of a split model comes from its own new_cache()")
+        layout = read_layout(input_ids, attention_mask, position_ids, packing, given, self.config)
+        if labels is not None:
+            layout.check_learnt(labels)
+        if layout.packed and use_cache:
+            raise UsageError("rows of several texts (position_ids that start again) go into no cache: use_cache=False")
+        if given is None and self._trains():
+            return _kept(self._pass_with_graph(input_ids, layout), logits_to_keep), None
+        cache = given if given is not None else self.new_cache()
         # An ordinary tensor for whoever goes on with it: inference mode ends here.
-        hidden = self._forward_unique(input_ids, attention_mask, cache, logits_to_keep).clone()
-        if use_cache is False:
+        hidden = self._forward_unique(input_ids, layout, cache, logits_to_keep).clone()
+        if use_cache is False or layout.packed:
             if given is None:
                 cache.close()
             return hidden, None
@@ -321,40 +349,35 @@ class SplitModelForCausalLM(NativeMixin, PreTrainedModel, SplitGenerationMixin):
             Logits of the next token, float32, `[1, vocabulary]`.
         """
         with torch.no_grad():
-            logits = self.output_blocks.logits(self._forward(new, None, cache, 1))
+            layout = read_layout(new, None, None, {}, cache, self.config)
+            logits = self.output_blocks.logits(self._forward(new, layout, cache, 1))
         return logits[:, -1].float()
 
-    def _forward_unique(
-        self, ids: Tensor, attention_mask: Tensor | None, cache: SplitCache, logits_to_keep: int | Tensor
-    ) -> Tensor:
+    def _forward_unique(self, ids: Tensor, layout: Layout, cache: SplitCache, logits_to_keep: int | Tensor) -> Tensor:
         """Compute equal rows of a new batch once: beams and several samples of a prompt start as copies of one row."""
-        mask = _padding(ids, attention_mask, cache.columns)
-        if not cache.lengths and len(ids) > 1:
-            unique, twin = torch.unique(ids if mask is None else torch.where(mask, ids, -1), dim=0, return_inverse=True)
+        if not cache.lengths and len(ids) > 1 and not layout.packed:
+            texts = ids if layout.mask is None else torch.where(layout.mask, ids, -1)
+            unique, twin = torch.unique(texts, dim=0, return_inverse=True)
             if len(unique) < len(ids):
                 twins = twin.tolist()
                 first = [twins.index(row) for row in range(len(unique))]
-                hidden = self._forward(ids[first], None if mask is None else mask[first], cache, logits_to_keep)
+                hidden = self._forward(ids[first], layout.choose(first), cache, logits_to_keep)
                 cache.select(twins)
+                cache.offsets = list(layout.offsets)
                 return hidden[twins]
-        return self._forward(ids, mask, cache, logits_to_keep)
+        return self._forward(ids, layout, cache, logits_to_keep)
 
-    def _forward(self, ids: Tensor, mask: Tensor | None, cache: SplitCache, logits_to_keep: int | Tensor) -> Tensor:
-        before = cache.lengths or [0] * len(ids)
-        if len(before) != len(ids):
-            raise UsageError(f"the cache holds {len(before)} rows, the batch has {len(ids)}")
-        counts = (ids.shape[1],) * len(ids) if mask is None else tuple(mask.sum(1).tolist())
-        rows = Rows(tuple(before), counts)
+    def _forward(self, ids: Tensor, layout: Layout, cache: SplitCache, logits_to_keep: int | Tensor) -> Tensor:
+        rows = layout.rows
         self._check_lengths(rows)
         # Inference mode spares the many small operations of a decode step some of their cost.
         with torch.inference_mode():
-            tokens = ids if mask is None else rows.unpack(ids[mask].unsqueeze(1)).squeeze(2)
-            hidden = self._exchange(tokens, rows, cache)
+            hidden = self._exchange(layout.take(ids), rows, cache)
             hidden = self.output_blocks(hidden, rows, cache.output_cache)
-            if mask is not None:
-                packed, hidden = rows.pack(hidden), hidden.new_zeros(*mask.shape, hidden.shape[2])
-                hidden[mask] = packed
-        cache.append(rows.ends, ids.shape[1], mask)
+            if layout.mask is not None or layout.packed:
+                hidden = layout.place(rows.pack(hidden), ids.shape)
+        cache.append(rows.ends, ids.shape[1], layout.mask)
+        cache.offsets = list(layout.offsets)
         return _kept(hidden, logits_to_keep)
 
     def _exchange(self, tokens: Tensor, rows: Rows, cache: SplitCache) -> Tensor:
@@ -401,8 +424,6 @@ class SplitModelForCausalLM(NativeMixin, PreTrainedModel, SplitGenerationMixin):
         return self.max_tokens if turn is None or length > turn else min(self.max_tokens, turn)
 
     def _check_lengths(self, rows: Rows) -> None:
-        if min(rows.counts) == 0:
-            raise UsageError("a prompt of the batch is empty; each needs at least one token")
         longest = max(rows.ends)
         if longest > self.max_tokens:
             raise LimitExceededError(
@@ -458,17 +479,3 @@ def _kept(hidden: Tensor, logits_to_keep: int | Tensor) -> Tensor:
     if not isinstance(logits_to_keep, int):
         return hidden[:, logits_to_keep]
     return hidden[:, -logits_to_keep:] if logits_to_keep else hidden
-
-
-def _padding(ids: Tensor, attention_mask: Tensor | None, cached: int) -> Tensor | None:
-    """Which of the new columns, after `cached` columns before, are tokens: bool, `[rows, tokens]`; None if all are."""
-    columns = ids.shape[1]
-    if attention_mask is None:
-        return None
-    if attention_mask.dim() != 2 or attention_mask.shape[1] not in (columns, columns + cached):
-        raise UsageError(
-            f"the attention mask has shape {tuple(attention_mask.shape)}; for {columns} new tokens after "
-            f"{cached} it must be [rows, {columns + cached}]"
-        )
-    mask = attention_mask[:, -columns:].bool()
-    return None if bool(mask.all()) else mask.to(ids.device)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsea.client.graph import Exchange, ScaleGradient, SpoilStep
+from fedsea.client.layout import Layout
 from fedsea.client.origin import Origin, Watch, row_bytes
 from fedsea.client.run import MiddleRun
 from fedsea.errors import LimitExceededError, NonFiniteError, UsageError
@@ -85,25 +86,17 @@ class PassMixin:
             self._run is not None and self.lora_middle.requires_grad
         )
 
-    def _pass_with_graph(self, ids: Tensor, mask: Tensor | None) -> Tensor:
-        """Token ids `[rows, columns]` -> states before the final norm `[rows, columns, hidden]`, in autograd's graph.
-
-        `mask` says which columns are tokens; None for all.
-        """
-        counts = (ids.shape[1],) * len(ids) if mask is None else tuple(int(count) for count in mask.sum(1).tolist())
-        rows = Rows((0,) * len(ids), counts)
+    def _pass_with_graph(self, ids: Tensor, layout: Layout) -> Tensor:
+        """Token ids `[rows, columns]` -> states before the final norm `[rows, columns, hidden]`, in a graph."""
+        rows = layout.rows
         self._check_lengths(rows)
-        tokens = ids if mask is None else rows.unpack(ids[mask].unsqueeze(1)).squeeze(2)
+        tokens = layout.take(ids)
         if self._run is None:
             hidden = self.input_blocks(tokens, rows, None)
             packed = rows.pack(self.output_blocks(hidden, rows, None))
         else:
             packed = self._through_middle(self._run, tokens, rows)
-        if mask is None:
-            return packed.view(*ids.shape, -1)
-        placed = packed.new_zeros(*mask.shape, packed.shape[1])
-        placed[mask] = packed
-        return placed
+        return layout.place(packed, ids.shape)
 
     def _through_middle(self, run: MiddleRun, tokens: Tensor, rows: Rows) -> Tensor:
         sent: list[tuple[Rows, Exchange, Tensor]] = []

@@ -73,6 +73,13 @@ def turning_point(config: PreTrainedConfig) -> int | None:
     return turn
 
 
+def narrowest_window(config: PreTrainedConfig) -> int | None:
+    """Tokens that the layer that looks back least looks back on; None if all layers look back on all tokens."""
+    window = family_of(config).window
+    windows = (window(config, layer) for layer in range(config.num_hidden_layers))
+    return min((one for one in windows if one is not None), default=None)
+
+
 def family_of(config: PreTrainedConfig) -> Family:
     """The family of a model, by its configuration's `model_type`.
 
