@@ -13,6 +13,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.integrations.neftune import neftune_post_forward_hook
 
 from fedsea import GaussianNoise, Partition, SplitModelForCausalLM
+from fedsea.parts import InputBlocks
 from fedsea.parts.adapters import adapter_parameters
 from fedsea.privacy import ClippedGaussianNoise, parse_mechanism
 from fedsea.wire.run_frames import Forward
@@ -269,6 +270,31 @@ def test_evaluation_carries_the_noise_of_training_whatever_the_shape_of_the_batc
         torch.cat([one.states for one in in_pieces]),
     ):
         torch.testing.assert_close(found, first, atol=0.01, rtol=1e-3)
+
+
+@pytest.mark.parametrize("computed", ["bfloat16", "float16", "autocast"])
+def test_what_16_bits_round_away_differs_never_without_noise(
+    tiny_server: RunningServer, monkeypatch: pytest.MonkeyPatch, computed: str
+) -> None:
+    # Another order of the same sums, as for a batch of another shape: all that goes in is the same, and states differ
+    # by a last place. Which shapes do that depends on the processor, so it is done by hand.
+    compute, last_place = InputBlocks.run_embedded, [1.0]
+
+    def in_another_order(self: InputBlocks, *args: Any) -> torch.Tensor:
+        return compute(self, *args) * last_place[0]
+
+    monkeypatch.setattr(InputBlocks, "run_embedded", in_another_order)
+    sent: list[torch.Tensor] = []
+    dtype = "float32" if computed == "autocast" else computed
+    with connect(tiny_server, dtype=dtype, noise=GaussianNoise(STD)) as model, torch.no_grad():
+        for factor in (1.0, 1.0, 1 + 2**-7):
+            last_place[0] = factor
+            with torch.autocast("cpu", torch.bfloat16, enabled=computed == "autocast"):
+                sent += [step.states.float() for step in capture(model, lambda: model(TEXT))]
+    assert torch.equal(sent[0], sent[1])
+    # Each number of such a state has noise of its own, and yet what both have in common is by far the larger part.
+    apart = ((sent[2] - sent[0]) / STD).abs().median()
+    assert 0.03 < float(apart) < 0.4
 
 
 def test_strengths_that_are_set_between_passes_share_no_draw(passes: Passes) -> None:

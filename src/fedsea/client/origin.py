@@ -13,7 +13,7 @@ carry it again: fresh draws average away. So the key of a draw holds the content
 
 Never by a counter of changes: `Tensor._version` stays where it is under fused optimizers, `.data` and `assign=True`.
 Not by the state alone either. One text in batches of two shapes has states that differ in the last bits, and a draw for
-each of them is a further look.
+each of them is a further look. Where these bits are coarse, the state has a small part in the draw (`is_coarse`).
 """
 
 import hashlib
@@ -79,6 +79,14 @@ class Watch:
             return False
         after = _generators(self._blocks.device)
         return all(torch.equal(*pair) for pair in zip(self._before, after, strict=True))
+
+
+def is_coarse(*states: Tensor) -> bool:
+    """Whether what these were computed in rounds so coarsely that the way of computing shows: 16 bits, or TF32."""
+    device = states[0].device.type
+    if torch.is_autocast_enabled(device) or any(one.element_size() < 4 for one in states):
+        return True
+    return device == "cuda" and torch.backends.cuda.matmul.allow_tf32
 
 
 def row_bytes(states: Tensor) -> list[bytes]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fedsea.client.graph import Exchange, ScaleGradient, SpoilStep
 from fedsea.client.layout import Layout
-from fedsea.client.origin import Origin, Watch, row_bytes
+from fedsea.client.origin import Origin, Watch, is_coarse, row_bytes
 from fedsea.client.run import MiddleRun
 from fedsea.errors import LimitExceededError, NonFiniteError, UsageError
 from fedsea.parts import InputBlocks, OutputBlocks, RowCache, Rows
@@ -200,7 +200,8 @@ class PassMixin:
             made = [here + place + token + state for place, token, state in zip(*parts, strict=True)]
             drawn = _extend(digests, source, tokens, rows, made)
             self._count_looks(*(step or (tokens, rows)), rows.starts, drawn)
-            return source.normals([key for row in drawn for key in row], hidden.shape[1])
+            states = row_bytes(hidden) if is_coarse(hidden, embedded) else None
+            return source.normals([key for row in drawn for key in row], hidden.shape[1], states)
 
         # Float64 is for measuring, and not put on the grid of what leaves.
         return noise.apply(hidden.float() if hidden.dtype is torch.float64 else hidden, normals)

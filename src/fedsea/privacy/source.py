@@ -10,6 +10,11 @@ Noise is only worth as much as its secrecy and its freshness, so the standard no
   replay after a lost connection, a beam's twin row, generation without a cache, the same question asked anew) carries
   the same noise, so a server that sees it a hundred times has nothing to average. Another state of the same text has
   noise of its own, so the difference of the two shows neither. All of that is content: nothing counts changes.
+- Where states are rounded coarsely, as in 16 bits, one text computed in two ways (token by token, or as a whole) has
+  states that differ by a last place, which is no small part of them: under one draw the difference would leave without
+  noise, and it names tokens. A draw for each of them would be a further look. So an eighth of the noise's standard
+  deviation is drawn by the state itself. It hides such differences, and averaging them away takes off no more than
+  that: 1.6 % of the variance.
 
 With no input layers a state depends on its token alone, and the draw on the text before it as well. So equal tokens of
 a text are several looks at one state, which the bounds count. One draw for each token would be worse: whoever sees the
@@ -30,6 +35,7 @@ from torch import Tensor
 from fedsea.privacy.mechanism import Noise
 
 DIGEST_BYTES = 16
+OF_STATE = 1 / 8  # of the noise's standard deviation, where the state itself is part of the key
 
 
 class NoiseSource:
@@ -71,11 +77,23 @@ class NoiseSource:
             digests.append(digest)
         return digests
 
-    def normals(self, digests: Sequence[bytes], hidden_size: int) -> Tensor:
+    def normals(self, digests: Sequence[bytes], hidden_size: int, states: Sequence[bytes] | None = None) -> Tensor:
         """Standard normals for tokens given by their prefix digests: float32, `[tokens, hidden_size]`.
 
-        By Box and Muller's transform of 32-bit uniforms, so no draw is further out than 6.66.
+        By Box and Muller's transform of 32-bit uniforms, so no draw is further out than 6.66 (7.5 with `states`).
+
+        Parameters
+        ----------
+        states
+            The bytes of each state, where states of one digest may differ by coarse rounding.
         """
+        if states is not None:
+            owns = [
+                hashlib.blake2b(digest + state, key=self._key, digest_size=DIGEST_BYTES, person=b"of a state").digest()
+                for digest, state in zip(digests, states, strict=True)
+            ]
+            common, own = self.normals(digests, hidden_size), self.normals(owns, hidden_size)
+            return math.sqrt(1 - OF_STATE**2) * common + OF_STATE * own
         pairs = (hidden_size + 1) // 2
         out = torch.empty(len(digests), 2 * pairs)
         for first in range(0, len(digests), 256):  # bounds the memory of a long prompt
