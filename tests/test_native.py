@@ -8,14 +8,14 @@ import torch
 from peft import IA3Config, get_peft_model
 from peft.helpers import rescale_adapter_scale
 
-from fedsea import SplitModelForCausalLM
+from fedsea import Partition, SplitModelForCausalLM
 from fedsea.checkpoints import load_whole_model, open_checkpoint
 from fedsea.errors import FedSEAError, ModelMismatchError, UsageError
 from fedsea.parts.adapter_files import read_adapter
 from fedsea.training.export import export_adapter
 from tests.conftest import RunningServer, connect
 from tests.raw_stream import prompt
-from tests.split_training import adapted, lora, snapshot
+from tests.split_training import adapted, batch, lora, snapshot
 
 
 def assert_refused(action: object, says: str, kind: type[FedSEAError] = UsageError) -> None:
@@ -87,7 +87,6 @@ def test_transformers_switches_of_adapters_change_all_parts_or_none(tiny_server:
         model.enable_adapters()
         assert model.active_adapters() == ["default"]
         assert model.get_adapter_state_dict().keys() == model.adapter_state().keys()
-        assert_refused(model.disable_adapters, "cannot be switched off")
         assert_refused(lambda: model.delete_adapter("default"), "cannot be taken off")
         assert_refused(lambda: model.set_adapter(["default", "other"]), "one adapter, named 'default'")
         assert_unchanged(model, logits)
@@ -119,13 +118,7 @@ def test_what_peft_cannot_do_to_all_parts_it_does_to_none(
         with rescale_adapter_scale(model, 0.5):
             pass
 
-    def without() -> None:
-        with wrapped.disable_adapter():
-            pass
-
     for action, says in [
-        (without, "cannot be switched off"),
-        (wrapped.disable_adapter_layers, "cannot be switched off"),
         (lambda: wrapped.delete_adapter("default"), "cannot be taken off"),
         (wrapped.unload, "cannot be taken off"),
         (wrapped.merge_and_unload, "cannot be merged"),
@@ -195,3 +188,71 @@ def test_freezing_freezes_all_parts(tiny_server: RunningServer) -> None:
             assert flags == {trainable}
         wrapped.set_adapter("default", inference_mode=True)
         assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("first", [{}, {"layers_to_transform": [2, 3]}, {"layers_to_transform": [0]}], ids=str)
+@pytest.mark.parametrize("parts", [(1, 1), (0, 0), (3, 3)])
+def test_an_adapter_is_switched_off_on_all_parts_and_on_again(
+    tiny_server: RunningServer, whole_tiny: Any, first: dict[str, Any], parts: tuple[int, int]
+) -> None:
+    model = connect(tiny_server, partition=Partition(*parts))
+    wrapped: Any = None
+    if parts == (1, 1) and first != {"layers_to_transform": [2, 3]}:  # PEFT does not find what is elsewhere
+        wrapped = get_peft_model(model, lora(**first))
+    else:
+        model.add_adapter(lora(**first), seed=1)
+    with torch.no_grad():
+        model.set_adapter_state({name: weight + 0.1 for name, weight in model.adapter_state().items()})
+        logits, base = model.eval()(prompt()).logits, whole_tiny(prompt()).logits
+    assert not torch.allclose(logits, base, atol=1e-2)
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    how = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+
+    def assert_base() -> None:
+        with torch.no_grad():
+            torch.testing.assert_close(model(prompt()).logits, base, atol=1e-4, rtol=0)
+        assert torch.equal(model.generate(prompt(), **how), whole_tiny.generate(prompt(), **how))
+        assert not model(prompt()).logits.requires_grad
+        assert model.adapter_state()
+
+    if wrapped is not None:
+        with wrapped.disable_adapter():
+            assert_base()
+        assert_unchanged(model, logits)
+    model.disable_adapters()
+    assert_base()
+    model.enable_adapters()
+    assert_unchanged(model, logits)
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == trainable
+    model.close()
+
+
+def test_a_cache_stays_with_the_adapter_that_it_was_begun_with(tiny_server: RunningServer) -> None:
+    with adapted(tiny_server) as model:
+        model.eval()
+        cache = model.new_cache()
+        with torch.no_grad():
+            model(prompt(), past_key_values=cache)
+            model.disable_adapters()
+            assert_refused(lambda: model(prompt(), past_key_values=cache), "begun with another adapter")
+            model.enable_adapters()
+            model(prompt(), past_key_values=cache)
+
+
+def test_a_pass_without_the_adapter_between_two_halves_of_a_step_changes_nothing(
+    tiny_server: RunningServer, whole_tiny: Any
+) -> None:
+    gradients = []
+    for between in (False, True):
+        with adapted(tiny_server) as model:
+            loss = model(**batch()).loss
+            if between:
+                model.disable_adapters()
+                with torch.no_grad():
+                    torch.testing.assert_close(model(prompt()).logits, whole_tiny(prompt()).logits, atol=1e-4, rtol=0)
+                model.enable_adapters()
+            loss.backward()
+            model.create_optimizer(lr=1e-2).step()
+            gradients.append(snapshot(model))
+    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])

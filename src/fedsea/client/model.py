@@ -203,7 +203,7 @@ class SplitModelForCausalLM(NativeMixin, PreTrainedModel, SplitGenerationMixin):
 
     def new_cache(self) -> SplitCache:
         """An empty cache, with a session of its own; pass it to `generate` or `forward` as `past_key_values`."""
-        session = Session(self._endpoint, self._settings, self.traffic) if self._endpoint is not None else None
+        session = Session(self._endpoint, self._session_settings, self.traffic) if self._endpoint is not None else None
         cache = SplitCache(self.input_blocks.new_cache(), self.output_blocks.new_cache(), session)
         self._caches.add(cache)
         return cache
@@ -410,6 +410,8 @@ class SplitModelForCausalLM(NativeMixin, PreTrainedModel, SplitGenerationMixin):
             )
         if session.width != self._settings.width:
             raise UsageError("the cache was begun before the model had its narrow cut; begin a new one")
+        if session.run != self._session_settings.run:
+            raise UsageError("the cache was begun with another adapter, or with it switched off; begin a new one")
 
     def _leaving(self, tokens: Tensor, rows: Rows, chunk: Rows, cache: SplitCache, *, base: bool) -> Tensor:
         """`h_A` of some of the step's places, protected, in the wire dtype: what leaves the client."""

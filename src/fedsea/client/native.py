@@ -18,7 +18,7 @@ from fedsea.client.rounds import RoundMixin
 from fedsea.errors import ModelMismatchError, UsageError
 from fedsea.partition import LIFT, PROJECT
 from fedsea.parts.adapters import AdapterSpec, adapter_parameters
-from fedsea.parts.held import ALWAYS_ON, ANOTHER, NAME, TAKEN_OFF, OneConfig, foreign_layers, take_off
+from fedsea.parts.held import ANOTHER, NAME, NARROW_ON, TAKEN_OFF, Held, OneConfig, foreign_layers, take_off
 
 NO_ADAPTER = "the model has no adapter; add one first: model.add_adapter(LoraConfig(...))"
 # How transformers would lay out files; an adapter is one small file.
@@ -81,6 +81,14 @@ class NativeMixin(RoundMixin):
         """Whether PEFT has put layers on the client's half that are not the adapter's."""
         return bool(foreign_layers(self._module))
 
+    def switch(self, on: bool) -> None:
+        """Compute with the adapter, or without it, on all parts. What a cache holds stays as it was computed."""
+        if not on and self.noise.width is not None:
+            raise self.refusal(NARROW_ON)
+        self._adapter_on = on
+        if not on:
+            self.set_trainable(False)
+
     def set_trainable(self, trainable: bool) -> None:
         """Train or freeze the middle's half of the adapter, as the client's half is."""
         if self._run is not None:
@@ -95,22 +103,29 @@ class NativeMixin(RoundMixin):
     # transformers' own versions of these ask for releases of PEFT that the split does not need.
 
     def set_adapter(self, adapter_name: str | list[str]) -> None:
-        """As transformers' models: use this adapter. There is one, and it is always in use."""
+        """As transformers' models: use this adapter. There is one."""
         self._check_name(adapter_name)
 
     def enable_adapters(self) -> None:
-        """As transformers' models. The adapter is always on."""
-        self._check_name(NAME)
+        """As transformers' models: switch the adapter on again, on all parts."""
+        self._switch_all(True)
 
-    def disable_adapters(self) -> NoReturn:
-        """Refused: the middle's half of the adapter would stay on.
+    def disable_adapters(self) -> None:
+        """As transformers' models: switch the adapter off, on all parts; what is computed then is the base model's.
 
         Raises
         ------
         UsageError
-            Always.
+            If there is no adapter, or it has a narrow cut: nothing of the base model's fits through that.
         """
-        raise UsageError(ALWAYS_ON)
+        self._switch_all(False)
+
+    def _switch_all(self, on: bool) -> None:
+        self._check_name(NAME)
+        self.switch(on)
+        for module in self._module.modules():
+            if isinstance(module, Held):
+                module.enable_adapters(on)
 
     def delete_adapter(self, adapter_names: str | list[str]) -> NoReturn:
         """Refused: the middle's half of the adapter would stay on.

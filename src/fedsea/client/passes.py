@@ -43,6 +43,7 @@ class PassMixin:
     _check_lengths: Callable[[Rows], None]
     _run: MiddleRun | None
     _adapter: AdapterSpec | None
+    _adapter_on: bool
     _weight: float
 
     @property
@@ -80,7 +81,7 @@ class PassMixin:
 
     def _trains(self) -> bool:
         """Whether a forward pass now is one whose loss will be taken back."""
-        if not torch.is_grad_enabled() or self._adapter is None:
+        if not torch.is_grad_enabled() or self._adapter is None or not self._adapter_on:
             return False
         return any(parameter.requires_grad for parameter in adapter_parameters(self._module).values()) or (
             self._run is not None and self.lora_middle.requires_grad

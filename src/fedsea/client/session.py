@@ -82,6 +82,11 @@ class Session:
         """Numbers of a state on its way up."""
         return self._settings.width
 
+    @property
+    def run(self) -> str | None:
+        """The run whose adapter the middle has; None for the base model."""
+        return self._settings.run
+
     def open(self) -> Opened:
         """Open the session and wait for the server's answer; tried once, so that a wrong address shows at once.
 

@@ -64,6 +64,7 @@ class TrainingMixin(NarrowMixin):
         self._run = None
         self._run_named = False
         self._adapter = None
+        self._adapter_on = True
         self._shapes: tuple[AdapterSpec, dict[str, tuple[int, ...]]] | None = None
         self._lora: LoraConfig | None = None
         self._peft_configs: dict[str, LoraConfig] | None = None  # PEFT's own, where it has put the adapter on
@@ -195,6 +196,11 @@ class TrainingMixin(NarrowMixin):
             middle = self.partition.middle(self.config.num_hidden_layers)
             self._shapes = spec, spec.shapes_in(self.config, middle) | lift
         return self._shapes[1]
+
+    @property
+    def _session_settings(self) -> SessionSettings:
+        """Of sessions that begin now: with the adapter, or while it is switched off, without."""
+        return self._settings if self._adapter_on else replace(self._settings, run=None)
 
     # A federated round
 

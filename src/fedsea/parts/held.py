@@ -20,7 +20,7 @@ from fedsea.errors import UsageError
 
 NAME = "default"  # of the one adapter
 ANOTHER = "a split model has one adapter, named 'default'; load the model again for another one"
-ALWAYS_ON = "a split model's adapter cannot be switched off; load the model a second time without it"
+NARROW_ON = "an adapter with a narrow cut cannot be switched off; load the model a second time without it"
 TAKEN_OFF = "a split model's adapter cannot be taken off; load the model a second time without it"
 MERGED = "a split model's adapter cannot be merged; save it and merge it where the whole model is"
 SCALED = "a split model's adapter cannot be scaled; set lora_alpha in its configuration"
@@ -36,6 +36,9 @@ class Holder(Protocol):
     def has_foreign_layers(self) -> bool:
         """Whether PEFT has put layers on the part that are not the adapter's."""
 
+    def switch(self, on: bool) -> None:
+        """The adapter is switched on or off, everywhere; raises `refusal` if it cannot be."""
+
     def set_trainable(self, trainable: bool) -> None:
         """The client's half is trained or frozen from now on: so is the middle's."""
 
@@ -49,8 +52,8 @@ class Held:
         raise self._holder().refusal(why)
 
     def enable_adapters(self, enabled: bool) -> None:
-        if not enabled:
-            self._refuse(ALWAYS_ON)
+        self._holder().switch(enabled)
+        super().enable_adapters(enabled)  # type: ignore[misc]
 
     def delete_adapter(self, *_args: Any, **_kwargs: Any) -> None:
         self._refuse(TAKEN_OFF)
