@@ -56,6 +56,7 @@ class RunChannel:
         self._closed = self._refused = False
         self.frame_bytes = self.micro_batches = 0
         self.shared = False
+        self.changes = 0  # of the adapter, by what was sent
 
     def open(self, *, take_up: bool, token: str | None = None) -> Attached:
         """Begin the run at the server, or `take_up` the one there; tried once, so that a wrong address shows at once.
@@ -90,6 +91,8 @@ class RunChannel:
             self._recover(lambda: None)
         self._number += 1
         operation = make(self._number)
+        if isinstance(operation, Tensors) or (isinstance(operation, Command) and operation.body["do"] == "update"):
+            self.changes += 1
         self._pending[self._number] = operation
         if not asked:
             self._unasked.add(self._number)
@@ -275,6 +278,7 @@ class RunChannel:
         The garbage collector does, and may have stopped the very thread that would have to answer.
         """
         self._closed = True
+        self.changes += 1  # whoever takes the run up may change it
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.close(Message(Kind.CLOSE, {}) if end else None)

@@ -2,8 +2,14 @@
 
 What was sent is kept (`Journal`), noise included, so that a lost connection costs time and nothing else: the session is
 taken up where the server still has it, or built anew from the journal, and the interrupted step is done again.
+
+For the same reason a session need not stay open while nobody uses it. Where a model has many (outputs that are kept,
+each with its cache), those that were used longest ago are parked: ended at the server, and built anew from the journal
+when they are used again.
 """
 
+import itertools
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -14,13 +20,15 @@ from fedsea.checkpoints import Fingerprint
 from fedsea.client.connection import Connection, ConnectionLost, Endpoint
 from fedsea.client.journal import Journal
 from fedsea.client.patience import Patience
+from fedsea.client.places import Places
 from fedsea.client.traffic import Traffic
-from fedsea.errors import ProtocolError, ServerUnavailableError
+from fedsea.errors import LimitExceededError, ProtocolError, ServerUnavailableError
 from fedsea.partition import Partition
 from fedsea.parts import Rows
 from fedsea.wire.frames import HEADER, MAX_PLACES, Kind, Message, Result, Step
 from fedsea.wire.handshake import Open, Opened
 
+_USES = itertools.count(1)
 CHUNK_TOKENS = 512  # of a long prompt, so that client, link and server work on different chunks at once
 
 
@@ -40,6 +48,10 @@ class SessionSettings:
         Rank of that run's narrow cut; 0 if it has none.
     turn
         Tokens up to which a text is computed as a short one (`turning_point`); None where that makes no difference.
+    changes
+        Counts the changes of the run's adapter.
+    places
+        How many of the sessions are open at once.
     """
 
     partition: Partition
@@ -51,6 +63,8 @@ class SessionSettings:
     run: str | None = None
     narrow: int = 0
     turn: int | None = None
+    changes: Callable[[], int] = lambda: 0
+    places: Places = field(default_factory=Places)
 
     @property
     def width(self) -> int:
@@ -64,7 +78,7 @@ class SessionSettings:
 
 
 class Session:
-    """One KV-cached conversation with the middle blocks. Not for several threads at once."""
+    """One KV-cached conversation with the middle blocks. One step at a time, whichever threads use it."""
 
     def __init__(self, endpoint: Endpoint, settings: SessionSettings, traffic: Traffic) -> None:
         self._endpoint, self._settings, self._traffic = endpoint, settings, traffic
@@ -75,6 +89,10 @@ class Session:
         self._awaits_opened = False
         self._step = 0  # the last step sent to the server's session
         self._closed = False
+        self._begun = False  # whether it was ever open
+        self._changes = 0  # of the adapter, before this text began
+        self._using = threading.Lock()
+        self.last_used = 0
         self._turned: tuple[int, ...] | None = None  # from where on each row was computed as a long text
 
     @property
@@ -86,6 +104,11 @@ class Session:
     def run(self) -> str | None:
         """The run whose adapter the middle has; None for the base model."""
         return self._settings.run
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it has a place at the server."""
+        return self._connection is not None
 
     def open(self) -> Opened:
         """Open the session and wait for the server's answer; tried once, so that a wrong address shows at once.
@@ -130,17 +153,25 @@ class Session:
         FedSEAError
             What the server refuses.
         """
+        with self._using:
+            self.last_used = next(_USES)
+            return self._forward(states, rows, row_map)
+
+    def _forward(self, states: Callable[[Rows], Tensor], rows: Rows, row_map: Sequence[int] | None) -> Tensor:
         if self._closed:
             raise _closed()
         if row_map is not None:
             self._journal.select(row_map)
         self._note_turn(rows, row_map)
+        if not any(rows.starts):
+            self._changes = self._settings.changes()
         exchange = _Exchange(self._chunks(rows), row_map)
         patience = Patience(self._settings.reconnect_seconds)
         while True:
             try:
-                if patience.reconnecting:
+                if self._connection is None and self._begun:
                     self._restore(exchange)
+                if patience.reconnecting:
                     self._settings.notice("the connection to the block server is back; going on")
                 return self._run(exchange, states)
             except ConnectionLost as lost:
@@ -157,10 +188,32 @@ class Session:
                     why = self._endpoint.explain(str(lost))
                     bound = self._settings.reconnect_seconds
                     raise ServerUnavailableError(f"{why} (tried again for {bound:g} s)") from None
-            except BaseException:
+            except BaseException as error:
+                if self._may_try_again(error):
+                    continue
                 # Refused, interrupted, or no noise to be had: the two sides may differ now, so the session is over.
                 self.close()
                 raise
+
+    def _may_try_again(self, error: BaseException) -> bool:
+        """Whether the server had no place for this session, and another has given its own up."""
+        if not isinstance(error, LimitExceededError) or not self._awaits_opened or self._closed:
+            return False
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+        return self._settings.places.give_way(self)
+
+    def park(self) -> Connection | None:
+        """End the session at the server, to be built anew when it is used; None if it is in use, or has no place."""
+        if not self._using.acquire(blocking=False):
+            return None
+        try:
+            if (connection := self._leave()) is not None:
+                self._name = None
+            return connection
+        finally:
+            self._using.release()
 
     def sent(self, rows: Rows) -> Tensor:
         """What was sent for these places last, `[rows.total, hidden]`, in the wire dtype."""
@@ -206,6 +259,8 @@ class Session:
         # they start. Only moving rows twice would be wrong.
         before = exchange.chunks[len(exchange.results)].starts
         if not self._whole and any(before):
+            if self._settings.run is not None and self._changes != self._settings.changes():
+                raise ProtocolError("the adapter was trained since this session's text began; begin it anew")
             for chunk in [chunk for piece in self._as_computed(before) for chunk in self._chunks(piece)]:
                 self._result(self._send(chunk, None, want_result=False))
         self._whole = True
@@ -228,7 +283,8 @@ class Session:
     def _connect(self, resume: str | None) -> None:
         settings = self._settings
         self._connection = self._endpoint.stream(self._traffic)
-        self._awaits_opened = True
+        self._awaits_opened = self._begun = True
+        settings.places.take(self)
         wish = Open(settings.partition, settings.fingerprint, settings.wire_name, resume, settings.run, settings.narrow)
         self._connection.send(Message(Kind.OPEN, wish.to_body()))
 
@@ -275,10 +331,15 @@ class Session:
     def close(self, *, wait_seconds: float = 0.0) -> None:
         """End the session; the server frees its cache, which is waited for so long. Safe to call twice."""
         self._closed = True
+        connection = self._leave()
+        if connection is not None:
+            connection.wait_until_over(wait_seconds)
+
+    def _leave(self) -> Connection | None:
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.close(Message(Kind.CLOSE, {}))
-            connection.wait_until_over(wait_seconds)
+        return connection
 
 
 @dataclass

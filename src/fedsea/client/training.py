@@ -167,7 +167,7 @@ class TrainingMixin(NarrowMixin):
         scale, local = (self._run.scale, self._run.local) if self._run is not None else (None, {})
         channel = RunChannel(self._endpoint, self._settings, spec, name, self.traffic)
         attached = channel.open(take_up=take_up, token=token)
-        settings = replace(self._settings, run=name, narrow=spec.narrow)
+        settings = replace(self._settings, run=name, narrow=spec.narrow, changes=lambda: channel.changes)
         self._run = MiddleRun(
             channel,
             self.lora_middle,

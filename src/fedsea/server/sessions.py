@@ -171,10 +171,13 @@ class SessionTable:
             self.close(min(lost, key=lambda session: session.changed))
         elif len(own) >= limits.client_sessions:
             raise LimitExceededError(
-                f"client {client!r} has {len(own)} sessions open, the limit of sessions per client; close one first"
+                f"client {client!r} has {len(own)} sessions open, the limit of sessions per client; close one first "
+                "(cache.close(), model.close() or the program that has it), or have --max-client-sessions raised"
             )
         else:
-            raise LimitExceededError(f"the server has {everyone} sessions open, its limit; try again later")
+            raise LimitExceededError(
+                f"the server has {everyone} sessions open, its limit (--max-sessions); try again later"
+            )
 
     def attach(
         self,

@@ -1,0 +1,68 @@
+"""How many sessions a model has open at the server: whoever keeps a hundred outputs keeps a hundred caches."""
+
+import threading
+import weakref
+from typing import Protocol
+
+from fedsea.client.connection import GOODBYE_SECONDS, Connection
+
+OPEN_SESSIONS = 8
+
+
+class Guest(Protocol):
+    """What `Places` needs of a session."""
+
+    last_used: int
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it has a place at the server."""
+
+    def park(self) -> Connection | None:
+        """Give the place at the server up, if no thread is using the session; returns what says so to the server."""
+
+
+class Places:
+    """The sessions of an endpoint; more than a few at a time only where as many threads use one. Safe across threads.
+
+    Parameters
+    ----------
+    bound
+        How many stay open. Beyond it, the one that was used longest ago is parked when another opens.
+    """
+
+    def __init__(self, bound: int = OPEN_SESSIONS) -> None:
+        self._bound, self._lock = bound, threading.Lock()
+        self._guests: weakref.WeakSet[Guest] = weakref.WeakSet()
+        self._leaving: Connection | None = None
+
+    def take(self, guest: Guest) -> None:
+        """A session is about to open: make room for it."""
+        with self._lock:
+            self._guests.add(guest)
+            while sum(other.is_open for other in self._others(guest)) >= self._bound and self._park_one(guest):
+                pass
+
+    def give_way(self, guest: Guest) -> bool:
+        """The server has no place left for a session: park another, and tell whether there was one."""
+        with self._lock:
+            parked = self._park_one(guest)
+            self._wait()
+            return parked
+
+    def _others(self, guest: Guest) -> list[Guest]:
+        return [other for other in self._guests if other is not guest]
+
+    def _park_one(self, guest: Guest) -> bool:
+        for other in sorted(self._others(guest), key=lambda one: one.last_used):
+            if (left := other.park()) is not None:
+                self._wait()
+                self._leaving = left
+                return True
+        return False
+
+    def _wait(self) -> None:
+        """Until the server knows of the one that left before: seldom any time, and it never has many that are going."""
+        if self._leaving is not None:
+            self._leaving.wait_until_over(GOODBYE_SECONDS)
+            self._leaving = None
