@@ -162,17 +162,17 @@ def test_sliding_windows_count_columns(pair: tuple[SplitModelForCausalLM, Any]) 
                 split(ids, **given)
 
 
-def test_generate_closes_holes_up_and_refuses_padding_at_the_right(pair: tuple[SplitModelForCausalLM, Any]) -> None:
+def test_generate_closes_holes_up_and_goes_on_after_a_texts_last_token(pair: tuple[SplitModelForCausalLM, Any]) -> None:
     split, whole = pair
-    how = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
-    for mask in (LEFT, HOLE):
-        for more in ({}, {"use_cache": False}, {"num_beams": 2}):
+    how = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    for more in ({}, {"use_cache": False}, {"num_beams": 2}):
+        for mask in (LEFT, HOLE):
             expected = whole.generate(IDS, attention_mask=mask, **how, **more)
             assert torch.equal(split.generate(IDS, attention_mask=mask, **how, **more), expected)
-    before = split.traffic.bytes_up
-    with pytest.raises(UsageError, match="padded at the right"):
-        split.generate(IDS, attention_mask=RIGHT, **how)
-    assert split.traffic.bytes_up == before
+        found = split.generate(IDS, attention_mask=RIGHT, **how, **more)
+        for row, ids, mask in zip(found, IDS, RIGHT, strict=True):
+            alone = whole.generate(ids[None, mask == 1], **how, **more)
+            assert torch.equal(row[COLUMNS:], alone[0, int(mask.sum()) :])
 
 
 def loss_of(model: Any, **given: Any) -> tuple[float, float]:

@@ -6,6 +6,7 @@
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+import torch
 from transformers import GenerationConfig, GenerationMixin
 
 from fedsea.client.cache import SplitCache
@@ -85,13 +86,23 @@ class SplitGenerationMixin(GenerationMixin):
         whole: Any = super()
         return whole.prepare_inputs_for_generation(*args, **kwargs)
 
+    def _update_model_kwargs_for_generation(
+        self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        """A text goes on after its last token, where transformers goes on after padding at the right of a prompt."""
+        whole: Any = super()
+        before = model_kwargs.get("position_ids")
+        updated: dict[str, Any] = whole._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
+        after = updated.get("position_ids")
+        if before is not None and after is not None and after.shape[-1] > before.shape[-1]:
+            new = torch.arange(1, after.shape[-1] - before.shape[-1] + 1, device=after.device)
+            updated["position_ids"] = torch.cat([before, before.amax(-1, keepdim=True) + new], dim=-1)
+        return updated
+
     def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: Any, model_kwargs: dict[str, Any], *_args: Any, **_kwargs: Any
     ) -> None:
         """`generate` asks for a cache: a split one, unless the user brings one or wants none."""
-        mask = model_kwargs.get("attention_mask")
-        if mask is not None and mask.dim() == 2 and not bool(mask[:, -1].all()):
-            raise UsageError("a prompt of the batch is padded at the right, where generate goes on: pad at the left")
         # A session sends a prompt in pieces by itself. transformers' would have pieces of padding alone.
         generation_config.prefill_chunk_size = None
         if model_kwargs.get(CACHE) is None and generation_config.use_cache is not False:

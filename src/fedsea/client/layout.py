@@ -58,6 +58,14 @@ class Layout:
         placed[self.mask] = states
         return placed
 
+    def carry_on(self, states: Tensor) -> Tensor:
+        """States `[rows, columns, hidden]` with those of a text's last token at the padding behind it."""
+        if self.mask is None or bool(self.mask[:, -1].all()):
+            return states
+        columns = torch.arange(self.mask.shape[1], device=states.device)
+        last = torch.where(self.mask, columns, 0).cummax(1).values
+        return states.gather(1, last.unsqueeze(2).expand(-1, -1, states.shape[2]))
+
     def choose(self, chosen: list[int]) -> "Layout":
         """That of some rows of the batch, which is not packed."""
         rows = Rows(tuple(gather_rows(self.rows.starts, chosen)), tuple(gather_rows(self.rows.counts, chosen)))

@@ -375,7 +375,8 @@ class SplitModelForCausalLM(NativeMixin, PreTrainedModel, SplitGenerationMixin):
             hidden = self._exchange(layout.take(ids), rows, cache)
             hidden = self.output_blocks(hidden, rows, cache.output_cache)
             if layout.mask is not None or layout.packed:
-                hidden = layout.place(rows.pack(hidden), ids.shape)
+                # `generate` goes on from the last column, which may be padding: it goes on from the text then.
+                hidden = layout.carry_on(layout.place(rows.pack(hidden), ids.shape))
         cache.append(rows.ends, ids.shape[1], layout.mask)
         cache.offsets = list(layout.offsets)
         return _kept(hidden, logits_to_keep)
