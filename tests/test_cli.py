@@ -128,7 +128,7 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert run([]) == 0
     assert "serve" in capsys.readouterr().out
     assert run(["serve", "--help"]) == 0
-    assert "smollm2-135m, a folder" in capsys.readouterr().out
+    assert "smollm2-135m (packaged" in capsys.readouterr().out
 
 
 def test_help_imports_no_torch() -> None:

@@ -15,6 +15,7 @@ from fedsea.errors import LimitExceededError, ProtocolError
 from fedsea.parts import Rows
 from fedsea.wire.frames import HEADER, VERSION, Kind, Message, Result, encode
 from fedsea.wire.run_frames import (
+    MAX_WEIGHT,
     RUN,
     START,
     Backward,
@@ -48,7 +49,7 @@ def forwards(draw: some.DrawFn) -> Forward:
 @some.composite
 def backwards(draw: some.DrawFn) -> Backward:
     gradient = draw(tensors(draw(some.integers(1, 6))))
-    weight = draw(some.floats(0, exclude_min=True, allow_infinity=False, width=32))
+    weight = draw(some.floats(0, MAX_WEIGHT, exclude_min=True, width=32))
     exponent, fresh = draw(some.integers(-100, 200)), draw(some.booleans())
     return Backward(draw(NUMBERS), draw(NUMBERS), gradient, exponent, fresh, weight)
 
@@ -178,8 +179,8 @@ WRONG: dict[str, tuple[bytes, str]] = {
     "no gradient": (raw(Kind.BACKWARD, code=0, count=0, hidden=0), "unknown dtype"),
     "an exponent out of reach": (raw(Kind.BACKWARD, exponent=201, rest=bytes(16)), "exponent of 201"),
     "an exponent that is undone to infinity": (raw(Kind.BACKWARD, exponent=-115, rest=bytes(16)), "exponent of -115"),
-    "no weight": (raw(Kind.BACKWARD, norm=0.0, rest=bytes(16)), "weight must be above 0; got 0.0"),
-    "an endless weight": (raw(Kind.BACKWARD, norm=math.inf, rest=bytes(16)), "weight must be above 0; got inf"),
+    "no weight": (raw(Kind.BACKWARD, norm=0.0, rest=bytes(16)), "weight must be above 0.*got 0.0"),
+    "an endless weight": (raw(Kind.BACKWARD, norm=math.inf, rest=bytes(16)), "weight must be above 0.*got inf"),
     "a weight that is no number": (raw(Kind.BACKWARD, norm=math.nan, rest=bytes(16)), "weight must be above 0"),
     "a norm that is no number": (raw(Kind.STATES, norm=math.nan, rest=bytes(16)), "not a number"),
     "NaN": (raw(Kind.BACKWARD, rest=struct.pack("<4f", 0, math.nan, 0, 0)), "not finite"),

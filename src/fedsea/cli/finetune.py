@@ -5,6 +5,7 @@ import hashlib
 import shlex
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -292,7 +293,9 @@ def _stop_on_interrupt() -> Iterator[Callable[[], bool]]:
         if asked:
             raise KeyboardInterrupt
         asked = True
-        tell("finishing this step, then saving; Ctrl-C again stops at once, and loses what is after the checkpoint")
+        said = "finishing this step, then saving; Ctrl-C again stops at once, and loses what is after the checkpoint"
+        # In a thread: the main one may be in the middle of writing to the very stream, which takes no second call.
+        threading.Thread(target=tell, args=(said,)).start()
 
     before = signal.signal(signal.SIGINT, ask)
     try:
