@@ -164,6 +164,8 @@ def test_a_data_owner_keeps_the_adapter_of_its_model_and_no_other(tmp_path: Path
     assert read_adapter(tmp_path / "mine" / "adapter")[1].keys() == whole.keys()
     with pytest.raises(TermsError, match="no place"):
         participant(tmp_path, output="").finish(body, whole)
+    with pytest.raises(TermsError, match="takes part with r=4 only"):
+        participant(tmp_path, lora={"r": 4}).finish(body, whole)
 
 
 def test_noise_for_the_coordinator_is_the_operating_system_s_and_its_last_bits_tell_nothing() -> None:

@@ -215,6 +215,9 @@ def test_evaluation_uses_the_round_s_adapter(coordinator: Coordinator, data: str
     (ticket,) = coordinator.open("ann", whole=weights())
     limited = participant.evaluate(body(ticket, evaluation={"examples": 2, "batch_size": 1}), local(weights()))
     assert limited["num-examples"] == 2
+    (ticket,) = coordinator.open("ann", whole=weights())
+    with pytest.raises(ProtocolError, match="too much"):
+        participant.evaluate(body(ticket, evaluation={"examples": 0, "batch_size": 1 << 40}), local(weights()))
     participant.close()
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from torch import Tensor
 
 from fedsea.checkpoints import Fingerprint, open_checkpoint
@@ -20,6 +21,7 @@ from fedsea.federation.folder import write_adapter
 from fedsea.federation.own_ends import OwnEnds
 from fedsea.federation.participant_options import ParticipantOptions
 from fedsea.federation.recipe import LocalRecipe, lora_config
+from fedsea.federation.settings import RECIPE_BOUNDS
 from fedsea.federation.shards import Sharding
 from fedsea.federation.shelf import ModelShelf, protection
 from fedsea.parts.adapters import AdapterSpec, adapter_parameters
@@ -167,6 +169,8 @@ class Participant:
         with self._lock:
             match body.get("evaluation"):
                 case {"examples": int(limit), "batch_size": int(batch_size)} if limit >= 0 and batch_size > 0:
+                    if batch_size > RECIPE_BOUNDS["eval_batch_size"][1]:
+                        raise ProtocolError(f"an evaluation of batches of {batch_size} examples is too much")
                     examples = self._texts.validation(limit)
                 case _:
                     raise ProtocolError("how to evaluate cannot be read")
@@ -213,7 +217,7 @@ class Participant:
         with self._lock:
             if not self.options.output:
                 raise TermsError("this client has no place to keep the adapter")
-            config, lora = open_checkpoint(self.options.model).config, lora_config(body.get("lora"))
+            config, lora = open_checkpoint(self.options.model).config, self._agreed(body.get("lora"))
             shapes = AdapterSpec.from_config(lora, config).shapes_in(config, range(config.num_hidden_layers))
             kept = self._own_ends(body)
             whole = {**weights, **(kept.load() or {} if kept is not None else {})}
@@ -248,17 +252,22 @@ class Participant:
             raise TermsError("this federation leaves each client its ends, and this client has no place to keep them")
         return OwnEnds(Path(self.options.private_ends), federation)
 
-    def _join(self, body: Mapping[str, Any], weights: Mapping[str, Tensor]) -> SplitModelForCausalLM:
-        ticket, lora = Ticket.from_body(body.get("ticket")), body.get("lora")
+    def _agreed(self, lora: Any) -> LoraConfig:
+        """The adapter that came, if its owner takes part with such a one."""
         config = lora_config(lora)
-        if self.options.servers and ticket.server not in self.options.servers:
-            raise TermsError(f"the ticket is for {ticket.server}, which is none of this federation's block servers")
-        assert isinstance(lora, dict)
         for name, wanted in (self.options.lora or {}).items():
             if lora.get(name) != wanted:
                 raise TermsError(
                     f"this client takes part with {name}={wanted!r} only; the round has {lora.get(name)!r}"
                 )
+        return config
+
+    def _join(self, body: Mapping[str, Any], weights: Mapping[str, Tensor]) -> SplitModelForCausalLM:
+        ticket, lora = Ticket.from_body(body.get("ticket")), body.get("lora")
+        config = self._agreed(lora)
+        assert isinstance(lora, dict)
+        if self.options.servers and ticket.server not in self.options.servers:
+            raise TermsError(f"the ticket is for {ticket.server}, which is none of this federation's block servers")
         for name, weight in weights.items():
             if not bool(torch.isfinite(weight).all()):
                 raise NonFiniteError(f"the adapter that came is not finite: {name}")

@@ -25,6 +25,7 @@ NOISE_DEVIATIONS = 8.0  # farther than this a Gaussian does not go in practice
 RECIPE_BOUNDS: dict[str, tuple[float, float]] = {
     "local_steps": (1, 10_000),
     "batch_size": (1, 1024),
+    "eval_batch_size": (1, 1024),
     "accumulation": (1, 1024),
     "lr": (1e-8, 10.0),
     "weight_decay": (0.0, 10.0),
