@@ -9,7 +9,9 @@ import pytest
 
 from fedsea.chats import chat_tokens, require_chat_template, write_chat
 from fedsea.cli import run
+from fedsea.cli.audit import write_json
 from fedsea.cli.generate import read_prompt
+from fedsea.cli.terminal import print_json
 from fedsea.errors import BY_CODE, LimitExceededError, UsageError
 from fedsea.tasks import get_task
 from fedsea.text import one_line, printable
@@ -94,6 +96,19 @@ def test_what_could_command_a_terminal_is_written_out() -> None:
     assert printable(kept) == kept
     assert "".join(map(printable, "\x1b]0;owned\x07")) == printable("\x1b]0;owned\x07")
     assert one_line(" a\n\x1b[2Kfedsea:  all is well\x85") == "a \\x1b[2Kfedsea: all is well"
+
+
+def test_json_is_read_as_it_was_and_commands_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = {"text": "\x1b]52;c;aGk=\x07\x9b2J\x7f\u202eb\u2028naïve 日本\ttab\nline"}
+    print_json(said)
+    write_json([said], tmp_path / "report.json")
+    for written in (capsys.readouterr().out, (tmp_path / "report.json").read_text(encoding="utf-8")):
+        assert printable(written) == written
+        assert "naïve 日本" in written
+        assert json.loads(written) in (said, [said])
+    assert (tmp_path / "report.json").stat().st_mode & 0o077 == 0
+    with pytest.raises(UsageError, match="cannot write"):
+        write_json([said], tmp_path)
 
 
 def test_an_error_of_a_server_cannot_command_a_terminal() -> None:

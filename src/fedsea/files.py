@@ -53,6 +53,19 @@ def write_file(path: Path, content: bytes | str, mode: int = PRIVATE) -> None:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text where a user asks for it, in a pipe as well; a new file is its owner's alone.
+
+    Raises
+    ------
+    UsageError
+        If it cannot be written.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+    with _told(path), os.fdopen(os.open(path, flags, PRIVATE), "w", encoding="utf-8") as file:
+        file.write(text)
+
+
 def write_json(path: Path, body: Any) -> None:
     """Write a file with one JSON value, whole.
 

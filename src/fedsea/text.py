@@ -5,9 +5,10 @@ its clipboard, hide what stands before, show characters in another order. `print
 """
 
 import codecs
+import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,14 @@ def printable(text: str) -> str:
 def one_line(text: str) -> str:
     """The same on one line, with one space wherever there was white space: for messages and names."""
     return printable(" ".join(text.split()))
+
+
+def json_text(
+    value: Any, *, ascii_only: bool = False, indent: int | None = None, default: Callable[[Any], Any] | None = None
+) -> str:
+    r"""JSON in which such characters are escapes, `\u009b`: it can be printed, and is read as the same value."""
+    text = json.dumps(value, ensure_ascii=ascii_only, indent=indent, default=default)
+    return _INVISIBLE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def _written_out(match: re.Match[str]) -> str:

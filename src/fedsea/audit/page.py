@@ -16,7 +16,7 @@ from fedsea.audit.frontier import frontier
 from fedsea.audit.page_style import STYLE
 from fedsea.audit.report import FLOOR, Finding, Report, brief, share
 from fedsea.audit.scores import Score
-from fedsea.errors import UsageError
+from fedsea.files import write_text
 
 # Nothing may be fetched or run, whatever stands in the page.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
@@ -55,10 +55,7 @@ def write_page(reports: Sequence[Report], command: str, file: Path) -> None:
     UsageError
         If it cannot be written.
     """
-    try:
-        file.write_text(page(reports, command), encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"cannot write {file}: {error.strerror}") from None
+    write_text(file, page(reports, command))
 
 
 def page(reports: Sequence[Report], command: str) -> str:

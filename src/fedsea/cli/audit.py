@@ -1,7 +1,6 @@
 """`fedsea audit`: what a provider who knows the public weights reads of a text."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,8 +21,9 @@ from fedsea.cli.options import (
 from fedsea.cli.progress import progress_bar
 from fedsea.cli.terminal import escape
 from fedsea.errors import UsageError
+from fedsea.files import write_text
 from fedsea.partition import Partition
-from fedsea.text import one_line
+from fedsea.text import json_text, one_line
 
 if TYPE_CHECKING:  # --help needs no torch
     from rich.console import Console
@@ -256,10 +256,7 @@ def write_json(value: Any, file: Path) -> None:
     UsageError
         If it cannot be written.
     """
-    try:
-        file.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"cannot write {file}: {error.strerror}") from None
+    write_text(file, json_text(value, indent=2) + "\n")
 
 
 def show_report(report: "Report") -> None:

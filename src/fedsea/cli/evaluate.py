@@ -1,7 +1,6 @@
 """`fedsea evaluate`: how a model, whole or split, does on a task."""
 
 import dataclasses
-import json
 import warnings
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -13,6 +12,8 @@ from fedsea.cli.options import AsJson, ClientOptions, LookOptions, prepare_torch
 from fedsea.cli.progress import progress_bar
 from fedsea.cli.terminal import print_json, working
 from fedsea.errors import UsageError
+from fedsea.files import write_text
+from fedsea.text import json_text
 
 if TYPE_CHECKING:  # --help needs no torch
     from fedsea.tasks import Evaluation
@@ -184,11 +185,7 @@ def _check_adapter(adapter: Path | None) -> None:
 
 
 def _write_predictions(result: "Evaluation", file: Path) -> None:
-    lines = [json.dumps(dataclasses.asdict(prediction), ensure_ascii=False) for prediction in result.predictions]
-    try:
-        file.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"cannot write {file}: {error.strerror}") from None
+    write_text(file, "".join(json_text(dataclasses.asdict(one)) + "\n" for one in result.predictions))
 
 
 def _print_table(result: "Evaluation", title: str) -> None:

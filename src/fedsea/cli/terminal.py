@@ -2,7 +2,6 @@
 
 import codecs
 import io
-import json
 import os
 import shutil
 import sys
@@ -12,7 +11,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
 from fedsea.errors import FedSEAError
-from fedsea.text import one_line, printable
+from fedsea.text import json_text, one_line, printable
 
 _open_line = False  # whether an answer has been written to standard output up to the middle of a line
 _status = ""  # what a terminal shows, in a line that will be taken away, of work that goes on
@@ -78,7 +77,7 @@ def escape(text: str) -> str:
 def print_json(value: Any, default: Callable[[Any], Any] | None = None) -> None:
     """One JSON object on a line of standard output, in the characters that its encoding has."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    print(json.dumps(value, ensure_ascii=codecs.lookup(encoding).name != "utf-8", default=default), flush=True)
+    print(json_text(value, ascii_only=codecs.lookup(encoding).name != "utf-8", default=default), flush=True)
 
 
 def write_piece(text: str) -> None:

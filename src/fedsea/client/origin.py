@@ -171,6 +171,7 @@ def _global_hooks() -> bool:
 
 def _generators(device: torch.device) -> list[Tensor]:
     states = [torch.get_rng_state()]
-    if device.type == "cuda":
-        states.append(torch.cuda.get_rng_state(device))
+    if device.type not in ("cpu", "meta"):  # CUDA's, Apple's, whoever's: a draw that is not seen repeats noise
+        one_of_several = (device,) if device.type == "cuda" else ()
+        states.append(torch.get_device_module(device).get_rng_state(*one_of_several))
     return states
