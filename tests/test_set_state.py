@@ -182,8 +182,17 @@ def test_the_loss_scale_is_part_of_the_state(start_server: Callable[..., Running
         assert model.loss_scale == [11, 8]
         again = adamw(trained(other))
         again.load_state_dict(optimizer.state_dict())
-        train(other, batches(1), optimizer=again)
+        other(**batch(0)).loss.backward()
+        assert other.loss_scale == [11, 8]  # from the first pass on, before any step
+        again.step()
         assert other.loss_scale == [11, 9]
+        # Where another optimizer has stepped last, one step may be left out, and what was loaded counts from there on.
+        later = adamw(trained(other))
+        later.load_state_dict(optimizer.state_dict())
+        other.set_loss_scale([30, 0])
+        other(**batch(0)).loss.backward()
+        later.step()
+        assert other.loss_scale == [11, 8]
         third.set_loss_scale(model.loss_scale)
         assert third.loss_scale == [11, 8]
         third.set_loss_scale(None)

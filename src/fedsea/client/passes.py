@@ -108,6 +108,7 @@ class PassMixin:
             received = run.receive(exchange, token)
             done.append(piece.pack(self.output_blocks(piece.unpack(received), piece, None)))
 
+        run.begin_sum()
         blocks = self.input_blocks
         for first, last in self._split(run, rows):
             piece = Rows(rows.starts[first:last], rows.counts[first:last])

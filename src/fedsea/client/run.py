@@ -8,6 +8,7 @@ accelerate does to all gradients (test them for infinity, take their global norm
 too, and the factor by which the handle's gradient has changed is the factor that the middle's is to be multiplied by.
 """
 
+import gc
 import math
 import weakref
 from collections import deque
@@ -235,8 +236,9 @@ class MiddleRun:
         found = getattr(optimizer, "found_inf", None)
         if gradient is None or (found is not None and bool(found)):
             return  # torch leaves parameters without a gradient alone, and fused optimizers skip an overflow
+        loaded = self._restore_scale(optimizer)
         if not _all_finite(optimizer):
-            self._refuse_step(optimizer)
+            self._refuse_step(optimizer, halve=not loaded)
             return
         kind = _KINDS.get(type(optimizer))
         if kind == "adam" and group.get("decoupled_weight_decay"):
@@ -273,10 +275,11 @@ class MiddleRun:
         if self.scale is not None:
             self.scale.succeeded()
 
-    def _refuse_step(self, optimizer: torch.optim.Optimizer) -> None:
+    def _refuse_step(self, optimizer: torch.optim.Optimizer, *, halve: bool) -> None:
         if self.scale is not None and self.scale.exponent > 0:
             # Too large a scale, and not the model's fault: leave this step out, here and there.
-            self.scale.overflowed()
+            if halve:
+                self.scale.overflowed()
             self.trouble = None
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
@@ -327,10 +330,27 @@ class MiddleRun:
         """Hand the server what `load_state_dict` has put into the optimizer, if it has."""
         loaded = optimizer.state[self.handle].pop(STATE, None)
         if loaded:
-            if self.scale is not None and "loss_scale" in loaded:
-                self.scale.set([int(number) for number in loaded["loss_scale"]])
             self.set_version(int(loaded["version"]), clear=False)
             self.load({name: tensor for name, tensor in loaded.items() if name not in ("version", "loss_scale")})
+
+    def begin_sum(self) -> None:
+        """A pass begins whose gradient is the first of a step: a scale that was loaded counts from here on.
+
+        torch tells nobody that an optimizer's state was loaded, so the optimizer is looked for; only where it matters,
+        and until it has made its first step.
+        """
+        known = self._owner() if self._owner is not None else None
+        if self.scale is not None and self.handle.grad is None and known is None:
+            for optimizer in _optimizers_of(self.handle):
+                self._restore_scale(optimizer)
+
+    def _restore_scale(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Take the loss scale that `load_state_dict` has put into the optimizer, if it has; whether it has."""
+        scale = optimizer.state.get(self.handle, {}).get(STATE, {}).pop("loss_scale", None)
+        if self.scale is None or scale is None:
+            return False
+        self.scale.set([int(number) for number in scale])
+        return True
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Set weights (`adapter/NAME`) and optimizer states (`exp_avg/NAME`, ...) of the middle."""
@@ -395,6 +415,15 @@ def _all_finite(optimizer: torch.optim.Optimizer) -> bool:
     ]
     norms = torch.stack([norm.cpu() for norm in torch._foreach_norm(gradients)])
     return bool(torch.isfinite(norms).all())
+
+
+def _optimizers_of(handle: nn.Parameter) -> list[torch.optim.Optimizer]:
+    every = [one for one in gc.get_objects() if issubclass(type(one), torch.optim.Optimizer)]
+    return [
+        one
+        for one in every
+        if any(handle is own for group in getattr(one, "param_groups", ()) for own in group["params"])
+    ]
 
 
 def _handles(optimizer: torch.optim.Optimizer) -> Iterable[tuple[MiddleRun, dict[str, Any]]]:
