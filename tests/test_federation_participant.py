@@ -1,5 +1,6 @@
 """One data owner's half of a federation, against a real block server."""
 
+import itertools
 import json
 import threading
 from collections.abc import Callable
@@ -170,6 +171,25 @@ def test_batches_go_on_where_the_last_round_ended(coordinator: Coordinator, data
     metrics, _ = participant.train(body(ticket, **{"first-batch": 1}), local(whole))
     assert metrics["next-batch"] == 4
     participant.close()
+
+
+def test_dropout_of_a_round_is_the_same_for_a_client_that_was_restarted_and_for_nobody_else(
+    coordinator: Coordinator, data: str
+) -> None:
+    dropping, draws = replace(SETTINGS, lora_dropout=0.2).lora(), itertools.count(100, 17)
+
+    def trained(participant: Participant, first: int) -> dict[str, Tensor]:
+        torch.rand(next(draws))  # whatever ran before in the process
+        (ticket,) = coordinator.open(participant.options.name)
+        return participant.train(body(ticket, lora=dropping, **{"first-batch": first}), local(weights()))[1]
+
+    ann, again, bob = (Participant(options(data, name)) for name in ("ann", "ann", "bob"))
+    alive = [trained(ann, first) for first in (0, 3)]
+    restarted, other = trained(again, 3), trained(bob, 3)
+    assert all(torch.equal(alive[1][name], restarted[name]) for name in restarted)
+    assert not all(torch.equal(alive[1][name], other[name]) for name in other)
+    for participant in (ann, again, bob):
+        participant.close()
 
 
 def test_the_model_is_warm_in_the_next_round_and_shared_by_simulated_clients(
