@@ -53,8 +53,8 @@ WRONG: list[tuple[Sequence[str], int, str]] = [
         ([*ONES[command], *NEAR, *options], 2, says)
         for command in ("generate", "chat")
         for options, says in (
-            (["--temperature", "1", "--top-p", "3"], "top_p must be above 0 and at most 1"),
-            (["--top-p", "0.5"], "top_p matters only where tokens are drawn"),
+            (["--temperature", "1", "--top-p", "3"], "top-p must be above 0 and at most 1"),
+            (["--top-p", "0.5"], "top-p matters only where tokens are drawn"),
         )
     ),
     ([*ONES["generate"], *NEAR, "--prompt-file", "x"], 2, "one of them"),
@@ -80,6 +80,8 @@ WRONG: list[tuple[Sequence[str], int, str]] = [
         "cannot read nowhere.txt",
     ),
     (["serve", "no-such-model", "--insecure", "--listen", "127.0.0.1:0"], 1, "no model 'no-such-model'"),
+    (["serve", "random:tiny", "--insecure", "--listen", "0.0.0.0:0"], 2, "listens on loopback addresses only"),
+    (["serve", "random:tiny", "--credentials", "nowhere", "--listen", "127.0.0.1:0"], 1, "there is no folder nowhere"),
     (["export-adapter", "nowhere", "out"], 2, "there is no folder nowhere"),
     (["demo", "--model", "no-such-model"], 1, "no model 'no-such-model'"),
     *((["bench", bench, "--only", "qualty"], 2, f"there are {', '.join(NAMES[bench])}") for bench in NAMES),

@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # --help needs no torch
     from fedsea.demo.inference import DemoReport
 
 WIDTH = 96
+SEEN_BY_THE_SERVER = "hidden states, from which\nthe text can be worked back"
 
 
 def demo(
@@ -134,8 +135,8 @@ def _show(report: "DemoReport", console: Console) -> None:
         f"Split and whole model, token for token: {verdict} ({same} of {len(report.whole_tokens)} tokens the same)."
     )
     console.print(
-        "What crosses is not the text, but it is not encryption either: whoever runs the middle can try to work back "
-        "from it. docs/trust.md says what each party can learn, and what noise changes."
+        "What crosses is not the text, but it is not encryption either: without noise, as here, whoever runs the "
+        "middle can work every token back. docs/trust.md says what each party can learn, and what noise changes."
     )
     console.print("\n[bold]The server is stopped, its certificates are gone. Next:[/bold]")
     if shutil.which("fedsea") is None:
@@ -157,7 +158,7 @@ def _holdings(report: "DemoReport") -> Table:
     first, last = report.server_layers.start, report.server_layers.stop
     ends = f"embedding, {_layers(range(first))}, {_layers(range(last, report.num_layers))}, norm, head"
     table.add_row("client (you)", ends, _mb(report.client_bytes), "text, tokens, logits")
-    table.add_row("block server", _layers(report.server_layers), _mb(report.server_bytes), "hidden states only")
+    table.add_row("block server", _layers(report.server_layers), _mb(report.server_bytes), SEEN_BY_THE_SERVER)
     table.add_row("[dim]whole model[/dim]", f"[dim]all {report.num_layers} layers[/dim]", _mb(report.whole_bytes), "")
     return table
 

@@ -139,11 +139,14 @@ def serve(
 ) -> None:
     """Run the middle blocks of MODEL, for many clients at once, until SIGTERM or Ctrl-C."""
     from fedsea.checkpoints.names import check_model
+    from fedsea.wire.address import check_listen
+    from fedsea.wire.credentials import Credentials as LoadedCredentials
 
     require_one_security(credentials, insecure)
     held = None if layers is None else parse_layers(layers)
-    require_free(listen)
+    require_free(*check_listen(listen, plaintext=insecure))
     check_model(model)
+    own = None if credentials is None else LoadedCredentials.load(credentials, role="server")
     # While the weights load there is nothing to end gracefully yet.
     signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(0))
     prepare_torch(device, threads)
@@ -151,14 +154,13 @@ def serve(
 
     from fedsea.checkpoints import open_checkpoint
     from fedsea.server.service import BlockServer, ServerOptions
-    from fedsea.wire.credentials import Credentials as LoadedCredentials
 
     options = ServerOptions(
         listen=listen,
         layers=held,
         dtype=getattr(torch, dtype),
         device=device,
-        credentials=None if credentials is None else LoadedCredentials.load(credentials, role="server"),
+        credentials=own,
         limits=limits.limits(),
     )
     server = BlockServer(open_checkpoint(model), options)
@@ -217,7 +219,7 @@ def parse_layers(text: str) -> range:
     return range(int(match[1]), int(match[2]))
 
 
-def require_free(listen: str) -> None:
+def require_free(host: str, port: int) -> None:
     """Check that the address can be listened on, before minutes go into loading weights.
 
     Raises
@@ -225,9 +227,9 @@ def require_free(listen: str) -> None:
     UsageError
         If it is taken, or not this machine's.
     """
-    from fedsea.wire.address import parse_address
+    from fedsea.wire.address import format_address
 
-    host, port = parse_address(listen, allow_port_zero=True)
+    listen = format_address(host, port)
     try:
         family, kind, protocol, _name, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as probe:

@@ -44,15 +44,15 @@ class Sampling:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise UsageError(f"the temperature must be a number, 0 or more; got {self.temperature}")
         if self.top_k is not None and self.top_k < 1:
-            raise UsageError(f"top_k must be 1 or more; got {self.top_k}")
+            raise UsageError(f"top-k must be 1 or more; got {self.top_k}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise UsageError(f"top_p must be above 0 and at most 1; got {self.top_p}")
+            raise UsageError(f"top-p must be above 0 and at most 1; got {self.top_p}")
         if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
             raise UsageError(f"the repetition penalty must be a number above 0; got {self.repetition_penalty}")
         if self.seed is not None and not 0 <= self.seed < 1 << 63:
             raise UsageError(f"the seed must be a whole number, 0 or more; got {self.seed}")
         if self.temperature == 0:
-            idle = [name for name in ("top_k", "top_p", "seed") if getattr(self, name) is not None]
+            idle = [name.replace("_", "-") for name in ("top_k", "top_p", "seed") if getattr(self, name) is not None]
             if idle:
                 verb = "matter" if len(idle) > 1 else "matters"
                 raise UsageError(f"{' and '.join(idle)} {verb} only where tokens are drawn: set a temperature above 0")

@@ -41,7 +41,7 @@ from fedsea.server.sessions import Session, SessionTable, State, check_cut
 from fedsea.server.stream import Stream, StreamCounter
 from fedsea.server.trainer import Trainer
 from fedsea.wire import contract
-from fedsea.wire.address import format_address, is_loopback, parse_address
+from fedsea.wire.address import check_listen, format_address
 from fedsea.wire.credentials import Credentials, server_credentials
 from fedsea.wire.frames import Kind, Message, Step, encode, wire_dtype
 from fedsea.wire.handshake import Open, Opened
@@ -99,12 +99,7 @@ class BlockServer:
         tap: Callable[[], Callable[[bool, bytes], None]] | None = None,
     ) -> None:
         self.options, self._tap = options, tap
-        self.host, self.port = parse_address(options.listen, allow_port_zero=True)
-        if options.credentials is None and not is_loopback(self.host):
-            raise UsageError(
-                f"without credentials the server listens on loopback addresses only, not on {self.host}; "
-                "make some with: fedsea credentials init DIR"
-            )
+        self.host, self.port = check_listen(options.listen, plaintext=options.credentials is None)
         config: Any = checkpoint.config
         layers = options.layers if options.layers is not None else range(config.num_hidden_layers)
         self.num_layers: int = config.num_hidden_layers

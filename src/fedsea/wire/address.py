@@ -74,6 +74,23 @@ def check_server(address: str, *, plaintext: bool) -> None:
         raise UsageError(f"insecure connections stay on this machine; {host} is another one, so give credentials")
 
 
+def check_listen(address: str, *, plaintext: bool) -> tuple[str, int]:
+    """Split an address to listen on, and check it: without TLS nothing but this machine is listened to.
+
+    Raises
+    ------
+    UsageError
+        If it is no address, or another machine could reach a server that has no TLS there.
+    """
+    host, port = parse_address(address, allow_port_zero=True)
+    if plaintext and not is_loopback(host):
+        raise UsageError(
+            f"without credentials the server listens on loopback addresses only, not on {host}; "
+            "make some with: fedsea credentials init DIR"
+        )
+    return host, port
+
+
 def _is_ipv6(host: str) -> bool:
     try:
         ipaddress.IPv6Address(host)
