@@ -404,6 +404,12 @@ def test_a_data_owner_insists_on_its_own_ends(coordinator: Coordinator, data: st
         insists.train(body(ticket), local(whole))
     metrics, sent = insists.train(body(ticket, **{"private-ends": "us"}), local(whole))
     assert (metrics["steps"], sent) == (3, {})
+    # That a federation begins anew is said by its coordinator; what was learnt is its owner's, and stays.
+    learnt = (tmp_path / "own").read_bytes()
+    (ticket,) = coordinator.open("ann", whole=whole)
+    insists.train(body(ticket, **{"private-ends": "us", "round": 1}), local(weights(1)))
+    assert (tmp_path / "own").read_bytes() != learnt
+    assert (tmp_path / "own.1").read_bytes() == learnt
     insists.close()
     with pytest.raises(UsageError, match="no place to keep them"):
         Participant(options(data)).train(body(ticket, **{"private-ends": "us"}), local(whole))

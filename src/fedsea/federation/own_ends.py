@@ -6,6 +6,7 @@ the federation's adapter, whose own ends are as they were at the start.
 """
 
 from collections.abc import Mapping
+from itertools import count
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -49,6 +50,20 @@ class OwnEnds:
                 "move the file away to start anew"
             )
         return weights
+
+    def set_aside(self) -> None:
+        """Keep the file beside where it is, under a name of its own, so that nothing takes its place.
+
+        Raises
+        ------
+        UsageError
+            If it cannot be renamed.
+        """
+        number = next(n for n in count(1) if not self.path.with_name(f"{self.path.name}.{n}").exists())
+        try:
+            self.path.rename(self.path.with_name(f"{self.path.name}.{number}"))
+        except OSError as error:
+            raise UsageError(f"cannot keep your own adapter beside {self.path}: {error.strerror}") from None
 
     def save(self, weights: Mapping[str, Tensor]) -> None:
         """Keep the weights, in place of those that were kept.

@@ -335,8 +335,12 @@ def _draws_of(seed: int, name: str, first: int) -> int:
 
 def _start(own: OwnEnds | None, body: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """What A's and C's adapter is at the start of a round: what came, or what this client has kept since the first."""
-    kept = own.load() if own is not None and body.get("round") != 1 else None
-    return weights if kept is None else kept
+    if own is None or (kept := own.load()) is None:
+        return weights
+    if body.get("round") != 1:
+        return kept
+    own.set_aside()  # that it begins anew is the coordinator's word, and these weights are nobody else's
+    return weights
 
 
 @lru_cache(maxsize=4)
