@@ -158,6 +158,26 @@ def test_a_template_that_is_missing_or_broken_is_one_line(tokenizer: Any, templa
         tokenizer.chat_template = before
 
 
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{% macro go(n) %}{% for a in range(9) %}{{ go(n + 1) if n < 99 }}{% endfor %}{% endmacro %}{{ go(0) }}",
+        "{{ range(99999) | map('string') | list | length }}",
+    ],
+    ids=["loops", "macros", "filters"],
+)
+def test_a_template_that_does_not_end_is_stopped(
+    tokenizer: Any, template: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedsea.chats.MOST_STEPS", 50_000)
+    long = [{"role": role, "content": "hi"} for role in ["user", "assistant"] * 500]
+    assert write_chat(tokenizer, long).count("hi") == 1000
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    with pytest.raises(UsageError, match="does not end"):
+        write_chat(tokenizer, long)
+
+
 def test_a_template_without_a_system_message_says_so(tokenizer: Any) -> None:
     before = tokenizer.chat_template
     tokenizer.chat_template = (

@@ -1,6 +1,7 @@
 """Writes conversations out with a tokenizer's chat template: the one place that does, and that says what it refuses."""
 
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fedsea.errors import UsageError
@@ -10,6 +11,7 @@ Messages = Sequence[Mapping[str, str]]
 """Each with a `role` (system, user, assistant) and its `content`."""
 
 LONGEST_REASON = 200
+MOST_STEPS = 10_000_000  # of a template, some seconds; a chat of a thousand turns takes some 50,000
 
 
 def has_chat_template(tokenizer: Any) -> bool:
@@ -63,8 +65,9 @@ def write_chat(tokenizer: Any, messages: Messages, *, answer_next: bool = False,
         )
 
     def write(these: Messages) -> str:
-        text: str = tokenizer.apply_chat_template(
-            [dict(message) for message in these], tokenize=False, add_generation_prompt=answer_next, **variables
+        turns = [dict(message) for message in these]
+        text: str = _bounded(
+            lambda: tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=answer_next, **variables)
         )
         return text
 
@@ -88,6 +91,30 @@ def chat_tokens(tokenizer: Any, messages: Messages) -> list[int]:
     # A template writes the marks of the text's beginning itself.
     tokens: list[int] = tokenizer(write_chat(tokenizer, messages, answer_next=True), add_special_tokens=False).input_ids
     return tokens
+
+
+def _bounded(render: Callable[[], Any]) -> Any:
+    """What `render` gives, unless its template takes too many steps: loops in loops may go on for years.
+
+    They are counted, so that the same template is always stopped or never: a time would depend on the machine.
+    """
+    from jinja2.exceptions import TemplateRuntimeError
+
+    steps = 0
+
+    def step(frame: Any, _event: str, _arg: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps > MOST_STEPS:
+            raise TemplateRuntimeError(f"it does not end within {MOST_STEPS:,} steps")
+        return step if frame.f_code.co_filename == "<template>" else None  # as Jinja calls a template's code
+
+    before = sys.gettrace()
+    sys.settrace(step)
+    try:
+        return render()
+    finally:
+        sys.settrace(before)
 
 
 def _reason(error: Exception) -> str:
