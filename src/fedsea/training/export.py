@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fedsea.checkpoints import load_whole_model, open_checkpoint
+from fedsea.checkpoints.quiet import quiet_transformers
 from fedsea.errors import ModelMismatchError, UsageError
 from fedsea.partition import LIFT, PROJECT
 from fedsea.parts.adapter_files import CONFIG, WEIGHTS, read_adapter, save_adapter, write_card
@@ -105,7 +106,8 @@ def merge_adapter(source: Path, model: str, out: Path, *, dtype: torch.dtype, de
         merged = whole_with_adapter(whole, adapter).merge_and_unload()
     except (RuntimeError, ValueError) as error:
         raise ModelMismatchError(f"the adapter in {adapter} does not fit {model}: {error}") from None
-    merged.save_pretrained(str(out))
+    with quiet_transformers():
+        merged.save_pretrained(str(out))
     open_checkpoint(model).tokenizer().save_pretrained(str(out))
 
 
