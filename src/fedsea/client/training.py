@@ -23,7 +23,7 @@ from fedsea.client.run import LossScale, MiddleRun, keep_state
 from fedsea.client.session import SessionSettings
 from fedsea.client.traffic import Traffic
 from fedsea.errors import ModelMismatchError, UsageError
-from fedsea.partition import LIFT, Partition, in_middle, layer_of
+from fedsea.partition import LIFT, PROJECT, Partition, in_middle, layer_of
 from fedsea.parts.adapter_files import read_adapter, save_adapter, write_card
 from fedsea.parts.adapters import AdapterSpec, adapter_parameters
 from fedsea.parts.held import ANOTHER, NAME, hold
@@ -276,6 +276,8 @@ class TrainingMixin(NarrowMixin):
         """
         if kwargs:
             raise UsageError(f"a split model's load_adapter does not take {', '.join(sorted(kwargs))}")
+        if adapter_name not in (None, NAME):
+            raise UsageError(ANOTHER)
         lora, weights = read_adapter(peft_model_id)
         cut = self._read_cut(peft_model_id)
         narrow = cut[0].rank if cut is not None else 0
@@ -296,11 +298,17 @@ class TrainingMixin(NarrowMixin):
             self.lora_middle.requires_grad_(is_trainable)
 
     def _check_fits(self, spec: AdapterSpec, weights: Mapping[str, Tensor], source: object) -> None:
-        """Before the server hears of it: does the adapter have a weight for each target, and of the right size?"""
-        for name, (rank, _alpha) in spec.targets.items():
-            down, up = weights.get(f"{name}.lora_A.weight"), weights.get(f"{name}.lora_B.weight")
-            if down is None or up is None or down.shape[0] != rank or up.shape[1] != rank:
-                raise ModelMismatchError(f"the adapter in {source} does not fit this model: {name} is not as here")
+        """Before anything changes: are the adapter's weights all there, of the right sizes, finite, and no others?"""
+        shapes = spec.shapes_in(self.config, range(self.config.num_hidden_layers))
+        found = {name: tuple(weight.shape) for name, weight in weights.items() if name not in (PROJECT, LIFT)}
+        for name in sorted(shapes.keys() | found.keys()):
+            here, there = shapes.get(name), found.get(name)
+            if here != there:
+                sizes = [f"of shape {list(shape)}" if shape is not None else "not there" for shape in (there, here)]
+                raise ModelMismatchError(
+                    f"the adapter in {source} does not fit this model: {name} is {sizes[0]} in it, {sizes[1]} here"
+                )
+        _check_finite(weights)
 
     @torch.no_grad()
     def set_adapter_state(self, weights: Mapping[str, Tensor]) -> None:
@@ -309,8 +317,9 @@ class TrainingMixin(NarrowMixin):
         Raises
         ------
         ModelMismatchError
-            If names or shapes are others. Nothing is set then.
+            If names or shapes are others, or a weight is not finite. Nothing is set then.
         """
+        _check_finite(weights)
         local = adapter_parameters(self._module)
         middle = self.partition.middle(self.config.num_hidden_layers)
         remote = {name: weight for name, weight in weights.items() if in_middle(name, middle)}
@@ -427,6 +436,12 @@ class TrainingMixin(NarrowMixin):
     def _close_run(self) -> None:
         if self._run is not None:
             self._run.close(end=not self._run_named)
+
+
+def _check_finite(weights: Mapping[str, Tensor]) -> None:
+    for name, weight in weights.items():
+        if not bool(torch.isfinite(weight).all()):
+            raise ModelMismatchError(f"the adapter cannot be used: {name} holds values that are not finite")
 
 
 def _of_kind(kind: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

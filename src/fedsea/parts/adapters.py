@@ -88,19 +88,19 @@ class AdapterSpec:
             with torch.device("meta"), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 inject_adapter_in_model(chosen, whole, "default")
-        except ValueError as error:
+            targets = {
+                name: (module.r["default"], float(module.lora_alpha["default"]))
+                for name, module in whole.named_modules()
+                if hasattr(module, "lora_A") and "default" in getattr(module, "r", {})
+            }
+        except Exception as error:  # of any kind: a configuration may come from a stranger's file
             raise UsageError(f"PEFT refuses the adapter's configuration: {error}") from None
-        targets = {
-            name: (module.r["default"], float(module.lora_alpha["default"]))
-            for name, module in whole.named_modules()
-            if hasattr(module, "lora_A") and "default" in getattr(module, "r", {})
-        }
         outside = [name for name in targets if layer_of(name) is None]
         if outside:
             raise UsageError(
                 f"adapters go on the linear modules of decoder layers; leave out {', '.join(sorted(outside))}"
             )
-        return cls(
+        spec = cls(
             targets,
             dropout=lora.lora_dropout,
             use_rslora=lora.use_rslora,
@@ -108,6 +108,10 @@ class AdapterSpec:
             gaussian=lora.init_lora_weights == "gaussian",
             seed=seed,
         )
+        try:
+            return cls.from_body(spec.to_body())  # what the block server would say of it
+        except ProtocolError as error:
+            raise UsageError(f"a split model does not take the adapter's configuration: {error}") from None
 
     def to_body(self) -> dict[str, Any]:
         """As a JSON object, modules of one kind together: `[["self_attn.q_proj", 8, 16.0, [0, 1, 2]], ...]`."""
