@@ -13,6 +13,7 @@ from transformers import pipeline
 
 from fedsea import SplitModelForCausalLM, load_tokenizer
 from fedsea.checkpoints import load_whole_model
+from fedsea.errors import UsageError
 from tests.conftest import RunningServer, connect
 from tests.split_training import adapted, assert_same_losses, lora, whole_twin
 from tests.test_trainers import logged, trainer, wrapped
@@ -71,6 +72,31 @@ def test_names_and_attributes_are_the_whole_models(tiny_server: RunningServer, w
             assert ask(model) == ask(whole_tiny)
         assert isinstance(model, SplitModelForCausalLM)
         assert "layers range(1, 5) elsewhere" in repr(model)
+
+
+def test_what_the_configuration_asks_of_every_call_is_done_or_refused(
+    tiny_server: RunningServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = torch.tensor([[5, 6, 7]])
+    with connect(tiny_server) as model:
+        monkeypatch.setattr(model.config, "return_dict", False)
+        assert isinstance(model(ids), tuple)
+        assert not isinstance(model(ids, return_dict=True), tuple)
+        monkeypatch.setattr(model.config, "output_hidden_states", True)
+        with pytest.raises(UsageError, match="output_hidden_states"):
+            model(ids)
+        assert model(ids, output_hidden_states=False)[0].shape == (1, 3, model.vocab_size)
+
+
+def test_compiling_it_changes_nothing(tiny_server: RunningServer, tmp_path: Path) -> None:
+    with adapted(tiny_server) as model:
+        whole = whole_twin(model, tmp_path / "start")
+        losses = []
+        for name, one, compiled in (("split", model, True), ("whole", whole, False)):
+            run = trainer(one, tmp_path / name, torch_compile=compiled, save_strategy="no")
+            run.train()
+            losses.append(logged(run))
+        assert_same_losses(*losses)
 
 
 def test_peft_notes_how_the_base_model_is_loaded(tiny_server: RunningServer, tmp_path: Path) -> None:

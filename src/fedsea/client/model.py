@@ -208,6 +208,8 @@ class SplitModelForCausalLM(NativeMixin, PreTrainedModel, SplitGenerationMixin):
         self._caches.add(cache)
         return cache
 
+    # What crosses the network is no graph, so torch.compile leaves the model as it is.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -291,7 +293,8 @@ class SplitModelForCausalLM(NativeMixin, PreTrainedModel, SplitGenerationMixin):
                 loss = self._finish_loss(loss, hidden, logits)
         named: dict[str, Any] = {CACHE: cache}
         output = CausalLMOutputWithPast(loss=loss, logits=logits, **named)
-        return output if return_dict is not False else output.to_tuple()
+        named_tuple = self.config.return_dict if return_dict is None else return_dict
+        return output if named_tuple else output.to_tuple()
 
     def _states(
         self,
@@ -307,7 +310,10 @@ class SplitModelForCausalLM(NativeMixin, PreTrainedModel, SplitGenerationMixin):
     ) -> tuple[Tensor, SplitCache | None]:
         """States before the final norm, `[rows, kept columns, hidden]`, and the cache that holds the text now."""
         packing = {name: kwargs.pop(name) for name in PACKING if kwargs.get(name) is not None}
-        unsupported = [key for key, value in kwargs.items() if value is not None and value is not False]
+        asked = {key: value for key, value in kwargs.items() if value is not None}
+        unsupported = [key for key, value in asked.items() if value is not False]
+        if self.config.output_hidden_states and "output_hidden_states" not in asked:
+            unsupported.append("output_hidden_states")  # the configuration asks for them in every call
         if unsupported:
             raise UsageError(f"a split model does not take {', '.join(sorted(unsupported))}")
         if input_ids is None or input_ids.numel() == 0:
