@@ -269,3 +269,16 @@ def test_an_audit_takes_its_looks_from_the_file(tmp_path: Path, capsys: pytest.C
     for given, says in (("0", "1 or more"), (str(tmp_path / "none.db"), "the file where looks are counted")):
         assert command(["audit", "random:tiny", "--looks", given]) != 0
         assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["looks.db", ":memory:"])
+def test_a_ledger_is_one_file_wherever_its_process_goes(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ledger = LookLedger(name, 1)
+    ledger.charge([([1, 2], b"one")])
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with pytest.raises(LimitExceededError, match="used up"):
+        ledger.charge([([1, 2], b"two")])

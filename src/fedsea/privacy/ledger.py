@@ -46,7 +46,8 @@ class LookLedger:
     def __init__(self, path: str | Path, most: int) -> None:
         if most < 0:
             raise UsageError(f"the budget of looks must be 0 or more; got {most}")
-        self.path, self.most = Path(path), most
+        # One file wherever the process goes; and no name that SQLite would take for another thing, as :memory:.
+        self.path, self.most = Path(path).absolute(), most
 
     def charge(self, looks: Iterable[tuple[Sequence[int], bytes]]) -> None:
         """Count looks that are about to be given: all of them or, where one is refused, none.
