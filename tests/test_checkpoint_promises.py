@@ -107,6 +107,33 @@ def test_a_head_that_is_missing_is_not_taken_from_the_embedding(tmp_path: Path) 
         assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize("differs", [True, False])
+def test_a_tied_head_that_is_stored_as_well_counts_if_any_of_it_differs(tmp_path: Path, differs: bool) -> None:
+    save(tmp_path, tie_word_embeddings=True)
+
+    def change(weights: Weights) -> Weights:
+        head = weights["model.embed_tokens.weight"].clone()
+        head[101, 3] += 5 * differs  # one number of one row
+        return weights | {"lm_head.weight": head}
+
+    rewrite(tmp_path, change)
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(tmp_path)(IDS).logits
+        assert torch.equal(load_whole_model(tmp_path)(IDS).logits, expected)
+    torch.testing.assert_close(split_logits(tmp_path), expected, atol=1e-5, rtol=1e-5)
+    assert open_checkpoint(tmp_path).config.tie_word_embeddings is not differs
+
+
+@pytest.mark.parametrize("settings", [{"hidden_act": "no-such"}, {"pad_token_id": 256}], ids=str)
+def test_a_configuration_of_which_no_model_can_be_made_is_one_line(tmp_path: Path, settings: dict[str, Any]) -> None:
+    save(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    with pytest.raises(ModelNotFoundError, match="configuration cannot be used") as raised:
+        split_logits(tmp_path)
+    assert "\n" not in str(raised.value)
+
+
 def without_one(weights: Weights) -> Weights:
     del weights["model.layers.2.mlp.up_proj.weight"]
     return weights
@@ -114,6 +141,11 @@ def without_one(weights: Weights) -> Weights:
 
 def of_another_shape(weights: Weights) -> Weights:
     return weights | {"model.layers.2.mlp.up_proj.weight": torch.zeros(8, 64)}
+
+
+def as_whole_numbers(weights: Weights) -> Weights:
+    name = "model.layers.0.mlp.up_proj.weight"
+    return weights | {name: weights[name].to(torch.int8)}
 
 
 def differently_named(weights: Weights) -> Weights:
@@ -145,6 +177,13 @@ def test_weights_that_do_not_fill_the_model_are_one_line(
     if change in (without_one, of_another_shape):  # at the server as well
         with pytest.raises(ModelNotFoundError, match=says):
             MiddleBlocks.from_checkpoint(open_checkpoint(tmp_path), range(1, 5), dtype=torch.float32)
+
+
+def test_quantised_weights_without_a_word_are_one_line(tmp_path: Path) -> None:
+    save(tmp_path)
+    rewrite(tmp_path, as_whole_numbers)
+    with pytest.raises(ModelNotFoundError, match=r"layers\.0\.mlp\.up_proj\.weight is stored as int8"):
+        split_logits(tmp_path)
 
 
 NESTED, OF_WRONG_TYPES = "[" * 100_000, '{"hidden_size": "x", "eos_token_id": {}, "model": 3}'

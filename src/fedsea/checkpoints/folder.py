@@ -215,7 +215,7 @@ class FolderCheckpoint(Checkpoint):
                 )
         elif head and not embedding:
             self._place[_EMBEDDING_WEIGHT] = self._place.pop(_HEAD_WEIGHT)
-        elif head and self._sample(_HEAD_WEIGHT) == self._sample(_EMBEDDING_WEIGHT):
+        elif head and self._is_same(_HEAD_WEIGHT, _EMBEDDING_WEIGHT):
             del self._place[_HEAD_WEIGHT]
         elif head:
             self.config.tie_word_embeddings = False
@@ -223,6 +223,12 @@ class FolderCheckpoint(Checkpoint):
     def _sample(self, name: str) -> bytes:
         filename, stored = self._place[name]
         return sample_bytes(self._open(filename).sampled_rows(stored))
+
+    def _is_same(self, name: str, other: str) -> bool:
+        if self._sample(name) != self._sample(other):
+            return False
+        (file, stored), (file_there, stored_there) = self._place[name], self._place[other]
+        return self._open(file).is_same(stored, self._open(file_there), stored_there)
 
     def _shape(self, name: str) -> tuple[int, ...]:
         filename, stored = self._place[name]

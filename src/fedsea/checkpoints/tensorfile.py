@@ -140,6 +140,31 @@ class TensorFile:
                 self._fill(file, row)
                 yield row
 
+    def is_same(self, name: str, other: "TensorFile", name_there: str) -> bool:
+        """Whether a tensor is one of another file (or of this one), to the last bit; neither is held in memory.
+
+        Raises
+        ------
+        ModelNotFoundError
+            If a file ends before its tensor does.
+        """
+        here, there = self._entries[name], other._entries[name_there]
+        if (here.dtype, here.shape) != (there.dtype, there.shape):
+            return False
+        left = torch.Size(here.shape).numel() * here.dtype.itemsize
+        one, two = (torch.empty(min(BUFFER_BYTES, left), dtype=torch.uint8) for _ in range(2))
+        with self.path.open("rb", buffering=0) as file, other.path.open("rb", buffering=0) as file_there:
+            file.seek(here.offset)
+            file_there.seek(there.offset)
+            while left:
+                size = min(BUFFER_BYTES, left)
+                self._fill(file, one[:size])
+                other._fill(file_there, two[:size])
+                if not torch.equal(one[:size], two[:size]):
+                    return False
+                left -= size
+        return True
+
     def _fill(self, file: BinaryIO, target: torch.Tensor) -> None:
         """Read exactly the bytes of `target` (one-dimensional, contiguous, on the CPU)."""
         bytes_view: Any = target.view(torch.uint8).numpy()  # numpy's stubs do not declare the buffer protocol

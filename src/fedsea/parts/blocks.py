@@ -15,9 +15,10 @@ from fedsea.checkpoints.base import Checkpoint
 from fedsea.errors import ModelNotFoundError, PartitionError
 from fedsea.partition import Partition
 from fedsea.parts.cache import RowCache, cache_argument
-from fedsea.parts.families import family_of
+from fedsea.parts.families import Family, family_of
 from fedsea.parts.narrow import LinearMap
 from fedsea.parts.rows import Rows, attention_mask
+from fedsea.text import one_line
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -37,18 +38,27 @@ class Part(nn.Module):
         self.config._attn_implementation = "sdpa"
         self.layers = layers
         family = family_of(config)
-        self.windows = {layer: family.window(config, layer) for layer in layers}
+        try:
+            self.windows = {layer: family.window(config, layer) for layer in layers}
+            self._build(family, embedding=embedding, head=head)
+            self.rotary = family.rotary(self.config)
+        except Exception as error:  # of any kind: the configuration may come from a stranger
+            why = one_line(f"{type(error).__name__}: {error}")
+            raise ModelNotFoundError(f"the model's configuration cannot be used ({why})") from error
+        self.narrow_cut = nn.ModuleDict()  # its half of a narrow cut, if there is one
+        self.eval()
+
+    def _build(self, family: Family, *, embedding: bool, head: bool) -> None:
+        """The modules, on the meta device."""
+        config: Any = self.config
         with torch.device("meta"):
             self.model = nn.Module()
             if embedding:
                 self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-            self.model.layers = nn.ModuleDict({str(layer): family.layer(self.config, layer) for layer in layers})
+            self.model.layers = nn.ModuleDict({str(layer): family.layer(config, layer) for layer in self.layers})
             if head:
                 self.model.norm = family.norm(config.hidden_size, eps=config.rms_norm_eps)
                 self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.narrow_cut = nn.ModuleDict()  # its half of a narrow cut, if there is one
-        self.rotary = family.rotary(self.config)
-        self.eval()
 
     def follow(self, whole: Any) -> Self:
         """Compute with the modules that a model has now under the names of this part's own."""
@@ -147,6 +157,11 @@ class Part(nn.Module):
                 raise ModelNotFoundError(
                     f"{checkpoint.name}: weight {name} has shape {list(tensor.shape)}; "
                     f"the model of its configuration needs {list(shapes[name])}"
+                )
+            if not tensor.is_floating_point():
+                raise ModelNotFoundError(
+                    f"{checkpoint.name}: weight {name} is stored as {str(tensor.dtype).removeprefix('torch.')}, as "
+                    "quantised weights are; use the original checkpoint instead"
                 )
             loaded[name] = tensor
         weights |= {name: loaded[stored] for name, stored in stored_as.items() if name not in weights}
