@@ -390,3 +390,20 @@ def test_the_official_files_are_read_whole(task: str) -> None:
     folder, train, validation = OFFICIAL[task]
     assert len(TASKS[task].read(str(DATA / folder), "train")) == train
     assert len(TASKS[task].read(str(DATA / folder), "validation")) == validation
+
+
+@pytest.mark.parametrize(
+    ("task", "line", "says"),
+    [
+        ("text", '{"text": "one", "text": "two"}', "the key 'text' is there twice"),
+        ("chat", '{"messages": [{"role": "user", "role": "assistant", "content": "a"}]}', "the key 'role' is there"),
+        ("chat", '{"messages": [MESSAGE], "tools": [{"name": "f"}]}', "the column 'tools' cannot be learnt"),
+        ("chat", '{"messages": [MESSAGE, {"tool_calls": [{}]}]}', r"'messages\[1\]\.tool_calls' cannot be learnt"),
+    ],
+)
+def test_nothing_of_a_row_is_left_out_without_a_word(tmp_path: Path, task: str, line: str, says: str) -> None:
+    file = tmp_path / "data.jsonl"
+    file.write_text(line.replace("MESSAGE", '{"role": "assistant", "content": "a"}'))
+    with pytest.raises(UsageError, match=says) as raised:
+        get_task(task).read(str(file))
+    assert "data.jsonl line 1" in str(raised.value)

@@ -6,6 +6,8 @@ from fedsea.tasks.base import Dialogue, Example, LossTask
 from fedsea.tasks.reading import Row
 
 _ROLES = {role: role for role in ("system", "user", "assistant")}
+# Chat templates write them too. Left out, the model would learn from another text than it answers to.
+_NOT_LEARNT = ("tools", "tool_calls", "reasoning_content", "thinking")
 
 
 class Chat(LossTask):
@@ -17,6 +19,10 @@ class Chat(LossTask):
     needs = "messages (each with role and content, at least one of them with the role assistant)"
 
     def examples(self, row: Row) -> Iterable[Example]:
+        for part in (row, *row.rows("messages")):
+            for name in _NOT_LEARNT:
+                if part.has(name) and part.value(name):
+                    raise part.wrong(f"the column '{part.inside}{name}' cannot be learnt yet; take it out")
         messages = [(message.label("role", _ROLES), message.text("content")) for message in row.rows("messages")]
         answers = [place for place, (role, _) in enumerate(messages) if role == "assistant"]
         if not answers:

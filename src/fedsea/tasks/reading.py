@@ -185,7 +185,7 @@ def _text(content: bytes, file: Path, needs: str, first_line: int = 1) -> str:
 
 def _parse(text: str, where: str, needs: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_once)
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, " if error.lineno > 1 else ""
         raise UsageError(
@@ -193,8 +193,17 @@ def _parse(text: str, where: str, needs: str) -> Any:
         ) from None
     except RecursionError:
         raise UsageError(f"{where}: the JSON is nested too deep; expected a JSON object; {needs}") from None
-    except ValueError as error:  # a number of thousands of digits
+    except ValueError as error:  # a number of thousands of digits, or a key twice
         raise UsageError(f"{where}: {error}; expected a JSON object; {needs}") from None
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose keys are all different; JSON would let the last of two win without a word."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} is there twice")
+    return fields
 
 
 def _row(fields: Any, number: int, where: str, needs: str) -> Row:
