@@ -24,6 +24,7 @@ arguments = parser.parse_args()
 TEXTS = [f"At Lindental clinic, locker {number} belongs to ward {number % 7}." for number in range(64)]
 
 tokenizer = load_tokenizer(arguments.model)
+tokenizer.padding_side = "right"  # as training wants it; it comes as generation does
 model = SplitModelForCausalLM.from_pretrained(
     arguments.model, server=arguments.server, credentials=arguments.credentials, insecure=arguments.insecure
 )

@@ -117,6 +117,11 @@ def test_a_federation_outlives_every_death_and_leaves_nothing_running(
         _, weights = read_adapter(folder / "output" / "adapter")
         assert weights
         assert all(bool(weight.isfinite().all()) for weight in weights.values())
+        until(
+            lambda: all(command.process.poll() is not None for command in joins)
+        )  # the federation is over for them too
+        for name in CLIENTS:
+            assert read_adapter(folder / "clients" / name / "adapter")[1].keys() == weights.keys()
     finally:
         ends = [command.stop() for command in (ups[-1], *joins)]
     assert [code for code, _ in ends] == [0, 0, 0], ends

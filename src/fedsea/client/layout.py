@@ -77,7 +77,7 @@ class Layout:
         if self.mask is not None and bool((labels[:, 1:] != -100)[~self.mask[:, :-1]].any()):
             raise UsageError(
                 "a label would be learnt from a column of padding: set the labels of padding, and of a row's first "
-                "token behind it, to -100"
+                "token behind it, to -100, or pad at the right: tokenizer.padding_side = 'right'"
             )
 
 
