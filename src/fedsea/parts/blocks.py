@@ -65,10 +65,14 @@ class Part(nn.Module):
         ends = [(self.model, whole.model, name) for name in ("embed_tokens", "norm") if hasattr(self.model, name)]
         if hasattr(self, "lm_head"):
             ends.append((self, whole, "lm_head"))
+        # Looked at for every token, and hardly ever another: registering a module takes longer than asking for it.
         for own, other, name in ends:
-            setattr(own, name, getattr(other, name))
-        for layer in self.model.layers:
-            self.model.layers[layer] = whole.model.layers[layer]
+            if getattr(own, name) is not (module := getattr(other, name)):
+                setattr(own, name, module)
+        own, other = self.model.layers, whole.model.layers
+        for layer in own:
+            if own[layer] is not (module := other[layer]):
+                own[layer] = module
         return self
 
     def new_cache(self) -> RowCache:
