@@ -67,7 +67,8 @@ WRONG: list[tuple[Sequence[str], int, str]] = [
     (["evaluate", "random:tiny", "--whole", "--task", "squad", "--data", "DATA"], 2, "there is no task 'squad'"),
     (["evaluate", "random:tiny", "--whole", "--task", "text", "--data", "nowhere"], 2, "no file or folder nowhere"),
     (["evaluate", "no-such-model", "--whole", "--task", "text", "--data", "DATA"], 1, "no model 'no-such-model'"),
-    ([*ONES["evaluate"], "--whole", "--adapter", "nowhere"], 2, "nowhere holds no PEFT adapter"),
+    ([*ONES["evaluate"], "--whole", "--adapter", "nowhere"], 1, "nowhere is no PEFT adapter"),
+    ([*ONES["generate"], *NEAR, "--adapter", "TRAINING"], 1, "the adapter of this training is in "),
     (["audit", "no-such-model"], 1, "no model 'no-such-model'"),
     (["audit", "random:tiny", "--data", "nowhere.txt"], 2, "cannot read nowhere.txt"),
     (["audit", "random:tiny", "--noise-level", "-1"], 2, "--noise-level must be a number, 0 or more"),
@@ -92,7 +93,9 @@ WRONG: list[tuple[Sequence[str], int, str]] = [
 def outcomes(commands: Sequence[Sequence[str]], folder: Path, absent: Sequence[str] = ()) -> list[tuple[int, str]]:
     (folder / "data.jsonl").write_text('{"text": "a"}\n')
     (folder / "broken.jsonl").write_text("{\n")
-    files = {"DATA": "data.jsonl", "BROKEN": "broken.jsonl"}
+    (folder / "training" / "adapter").mkdir(parents=True, exist_ok=True)
+    (folder / "training" / "adapter" / "adapter_config.json").write_text("{}")
+    files = {"DATA": "data.jsonl", "BROKEN": "broken.jsonl", "TRAINING": "training"}
     typed = [[str(folder / files[word]) if word in files else word for word in command] for command in commands]
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, json.dumps([absent, typed])],

@@ -36,7 +36,7 @@ class Leaves(World):
     def __call__(self, message: Message, context: Context) -> Message | None:
         client, kind = self.clients[context.node_id - 1], message.metadata.message_type
         if kind == "train" and client.name == self.leaver:
-            reply = Message(Error(1, "the node is not there any more"), reply_to=message)
+            reply = Message(Error(5, "Error: Node Unavailable"), reply_to=message)  # as the SuperLink says it
             reply.metadata.__dict__["_src_node_id"] = 1  # the SuperLink's, not the node's
             return reply
         if kind == f"query.{FINISH}":
@@ -57,7 +57,7 @@ def test_a_client_that_leaves_in_a_round_is_left_out_and_the_others_get_the_adap
     adapter = run.start()
     (line,) = run.rounds()
     assert sorted(line["clients"]) == ["ann", "cyd"]
-    assert "not there any more" in line["dropped"]["bob"]
+    assert "it has left, or its machine is not reached" in line["dropped"]["bob"]
     assert sorted(world.handed) == ["ann", "cyd"]
     for handed in world.handed.values():
         assert handed.pop("lora")["r"] == 2

@@ -10,6 +10,8 @@ from fedsea.checkpoints.gguf import require_converter
 from fedsea.checkpoints.packaged import PACKAGED, packaged_gguf
 from fedsea.errors import ModelNotFoundError
 
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 Kind = Literal["random", "gguf", "folder", "hub"]
@@ -64,3 +66,19 @@ def check_model(name: str) -> None:
     kind, place = locate(name)
     if kind == "gguf":
         require_converter(place)
+
+
+def check_adapter(folder: str | os.PathLike[str]) -> None:
+    """Check that a folder has the files of a PEFT adapter; they are not read.
+
+    Raises
+    ------
+    ModelNotFoundError
+        If one is missing; it says so where the folder is a training's, with the adapter inside.
+    """
+    path = Path(folder)
+    for name in ADAPTER_FILES:
+        if not (path / name).is_file():
+            inside = path / "adapter"
+            where = f"; the adapter of this training is in {inside}" if (inside / name).is_file() else ""
+            raise ModelNotFoundError(f"{path} is no PEFT adapter: {name} is missing{where}")

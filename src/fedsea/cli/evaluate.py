@@ -18,7 +18,6 @@ from fedsea.text import json_text
 if TYPE_CHECKING:  # --help needs no torch
     from fedsea.tasks import Evaluation
 
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 # What of a client's options also means something without a server.
 _WITHOUT_SERVER = {"model", "server", "dtype", "device", "threads"}
@@ -93,7 +92,7 @@ def _with_adapter(model: Any, adapter: Path, name: str) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # missing weights are told below, deprecations are not the user's
             adapted: Any = PeftModel.from_pretrained(model, str(adapter)).eval()
-        with safe_open(adapter / ADAPTER_FILES[1], "pt") as file:
+        with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
             strangers = set(file.keys()) ^ set(get_peft_model_state_dict(adapted))
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         reason = " ".join(str(error).split())
@@ -138,7 +137,10 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Ask MODEL a task's questions, and score its answers with the task's official metrics."""
-    _check_adapter(adapter)
+    if adapter is not None:
+        from fedsea.checkpoints.names import check_adapter
+
+        check_adapter(adapter)
     if predictions is not None and not predictions.parent.is_dir():
         raise UsageError(f"there is no folder {predictions.parent} to write {predictions.name} into")
     from fedsea.tasks import get_task
@@ -174,14 +176,6 @@ def evaluate(
         print_json({"model": model.model, "data": data, **result.to_json()})
     else:
         _print_table(result, chosen.title)
-
-
-def _check_adapter(adapter: Path | None) -> None:
-    if adapter is None:
-        return
-    for name in ADAPTER_FILES:
-        if not (adapter / name).is_file():
-            raise UsageError(f"{adapter} holds no PEFT adapter: there is no {name} in it")
 
 
 def _write_predictions(result: "Evaluation", file: Path) -> None:

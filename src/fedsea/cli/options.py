@@ -173,6 +173,14 @@ class AdaptedClientOptions(ClientOptions):
         Path | None, typer.Option(metavar="DIR", help="A PEFT adapter of the model, from fedsea finetune or elsewhere.")
     ] = None
 
+    def check(self) -> None:
+        """The same, and the adapter's files."""
+        from fedsea.checkpoints.names import check_adapter
+
+        super().check()
+        if self.adapter is not None:
+            check_adapter(self.adapter)
+
     def connect(self) -> "SplitModelForCausalLM":
         """Load the client's parts, meet the block server, load the adapter on all three parts.
 

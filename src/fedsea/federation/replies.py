@@ -13,6 +13,7 @@ from fedsea.text import one_line as text_on_one_line
 
 EXAMPLES = "num-examples"
 TRAINING = (EXAMPLES, "train-loss", "steps", "tokens", "bytes-up", "bytes-down", "seconds")
+NODE_UNAVAILABLE = 5  # Flower's ErrorCode, which is not public
 MAX_COUNT = 2.0**53
 MAX_LOSS = 1e30
 MAX_METRICS = 64
@@ -62,7 +63,9 @@ def read_reply(message: Message | None, shapes: Shapes | None) -> Reply | str:
 
 
 def error_text(message: Message) -> str:
-    """What a client says has gone wrong."""
+    """What a client says has gone wrong, or Flower of one that is not there."""
+    if message.error.code == NODE_UNAVAILABLE:
+        return "it has left, or its machine is not reached any more"
     return one_line(str(message.error.reason or f"error {message.error.code} without a reason"))
 
 

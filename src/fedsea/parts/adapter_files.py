@@ -9,12 +9,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fedsea.checkpoints.names import ADAPTER_FILES, check_adapter
 from fedsea.errors import ModelNotFoundError, UsageError
 from fedsea.files import make_private, parse_json
 from fedsea.partition import LIFT, PROJECT
 from fedsea.parts.cut_files import CutRecord, read_cut, save_cut
 
-CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
+(CONFIG, WEIGHTS), CARD = ADAPTER_FILES, "README.md"
 PREFIX = "base_model.model."
 HAS_CUT = "narrow_cut"  # in the metadata of an adapter's file: the adapter alone is not the model
 MAGNITUDE = ".lora_magnitude_vector"  # DoRA's: PEFT's files leave the `.weight` behind it out
@@ -100,9 +101,7 @@ def read_adapter(folder: str | Path) -> tuple[LoraConfig, dict[str, Tensor]]:
         If it is one of another kind than LoRA.
     """
     path = Path(folder)
-    for name in (CONFIG, WEIGHTS):
-        if not (path / name).is_file():
-            raise ModelNotFoundError(f"{path} is no PEFT adapter: {name} is missing")
+    check_adapter(path)
     try:
         settings = parse_json((path / CONFIG).read_bytes())
         if not isinstance(settings, dict):
