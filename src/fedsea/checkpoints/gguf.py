@@ -25,7 +25,7 @@ from fedsea.process import child_environment, module_command
 
 FORMAT = 3  # one more for each change of what a conversion writes: what an earlier version made is not used again
 MANIFEST = "manifest.json"
-CONVERTER = ("gguf", "accelerate")  # the packages of the extra `gguf`
+CONVERTER = ("gguf",)  # the packages of the extra `gguf`
 
 _log = logging.getLogger(__name__)
 
