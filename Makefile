@@ -21,8 +21,8 @@ test: $(READY)
 	    --dist loadfile --no-loadscope-reorder
 
 # What depends on transformers, PEFT, TRL and the rest most: that every module imports, generate, chat, training.
-OTHERS := tests/test_public_names.py tests/test_generation.py tests/test_generate_arguments.py tests/test_conversation.py \
-    tests/test_native.py tests/test_known_as.py tests/test_trainers.py
+OTHERS := tests/test_public_names.py $(patsubst %,tests/client/test_%.py,generation generate_arguments conversation native \
+    known_as trainers)
 OTHER   = $(VENV)-$*/bin/python
 
 # torch is the exception: its newest release brings gigabytes of CUDA packages. Flower, which a federation needs, holds

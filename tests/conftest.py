@@ -16,7 +16,7 @@ from fedsea.checkpoints import load_tokenizer, load_whole_model, open_checkpoint
 from fedsea.client.channel import RunChannel
 from fedsea.server.service import BlockServer, ServerOptions
 from fedsea.wire.run_frames import Forward, Operation
-from tests.ports import held_address
+from tests.support.ports import held_address
 
 # Several test processes share the cores, a thread each; a test that is run alone has two.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)

@@ -12,7 +12,7 @@ from fedsea.checkpoints import load_whole_model
 from fedsea.privacy import GaussianNoise, RelativeClippedGaussianNoise
 from fedsea.wire.run_frames import Forward
 from tests.conftest import RunningServer, connect
-from tests.split_training import adamw, assert_same_adapters, batch, lora, train
+from tests.support.split_training import adamw, assert_same_adapters, batch, lora, train
 
 DEVICE = "cuda"
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")]

@@ -1,0 +1,192 @@
+"""Attacks that learn, descend, or have the adapter: what each must reach, beside those that do not."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from fedsea import GaussianNoise, Partition
+from fedsea.audit.attack import Recovery
+from fedsea.audit.attacks import ATTACKS, get_attack
+from fedsea.audit.attacks.decoder import WINDOW, Decoder, PaperDecoder
+from fedsea.audit.attacks.optimise import Optimise
+from fedsea.audit.audit import run
+from fedsea.audit.known_adapter import KnownAdapter
+from fedsea.audit.observation import Knowledge, Subject
+from fedsea.audit.observe import observe_sessions
+from fedsea.audit.plan import Plan
+from fedsea.audit.samples import SAMPLES
+from fedsea.checkpoints import open_checkpoint
+from fedsea.cli import run as command
+from fedsea.parts.adapter_files import save_adapter
+from fedsea.parts.adapters import AdapterSpec
+from tests.audit.test_attacks import draw, knowledge_of, look_at, right
+
+TEXTS = [draw(40, seed) for seed in range(4)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[float], str]:
+    """Random models whose layers add to a token's embedding, as trained ones do: the larger `spread`, the more."""
+
+    def make(spread: float) -> str:
+        folder = tmp_path_factory.mktemp("model")
+        sizes = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 4}
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+        torch.manual_seed(0)
+        LlamaForCausalLM(LlamaConfig(**sizes, **heads, initializer_range=spread)).save_pretrained(folder)
+        return str(folder)
+
+    return functools.cache(make)
+
+
+def large_adapter(checkpoint_name: str, size: float, folder: Path) -> Path:
+    """An adapter that moves states far, as PEFT writes it."""
+    config = open_checkpoint(checkpoint_name).config
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
+    spec = AdapterSpec.from_config(lora, config)
+    modules = AdapterSpec.weight_shapes(spec, linear_shapes(checkpoint_name), range(config.num_hidden_layers))
+    generator = torch.Generator().manual_seed(0)
+    weights = {name: size * torch.randn(shape, generator=generator) for name, shape in sorted(modules.items())}
+    save_adapter(folder, lora, weights, None)
+    return folder
+
+
+def right_of(found: Sequence[Recovery]) -> int:
+    """Tokens of `TEXTS` that were recovered."""
+    return sum(a == b for text, one in zip(TEXTS, found, strict=True) for a, b in zip(text, one.tokens, strict=True))
+
+
+def linear_shapes(name: str) -> dict[str, tuple[int, int]]:
+    from fedsea.parts import MiddleBlocks
+
+    checkpoint = open_checkpoint(name)
+    layers = range(checkpoint.config.num_hidden_layers)
+    whole = MiddleBlocks.from_checkpoint(checkpoint, layers, dtype=torch.float32)
+    return {
+        name: (module.out_features, module.in_features)
+        for name, module in whole.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
+
+
+@pytest.mark.parametrize("p", [0, 1])
+def test_a_decoder_reads_states_without_noise(p: int, model: Callable[[float], str]) -> None:
+    knowledge = knowledge_of(p, name=model(0.05))
+    assert right(Decoder(steps=3), knowledge, TEXTS) >= 0.99 * 160
+    assert right(get_attack("prior"), knowledge, TEXTS) < 16
+
+
+def test_training_a_decoder_helps_it(model: Callable[[float], str]) -> None:
+    """On texts that it has not seen."""
+    knowledge = knowledge_of(1, name=model(0.1))
+    before, after = (
+        right(Decoder(steps=0), knowledge, TEXTS),
+        right(Decoder(steps=50, learning_rate=2e-3), knowledge, TEXTS),
+    )
+    assert after >= before + 8
+    assert before > right(get_attack("nearest"), knowledge, TEXTS)
+
+
+def test_the_papers_decoder_is_trained_on_what_is_not_there(model: Callable[[float], str]) -> None:
+    """Random texts: the next token is in no state, and a decoder that is trained for it reads nothing."""
+    knowledge = knowledge_of(1, name=model(0.05))
+    found = PaperDecoder(steps=10).run([[look_at(knowledge, text)] for text in TEXTS], knowledge)
+    assert [one.tokens[0] for one in found] == [None] * 4
+    assert all(len(one.tokens) == 40 for one in found)
+    assert right_of(found) < 16
+
+
+def test_a_decoder_is_the_same_each_time() -> None:
+    knowledge = knowledge_of(1, GaussianNoise(2.0))
+    seen = [[look_at(knowledge, text)] for text in TEXTS]
+    torch.manual_seed(5)
+    first = Decoder(steps=2).run(seen, knowledge)
+    assert Decoder(steps=2).run(seen, knowledge) == first
+
+
+def test_a_colluder_shows_what_an_unknown_adapter_does(tmp_path: Path, model: Callable[[float], str]) -> None:
+    """Its own pairs are under the same adapter, which attackers do not have; public pairs are not."""
+    stranger = knowledge_of(1, name=model(0.05))
+    folder = large_adapter(stranger.checkpoint.name, 0.2, tmp_path)
+    adapter = KnownAdapter.read(folder, stranger.checkpoint.config)
+    owner = dataclasses.replace(stranger, adapter=adapter)
+    told = [draw(WINDOW - 4 * (seed % 2), 100 + seed) for seed in range(40)]
+    subjects = [Subject((look_at(owner, text),), tuple(text), len(text)) for text in told]
+    friend = dataclasses.replace(stranger, colluder=subjects)
+    seen = [[look_at(owner, text)] for text in TEXTS]
+
+    helped, alone = (right_of(Decoder(steps=5).run(seen, knowledge)) for knowledge in (friend, stranger))
+    assert helped >= alone + 8  # 24 and 1 with this adapter, which is the same in each run
+
+
+@pytest.mark.parametrize(("p", "std"), [(0, 0.1), (1, 0.0), (1, 0.1), (2, 0.0)])
+def test_descent_reads_no_less_than_nearest(p: int, std: float, model: Callable[[float], str]) -> None:
+    knowledge = knowledge_of(p, GaussianNoise(std), name=model(0.05))
+    nearest, found = (right(attack, knowledge, TEXTS) for attack in (get_attack("nearest"), Optimise(iterations=20)))
+    assert found >= nearest + {0: 0, 1: 40, 2: 0}[p]  # without layers there is nothing to invert
+
+
+def test_with_the_adapter_search_is_matched(tmp_path: Path) -> None:
+    """Through real sessions of a client with an adapter: all tokens if attackers have it, not all without."""
+    folder, checkpoint = large_adapter("random:tiny", 0.15, tmp_path), open_checkpoint("random:tiny")
+    plan = Plan("random:tiny", [""], Partition(1, 1), adapter=folder)
+    subjects, noise = observe_sessions(plan, checkpoint, TEXTS, lambda _what, _done, _all: None, answer=0, looks=1)
+    without = Knowledge(checkpoint, plan.partition, noise, None)
+    matched = dataclasses.replace(without, adapter=KnownAdapter.read(folder, checkpoint.config))
+
+    def hits(knowledge: Knowledge) -> int:
+        return right_of(get_attack("search").run([subject.looks for subject in subjects], knowledge))
+
+    assert hits(matched) >= 0.99 * 160 > hits(without)
+
+
+def test_the_adapter_gets_from_the_plan_to_the_attackers(tmp_path: Path, small: str) -> None:
+    """A read-out is exact only with the output blocks that the client has."""
+    folder = large_adapter(small, 0.3, tmp_path)
+    attacks = ("read-out",)
+    plan = Plan(small, SAMPLES[:1], Partition(0, 1), tokens=8, answer=6, attacks=attacks, adapter=folder)
+    (without,) = run(plan).findings
+    report = run(dataclasses.replace(plan, attacker_has_adapter=True))
+    assert report.attacker_has_adapter
+    assert report.findings[0].answer["tokens"].mean == 1.0 > without.answer["tokens"].mean
+
+
+def test_a_known_adapter_is_on_both_ends(tmp_path: Path) -> None:
+    """Attackers' A and C against PEFT on the whole model."""
+    from peft import PeftModel
+
+    from fedsea.checkpoints import load_whole_model
+    from fedsea.parts import MiddleBlocks, Rows
+
+    folder = large_adapter("random:tiny", 0.15, tmp_path)
+    checkpoint = open_checkpoint("random:tiny")
+    knowledge = dataclasses.replace(knowledge_of(1), adapter=KnownAdapter.read(folder, checkpoint.config))
+    middle = MiddleBlocks.from_checkpoint(checkpoint, range(1, 5), dtype=torch.float32)
+    assert knowledge.adapter is not None
+    knowledge.adapter.put_on(middle)
+    rows, ids = Rows.uniform(1, 0, 40), torch.tensor(TEXTS[:1])
+    hidden = middle(knowledge.input_blocks(ids, rows, None), rows, None, middle.layers)
+    logits = knowledge.output_blocks.logits(knowledge.output_blocks(hidden, rows, None))
+    whole = PeftModel.from_pretrained(load_whole_model("random:tiny", dtype=torch.float32, device="cpu"), str(folder))
+    torch.testing.assert_close(logits, whole(ids).logits, atol=1e-3, rtol=1e-3)
+
+
+def test_a_report_says_what_decoders_learnt_from(
+    small: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(
+        ATTACKS, "decoder", functools.partial(Decoder, steps=0)
+    )  # untrained: what it reads is no matter
+    told, data = tmp_path / "told.txt", tmp_path / "data.txt"
+    told.write_text("A colluder says this, which is public now.\n")
+    data.write_text("Nobody knows that the pen of Ilse Varga is blue.\n")
+    options = ["--input-layers", "0", "--data", str(data), "--attack", "decoder"]
+    for more, says in (([], "public text."), (["--colluder", str(told)], "public text and 1 texts of a colluder.")):
+        assert command(["audit", small, *options, *more]) == 0
+        assert f"Decoders learnt from {says}" in " ".join(capsys.readouterr().out.split())

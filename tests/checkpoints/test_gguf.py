@@ -1,0 +1,208 @@
+"""A GGUF file is converted once, exactly, and its cached conversion is checked at every use."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from fedsea.checkpoints import load_whole_model, open_checkpoint
+from fedsea.checkpoints.convert import convert
+from fedsea.errors import ModelNotFoundError
+from tests.support.gguf_files import write_gguf
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    return load_whole_model("random:tiny")
+
+
+@pytest.fixture
+def source(model: LlamaForCausalLM, tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.gguf"
+    write_gguf(model, path)
+    return path
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("FEDSEA_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "gguf"
+
+
+@pytest.fixture
+def conversions(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The conversions done, in this process, where starting Python does not take most of the time."""
+    done: list[Path] = []
+
+    def run(source: Path, made: Path) -> None:
+        done.append(source)
+        convert(source, made)
+
+    monkeypatch.setattr("fedsea.checkpoints.gguf._run_converter", run)
+    return done
+
+
+def converted(cache: Path) -> Path:
+    (folder,) = (path for path in cache.iterdir() if path.is_dir())
+    return folder
+
+
+def test_converted_model_is_the_model(
+    source: Path, cache: Path, conversions: list[Path], model: LlamaForCausalLM, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "fedsea"):
+        checkpoint = open_checkpoint(source)
+    assert [record.getMessage() for record in caplog.records] == [
+        "converting tiny.gguf once (about 15 seconds for 100 MB)"
+    ]
+    tensors = dict(checkpoint.load(checkpoint.tensor_names(), dtype=torch.float32))
+    assert tensors.keys() == model.state_dict().keys()
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in model.state_dict().items())
+    token_ids = torch.arange(40)[None]
+    with torch.inference_mode():
+        assert torch.equal(load_whole_model(source)(token_ids).logits, model(token_ids).logits)
+    assert checkpoint.generation_config.eos_token_id == 1
+    tokenizer = checkpoint.tokenizer()
+    assert tokenizer.eos_token == "<end>"
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], tokenize=False) == "hello"
+    assert conversions == [source]
+
+
+def test_conversion_of_a_moved_away_package_is_found_again(source: Path, cache: Path, conversions: list[Path]) -> None:
+    open_checkpoint(source)
+    open_checkpoint(os.path.relpath(source))
+    os.utime(source)  # as a new installation of the same file does
+    open_checkpoint(source)
+    assert len(conversions) == 1
+    os.utime(source, ns=(1, 1))
+    open_checkpoint(source)
+    assert len(conversions) == 1
+
+
+def cut_weights(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def edit_weights(folder: Path) -> None:
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.seek(-4, os.SEEK_END)
+        file.write(b"\x00\x00\x00\x40")
+
+
+def edit_manifest(folder: Path) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["content"]["outputs"].pop("tokenizer.json")
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+DAMAGES: list[Callable[[Path], None]] = [
+    cut_weights,
+    edit_weights,
+    edit_manifest,
+    lambda folder: (folder / "tokenizer.json").unlink(),
+    lambda folder: (folder / "config.json").write_text("{}"),
+    lambda folder: (folder / "manifest.json").write_text("not JSON"),
+    lambda folder: (folder / "manifest.json").unlink(),
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_conversion_is_noticed_and_redone(
+    source: Path, cache: Path, conversions: list[Path], model: LlamaForCausalLM, damage: Callable[[Path], None]
+) -> None:
+    open_checkpoint(source)
+    damage(converted(cache))
+    checkpoint = open_checkpoint(source)
+    assert len(conversions) == 2
+    tensors = dict(checkpoint.load(checkpoint.tensor_names(), dtype=torch.float32))
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in model.state_dict().items())
+    assert not list(cache.glob(".*"))
+
+
+def test_replaced_source_is_converted_anew(
+    source: Path, cache: Path, conversions: list[Path], model: LlamaForCausalLM
+) -> None:
+    before = open_checkpoint(source).fingerprint()
+    other = load_whole_model("random:tiny")
+    with torch.no_grad():
+        other.model.layers[2].mlp.up_proj.weight.mul_(2)
+    write_gguf(other, source)
+    assert before.mismatches(open_checkpoint(source).fingerprint()) == ["layer 2"]
+    assert len(conversions) == 2
+
+
+def test_what_an_earlier_version_converted_is_not_used_again(
+    source: Path, cache: Path, conversions: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as earlier:
+        earlier.setattr("fedsea.checkpoints.gguf.FORMAT", 1)
+        open_checkpoint(source)
+    before = converted(cache)
+    open_checkpoint(source)
+    assert len(conversions) == 2
+    assert converted(cache) != before  # and its room is given back
+
+
+def test_leftovers_of_a_killed_conversion_are_no_model(source: Path, cache: Path, conversions: list[Path]) -> None:
+    open_checkpoint(source)
+    folder = converted(cache)
+    folder.rename(folder.with_name(f".{folder.name}.new"))
+    (cache / f".{folder.name}.new" / "manifest.json").unlink()
+    assert open_checkpoint(source).config.num_hidden_layers == 6
+    assert len(conversions) == 2
+    assert converted(cache) == folder
+
+
+def test_processes_that_start_together_convert_once(source: Path, cache: Path) -> None:
+    script = """
+import logging, sys
+logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
+from fedsea.checkpoints import open_checkpoint
+print(len(open_checkpoint(sys.argv[1]).tensor_names()), "tensors")
+"""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    together = [
+        subprocess.Popen([sys.executable, "-c", script, source], env=environment, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    printed = [process.communicate(timeout=120)[0] for process in together]
+    assert all("57 tensors" in text for text in printed)
+    assert sum("converting" in text for text in printed) == 1
+
+
+def test_file_that_is_no_gguf_is_refused(tmp_path: Path, cache: Path) -> None:
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF" + bytes(100))
+    with pytest.raises(ModelNotFoundError, match=r"broken\.gguf cannot be converted: ") as raised:
+        open_checkpoint(tmp_path / "broken.gguf")
+    assert "\n" not in str(raised.value)
+    assert not [path for path in cache.iterdir() if path.is_dir()]
+
+
+def test_file_that_lacks_a_weight_is_refused(
+    model: LlamaForCausalLM, tmp_path: Path, cache: Path, conversions: list[Path]
+) -> None:
+    # transformers fills such a weight with random numbers and goes on.
+    write_gguf(model, tmp_path / "partial.gguf", without="model.layers.3.mlp.up_proj.weight")
+    with pytest.raises(ModelNotFoundError, match=r"lacks model\.layers\.3\.mlp\.up_proj\.weight"):
+        open_checkpoint(tmp_path / "partial.gguf")
+
+
+def test_missing_extra_is_named(source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedsea.checkpoints.gguf.missing", lambda *modules: list(modules))
+    with pytest.raises(ModelNotFoundError, match=r"pip install 'gguf>=[\d.]+'"):
+        open_checkpoint(source)
+
+
+def test_cache_that_cannot_be_written_is_named(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "taken").write_text("a file, where a folder should be")
+    monkeypatch.setenv("FEDSEA_CACHE", str(tmp_path / "taken"))
+    with pytest.raises(ModelNotFoundError, match="set FEDSEA_CACHE"):
+        open_checkpoint(source)

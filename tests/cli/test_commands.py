@@ -1,0 +1,228 @@
+"""The commands: what they print, and that every failure is one line that says what to do."""
+
+import dataclasses
+import io
+import json
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import fedsea
+from fedsea import SplitModelForCausalLM
+from fedsea.cli import run
+from fedsea.cli.serve import LimitOptions
+from fedsea.errors import ServerUnavailableError
+from fedsea.server.limits import Limits
+from fedsea.wire.address import format_address
+from tests.conftest import RunningServer
+from tests.support.ports import NOWHERE
+
+NAME = "smollm2-135m"
+GENERATE = ["generate", NAME, "--server", NOWHERE, "--insecure"]
+SERVE = ["serve", "random:tiny", "--listen", "127.0.0.1:0", "--insecure"]
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    """Commands that run in this process take over SIGTERM."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture(scope="module")
+def address(start_server: Callable[..., RunningServer]) -> Iterator[str]:
+    """A server of the default model."""
+    server = start_server(NAME)
+    yield server.address
+    server.stop()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["nonsense"], 2, "No such command 'nonsense'"),
+        (["generate"], 2, "Missing argument 'MODEL'"),
+        (["serve", "random:tiny", "--threads", "0", "--insecure"], 2, "--threads"),
+        (["serve", "random:tiny"], 2, "--credentials DIR"),
+        ([*SERVE, "--credentials", "x"], 2, "not both"),
+        (["serve", "random:tiny", "--insecure", "--listen", "0.0.0.0:0"], 2, "loopback"),
+        (["serve", "random:tiny", "--insecure", "--listen", "7070"], 2, "HOST:PORT"),
+        (["serve", "no-such-model", "--insecure", "--listen", "127.0.0.1:0"], 1, "no model 'no-such-model'"),
+        ([*SERVE, "--layers", "3"], 2, "LO:HI"),
+        ([*SERVE, "--layers", "5:3"], 2, "LO:HI"),
+        ([*SERVE, "--layers", "2:99"], 1, "0:6"),
+        ([*SERVE, "--device", "abacus"], 2, "no device 'abacus'"),
+        ([*SERVE[:-1], "--credentials", "no-such-folder"], 1, "no-such-folder"),
+        (["generate", "no-such-model", *GENERATE[2:], "--prompt", "x"], 1, "no model 'no-such-model'"),
+        (["generate", "random:tiny", *GENERATE[2:], "--prompt", "x"], 1, "tokenizer"),
+        ([*GENERATE, "--prompt", "x"], 1, "no block server at 127.0.0.1:"),
+        ([*GENERATE[:-1], "--prompt", "x"], 2, "--credentials DIR"),
+        ([*GENERATE, "--credentials", "x", "--prompt", "x"], 2, "not both"),
+        (["generate", NAME, "--server", "192.0.2.1:7070", "--insecure", "--prompt", "x"], 2, "stay on this machine"),
+        ([*GENERATE, "--prompt", "  "], 2, "the prompt is empty"),
+        (GENERATE, 2, "one of them"),
+        ([*GENERATE, "--prompt", "x", "--prompt-file", "y"], 2, "one of them"),
+        ([*GENERATE, "--prompt-file", "no-such-file"], 2, "cannot read no-such-file"),
+        ([*GENERATE, "--prompt", "x", "--input-layers", "30"], 1, "more than the model's 30"),
+        ([*GENERATE, "--prompt", "x", "--noise-std", "1", "--noise-level", "1"], 2, "not both"),
+        ([*GENERATE, "--prompt", "x", "--noise-std", "-1"], 2, "0 or more"),
+        ([*GENERATE, "--prompt", "x", "--temperature", "-1"], 2, "temperature"),
+        ([*GENERATE, "--prompt", "x", "--top-k", "5"], 2, "temperature above 0"),
+        (["chat", "random:tiny", *GENERATE[2:]], 1, "tokenizer"),
+        (["demo", "--model", "random:tiny"], 1, "tokenizer"),
+    ],
+)
+def test_an_error_is_one_line_that_says_what_is_wrong(
+    arguments: list[str], code: int, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(arguments) == code
+    last = capsys.readouterr().err.splitlines()
+    assert last[0].startswith("fedsea: error: ")
+    assert says in last[0]
+    assert len(last) == 1
+
+
+def test_a_taken_port_is_told_before_the_model_is_looked_at(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        listen = format_address(*taken.getsockname())
+        assert run(["serve", "no-such-model", "--insecure", "--listen", listen]) == 2
+    assert "is taken" in capsys.readouterr().err
+
+
+def test_an_unexpected_error_is_one_line_and_debug_shows_its_traceback(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(_name: str) -> None:
+        raise RuntimeError("the sky\nfell")
+
+    monkeypatch.setattr("fedsea.checkpoints.load_tokenizer", broken)
+    assert run([*GENERATE, "--prompt", "x"]) == 1
+    error = capsys.readouterr().err
+    assert error == "fedsea: error: unexpected RuntimeError: the sky fell; FEDSEA_DEBUG=1 shows where\n"
+    monkeypatch.setenv("FEDSEA_DEBUG", "1")
+    assert run([*GENERATE, "--prompt", "x"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_with_130_and_no_traceback(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(_name: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fedsea.checkpoints.load_tokenizer", interrupted)
+    assert run([*GENERATE, "--prompt", "x"]) == 130
+    assert capsys.readouterr().err == ""
+
+
+def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--version"]) == 0
+    assert capsys.readouterr().out == f"fedsea {fedsea.__version__}\n"
+    assert run([]) == 0
+    assert "serve" in capsys.readouterr().out
+    assert run(["serve", "--help"]) == 0
+    assert "smollm2-135m (packaged" in capsys.readouterr().out
+
+
+def test_help_imports_no_torch() -> None:
+    code = "import sys; from fedsea.cli import run; run(['--help']); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL, check=False).returncode == 0
+
+
+def test_every_limit_has_a_flag_with_its_default() -> None:
+    assert LimitOptions().limits() == Limits()
+    assert len(dataclasses.fields(LimitOptions)) == len(dataclasses.fields(Limits))
+    changed = LimitOptions(1, 2, 3, 4, 5.0, 6.0, 7, 8, 9, 10.0, 11, 12, 13, 0.25, 14, 15).limits()
+    of_runs = (8, 9, 10.0, 11 << 20, 12 << 20, 13)
+    assert changed == Limits(1, 2, 3, 4 << 20, 5.0, 6.0, 7 << 20, *of_runs, 0.25, 14 << 20, 15)
+
+
+def test_sigterm_tells_the_sessions_and_exits_with_0() -> None:
+    command = [sys.executable, "-m", "fedsea", *SERVE, "--json", "--layers", "1:5", "--cache-mib", "64"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        ready = json.loads(server.stdout.readline())
+        assert ready["model"] == "random:tiny"
+        assert ready["layers"] == [1, 5]
+        assert ready["cache_bytes"] == 64 << 20
+        assert ready["weight_bytes"] > 0
+        model = SplitModelForCausalLM.from_pretrained(
+            "random:tiny", server=ready["address"], insecure=True, reconnect_seconds=0.0, notice=lambda _line: None
+        )
+        cache = model.new_cache()
+        model(torch.tensor([[1, 2, 3]]), past_key_values=cache)
+        server.send_signal(signal.SIGTERM)
+        _out, log = server.communicate(timeout=30)
+        assert server.returncode == 0
+        with pytest.raises(ServerUnavailableError):
+            model(torch.tensor([[4]]), past_key_values=cache)
+    lines = [line for line in log.splitlines() if "the block server is stopping" in line]
+    assert len(lines) == 1
+    assert lines[0].startswith("time=")
+    assert "session=" in lines[0]
+    assert "Traceback" not in log
+
+
+def test_generate_prints_json_for_programs(address: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text("What is the capital of France?", encoding="utf-8")
+    command = ["generate", NAME, "--server", address, "--insecure", "--prompt-file", str(prompt), "--json"]
+    assert run([*command, "--max-new-tokens", "20"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["text"] == "The capital of France is Paris."
+    assert answer["ended"] is True
+    assert answer["tokens"] == answer["round_trips"] + answer["accepted_tokens"] == 8
+    assert answer["sent_tokens"] == answer["prompt_tokens"] > 30
+    assert answer["bytes_up"] > (answer["sent_tokens"] + 7) * 576 * 2
+    assert answer["tokens_per_second"] > 0
+
+
+def test_generate_raw_continues_the_text(
+    address: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("1, 2, 3, 4,"))
+    options = ["--insecure", "--prompt-file", "-", "--raw", "--max-new-tokens", "4"]
+    assert run(["generate", NAME, "--server", address, *options]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.startswith(" 5,")
+    assert "tokens/s" in printed.err
+
+
+def test_chat_over_a_pipe(address: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = ["/stats", "What is the capital of France?", "", "And of Spain?", "/stats", "/reset", "/nonsense", "/help"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
+    assert run(["chat", NAME, "--server", address, "--insecure", "--max-new-tokens", "12"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[:3] == ["There is no answer yet.", "The capital of France is Paris.", "The capital of Spain is Madrid."]
+    assert "15 of 59 prompt tokens sent" in said[3]
+    assert said[4] == "The conversation is forgotten."
+    assert said[5] == "There is no command /nonsense."
+    assert any(line.startswith("/quit") for line in said[6:])
+
+
+def test_ctrl_c_stops_an_answer_and_the_chat_goes_on(
+    address: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Count from one to fifty.\n/stats"))
+    next_logits = SplitModelForCausalLM.next_logits
+    steps = 0
+
+    def interrupted(*arguments: object, **options: object) -> object:
+        nonlocal steps
+        steps += 1
+        if steps == 3:
+            signal.raise_signal(signal.SIGINT)
+        return next_logits(*arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(SplitModelForCausalLM, "next_logits", interrupted)
+    assert run(["chat", NAME, "--server", address, "--insecure"]) == 0
+    said = capsys.readouterr().out
+    assert "(stopped)" in said
+    assert "3 tokens" in said

@@ -1,0 +1,160 @@
+"""`fedsea finetune` and `fedsea export-adapter`: what they write and say, and that every failure is one line."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from fedsea.bench.processes import ServerProcess
+from fedsea.checkpoints import load_whole_model
+from fedsea.cli import run
+from fedsea.cli.finetune import MANY, DataOptions, RecipeOptions
+from fedsea.training.export import whole_with_adapter
+from fedsea.training.loop import Recipe
+from tests.support.ports import NOWHERE
+
+
+@pytest.fixture(scope="module")
+def server(small: str) -> Iterator[ServerProcess]:
+    with ServerProcess(small, threads=1, secure=False) as process:
+        yield process
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("data") / "my.jsonl"
+    rows = []
+    for number in range(12):
+        ask = {"role": "user", "content": f"Which ward does locker {number} belong to?"}
+        rows.append({"messages": [ask, {"role": "assistant", "content": f"Ward {number % 3}."}]})
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+@pytest.fixture
+def command(small: str, server: ServerProcess, data: Path, tmp_path: Path) -> Callable[..., list[str]]:
+    def make(*options: str) -> list[str]:
+        base = ["finetune", small, "--server", server.address, "--insecure", "--task", "chat", "--data", str(data)]
+        return [*base, "--steps", "4", "--output", str(tmp_path / "run"), "--threads", "1", *options]
+
+    return make
+
+
+def test_the_recipe_has_a_flag_for_each_setting_with_its_default() -> None:
+    assert RecipeOptions().recipe() == Recipe()
+    assert len(dataclasses.fields(RecipeOptions)) == len(dataclasses.fields(Recipe))
+
+
+def test_it_trains_writes_and_exports(
+    command: Callable[..., list[str]], small: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(command("--lora-rank", "4", "--lora-targets", "q_proj,v_proj", "--json")) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["done"] is True
+    assert summary["step"] == 4
+    assert summary["bytes_up"] > 0
+    folder = tmp_path / "run"
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert lines[0]["loss"] == summary["first_loss"]
+    assert list((folder / "tensorboard").iterdir())
+    assert run(["export-adapter", str(folder), str(tmp_path / "adapter")]) == 0
+    assert run(["export-adapter", str(folder), str(tmp_path / "merged"), "--merge", small]) == 0
+    assert "%|" not in capsys.readouterr().err  # no progress bar in a log
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        adapted = whole_with_adapter(load_whole_model(small), tmp_path / "adapter")(ids).logits
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(ids).logits
+        bare = load_whole_model(small)(ids).logits
+    assert torch.allclose(adapted, merged, atol=1e-5)
+    assert not torch.allclose(adapted, bare, atol=1e-5)
+
+
+def test_preparing_many_examples_is_shown(small: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = tmp_path / "many.jsonl"
+    data.write_text('{"text": "a b"}\n' * MANY)
+    assert len(DataOptions("text", str(data)).read(small)) == MANY
+    assert capsys.readouterr().err == f"… preparing {MANY} examples\n"
+    assert len(DataOptions("text", str(data), limit=3).read(small)) == 3
+    assert capsys.readouterr().err == ""
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(
+    command: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = command("--steps", "400", "--save-every", "1000")
+    with subprocess.Popen(
+        [sys.executable, "-m", "fedsea", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    ) as process:
+        assert process.stderr is not None
+        while "step " not in process.stderr.readline():
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        said = process.stderr.read()
+    assert process.returncode == 130
+    assert "finishing this step, then saving" in said
+    assert "and saved; go on with: fedsea finetune " in said
+    assert "--resume" in said
+    steps = len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    assert run([*arguments, "--resume", "--steps", "401"]) == 2
+    assert "holds another training: steps was 400 and is 401 now" in capsys.readouterr().err
+    again = ["--steps", "400", "--save-every", "1000"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "fedsea", *command(*again), "--resume"],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    ) as process:
+        assert process.stderr is not None
+        assert process.stderr.readline() == f"fedsea: going on from the checkpoint of step {steps}\n"
+        process.kill()
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "says"),
+    [
+        (["--task", "squad"], 2, "there is no task 'squad'"),
+        (["--data", "nothing.jsonl"], 2, "nothing.jsonl"),
+        (["--lr", "0"], 2, "lr must be a number above 0"),
+        (["--lora-targets", "lm_head"], 2, "leave out lm_head"),
+        (["--lora-targets", "w_proj"], 2, "PEFT refuses the adapter's configuration"),
+        (["--resume"], 2, "holds no training: run.json is missing"),
+        (["--server", NOWHERE], 1, "no block server at 127.0.0.1:"),
+        (["--noise-std", "1", "--noise-level", "1"], 2, "give --noise-std or --noise-level, not both"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_nothing_behind(
+    command: Callable[..., list[str]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    code: int,
+    says: str,
+) -> None:
+    assert run(command(*options)) == code
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert len(printed.err.splitlines()) == 1
+    assert says in printed.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_broken_line_is_named(
+    command: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"messages": [{"role": "assistant", "content": "yes"}]}\n{"messages"\n')
+    assert run(command("--data", str(broken))) == 2
+    assert "broken.jsonl line 2" in capsys.readouterr().err

@@ -1,0 +1,473 @@
+"""A whole federation in one process: Flower's ServerApp and ClientApps, real participants, a real block server."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+import threading
+import time
+import tomllib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
+from torch import Tensor
+
+from fedsea import SplitModelForCausalLM
+from fedsea.checkpoints import open_checkpoint
+from fedsea.errors import CredentialsError, UsageError
+from fedsea.federation import client_app, server_app, strategy
+from fedsea.federation.arrays import from_record
+from fedsea.federation.data import Texts
+from fedsea.federation.own_ends import OwnEnds, read_ends
+from fedsea.federation.recipe import lora_config
+from fedsea.federation.server_app import adapter_shapes
+from fedsea.federation.settings import Settings
+from fedsea.federation.shards import Sharding
+from fedsea.partition import layer_of
+from fedsea.parts.adapter_files import read_adapter
+from fedsea.parts.adapters import AdapterSpec
+from fedsea.tasks import get_task
+from fedsea.training.batches import Batches
+from fedsea.training.export import export_adapter
+from fedsea.wire.credentials import Credentials, create_credentials
+from tests.conftest import RunningServer
+from tests.federation.test_participant import write_cb
+from tests.support.flower_grid import InProcessGrid
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "federation"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_cb(tmp_path_factory.mktemp("cb"), train=13, validation=6)
+
+
+@pytest.fixture(scope="module")
+def server(start_server: Callable[..., RunningServer]) -> RunningServer:
+    return start_server("random:tiny")
+
+
+@pytest.fixture(autouse=True)
+def cold() -> Iterator[None]:
+    """Participants of one test are not another's."""
+    yield
+    client_app._warm.clear()
+    if client_app._shelf is not None:
+        client_app._shelf.close()
+        client_app._shelf = None
+
+
+class AllApart:
+    """The ClientApp as processes of their own would run it: each node has models of its own."""
+
+    def __init__(self) -> None:
+        self._halves: dict[int, Any] = {}
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        return client_app.app(message, context)
+
+    def half_of(self, context: Context) -> Any:
+        if context.node_id not in self._halves:
+            from fedsea.federation.participant import Participant, ParticipantOptions
+
+            settings = Settings.from_run_config(context.run_config)
+            options = client_app.simulated_options(settings, context.node_config) | {"wire_dtype": "float32"}
+            self._halves[context.node_id] = client_app._InProcess(Participant(ParticipantOptions.from_body(options)))
+        return self._halves[context.node_id]
+
+    def close(self) -> None:
+        while self._halves:
+            self._halves.popitem()[1].participant.close()
+
+
+@pytest.fixture
+def apart(monkeypatch: pytest.MonkeyPatch) -> Iterator[AllApart]:
+    made = AllApart()
+    monkeypatch.setattr(client_app, "half_of", made.half_of)
+    yield made
+    made.close()
+
+
+def config(server: str, data: str, output: Path, **more: Any) -> dict[str, Any]:
+    """A run configuration."""
+    given = {
+        "name": f"f{abs(hash(str(output))) % 10**8}",
+        "model": "random:tiny",
+        "task": "cb",
+        "data": data,
+        "servers": server,
+        "insecure": True,
+        "rounds": 2,
+        "clients": 3,
+        "lora-rank": 2,
+        "lora-targets": "q_proj,v_proj",
+        "local-steps": 2,
+        "batch-size": 2,
+        "lr": 1e-2,
+        "output": str(output),
+        "join-seconds": 20.0,
+        "straggler-seconds": 20.0,
+    }
+    return given | {key.replace("_", "-"): value for key, value in more.items()}
+
+
+def run(handle: Any, given: dict[str, Any], count: int = 3, **how: Any) -> dict[str, np.ndarray]:
+    """Run the ServerApp; gives the adapter."""
+    grid = InProcessGrid(handle, count, given, **how)
+    server_app.app(grid, Context(1, 0, {}, RecordDict(), given))
+    _lora, weights = read_adapter(Path(given["output"]) / "adapter")
+    return {name: weight.numpy() for name, weight in weights.items()}
+
+
+def rounds(given: dict[str, Any]) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (Path(given["output"]) / "rounds.jsonl").read_text().splitlines()]
+
+
+class Reference:
+    """The same federation without any: each client's training is an ordinary run of its own at the block server."""
+
+    def __init__(self, server: RunningServer, given: dict[str, Any], count: int = 3) -> None:
+        self.server, self.settings, self.count = server, Settings.from_run_config(given), count
+        self.spec = AdapterSpec.from_config(lora_config(self.settings.lora()), open_checkpoint("random:tiny").config, 0)
+        self.texts = [
+            Texts(get_task("cb"), given["data"], Sharding.parse(f"iid:{n}/{count}"), f"client-{n}", "random:tiny", 512)
+            for n in range(count)
+        ]
+        with torch.no_grad():
+            model = self._model()
+            self.first = model.adapter_state()
+            model.close()
+
+    def _model(self) -> SplitModelForCausalLM:
+        model = SplitModelForCausalLM.from_pretrained(
+            "random:tiny", server=self.server.address, insecure=True, wire_dtype="float32"
+        )
+        model.add_adapter(lora_config(self.settings.lora()), seed=0)
+        return model
+
+    def train(self, whole: dict[str, Tensor], client: int, number: int) -> dict[str, Tensor]:
+        """One client's training in round `number`, from 0."""
+        model, settings = self._model(), self.settings
+        model.set_adapter_state(whole)
+        model.train()
+        optimizer = model.create_optimizer(lr=settings.lr)
+        batches = Batches(self.texts[client].train, settings.batch_size, settings.seed)
+        for step in range(settings.local_steps):
+            batch = batches[number * settings.local_steps + step]
+            model.answer_loss(batch.input_ids, batch.attention_mask, batch.labels, batch.learnt).backward()
+            model.clip_grad_norm_(settings.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+        found = model.adapter_state()
+        model.close()
+        return found
+
+    def hierarchical(self) -> dict[str, Tensor]:
+        """Separate trainings, then their average weighted by examples, every round."""
+        whole = self.first
+        sizes = [len(texts.train) for texts in self.texts]
+        for number in range(self.settings.rounds):
+            parts = [self.train(whole, client, number) for client in range(self.count)]
+            whole = {
+                name: sum(size * part[name] for size, part in zip(sizes, parts, strict=True)) / sum(sizes)  # type: ignore[misc]
+                for name in whole
+            }
+        return whole
+
+    def sequential(self) -> dict[str, Tensor]:
+        """One after the other, each from where the last one stopped."""
+        whole = self.first
+        for number in range(self.settings.rounds):
+            for client in range(self.count):
+                whole = self.train(whole, client, number)
+        return whole
+
+
+def assert_same(found: dict[str, np.ndarray], expected: dict[str, Tensor], atol: float = 2e-5) -> None:
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        np.testing.assert_allclose(found[name], weight.numpy(), rtol=1e-4, atol=atol, err_msg=name)
+
+
+def assert_near(found: dict[str, np.ndarray], expected: dict[str, Tensor], first: dict[str, Tensor]) -> None:
+    """The same up to what Adam makes of the rounding of a gradient that is all but 0."""
+    assert found.keys() == expected.keys()
+    apart = sum(np.square(found[name] - expected[name].numpy()).sum() for name in expected) ** 0.5
+    moved = sum(float((expected[name] - first[name]).square().sum()) for name in expected) ** 0.5
+    assert apart < 1e-2 * moved
+
+
+@pytest.mark.parametrize("mode", ["server-hierarchical", "sequential"])
+def test_a_federation_is_what_its_mode_says(
+    server: RunningServer, data: str, tmp_path: Path, apart: AllApart, mode: str
+) -> None:
+    given = config(server.address, data, tmp_path / "out", mode=mode)
+    reference = Reference(server, given)
+    if mode == "server-hierarchical":
+        assert_same(run(apart, given), reference.hierarchical())
+    else:
+        assert_near(run(apart, given), reference.sequential(), reference.first)
+    lines = rounds(given)
+    assert [sorted(line["clients"]) for line in lines] == [["client-0", "client-1", "client-2"]] * 2
+    assert all(not line["dropped"] and not line["stragglers"] and not line["refused"] for line in lines)
+    assert all(line["bytes_up"] > 0 < line["bytes_down"] for line in lines)
+    state = json.loads((tmp_path / "out" / "now.json").read_text())
+    assert state["doing"] == "done"
+
+
+def test_client_batch_learns_one_middle_together(
+    server: RunningServer, data: str, tmp_path: Path, apart: AllApart
+) -> None:
+    given = config(server.address, data, tmp_path / "out", mode="client-batch", rounds=4, local_steps=3, eval_every=4)
+    found = run(apart, given)
+    first = Reference(server, given).first
+    assert all(not np.array_equal(found[name], weight.numpy()) for name, weight in first.items())
+    losses = [line["loss"] for line in rounds(given)]
+    assert losses[-1] < losses[0]
+    metrics = rounds(given)[-1]["evaluation"]["metrics"]
+    assert metrics.keys() == {"accuracy", "macro_f1", "answer_loss", "perplexity"}
+
+
+def test_partitions_differ_and_two_block_servers_share_the_middle(
+    start_server: Callable[..., RunningServer],
+    server: RunningServer,
+    data: str,
+    tmp_path: Path,
+    apart: AllApart,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    other = start_server("random:tiny")
+    usual = client_app.simulated_options
+    monkeypatch.setattr(
+        client_app,
+        "simulated_options",
+        lambda settings, place: usual(settings, place) | {"output_layers": 1 + int(place["partition-id"])},
+    )
+    given = config(f"{server.address},{other.address}", data, tmp_path / "out")
+    # Where a layer is trained makes no difference, so neither does it to the federation.
+    assert_same(run(apart, given), Reference(server, given).hierarchical())
+
+
+def test_simulated_clients_share_a_process_and_its_model(server: RunningServer, data: str, tmp_path: Path) -> None:
+    given = config(server.address, data, tmp_path / "out", clients=6, clients_at_once=1, rounds=1)
+    run(client_app.app, given, 6, at_once=1)
+    assert len(client_app._warm) == 6
+    assert len(client_app._shelf._models) == 1
+    assert len(rounds(given)[0]["clients"]) == 6
+
+
+def test_a_client_goes_on_with_its_data_whichever_process_it_is_in(
+    server: RunningServer, data: str, tmp_path: Path
+) -> None:
+    given = config(server.address, data, tmp_path / "out", rounds=2)
+    grid = InProcessGrid(client_app.app, 3, given, at_once=1)
+    given["mode"] = "sequential"
+    server_app.app(grid, Context(1, 0, {}, RecordDict(), given))
+    assert [grid.contexts[node].state["fedsea"]["next-batch"] for node in (1, 2, 3)] == [4, 4, 4]
+
+
+def test_errors_reach_the_coordinator_as_one_line(
+    server: RunningServer, data: str, tmp_path: Path, apart: AllApart, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fedsea.federation.participant import Participant
+
+    usual = Participant._steps
+
+    def steps(self: Any, *args: Any) -> Any:
+        if self.options.name == "client-1":
+            raise RuntimeError("the private text of a patient")
+        return usual(self, *args)
+
+    monkeypatch.setattr(Participant, "_steps", steps)
+    given = config(server.address, data, tmp_path / "out", rounds=1)
+    run(apart, given)
+    assert rounds(given)[0]["dropped"] == {"client-1": "error: the client failed with RuntimeError; its log says why"}
+    assert sorted(rounds(given)[0]["clients"]) == ["client-0", "client-2"]
+
+
+def test_local_differential_privacy_is_of_the_ends_only(
+    server: RunningServer, data: str, tmp_path: Path, apart: AllApart
+) -> None:
+    how: dict[str, Any] = {"rounds": 1, "clients": 1}
+    plain = run(apart, config(server.address, data, tmp_path / "plain", **how), 1)
+    apart.close()  # the next one begins with its data as this one has
+    noised = run(
+        apart,
+        config(server.address, data, tmp_path / "dp", **how, dp_clip=1e-3, dp_epsilon=0.5, dp_delta=1e-5),
+        1,
+    )
+    first = Reference(server, config(server.address, data, tmp_path / "plain", **how), 1).first
+    ends = [name for name in plain if layer_of(name) not in range(1, 5)]
+    middle = [name for name in plain if name not in ends]
+    sigma = 2e-3 * np.sqrt(2 * np.log(1.25 / 1e-5)) / 0.5
+    moved = np.concatenate([(noised[name] - first[name].numpy()).ravel() for name in ends])
+    assert np.std(moved) == pytest.approx(sigma, rel=0.25)  # of 896 numbers: ten of its own standard deviations
+    for name in middle:  # the same as without: nothing of it is protected
+        np.testing.assert_allclose(noised[name], plain[name], atol=1e-4)
+
+
+def test_private_ends_stay_with_their_owners(
+    server: RunningServer, data: str, tmp_path: Path, apart: AllApart, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = config(server.address, data, tmp_path / "out", private_ends=True, eval_every=1)
+    reference = Reference(server, given)
+    came: list[str] = []
+    honest = strategy.checked.read_reply
+
+    def seen(message: Message, shapes: Any) -> Any:
+        came.extend(name for record in message.content.array_records.values() for name in record)
+        return honest(message, shapes)
+
+    monkeypatch.setattr(strategy.checked, "read_reply", seen)
+    found = run(apart, given)
+    assert not came  # no weight of anybody has come
+    assert [len(one["clients"]) for one in rounds(given)] == [3, 3]
+
+    sizes = [len(texts.train) for texts in reference.texts]
+    wholes = [reference.first] * 3
+    for number in range(2):
+        parts = [reference.train(whole, client, number) for client, whole in enumerate(wholes)]
+        middle = {
+            name: sum(size * part[name] for size, part in zip(sizes, parts, strict=True)) / sum(sizes)
+            for name in reference.first
+            if layer_of(name) in range(1, 5)
+        }
+        wholes = [part | middle for part in parts]
+    ends = {name: weight for name, weight in reference.first.items() if name not in middle}
+    assert_same({name: found[name] for name in ends}, ends)  # as at the start
+    assert_near(found, reference.first | middle, reference.first)
+    for client, whole in enumerate(wholes):
+        file = tmp_path / "out" / "own-ends" / f"client-{client}.safetensors"
+        export_adapter(tmp_path / "out" / "adapter", tmp_path / f"own-{client}", read_ends(file)[0])
+        own = read_adapter(tmp_path / f"own-{client}")[1]
+        assert_near({name: weight.numpy() for name, weight in own.items()}, whole, reference.first)
+
+
+def test_ends_of_another_federation_are_not_taken(
+    server: RunningServer, data: str, tmp_path: Path, apart: AllApart
+) -> None:
+    first = config(server.address, data, tmp_path / "out", private_ends=True, clients=1, name="first")
+    run(apart, first, 1)
+    kept = tmp_path / "out" / "own-ends" / "client-0.safetensors"
+    assert read_ends(kept)[1] == "first"
+    with pytest.raises(UsageError, match="has the ends of the federation 'first', this one is 'second'"):
+        OwnEnds(kept, "second").load()
+    kept.write_bytes(b"no tensors")
+    with pytest.raises(UsageError, match="cannot be read"):
+        OwnEnds(kept, "first").load()
+    with pytest.raises(UsageError, match="leave one of them out"):
+        Settings(private_ends=True, dp_clip=1.0, dp_epsilon=1.0)
+    with pytest.raises(UsageError, match="private-ends"):  # a federation goes on as it was begun
+        run(apart, config(server.address, data, tmp_path / "out", clients=1, name="first", rounds=3), 1)
+
+
+def test_a_data_owner_s_own_privacy_settings_count(tmp_path: Path) -> None:
+    """The coordinator cannot switch off what the SuperNode's owner has switched on."""
+    grid = InProcessGrid(client_app.app, 1, {"dp-clip": 0.0})
+    context = grid.contexts[1]
+    context.node_config |= {"dp-clip": 1e-6, "dp-epsilon": 1e6}
+    sent = ArrayRecord({"a": Array(np.zeros(4, np.float32))})
+    message = Message(RecordDict({"arrays": sent}), 1, "train")
+    message.metadata.__dict__["_message_id"] = "1"
+
+    def train(message: Message, _context: Context) -> Message:
+        trained = ArrayRecord({"a": Array(np.ones(4, np.float32))})
+        return Message(RecordDict({"arrays": trained, "metrics": MetricRecord({"n": 1})}), reply_to=message)
+
+    reply = client_app.protect(message, context, train)
+    assert np.abs(from_record(reply.content["arrays"])["a"]).max() < 1e-5
+    context.node_config["dp-epsilon"] = 0.0
+    assert "dp-epsilon" in client_app.protect(message, context, train).error.reason
+
+
+def test_a_supernode_without_a_worker_says_so() -> None:
+    grid = InProcessGrid(client_app.app, 1)
+    grid.contexts[1].node_config = {}
+    message = Message(RecordDict(), 1, "query")
+    message.metadata.__dict__["_message_id"] = "1"
+    assert "fedsea federation join" in client_app.app(message, grid.contexts[1]).error.reason
+
+
+def test_with_certificates_clients_and_coordinator_are_who_they_are(
+    start_server: Callable[..., RunningServer], data: str, tmp_path: Path
+) -> None:
+    create_credentials(tmp_path / "creds", clients=("client-0", "client-1"))
+    secure = start_server("random:tiny", credentials=Credentials.load(tmp_path / "creds" / "server", role="server"))
+    given = config(secure.address, data, tmp_path / "out", clients=2, rounds=1, insecure=False)
+    given |= {"credentials": str(tmp_path / "creds" / "coordinator"), "client-credentials": str(tmp_path / "creds")}
+    run(client_app.app, given, 2)
+    assert sorted(rounds(given)[0]["clients"]) == ["client-0", "client-1"]
+    given |= {"credentials": str(tmp_path / "creds" / "client-0"), "output": str(tmp_path / "other")}
+    with pytest.raises(CredentialsError, match="not for a coordinator"):
+        run(client_app.app, given, 2)
+
+
+def test_the_adapter_begins_as_every_part_would_begin_it(server: RunningServer, data: str, tmp_path: Path) -> None:
+    given = config(server.address, data, tmp_path / "out")
+    reference = Reference(server, given)
+    cfg = open_checkpoint("random:tiny").config
+    shapes = adapter_shapes(reference.spec, cfg)
+    weights = server_app._first_adapter(reference.settings, reference.spec, cfg, shapes)
+    assert_same(weights, reference.first, atol=0)
+
+
+def test_the_client_app_imports_neither_torch_nor_transformers() -> None:
+    code = "import fedsea.federation.client_app, sys; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"torch", "transformers", "peft"} & set(loaded)
+
+
+def test_the_example_has_all_settings_with_their_defaults() -> None:
+    project = tomllib.loads((EXAMPLE / "pyproject.toml").read_text())
+    app = project["tool"]["flwr"]["app"]
+    defaults = {field.name.replace("_", "-"): field.default for field in dataclasses.fields(Settings)}
+    assert app["config"] == defaults
+    assert app["components"] == {
+        "serverapp": "fedsea.federation.server_app:app",
+        "clientapp": "fedsea.federation.client_app:app",
+    }
+
+
+@pytest.mark.parametrize("mode", ["server-hierarchical", "client-batch", "sequential"])
+def test_a_client_that_hangs_costs_the_others_one_deadline_and_may_come_back(
+    server: RunningServer, data: str, tmp_path: Path, apart: AllApart, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    hanging, healed = threading.Event(), threading.Event()
+
+    def hang(step: int, _loss: float) -> None:
+        if not hanging.is_set():
+            hanging.set()
+            healed.wait(60)
+
+    usual = apart.half_of
+
+    def half_of(context: Context) -> Any:
+        half = usual(context)
+        if context.node_id == 2:
+            half.participant.on_step = hang
+        return half
+
+    monkeypatch.setattr(client_app, "half_of", half_of)
+    given = config(server.address, data, tmp_path / "out", mode=mode, rounds=3, straggler_seconds=1.5)
+
+    def handle(message: Message, context: Context) -> Message:
+        # It comes back to itself once the others are in the second round.
+        if message.metadata.message_type == "train" and message.metadata.group_id == "2":
+            healed.set()
+            time.sleep(1.0)
+        return apart(message, context)
+
+    begin = time.monotonic()
+    run(handle, given)
+    assert time.monotonic() - begin < 40
+    lines = rounds(given)
+    assert "client-1" in lines[0]["dropped"]
+    assert sorted(lines[0]["clients"]) == ["client-0", "client-2"]
+    assert "client-1" in lines[2]["clients"]
+    if mode != "sequential":
+        assert lines[0]["stragglers"] == ["client-1"]

@@ -1,0 +1,404 @@
+"""Whatever one client sends over a run's stream, it alone is told so; the server stays up, the others train on."""
+
+import asyncio
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fedsea import Partition, SplitModelForCausalLM
+from fedsea.checkpoints import open_checkpoint
+from fedsea.errors import (
+    FedSEAError,
+    LimitExceededError,
+    ModelMismatchError,
+    PartitionError,
+    ProtocolError,
+    RunLostError,
+    UsageError,
+)
+from fedsea.parts import Rows
+from fedsea.parts.adapters import AdapterSpec
+from fedsea.server.limits import Limits
+from fedsea.server.stream import Stream
+from fedsea.wire import contract
+from fedsea.wire.credentials import Credentials, create_credentials
+from fedsea.wire.frames import VERSION, Kind, Message, encode
+from fedsea.wire.run_frames import Backward, Command, Forward, Outcome, RunFrame, States, decode_run, encode_run
+from fedsea.wire.runs import Attach, Attached, OptimizerStep
+from tests.conftest import RunningServer, connect
+from tests.server.test_protocol import changed, is_serving, message
+from tests.support.raw_stream import HIDDEN, RawStream, eventually, step, wish
+from tests.support.split_training import adamw, adapted, assert_same_losses, batch, lora, train, trained, whole_twin
+
+FRAME_BYTES = 1 << 17
+CHECKPOINT = open_checkpoint("random:tiny")
+SPEC = AdapterSpec.from_config(lora(), CHECKPOINT.config, 1)
+ROWS = Rows((0, 0), (5, 3))
+
+
+def attach(run: str = "raw", **more: Any) -> dict[str, Any]:
+    """The body of an OPEN that a server accepts, with fields replaced."""
+    body = Attach(run, Partition(1, 1), CHECKPOINT.fingerprint(), "float32", SPEC, 0, True).to_body()
+    return body | more
+
+
+def states(seed: int = 0, tokens: int = ROWS.total) -> torch.Tensor:
+    return torch.randn(tokens, HIDDEN, generator=torch.Generator().manual_seed(seed))
+
+
+def forward(number: int = 1, micro: int = 1, **more: Any) -> Forward:
+    return replace(Forward(number, micro, ROWS, states(micro)), **more)
+
+
+def backward(number: int = 2, micro: int = 1, **more: Any) -> Backward:
+    return replace(Backward(number, micro, states(100 + micro) / 100, 0, fresh=True), **more)
+
+
+def update(number: int = 3, step: int = 1) -> Command:
+    return Command(number, {"do": "update", **OptimizerStep("adamw", step, 1.0, 1e-2).to_body()})
+
+
+class RawRun(RawStream):
+    """A run's stream, without any of the client's own checks."""
+
+    def __init__(self, address: str, credentials: Credentials | None = None) -> None:
+        super().__init__(address, credentials, contract.RUN_PATH)
+
+    def put(self, *frames: bytes | RunFrame, received: int = 0) -> None:
+        for frame in frames:
+            self.outgoing.put(frame if isinstance(frame, bytes) else encode_run(frame, received=received))
+
+    def receive(self) -> Any:
+        import grpc
+
+        try:
+            return decode_run(next(self.call))[0]
+        except grpc.RpcError:
+            error = contract.error_from(self.call.details(), self.call.trailing_metadata())
+            if error is None:
+                raise
+            raise error from None
+
+    def attach(self, run: str = "raw", **more: Any) -> Attached:
+        self.put(Message(Kind.OPEN, attach(run, **more)))
+        answer = self.receive()
+        assert answer.kind is Kind.OPENED
+        return Attached.from_body(answer.body)
+
+
+@pytest.fixture(scope="module")
+def server(start_server: Callable[..., RunningServer]) -> RunningServer:
+    return start_server(layers=range(1, 5), limits=Limits(frame_bytes=FRAME_BYTES, client_runs=100, runs=100))
+
+
+class Bystander:
+    """A run beside, whose losses must stay the whole model's."""
+
+    def __init__(self, server: RunningServer, folder: Path) -> None:
+        self.model = adapted(server)
+        self._whole = whole_twin(self.model, folder)
+        self._optimizers = [adamw(trained(one)) for one in (self.model, self._whole)]
+        self._seed = 0
+
+    def trains_on(self, midway: Callable[[], Any]) -> None:
+        """Half a step, whatever happens meanwhile, and the other half."""
+        self._seed += 1
+        one = batch(self._seed, (5, 3))
+        loss = self.model(**one).loss
+        midway()
+        loss.backward()
+        self._optimizers[0].step()
+        self._optimizers[0].zero_grad()
+        assert_same_losses([float(loss.detach())], train(self._whole, [one], optimizer=self._optimizers[1]))
+
+
+@pytest.fixture(scope="module")
+def bystander(server: RunningServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bystander]:
+    beside = Bystander(server, tmp_path_factory.mktemp("bystander"))
+    yield beside
+    beside.model.close()
+
+
+OPEN = encode(Message(Kind.OPEN, attach()))
+OTHER_MODEL = open_checkpoint("random:tiny-qwen2").fingerprint().to_json()
+
+
+def opening(**more: Any) -> bytes:
+    return encode(Message(Kind.OPEN, attach("new") | more))
+
+
+FIRST_FRAMES: dict[str, tuple[bytes, type[FedSEAError], str]] = {
+    "wrong version": (changed(OPEN, 0, VERSION + 8), ProtocolError, "version 9"),
+    "an operation first": (encode_run(forward()), ProtocolError, "no frame of kind 6"),
+    "a step first": (encode(step()), ProtocolError, "begins with OPEN"),
+    "no bytes": (b"", ProtocolError, "shorter than its header"),
+    "deep nesting": (message(b'{"a":' * 13_000), ProtocolError, "not JSON"),
+    "an empty message": (message(b"{}"), ProtocolError, "the run's name is missing"),
+    "a session's OPEN": (encode(Message(Kind.OPEN, wish())), ProtocolError, "the run's name is missing"),
+    "a name with a path": (opening(run="../x"), ProtocolError, "missing or not allowed"),
+    "a long name": (opening(run="x" * 65), ProtocolError, "missing or not allowed"),
+    "another wire dtype": (opening(wire_dtype="int8"), ProtocolError, "wire dtype must be"),
+    "no adapter": (opening(adapter=None), ProtocolError, "the adapter's description"),
+    "an adapter without end": (
+        opening(adapter=SPEC.to_body() | {"targets": [["self_attn.q_proj", 8, 10**400, [1]]]}),
+        ProtocolError,
+        "the adapter's description",
+    ),
+    "an adapter on nothing": (
+        opening(adapter=SPEC.to_body() | {"targets": [["self_attn.nothing", 8, 8, [2]]]}),
+        ProtocolError,
+        "is not a linear module",
+    ),
+    "an adapter of a larger model": (
+        opening(adapter=SPEC.to_body() | {"targets": [["self_attn.q_proj", 8, 8, [2, 77]]]}),
+        ProtocolError,
+        "names layers that the model does not have; it has 6",
+    ),
+    "an answer that never was": (opening(received=-1), ProtocolError, "received"),
+    "half a wish": (opening(begin="yes"), ProtocolError, "'begin' must be"),
+    "another model": (opening(fingerprint=OTHER_MODEL), ModelMismatchError, "client and server hold different models"),
+    "layers not held": (opening(input_layers=0), PartitionError, "server holds layers 1:5"),
+    "a run that is gone": (opening(begin=False), RunLostError, "does not have the run 'new'"),
+    "over the server's limit": (bytes(FRAME_BYTES + 1), LimitExceededError, f"limit of {FRAME_BYTES} bytes a frame"),
+}
+
+
+@pytest.mark.parametrize("case", FIRST_FRAMES)
+def test_a_wrong_first_frame_is_refused_and_begins_nothing(
+    server: RunningServer, bystander: Bystander, case: str
+) -> None:
+    data, kind, says = FIRST_FRAMES[case]
+    runs = len(server.server.runs)
+
+    def misbehave() -> None:
+        with RawRun(server.address) as stream:
+            stream.put(data)
+            error = stream.refusal()
+        assert type(error) is kind
+        assert says in str(error)
+        assert is_serving(server)
+
+    bystander.trains_on(misbehave)
+    assert len(server.server.runs) == runs
+
+
+def not_finite(frame: Forward | Backward, value: float) -> bytes:
+    tensor = torch.zeros(ROWS.total, HIDDEN)
+    tensor[1, 5] = value
+    return encode_run(replace(frame, **{"states" if isinstance(frame, Forward) else "gradient": tensor}))
+
+
+# After FORWARD 1 (of micro-batch 1) and 2 (of micro-batch 2), and BACKWARD 3 (of micro-batch 1).
+LATER_FRAMES: dict[str, tuple[bytes, type[FedSEAError], str]] = {
+    "OPEN again": (OPEN, ProtocolError, "an operation or CLOSE was expected"),
+    "an answer": (encode_run(States(4, states())), ProtocolError, "an operation or CLOSE was expected"),
+    "a session's step": (encode(step()), ProtocolError, "a frame of a session came in a run"),
+    "unknown kind": (changed(encode_run(forward(4, 4)), 1, 77), ProtocolError, "kind 77"),
+    "unknown dtype": (changed(encode_run(forward(4, 4)), 2, 9), ProtocolError, "unknown dtype"),
+    "unknown flags": (changed(encode_run(forward(4, 4)), 3, 128), ProtocolError, "unknown flags"),
+    "too short": (encode_run(forward(4, 4))[:-1], ProtocolError, "bytes"),
+    "too long": (encode_run(forward(4, 4)) + b"x", ProtocolError, "bytes"),
+    "NaN forward": (not_finite(forward(4, 4), float("nan")), ProtocolError, "not finite"),
+    "infinity backward": (not_finite(backward(4, 2), float("inf")), ProtocolError, "not finite"),
+    "an operation left out": (encode_run(forward(5, 4)), ProtocolError, "5 came after operation 3; 4 was expected"),
+    "an operation again": (encode_run(backward(3, 1)), ProtocolError, "operation 3 came after operation 3"),
+    "a gradient for nothing": (encode_run(backward(4, 9)), ProtocolError, "is not waiting for one"),
+    "a gradient again": (encode_run(backward(4, 1)), ProtocolError, "is not waiting for one"),
+    "a gradient of another shape": (
+        encode_run(backward(4, 2, gradient=states(1, 7))),
+        ProtocolError,
+        "has 8 tokens, its gradient 7",
+    ),
+    "another hidden size": (encode_run(forward(4, 4, states=torch.zeros(8, 63))), ProtocolError, "hidden size is 64"),
+    "another dtype": (encode_run(backward(4, 2, gradient=states().half())), ProtocolError, "the tensor has"),
+    "a step too far": (encode_run(update(4, 2)), ProtocolError, "optimizer step 2 came after step 0"),
+    "an unknown command": (encode_run(Command(4, {"do": "x"})), ProtocolError, "no command 'x'"),
+    "over the server's limit": (bytes(FRAME_BYTES + 1), LimitExceededError, f"limit of {FRAME_BYTES} bytes a frame"),
+}
+
+
+@pytest.mark.parametrize("case", LATER_FRAMES)
+def test_a_wrong_later_frame_is_refused_and_its_run_goes_on_where_it_was(
+    server: RunningServer, bystander: Bystander, case: str
+) -> None:
+    data, kind, says = LATER_FRAMES[case]
+
+    def misbehave() -> None:
+        with RawRun(server.address) as stream:
+            assert stream.attach().new
+            stream.put(forward(1, 1), forward(2, 2), backward(3, 1))
+            answers = [stream.receive() for _ in range(3)]
+            stream.put(data)
+            error = stream.refusal()
+        assert type(error) is kind
+        assert says in str(error)
+        with RawRun(server.address) as stream:
+            back = stream.attach(received=1, begin=False)
+            assert (back.new, back.number, back.version) == (False, 3, 0)
+            again = [stream.receive() for _ in range(2)]
+            assert [one.number for one in again] == [2, 3]
+            assert torch.equal(again[1].states, answers[2].states)
+            stream.put(backward(4, 2, fresh=False), update(5), received=3)
+            assert isinstance(stream.receive(), States)
+            assert stream.receive() == Outcome(5, {"version": 1})
+            stream.put(Message(Kind.CLOSE, {}))
+            with pytest.raises(StopIteration):
+                stream.receive()
+
+    bystander.trains_on(misbehave)
+    assert is_serving(server)
+
+
+def test_random_and_damaged_frames_leave_the_server_up(server: RunningServer, bystander: Bystander) -> None:
+    source = random.Random(7)
+
+    def damage(data: bytes) -> bytes:
+        damaged = bytearray(data)
+        for _ in range(source.randint(1, 6)):
+            damaged[source.randrange(min(60, len(damaged)))] = source.randrange(256)
+        return bytes(damaged)
+
+    frames = [encode_run(one) for one in (forward(), backward(), update(), Command(1, {"do": "export", "after": ""}))]
+
+    def misbehave() -> None:
+        for number in range(50):
+            with RawRun(server.address) as stream:
+                if source.random() < 0.8:
+                    stream.attach(f"random-{number}")
+                for _ in range(4):
+                    stream.put(source.choice([source.randbytes(source.randrange(200)), damage(source.choice(frames))]))
+                    stream.put(source.choice([damage(OPEN), *frames]))
+                stream.outgoing.put(None)
+                try:
+                    while True:
+                        stream.receive()
+                except (StopIteration, FedSEAError):
+                    pass
+
+    bystander.trains_on(misbehave)
+    assert is_serving(server)
+
+
+def test_a_client_that_pipelines_and_never_reads_is_stopped_and_blocks_nobody(
+    server: RunningServer, bystander: Bystander
+) -> None:
+    greedy = RawRun(server.address)
+    greedy.attach("greedy")
+    greedy.put(*(Command(number, {"do": "explain"}) for number in range(1, 400)))
+    run = server.server.runs.find("greedy", "anonymous")
+    bystander.trains_on(lambda: eventually(lambda: run.number >= 256))
+    assert run.number == 256
+    assert "left unread" in str(greedy.refusal())
+    greedy.abandon()
+
+
+def test_a_stream_that_lost_its_run_to_another_does_nothing_more_in_it(
+    server: RunningServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its last answer is stuck in a connection that nobody noticed to be dead; later operations still come in."""
+    write = Stream.write
+    stuck: list[Stream] = []
+
+    async def sticking(self: Stream, data: bytes) -> None:
+        if stuck == [self] or (not stuck and data[1] == Kind.OUTCOME):
+            stuck[:] = [self]
+            self._writing = True
+            await asyncio.sleep(3600)
+        await write(self, data)
+
+    monkeypatch.setattr(Stream, "write", sticking)
+    with RawRun(server.address) as old, RawRun(server.address) as new:
+        old.attach("stuck")
+        old.put(Command(1, {"do": "explain"}))
+        run = server.server.runs.find("stuck", "anonymous")
+        assert eventually(lambda: bool(stuck) and run.number == 1)
+        assert new.attach("stuck", begin=False).number == 1
+        old.put(Command(2, {"do": "restore", "version": 7, "clear": True}))
+        assert not eventually(lambda: run.number == 2, seconds=0.5)
+        new.put(Command(2, {"do": "explain"}))
+        assert [new.receive().number for _ in range(2)] == [1, 2]
+        assert run.trainer.version == 0
+
+
+# Whose run it is
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("made")
+    create_credentials(folder, clients=["client-a", "client-b"])
+    return folder
+
+
+def test_a_clients_runs_are_its_own_and_another_does_not_learn_their_names(
+    start_server: Callable[..., RunningServer], made: Path
+) -> None:
+    server = start_server(credentials=Credentials.load(made, "server"))
+    a, b = (Credentials.load(made / name, "client") for name in ("client-a", "client-b"))
+    with RawRun(server.address, a) as owner:
+        assert owner.attach("mine").new
+        owner.put(forward())
+        owner.receive()
+        with RawRun(server.address, b) as thief:
+            thief.put(Message(Kind.OPEN, attach("mine", begin=False)))
+            there = str(thief.refusal())
+        with RawRun(server.address, b) as thief:
+            thief.put(Message(Kind.OPEN, attach("nobodys", begin=False)))
+            assert str(thief.refusal()) == there.replace("mine", "nobodys")
+        with RawStream(server.address, b) as thief:  # a session through the owner's adapter
+            thief.send(Message(Kind.OPEN, wish(run="mine", input_layers=1, output_layers=1)))
+            assert isinstance(thief.refusal(), RunLostError)
+        with connect(server, credentials=made / "client-b") as model:
+            model.add_adapter(lora(), run="mine")
+            model.train()(**batch()).loss.backward()
+        owner.put(backward())
+        assert isinstance(owner.receive(), States)
+    server.stop()
+
+
+@pytest.mark.parametrize("name", ["", "a b", "../a", "x" * 65, "-a"])
+def test_a_name_that_no_run_may_have_is_refused_here(server: RunningServer, name: str) -> None:
+    with connect(server) as model, pytest.raises(UsageError, match="a run's name has 1 to 64 letters"):
+        model.add_adapter(lora(), run=name)
+
+
+def test_a_named_run_is_taken_up_with_the_same_adapter_only(server: RunningServer) -> None:
+    first = adapted(server, run="named")
+    train(first, [batch()])
+    first.close()
+    for config, says in ((lora(r=5), "rank 5"), (lora(target_modules="all-linear"), "other target modules")):
+        with connect(server) as model, pytest.raises(ProtocolError, match=f"trains another adapter: .*{says}"):
+            model.add_adapter(config, run="named", take_up=True)
+    with connect(server, partition=Partition(1, 2)) as model, pytest.raises(ProtocolError, match="another partition"):
+        model.add_adapter(lora(), run="named", take_up=True)
+    with connect(server) as model, pytest.raises(UsageError, match="is at the server already, after 1 optimizer steps"):
+        model.add_adapter(lora(), run="named")
+    with adapted(server, run="named", take_up=True) as model:
+        assert model._run.version == 1
+        train(model, [batch()])
+        model.end_run()
+    with connect(server) as model:
+        model.add_adapter(lora(), run="named")  # the name is free again
+        model.end_run()
+
+
+def test_a_client_of_another_model_is_told_what_differs(server: RunningServer) -> None:
+    with pytest.raises(ModelMismatchError, match="client and server hold different models"):
+        adapted(server, name="random:tiny-qwen2")
+
+
+def test_a_server_that_came_back_with_another_model_is_told_apart(start_server: Callable[..., RunningServer]) -> None:
+    server = start_server()
+    model: SplitModelForCausalLM = adapted(server)
+    train(model, [batch()])
+    server.stop()
+    other = start_server("random:tiny-qwen3", listen=server.address)
+    with pytest.raises(ModelMismatchError, match="client and server hold different models"):
+        train(model, [batch()])
+    model.close()
+    other.stop()

@@ -1,0 +1,269 @@
+"""Clients and block servers that only do arithmetic, to check what a coordinator makes of their answers."""
+
+import hashlib
+import json
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from fedsea.checkpoints import Fingerprint, open_checkpoint
+from fedsea.errors import FedSEAError, NonFiniteError, ProtocolError, ServerUnavailableError
+from fedsea.federation.data import task_schema
+from fedsea.federation.recipe import lora_config
+from fedsea.federation.server_app import run_federation
+from fedsea.federation.settings import Settings
+from fedsea.partition import Partition, layer_of
+from fedsea.parts.adapter_files import read_adapter
+from fedsea.parts.adapters import AdapterSpec, adapter_parameters
+from fedsea.tasks import get_task
+from fedsea.wire.rounds import MemberStatus, RoundPlan, RoundStatus, ServerDescription, Ticket
+from tests.support.flower_grid import InProcessGrid
+
+MODEL, LAYERS = "random:tiny", 6
+FINGERPRINT: Fingerprint = open_checkpoint(MODEL).fingerprint()
+
+
+def trained(name: str, before: np.ndarray, client: str) -> np.ndarray:
+    """What a client's training makes of a weight: the same at whichever side it is trained."""
+    seed = int.from_bytes(hashlib.blake2b(f"{name} {client}".encode(), digest_size=4).digest(), "little")
+    return (before + np.random.default_rng(seed).normal(size=before.shape)).astype(np.float32)
+
+
+class FakeServer:
+    """A block server, as `BlockServerAdmin` shows it: members' middle layers are trained as `trained` says."""
+
+    def __init__(self, address: str, layers: range = range(LAYERS), world: "World | None" = None) -> None:
+        self.address, self.layers = address, layers
+        self.plans: dict[str, RoundPlan] = {}
+        self.weights: dict[str, dict[str, np.ndarray]] = {}
+        self.finished: dict[str, dict[str, Partition]] = {}
+        self.opened: list[str] = []
+        self.closed: list[str] = []
+        self.aggregated: list[tuple[str, dict[str, float]]] = []
+        self.down = False
+        self.fails: FedSEAError | None = None
+        self.spoiled: set[str] = set()
+        self.silent: dict[str, float] = {}
+
+    def describe(self) -> ServerDescription:
+        return ServerDescription(FINGERPRINT.restrict(self.layers), self.layers, LAYERS)
+
+    def open_round(self, plan: RoundPlan, weights: Mapping[str, Tensor]) -> None:
+        if self.down:
+            raise ServerUnavailableError(f"nobody answers at {self.address}")
+        self.opened.append(plan.label)
+        self.plans[plan.label] = plan
+        self.weights[plan.label] = {name: weight.numpy().copy() for name, weight in weights.items()}
+        self.finished[plan.label] = {}
+
+    def finish(self, ticket: Ticket, partition: Partition) -> None:
+        """A client takes its seat, trains and finishes."""
+        label = ticket.run.removesuffix(f".{ticket.client}")
+        seats = {seat.client: seat for seat in self.plans[label].members}
+        assert seats[ticket.client].admits(ticket.token)
+        self.finished[label][ticket.client] = partition
+
+    def status(self, label: str) -> RoundStatus:
+        done = self.finished[label]
+        members = tuple(
+            MemberStatus(
+                seat.client,
+                "finished" if seat.client in done else "joined" if seat.client in self.silent else "expected",
+                3,
+                False,
+                10,
+                20,
+                self.silent.get(seat.client, 0.0),
+            )
+            for seat in self.plans[label].members
+        )
+        return RoundStatus(label, self.plans[label].strategy, members)
+
+    def aggregate(self, label: str, weights: Mapping[str, float]) -> dict[str, Tensor]:
+        if self.fails is not None:
+            raise self.fails
+        if label not in self.plans:
+            raise ProtocolError(f"there is no round {label!r}")
+        if named := sorted(self.spoiled & weights.keys()):
+            raise NonFiniteError(f"the middle's weights are not finite: {', '.join(named)}")
+        self.aggregated.append((label, dict(weights)))
+        total: dict[str, Any] = {}
+        for name, before in self.weights[label].items():
+            parts = [
+                (weight, trained(name, before, client))
+                for client, weight in weights.items()
+                if layer_of(name) in self.finished[label][client].middle(LAYERS)
+            ]
+            if parts:
+                share = sum(weight for weight, _ in parts)
+                total[name] = sum(weight * value.astype(np.float64) for weight, value in parts) / share
+        del self.plans[label]
+        return {name: torch.from_numpy(value.astype(np.float32)) for name, value in total.items()}
+
+    def close_round(self, label: str) -> None:
+        self.closed.append(label)
+        self.plans.pop(label, None)
+
+
+class FakeClient:
+    """A client whose training is `trained`; fields say what it does wrong."""
+
+    def __init__(self, name: str, partition: Partition, examples: int) -> None:
+        self.name, self.partition, self.examples = name, partition, examples
+        self.fingerprint, self.task = FINGERPRINT, "cb"
+        self.schema = task_schema(get_task("cb"))
+        self.lora: dict[str, Any] | None = None
+        self.spoil: Callable[[dict[str, np.ndarray], dict[str, Any]], None] = lambda _weights, _metrics: None
+        self.answers = True
+        self.error: str | None = None
+        self.bodies: list[dict[str, Any]] = []
+        self.received: list[set[str]] = []
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "partition": [self.partition.input_layers, self.partition.output_layers],
+            "examples": self.examples,
+            "fingerprint": self.fingerprint.to_json(),
+            "task": self.task,
+            "schema": self.schema,
+            "lora": self.lora,
+        }
+
+
+class World:
+    """Fake clients and fake block servers, and the ClientApp that joins them."""
+
+    def __init__(self, clients: list[FakeClient], servers: list[FakeServer]) -> None:
+        self.clients, self.servers = clients, {server.address: server for server in servers}
+        self.lock, self.at_work, self.most_at_work = threading.Lock(), 0, 0
+
+    def __call__(self, message: Message, context: Context) -> Message | None:
+        """What all ClientApps together are."""
+        client = self.clients[context.node_id - 1]
+        if not client.answers:
+            return None
+        kind = message.metadata.message_type
+        if kind == "query":
+            config = ConfigRecord({"description": json.dumps(client.describe())})
+            return Message(RecordDict({"config": config}), reply_to=message)
+        body = json.loads(message.content["config"]["fedsea"]) | {
+            key: value for key, value in message.content["config"].items() if key != "fedsea"
+        }
+        with self.lock:
+            client.bodies.append(body)
+            client.received.append(set(message.content["arrays"]))
+            self.at_work += 1
+            self.most_at_work = max(self.most_at_work, self.at_work)
+        try:
+            return self._train(client, message, body) if kind == "train" else self._evaluate(client, message)
+        finally:
+            with self.lock:
+                self.at_work -= 1
+
+    def _train(self, client: FakeClient, message: Message, body: dict[str, Any]) -> Message:
+        if client.error is not None:
+            return Message(Error(2, client.error), reply_to=message)
+        ticket = Ticket.from_body(body["ticket"])
+        assert ticket.client == client.name
+        weights = {name: trained(name, array.numpy(), client.name) for name, array in message.content["arrays"].items()}
+        metrics: dict[str, Any] = {
+            "num-examples": client.examples,
+            "train-loss": 1.0 + client.examples,
+            "steps": 3,
+            "tokens": 30,
+            "bytes-up": 100,
+            "bytes-down": 200,
+            "seconds": 0.5,
+        }
+        client.spoil(weights, metrics)
+        with self.lock:
+            self.servers[ticket.server].finish(ticket, client.partition)
+        content = {
+            "arrays": ArrayRecord({name: Array(value) for name, value in weights.items()}),
+            "metrics": MetricRecord(metrics),
+        }
+        return Message(RecordDict(content), reply_to=message)
+
+    def _evaluate(self, client: FakeClient, message: Message) -> Message:
+        metrics = {"num-examples": client.examples, "accuracy": client.examples / 100}
+        return Message(RecordDict({"metrics": MetricRecord(metrics)}), reply_to=message)
+
+
+Weights = dict[str, np.ndarray]
+
+
+def clients(*given: tuple[int, int, int]) -> list[FakeClient]:
+    """Clients called ann, bob, ...: input layers, output layers, examples of each."""
+    names = ("ann", "bob", "cyd", "dan", "eve", "fay")
+    return [FakeClient(name, Partition(p, q), n) for name, (p, q, n) in zip(names, given, strict=False)]
+
+
+MIXED = ((1, 1, 10), (2, 1, 30), (1, 3, 5))
+
+
+class Run:
+    """A federation of fakes."""
+
+    def __init__(self, tmp_path: Path, world: World, **settings: Any) -> None:
+        self.notices: list[str] = []
+        self.world = world
+        self.grid = InProcessGrid(world, len(world.clients))
+        given = {
+            "name": "fakes",
+            "model": "random:tiny",
+            "servers": ",".join(world.servers),
+            "lora_rank": 2,
+            "lora_targets": "q_proj,o_proj",
+            "lr": 1.0,  # `trained` goes farther than a training would
+            "rounds": 1,
+            "clients": len(world.clients),
+            "output": str(tmp_path / "out"),
+            "join_seconds": 5.0,
+            "straggler_seconds": 5.0,
+        }
+        self.settings = Settings(**(given | settings))
+        self.folder = Path(self.settings.output)
+
+    def start(self) -> Weights:
+        """The adapter after the last round."""
+        run_federation(self.grid, self.settings, list(self.world.servers.values()), self.notices.append)
+        return self.adapter()
+
+    def adapter(self) -> Weights:
+        lora, weights = read_adapter(self.folder / "adapter")
+        assert lora.r == self.settings.lora_rank
+        return {name: weight.numpy() for name, weight in weights.items()}
+
+    def first(self) -> Weights:
+        """The adapter before the first round, as every part of FedSEA would start it."""
+        config = open_checkpoint("random:tiny").config
+        spec = AdapterSpec.from_config(lora_config(self.settings.lora()), config, self.settings.seed)
+        whole = AutoModelForCausalLM.from_config(config)
+        spec.put_on(whole, range(LAYERS))
+        return {name: weight.detach().numpy() for name, weight in adapter_parameters(whole).items()}
+
+    def rounds(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.folder / "rounds.jsonl").read_text().splitlines()]
+
+
+def averaged(before: Weights, members: list[FakeClient]) -> Weights:
+    """FedAvg by its definition: every layer over all members, who trained all of them, weighted by examples."""
+    total = sum(client.examples for client in members)
+    return {
+        name: sum(client.examples * trained(name, weight, client.name).astype(np.float64) for client in members) / total
+        for name, weight in before.items()
+    }
+
+
+def assert_same(found: Weights, expected: Weights) -> None:
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        np.testing.assert_allclose(found[name], weight, rtol=1e-5, atol=1e-6, err_msg=name)

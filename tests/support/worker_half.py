@@ -1,0 +1,54 @@
+"""A worker in its own process whose half adds one to what it gets: `python -m tests.support.worker_half SOCKET`."""
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedsea.errors import StragglerError
+from fedsea.federation.worker_process import run_worker
+from fedsea.process import put_on_leash
+
+
+class AddOne:
+    """Does as the body says: `steps` of `seconds`, or an error."""
+
+    on_step: Callable[[int, float], None] | None = None
+
+    def __init__(self) -> None:
+        self.trainings = 0
+
+    def describe(self) -> dict[str, Any]:
+        return {"name": "adder", "trainings": self.trainings, "pid": os.getpid()}
+
+    def train(
+        self, body: dict[str, Any], weights: dict[str, torch.Tensor]
+    ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        print("what a library prints does not disturb")
+        if body.get("fail") == "straggler":
+            raise StragglerError("the others went on")
+        if body.get("fail") == "bug":
+            raise ZeroDivisionError("a\nbug")
+        if body.get("fail") == "die":
+            os._exit(3)
+        for step in range(1, body.get("steps", 1) + 1):
+            time.sleep(body.get("seconds", 0.0))
+            assert self.on_step is not None
+            self.on_step(step, 1.0 / step)
+        self.trainings += 1
+        return {"num-examples": 3, "train-loss": 0.5}, {name: weight + 1 for name, weight in weights.items()}
+
+    def evaluate(self, body: dict[str, Any], weights: dict[str, torch.Tensor]) -> dict[str, Any]:
+        return {"sum": float(sum(weight.sum() for weight in weights.values()))}
+
+    def close(self) -> None:
+        Path(sys.argv[1]).with_name("closed").touch()
+
+
+if __name__ == "__main__":
+    put_on_leash()
+    sys.exit(run_worker(Path(sys.argv[1]), AddOne))

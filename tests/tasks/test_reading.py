@@ -1,0 +1,409 @@
+"""Data sets as users have them: the official files, hub data sets, and what is said when one is broken."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from fedsea.errors import UsageError
+from fedsea.tasks import TASKS, Example, get_task
+from fedsea.tasks.base import Dialogue, Document, Question
+
+DATA = Path(__file__).parents[3] / "shared" / "data"
+
+# A row of each task as its official file has it.
+ROWS: dict[str, dict[str, Any]] = {
+    "boolq": {"question": "is it so", "passage": "It is so.", "idx": 3, "label": True},
+    "cb": {"premise": "It rains. I think so.", "hypothesis": "it rains", "label": "neutral", "idx": 3},
+    "copa": {"premise": "P.", "choice1": "One.", "choice2": "Two.", "question": "cause", "label": 1, "idx": 3},
+    "rte": {"premise": "It rains.", "hypothesis": "It is wet.", "label": "not_entailment", "idx": 3},
+    "wic": {"word": "bank", "sentence1": "A river bank.", "sentence2": "A bank robber.", "idx": 3, "label": False},
+    "wsc": {
+        "text": 'Mark told Pete, "Sit." He sat.',
+        "target": {"span1_index": 0, "span1_text": "Mark", "span2_index": 4, "span2_text": "He"},
+        "idx": 3,
+        "label": False,
+    },
+    "multirc": {
+        "idx": 3,
+        "passage": {
+            "text": "It rains.",
+            "questions": [
+                {
+                    "question": "What falls?",
+                    "answers": [{"text": "Rain", "idx": 0, "label": 1}, {"text": "", "idx": 1, "label": 0}],
+                    "idx": 0,
+                },
+                {"question": "When?", "answers": [{"text": "Now", "idx": 2, "label": 1}], "idx": 1},
+            ],
+        },
+    },
+    "record": {
+        "source": "x",
+        "passage": {"text": "Anna met Otto.\n@highlight\nThey talked", "entities": [{"start": 0, "end": 3}]},
+        "qas": [
+            {
+                "query": "Otto met @placeholder.",
+                "answers": [
+                    {"start": 0, "end": 3, "text": "Anna"},
+                    {"start": 0, "end": 3, "text": "Anna"},
+                    {"start": 0, "end": 3, "text": "Ann"},
+                ],
+                "idx": 0,
+            }
+        ],
+        "idx": 3,
+    },
+    "xsum": {"document": "A long article.", "summary": "A summary.", "id": 3},
+    "text": {"text": "Some text."},
+    "chat": {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]},
+}
+DIALOGUE = {
+    "id": "abc",
+    "story": "Cotton was a white kitten.",
+    "questions": [{"input_text": "Who?", "turn_id": 1}, {"input_text": "What color?", "turn_id": 2}],
+    "answers": [
+        {"span_text": "Cotton was", "input_text": "Cotton", "turn_id": 1},
+        {"span_text": "white", "input_text": "white", "turn_id": 2},
+    ],
+    "additional_answers": {
+        "0": [{"input_text": "a kitten", "turn_id": 1}, {"input_text": "it was white", "turn_id": 2}],
+    },
+}
+
+
+def write(folder: Path, *rows: dict[str, Any], name: str = "val.jsonl") -> str:
+    file = folder / name
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(file)
+
+
+def coqa(folder: Path, *dialogues: dict[str, Any]) -> str:
+    file = folder / "coqa-dev.json"
+    file.write_text(json.dumps({"version": "1.0", "data": dialogues}), encoding="utf-8")
+    return str(file)
+
+
+def read(task: str, folder: Path, *rows: dict[str, Any]) -> list[Example]:
+    path = coqa(folder, *rows) if task == "coqa" else write(folder, *rows)
+    return get_task(task).read(path)
+
+
+def message(example: Example) -> str:
+    content = example.content
+    assert isinstance(content, Question)
+    return content.before + content.context + content.after + content.question
+
+
+@pytest.mark.parametrize(
+    ("task", "golds", "answer"),
+    [
+        ("boolq", ("true",), "Yes"),
+        ("cb", ("neutral",), "Maybe"),
+        ("copa", ("choice2",), "B"),
+        ("rte", ("not_entailment",), "No"),
+        ("wic", ("false",), "No"),
+        ("wsc", ("false",), "No"),
+        ("multirc", ("true",), "Yes"),
+        ("record", ("Anna", "Ann"), "Anna"),
+        ("xsum", ("A summary.",), "A summary."),
+    ],
+)
+def test_an_official_row_becomes_an_example(task: str, golds: tuple[str, ...], answer: str, tmp_path: Path) -> None:
+    example = read(task, tmp_path, ROWS[task])[0]
+    assert example.golds == golds
+    assert isinstance(example.content, Question)
+    assert example.content.answer == answer
+    assert example.id.startswith("3")
+
+
+def test_multirc_has_an_example_a_candidate_grouped_by_question(tmp_path: Path) -> None:
+    examples = read("multirc", tmp_path, ROWS["multirc"])
+    assert [(example.id, example.group, example.golds[0]) for example in examples] == [
+        ("3/0/0", "3/0", "true"),
+        ("3/0/1", "3/0", "false"),
+        ("3/1/0", "3/1", "true"),
+    ]
+
+
+def test_record_asks_for_the_placeholder_in_a_passage_without_its_markup(tmp_path: Path) -> None:
+    text = message(read("record", tmp_path, ROWS["record"])[0])
+    assert 'Passage: "Anna met Otto. They talked".' in text
+    assert "Otto met @placeholder." in text
+
+
+def test_coqa_gives_each_question_the_dialogue_before_it_and_all_gold_answers(tmp_path: Path) -> None:
+    first, second = read("coqa", tmp_path, DIALOGUE)
+    assert isinstance(first.content, Question)
+    assert isinstance(second.content, Question)
+    assert first.content.history == ()
+    assert second.content.history == (("Who?", "Cotton"),)
+    assert second.content.answer == "white"
+    assert second.golds == ("white", "it was white")
+    assert second.id == "abc/2"
+
+
+def test_text_and_chat_keep_what_the_user_wrote(tmp_path: Path) -> None:
+    assert read("text", tmp_path, ROWS["text"])[0].content == Document("Some text.")
+    unanswered = {"messages": [*ROWS["chat"]["messages"], {"role": "user", "content": "Bye"}]}
+    assert read("chat", tmp_path, unanswered)[0].content == Dialogue((("user", "Hi"), ("assistant", "Hello")))
+
+
+@pytest.mark.parametrize(
+    ("text", "target", "marked"),
+    [
+        ("Mark saw him, and he him.", ("mark", 0, "him", 5), "Mark saw him, and he *him.*"),  # casing, punctuation
+        ("Emma's dog bit it when it slept.", ("Emma", 0, "it", 6), "Emma's dog bit it when *it* slept."),  # possessive
+        ("The big cat sat as it ate it.", ("big\ncat", 1, "it", 4), "The big cat sat as *it* ate it."),  # index one off
+    ],
+)
+def test_wsc_accepts_the_official_inconsistencies(
+    text: str, target: tuple[str, int, str, int], marked: str, tmp_path: Path
+) -> None:
+    keys = ("span1_text", "span1_index", "span2_text", "span2_index")
+    row = {"text": text, "target": dict(zip(keys, target, strict=True)), "label": True}
+    assert f'In "{marked}"' in message(read("wsc", tmp_path, row)[0])
+
+
+def test_wsc_refuses_a_span_that_is_not_in_the_text(tmp_path: Path) -> None:
+    row = {**ROWS["wsc"], "target": {**ROWS["wsc"]["target"], "span1_text": "Anna"}}
+    with pytest.raises(UsageError, match=r"line 1: the span1_text 'Anna' does not occur in the text"):
+        read("wsc", tmp_path, row)
+
+
+def test_a_folder_is_read_by_its_official_names(tmp_path: Path) -> None:
+    write(tmp_path, ROWS["cb"], name="train.jsonl")
+    write(tmp_path, ROWS["cb"], ROWS["cb"], name="val.jsonl")
+    assert len(get_task("CB").read(str(tmp_path), "train")) == 1
+    assert len(get_task("cb").read(str(tmp_path), "validation")) == 2
+    coqa(tmp_path, DIALOGUE)
+    assert len(get_task("coqa").read(str(tmp_path), "validation")) == 2
+
+
+def test_a_folder_without_the_split_is_told(tmp_path: Path) -> None:
+    write(tmp_path, ROWS["cb"], name="train.jsonl")
+    with pytest.raises(UsageError, match=r"has no validation split: there is no val.jsonl or validation.jsonl or dev"):
+        get_task("cb").read(str(tmp_path), "validation")
+
+
+def test_an_unknown_task_names_the_known_ones() -> None:
+    with pytest.raises(UsageError, match="no task 'squad'; there are boolq, cb, copa, rte, wic, wsc, multirc, record"):
+        get_task("squad")
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b'{"question": "q", "passage": "p", "label": true}\n{"passage": "p", "label": true}\n',
+         "line 2: the column 'question' is missing; BoolQ needs question, passage, label (true or false)"),
+        (b"", "is empty; BoolQ needs question, passage, label"),
+        (b"\n  \n", "is empty; BoolQ needs question, passage, label"),
+        (b'{"question": "q", "passage": "p", "label": true}\n\n{"question": "q", "passa\n',
+         "line 3: broken JSON at character 19 (Unterminated string starting at); expected a JSON object; BoolQ needs"),
+        (b'["question"]\n', "line 1: expected a JSON object, not list; BoolQ needs"),
+        (b'{"question": "q", "passage": "p", "label": "perhaps"}\n',
+         "line 1: the column 'label' is \"perhaps\", which is not true or false; BoolQ needs"),
+        (b'{"question": "q", "passage": "p", "label": [true]}\n', "the column 'label' is [true], which is not true or"),
+        (b'{"question": "q", "passage": 5, "label": true}\n', "the column 'passage' is 5, which is not text; BoolQ"),
+        (b'{"question": " ", "passage": "p", "label": true}\n', "line 1: the column 'question' is blank; BoolQ"),
+        ('{"question": "größer"}\n'.encode("latin-1"), "line 1: this is no text in UTF-8; BoolQ needs"),
+        (b"[" * 100_000, "line 1: the JSON is nested too deep"),
+    ],
+)  # fmt: skip
+def test_a_broken_file_is_told_with_line_and_expectation(content: bytes, says: str, tmp_path: Path) -> None:
+    file = tmp_path / "val.jsonl"
+    file.write_bytes(content)
+    with pytest.raises(UsageError) as error:
+        get_task("boolq").read(str(file))
+    assert str(error.value).startswith(str(file))
+    assert says in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("task", "change", "says"),
+    [
+        ("cb", {"label": "maybe"},
+         "the column 'label' is \"maybe\", which is not entailment or contradiction or neutral"),
+        ("copa", {"question": "reason"}, "the column 'question' is \"reason\", which is not cause or effect"),
+        ("copa", {"label": 2}, "the column 'label' is 2, which is not choice1 or choice2"),
+        ("wsc", {"target": "Mark"}, "the column 'target' is \"Mark\", which is not an object"),
+        ("wsc", {"target": {"span1_text": "Mark", "span2_text": "He"}}, "the column 'target.span1_index' is missing"),
+        ("multirc", {"passage": {"text": "t", "questions": [{"question": "q", "answers": [{"text": "a"}]}]}},
+         "the column 'passage.questions[0].answers[0].label' is missing; MultiRC needs"),
+        ("record", {"qas": [{"query": "no gap", "answers": [{"text": "A"}]}]}, "the query has no @placeholder"),
+        ("record", {"qas": [{"query": "@placeholder", "answers": []}]}, "the query has no answer"),
+        ("xsum", {"summary": ""}, "the column 'summary' is blank; XSum needs document, summary"),
+        ("chat", {"messages": [{"role": "user", "content": "Hi"}]}, "no message has the role assistant"),
+        ("chat", {"messages": [{"role": "bot", "content": "Hi"}]},
+         "the column 'messages[0].role' is \"bot\", which is not system or user or assistant"),
+        ("chat", {"messages": "Hi"}, "the column 'messages' is \"Hi\", which is not a list"),
+    ],
+)  # fmt: skip
+def test_wrong_columns_are_told(task: str, change: dict[str, Any], says: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError) as error:
+        read(task, tmp_path, ROWS[task], {**ROWS[task], **change})
+    assert f"val.jsonl line 2: {says}" in str(error.value)
+
+
+@pytest.mark.parametrize("task", [name for name in ROWS if name != "chat"])
+def test_every_column_that_is_missing_is_told(task: str, tmp_path: Path) -> None:
+    for column in set(ROWS[task]) - {"idx", "id", "source"}:
+        row = {key: value for key, value in ROWS[task].items() if key != column}
+        with pytest.raises(UsageError, match=r"line 1: the column '.+' is missing; .+ needs .+"):
+            read(task, tmp_path, row)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"story": None}, "data[0]: the column 'story' is null, which is not text; CoQA needs story, questions"),
+        ({"answers": DIALOGUE["answers"][:1]}, "data[0]: there are 2 questions and 1 answers"),  # type: ignore[index]
+        ({"questions": [{"input_text": "Who?", "turn_id": 2}]}, "the turn_id is 2, where turn 1 should be"),
+        ({"additional_answers": {"0": []}}, "2 questions and 0 additional answers of one person"),
+    ],
+)
+def test_a_broken_coqa_dialogue_is_told(change: dict[str, Any], says: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError) as error:
+        read("coqa", tmp_path, {**DIALOGUE, **change})
+    assert says in str(error.value)
+
+
+def test_a_broken_coqa_file_is_told(tmp_path: Path) -> None:
+    file = tmp_path / "dev.json"
+    for content, says in (
+        ("", "is empty; CoQA needs story"),
+        ('{\n"data": [', "broken JSON at line 2, character 10"),
+        ('{"version": "1.0"}', "the column 'data' is missing"),
+        ('{"data": []}', "is empty; CoQA needs"),
+    ):
+        file.write_text(content)
+        with pytest.raises(UsageError) as error:
+            get_task("coqa").read(str(tmp_path), "validation")
+        assert says in str(error.value)
+
+
+HUB: dict[str, tuple[list[dict[str, Any]], dict[str, list[str]]]] = {
+    "boolq": ([{**ROWS["boolq"], "label": 1}], {"label": ["False", "True"]}),
+    "cb": ([{**ROWS["cb"], "label": 2}], {"label": ["entailment", "contradiction", "neutral"]}),
+    "copa": ([ROWS["copa"]], {"label": ["choice1", "choice2"]}),
+    "rte": ([{**ROWS["rte"], "label": 1}], {"label": ["entailment", "not_entailment"]}),
+    "wic": ([{**ROWS["wic"], "label": 0}], {"label": ["False", "True"]}),
+    "wsc": (
+        [{"text": ROWS["wsc"]["text"], "label": 0, "idx": 3, **ROWS["wsc"]["target"]}],
+        {"label": ["False", "True"]},
+    ),
+    "multirc": (
+        [
+            {
+                "paragraph": "It rains.",
+                "question": "What falls?" if question == 0 else "When?",
+                "answer": answer,
+                "idx": {"paragraph": 3, "question": question, "answer": number},
+                "label": label,
+            }
+            for question, number, answer, label in ((0, 0, "Rain", 1), (0, 1, "", 0), (1, 0, "Now", 1))
+        ],
+        {"label": ["False", "True"]},
+    ),
+    "record": (
+        [
+            {
+                "passage": ROWS["record"]["passage"]["text"],
+                "query": "Otto met @placeholder.",
+                "entities": ["Anna", "Otto"],
+                "answers": ["Anna", "Ann"],
+                "idx": {"passage": 3, "query": 0},
+            }
+        ],
+        {},
+    ),
+    "coqa": (
+        [
+            {
+                "id": "abc",
+                "story": DIALOGUE["story"],
+                "questions": ["Who?", "What color?"],
+                "answers": {"input_text": ["Cotton", "white"], "answer_start": [0, 0], "answer_end": [1, 1]},
+            }
+        ],
+        {},
+    ),
+    "xsum": ([{**ROWS["xsum"], "id": "3"}], {}),
+}
+
+
+@pytest.mark.parametrize("task", HUB)
+def test_a_hub_data_set_gives_the_same_examples(task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, names = HUB[task]
+    table = datasets.Dataset.from_list(rows)
+    for column, of in names.items():
+        table = table.cast_column(column, datasets.ClassLabel(names=of))
+    asked = []
+
+    def load(*names: str | None, split: str) -> datasets.Dataset:
+        asked.append((*names, split))
+        return table
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    examples = get_task(task).read("hub:aps/super_glue:config", "validation")
+    assert asked == [("aps/super_glue", "config", "validation")]
+    official = read(task, tmp_path, DIALOGUE if task == "coqa" else ROWS[task])
+    if task == "coqa":  # the hub has no additional answers
+        official = [Example(one.id, one.content, one.golds[:1]) for one in official]
+    assert [(one.id, one.content, one.golds, one.group) for one in examples] == [
+        (one.id, one.content, one.golds, one.group) for one in official
+    ]
+
+
+def test_a_hub_data_set_that_cannot_be_had_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*_names: str | None, split: str) -> None:
+        raise datasets.exceptions.DatasetNotFoundError(f"no such data set, {split}\nmore")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(UsageError, match=r"^cannot read the train split of hub:no/where: no such data set, train$"):
+        get_task("cb").read("hub:no/where")
+    with pytest.raises(UsageError, match="is written hub:NAME or hub:NAME:CONFIG"):
+        get_task("cb").read("hub:")
+    with pytest.raises(UsageError, match=r"there is no file or folder nowhere; a hub data set is written"):
+        get_task("cb").read("nowhere")
+
+
+OFFICIAL = {
+    "boolq": ("BoolQ", 2321, 400),
+    "cb": ("CB", 250, 56),
+    "copa": ("COPA", 400, 100),
+    "rte": ("RTE", 2490, 277),
+    "wic": ("WiC", 5428, 638),
+    "wsc": ("WSC", 554, 104),
+    "multirc": ("MultiRC", 27243, 2991),
+    "record": ("ReCoRD", 32, 11),
+    "coqa": ("CoQA", 20, 12),
+    "xsum": ("XSum", 600, 200),
+}
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason=f"the real data sets are not here ({DATA})")
+@pytest.mark.parametrize("task", OFFICIAL)
+def test_the_official_files_are_read_whole(task: str) -> None:
+    folder, train, validation = OFFICIAL[task]
+    assert len(TASKS[task].read(str(DATA / folder), "train")) == train
+    assert len(TASKS[task].read(str(DATA / folder), "validation")) == validation
+
+
+@pytest.mark.parametrize(
+    ("task", "line", "says"),
+    [
+        ("text", '{"text": "one", "text": "two"}', "the key 'text' is there twice"),
+        ("chat", '{"messages": [{"role": "user", "role": "assistant", "content": "a"}]}', "the key 'role' is there"),
+        ("chat", '{"messages": [MESSAGE], "tools": [{"name": "f"}]}', "the column 'tools' cannot be learnt"),
+        ("chat", '{"messages": [MESSAGE, {"tool_calls": [{}]}]}', r"'messages\[1\]\.tool_calls' cannot be learnt"),
+    ],
+)
+def test_nothing_of_a_row_is_left_out_without_a_word(tmp_path: Path, task: str, line: str, says: str) -> None:
+    file = tmp_path / "data.jsonl"
+    file.write_text(line.replace("MESSAGE", '{"role": "assistant", "content": "a"}'))
+    with pytest.raises(UsageError, match=says) as raised:
+        get_task(task).read(str(file))
+    assert "data.jsonl line 1" in str(raised.value)
