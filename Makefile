@@ -1,6 +1,7 @@
 # make demo   the main job on the default model, from nothing
 # make test   the tests, from nothing
 # make check  lint, format, types
+# make docs   these pages and the exported names, searchable, in build/docs
 # make test-newest, test-oldest  a part of the tests with the newest, and the oldest, release of every dependency
 # make bench  what the docs' numbers come from
 
@@ -10,7 +11,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-newest test-oldest install-newest install-oldest check bench setup clean
+.PHONY: demo test test-newest test-oldest install-newest install-oldest check docs bench setup clean
 
 demo: $(READY)
 	@$(BIN)/fedsea demo
@@ -49,6 +50,10 @@ check: $(READY)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+
+docs: $(READY)
+	@$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going docs build/docs
+	@echo "build/docs/index.html"
 
 bench: $(READY)
 	@$(BIN)/fedsea bench inference
