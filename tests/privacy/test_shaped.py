@@ -11,29 +11,17 @@ import torch
 from rich.console import Console
 
 from fedsea import Partition, SplitModelForCausalLM
-from fedsea.audit.attack import Attack
-from fedsea.audit.attacks import decoder
-from fedsea.audit.attacks.decoder import Decoder
-from fedsea.audit.attacks.nearest import Nearest
-from fedsea.audit.attacks.optimise import Optimise
 from fedsea.audit.attacks.search import Search
-from fedsea.audit.attacks.search_map import SearchMap
-from fedsea.audit.audit import Audits
-from fedsea.audit.calibrate import public_sensitivity
-from fedsea.audit.observation import Knowledge, Observation
-from fedsea.audit.plan import Plan
 from fedsea.bench import privacy, privacy_shaped
 from fedsea.bench.privacy_shaped import Point, at_leakage
 from fedsea.bench.workbench import Settings
 from fedsea.checkpoints import open_checkpoint
 from fedsea.client.graph import Exchange
 from fedsea.errors import NonFiniteError, UsageError
-from fedsea.parts import InputBlocks, Rows
 from fedsea.privacy import (
     Chain,
     Clip,
     ClippedGaussianNoise,
-    GaussianNoise,
     Magnitude,
     Noise,
     ShapedNoise,
@@ -41,7 +29,7 @@ from fedsea.privacy import (
 )
 from fedsea.privacy.accountant import privacy_spent
 from fedsea.privacy.bound import estimated_bound, guaranteed_bound, uniform_source
-from fedsea.privacy.calibrate import public_rows, public_states
+from fedsea.privacy.calibrate import public_rows
 from fedsea.privacy.shape import Sensitivity, Shape, best_shape
 from fedsea.privacy.strength import is_relative, parse_family, with_strength
 from fedsea.wire.run_frames import Forward
@@ -221,17 +209,6 @@ def test_the_gradient_is_that_of_the_whole_model(
     assert torch.allclose(one, other, rtol=1e-3, atol=1e-5 * float(other.max()))
 
 
-def test_it_is_found_without_a_server_too_and_in_16_bits(tiny_server: RunningServer) -> None:
-    checkpoint, partition = open_checkpoint("random:tiny"), Partition(1, 1)
-    blocks = InputBlocks.from_checkpoint(checkpoint, partition, dtype=torch.float32)
-    local = best_shape(public_sensitivity(checkpoint, partition, blocks), 4.0)
-    for dtype in ("float32", "bfloat16"):
-        with connect(tiny_server, dtype=dtype, wire_dtype=None) as model:
-            ask = model._measure().sensitivity
-            assert ask is not None
-            assert torch.allclose(best_shape(ask(), 4.0).stds, local.stds, rtol=0.03)
-
-
 def test_a_server_that_lies_cannot_have_more_told(tiny_server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
     def lie(exchange: Exchange) -> torch.Tensor:
         exchange.run.gradient_of(exchange.number)
@@ -289,63 +266,6 @@ def test_epsilon_is_that_of_the_direction_with_least_noise() -> None:
     found = privacy_spent(Chain((Clip(1.0), noise)), delta=1e-6)
     assert found == privacy_spent(ClippedGaussianNoise(1.0, shape_of(noise).least), delta=1e-6)
     assert found.epsilon > privacy_spent(ClippedGaussianNoise(1.0, 2.0), delta=1e-6).epsilon
-
-
-# Attackers
-
-
-def test_an_attacker_who_knows_the_shape_reads_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Noise is strong in a quarter of the directions: whoever does not know which reads little."""
-    checkpoint, partition = open_checkpoint("random:tiny"), Partition(0, 1)
-    base, _ = torch.linalg.qr(torch.randn(64, 64, generator=torch.Generator().manual_seed(1)).double())
-    cheap = base @ torch.diag(torch.tensor([1e-8] * 16 + [1.0] * 48).double()) @ base.T
-    blocks = InputBlocks.from_checkpoint(checkpoint, partition, dtype=torch.float32)
-    states = public_states(blocks, checkpoint)
-    sense = Sensitivity(torch.eye(64).double() * float(states.var()), cheap)
-    mean = float(states.abs().mean())
-    noise = ShapedNoise(1.0).calibrated(lambda: Magnitude(mean, 1.0, lambda: sense))
-    knows = Knowledge(checkpoint, partition, noise, None)
-    guesses = Knowledge(checkpoint, partition, GaussianNoise(mean), None)
-    text = torch.randint(256, (14,), generator=torch.Generator().manual_seed(0))
-    hidden = blocks(text.unsqueeze(0), Rows.uniform(1, 0, 14), None)[0]
-    draws = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(2))
-    seen = Observation(noise.apply(hidden, lambda: draws))
-
-    def right(attack: Attack, knowledge: Knowledge) -> int:
-        (found,) = attack.run([[seen]], knowledge)
-        return sum(guess == token for guess, token in zip(found.tokens, text.tolist(), strict=True))
-
-    for attack in (Nearest(), Search(), SearchMap()):
-        assert right(attack, knows) >= 13, attack.name
-        assert right(attack, guesses) <= 3, attack.name
-    monkeypatch.setattr(decoder, "SAMPLES", 4)
-    for attack in (Optimise(iterations=3), Decoder(steps=2)):  # both start from what is as good without them
-        assert right(attack, knows) >= 12, attack.name
-    assert knows.noise_variance**0.5 == pytest.approx(mean, rel=0.05)
-
-
-def test_tables_are_shared_between_levels_but_not_between_shapes() -> None:
-    checkpoint, partition = open_checkpoint("random:tiny"), Partition(1, 1)
-    one, other = (Knowledge(checkpoint, partition, shaped(64, level), None) for level in (1.0, 5.0))
-    fresh = Knowledge(checkpoint, partition, other.noise, None)
-    _ = one.candidates.alone, one.candidates.typical
-    other.take_over(one)
-    assert other.candidates._plain is one.candidates._plain
-    assert not torch.allclose(other.candidates.alone, one.candidates.alone)
-    assert torch.allclose(other.candidates.typical, fresh.candidates.typical, atol=1e-4)
-
-
-def test_an_audit_knows_the_shape_and_sees_nothing_of_the_public_text(small: str) -> None:
-    plan = Plan(small, ("The clinic sends Mr. Adeyemi home.",), tokens=8, attacks=("search",), train_steps=2)
-    report = Audits(plan).under(parse_mechanism("relative-clip:norm=1+shaped:level=0.01"))
-    assert report.noise_level == pytest.approx(0.01)
-    assert "shaped:level=0.01" in report.mechanism
-    (finding,) = report.findings
-    assert finding.prompt["tokens"].mean == 1.0
-    assert len(finding.recoveries) == 1
-
-
-# How it is called
 
 
 def test_a_calibrated_mechanism_is_called_what_it_was_asked_for() -> None:

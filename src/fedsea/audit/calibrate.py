@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fedsea.audit.audit import Audits
 from fedsea.audit.observe import Progress
@@ -22,11 +21,9 @@ from fedsea.checkpoints import Checkpoint
 from fedsea.checkpoints.whole import whole_model
 from fedsea.client.dtypes import wire_dtype_for
 from fedsea.errors import UsageError
-from fedsea.partition import Partition
-from fedsea.parts import InputBlocks, MiddleBlocks, OutputBlocks, Rows
+from fedsea.parts import InputBlocks
 from fedsea.privacy import Noise
-from fedsea.privacy.calibrate import measure_magnitude, measure_sensitivity
-from fedsea.privacy.shape import Sensitivity
+from fedsea.privacy.calibrate import measure_magnitude
 from fedsea.privacy.strength import is_relative, with_strength
 from fedsea.tasks import Example, Task, evaluate
 from fedsea.training.export import whole_with_adapter
@@ -284,19 +281,6 @@ def _magnitude(audits: Audits) -> float:
     return measure_magnitude(blocks, audits.checkpoint)
 
 
-def public_sensitivity(checkpoint: Checkpoint, partition: Partition, blocks: InputBlocks) -> Sensitivity:
-    """What a client's block server would say of the public model, computed here; `blocks` are its input blocks."""
-    layers = partition.middle(checkpoint.config.num_hidden_layers)
-    middle = MiddleBlocks.from_checkpoint(checkpoint, layers, dtype=torch.float32)
-    output_blocks = OutputBlocks.from_checkpoint(checkpoint, partition, dtype=torch.float32)
-
-    def through_middle(hidden: Tensor, rows: Rows) -> Tensor:
-        returned: Tensor = middle(hidden.unsqueeze(0), rows, None, layers)[0]
-        return returned
-
-    return measure_sensitivity(blocks, output_blocks, checkpoint, through_middle)
-
-
 class TaskCosts:
     """What a task's right answers and its metrics come to under a mechanism.
 
@@ -311,9 +295,7 @@ class TaskCosts:
     def __init__(self, checkpoint: Checkpoint, plan: Plan, data: TaskData, progress: Progress) -> None:
         self._plan, self._data, self._progress = plan, data, progress
         blocks = InputBlocks.from_checkpoint(checkpoint, plan.partition, dtype=torch.float32)
-        self._magnitude = measure_magnitude(
-            blocks, checkpoint, lambda: public_sensitivity(checkpoint, plan.partition, blocks)
-        )
+        self._magnitude = measure_magnitude(blocks, checkpoint)
         self._model = whole_model(checkpoint, dtype=torch.float32, device="cpu")
         if plan.adapter is not None:
             self._model = whole_with_adapter(self._model, plan.adapter)

@@ -112,24 +112,7 @@ class Candidates:
 
     def __init__(self, blocks: InputBlocks, noise: Noise, context: Sequence[int]) -> None:
         self._blocks, self._noise, self._context = blocks, noise, context[:TYPICAL_TOKENS]
-        self._shape = noise.channel.shape
-        self._plain: dict[tuple[int, ...], Tensor] = {}  # the whole vocabulary after some text, not yet white
         self.vocabulary: int = blocks.config.vocab_size
-
-    def under(self, noise: Noise) -> "Candidates":
-        """The same under a mechanism that differs in its noise only; what has been run is not run again."""
-        if noise.channel.shape is self._shape:
-            return self
-        other = Candidates(self._blocks, noise, self._context)
-        other._plain = self._plain
-        return other
-
-    def white(self, states: Tensor) -> Tensor:
-        """States as attackers compare them, `[..., hidden]`: in a base in which the mechanism's noise is white.
-
-        There the nearest candidate is the likeliest. Most noise is white as it is.
-        """
-        return states if self._shape is None else self._shape.whitened(states)
 
     def prefix(self, tokens: Sequence[int] = ()) -> Prefix:
         """A prefix to search after."""
@@ -139,17 +122,11 @@ class Candidates:
         return prefix
 
     def expected(self, prefix: Prefix, tokens: Tensor) -> Tensor:
-        """What would be observed of candidates (int64, `[candidates]`) if all draws were 0: `[candidates, hidden]`.
-
-        It is `white`, as what was observed has to be made before it is compared.
-        """
-        return self.white(protected(prefix.states(tokens), self._noise))
+        """What would be observed of candidates (int64, `[candidates]`) if all draws were 0: `[candidates, hidden]`."""
+        return protected(prefix.states(tokens), self._noise)
 
     def _every(self, context: Sequence[int]) -> Tensor:
-        key = tuple(context)
-        if key not in self._plain:
-            self._plain[key] = protected(self.prefix(key).states(torch.arange(self.vocabulary)), self._noise)
-        return self.white(self._plain[key])
+        return self.expected(self.prefix(context), torch.arange(self.vocabulary))
 
     @cached_property
     def alone(self) -> Tensor:

@@ -121,12 +121,12 @@ class Knowledge:
         Another mechanism needs tables of its own, unless it differs in the strength of noise only.
         """
         shared = {"input_blocks", "output_blocks", "whole"}
-        if self.noise == other.noise and self.noise.channel.shape is other.noise.channel.shape:
+        if self.noise == other.noise:
             shared |= {"candidates", "noise_variance"}
         elif "candidates" in other.__dict__ and same_without_draws(
             self.noise, other.noise, self.checkpoint.config.hidden_size
         ):
-            self.__dict__["candidates"] = other.candidates.under(self.noise)
+            shared |= {"candidates"}
         self.__dict__.update({name: other.__dict__[name] for name in shared & other.__dict__.keys()})
 
     @cached_property
@@ -158,13 +158,9 @@ class Knowledge:
         """Every token as A and the mechanism make it."""
         return Candidates(self.input_blocks, self.noise, public_tokens(self.checkpoint).tolist())
 
-    def white(self, states: Tensor) -> Tensor:
-        """What was sent, `[..., hidden]`, as it is compared with `candidates`: in a base in which noise is white."""
-        return self.candidates.white(states)
-
     @cached_property
     def noise_variance(self) -> float:
-        """Variance of what the mechanism adds to an element, and of what rounding on the wire adds; of `white` states.
+        """Variance of what the mechanism adds to an element, and of what rounding on the wire adds.
 
         Measured by running the mechanism, with draws of the attacker's own, on the states of a public text.
         """
@@ -177,5 +173,4 @@ class Knowledge:
         # Errors of rounding are even, up to half a unit in the last place; float32's own sums differ by more than that.
         half_unit = max(torch.finfo(self.wire_dtype).eps, SUMS) / 2
         rounding = clean.square().mean() * half_unit**2 / 3
-        shape = self.noise.channel.shape
-        return float(self.white(drawn - clean).square().mean() + rounding * (1.0 if shape is None else shape.gain))
+        return float((drawn - clean).square().mean() + rounding)

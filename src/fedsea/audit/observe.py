@@ -64,7 +64,6 @@ def observe_training(
     turns = [[(step * size + row) % len(texts) for row in range(size)] for step in range(plan.train_steps)]
     with CuriousProvider(checkpoint) as provider:
         with _client(plan, checkpoint, provider, trainable=True) as model:
-            provider.forget()  # a public text that noise was shaped by
             if plan.adapter is None:
                 model.add_adapter(LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear"))
             model.train()

@@ -62,7 +62,7 @@ class Decoder(Attack):
         assert self._network is not None
         found = []
         for done, looks in enumerate(texts, 1):
-            queries = self._network(knowledge.white(looks[0].sent).unsqueeze(0))[0]
+            queries = self._network(looks[0].sent.unsqueeze(0))[0]
             guesses: list[int | None] = []
             for some in queries.split(WINDOW):
                 guesses += self._network.logits(some, slice(None)).argmax(-1).tolist()
@@ -188,7 +188,7 @@ def _seen(knowledge: Knowledge, tokens: Tensor) -> Tensor:
     rows = Rows.uniform(len(tokens), 0, tokens.shape[1])
     packed = knowledge.input_blocks(tokens, rows, None).flatten(0, 1)
     sent = knowledge.noise.apply(packed, lambda: torch.randn(packed.shape)).to(knowledge.wire_dtype)
-    return knowledge.white(sent.float()).view(*tokens.shape, -1)
+    return sent.float().view(*tokens.shape, -1)
 
 
 def _colluders(knowledge: Knowledge) -> tuple[Tensor, Tensor]:
@@ -197,5 +197,5 @@ def _colluders(knowledge: Knowledge) -> tuple[Tensor, Tensor]:
     look = subject.looks[int(torch.randint(len(subject.looks), ()))]
     tokens, states = torch.full((WINDOW,), -1), look.sent.new_zeros(WINDOW, look.sent.shape[1])
     count = min(WINDOW, look.length)
-    tokens[:count], states[:count] = torch.tensor(subject.tokens[:count]), knowledge.white(look.sent[:count])
+    tokens[:count], states[:count] = torch.tensor(subject.tokens[:count]), look.sent[:count]
     return tokens, states

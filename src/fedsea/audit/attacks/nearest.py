@@ -31,9 +31,7 @@ class Nearest(Attack):
         squares = table.square().sum(1)
         found = []
         for done, looks in enumerate(texts, 1):
-            guesses = [
-                (squares - 2 * some @ table.T).argmin(1) for some in knowledge.white(looks[0].sent).split(POSITIONS)
-            ]
+            guesses = [(squares - 2 * some @ table.T).argmin(1) for some in looks[0].sent.split(POSITIONS)]
             found.append(Recovery(tuple(torch.cat(guesses).tolist())))
             progress(done, len(texts))
         return found

@@ -49,7 +49,7 @@ class Optimise(Attack):
             (nearest,) = Nearest().run([looks], knowledge)
             first = [token for token in nearest.tokens if token is not None]
             first[: len(knowledge.start)] = knowledge.start[: len(first)]
-            observed = knowledge.white(looks[0].sent)
+            observed = looks[0].sent
             second = self._invert(observed, first, knowledge)
             found.append(Recovery(tuple(_nearer(observed, first, second, knowledge))))
             progress(done, len(texts))
@@ -71,7 +71,7 @@ class Optimise(Attack):
                 blocks.narrowed(blocks.run_layers(embeddings.unsqueeze(0), shape, None, blocks.layers)[0]),
                 knowledge.noise,
             )
-            apart = ((knowledge.white(states) - observed).square() * weights).sum()
+            apart = ((states - observed).square() * weights).sum()
             apart.backward()
             return apart
 

@@ -45,7 +45,7 @@ class Search(Attack):
         for done, looks in enumerate(texts, 1):
             observed, variance = self._observed(looks, knowledge.noise_variance)
             shortlist = Shortlist(knowledge.candidates, self._limit, variance)
-            found.append(Recovery(tuple(_read(knowledge.white(observed), knowledge, shortlist))))
+            found.append(Recovery(tuple(_read(observed, knowledge, shortlist))))
             progress(done, len(texts))
         return found
 

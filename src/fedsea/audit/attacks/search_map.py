@@ -25,10 +25,9 @@ class _Beam:
 class SearchMap(Attack):
     """Maximum a posteriori: the text with the largest log p(observation | text) + log p(text), by beam search.
 
-    Under independent Gaussian noise of variance v (other Gaussian noise is made so: `Knowledge.white`) the first is
-    -|observation - state|² / 2v, up to a constant; the second is the public language model's. What is minimised is
-    their sum times -2v, so that no noise needs no case of its own: the language model then decides between what
-    rounding leaves equal.
+    Under independent Gaussian noise of variance v the first is -|observation - state|² / 2v, up to a constant; the
+    second is the public language model's. What is minimised is their sum times -2v, so that no noise needs no case of
+    its own: the language model then decides between what rounding leaves equal.
 
     Parameters
     ----------
@@ -57,7 +56,7 @@ class SearchMap(Attack):
         found = []
         shortlist = Shortlist(knowledge.candidates, self._limit, knowledge.noise_variance)
         for done, looks in enumerate(texts, 1):
-            found.append(Recovery(self._read(knowledge.white(looks[0].sent), knowledge, shortlist)))
+            found.append(Recovery(self._read(looks[0].sent, knowledge, shortlist)))
             progress(done, len(texts))
         return found
 
