@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 
 from fedsea.checkpoints.tensorfile import TensorFile
 from fedsea.errors import FedSEAError, ModelNotFoundError, UsageError
-from fedsea.federation.deployment import FEDERATION, read_object
-from fedsea.federation.folder import FederationFolder
-from fedsea.federation.own_ends import OwnEnds
+from fedsea.federation.coordinator.deployment import FEDERATION, read_object
+from fedsea.federation.coordinator.folder import FederationFolder
+from fedsea.federation.owner.private_adapter import PrivateAdapter
 from fedsea.files import append_json, read_lines, replace_folder, replacing, write_file, write_json
 from fedsea.parts.adapter_files import CONFIG, WEIGHTS, read_adapter, save_adapter
 from fedsea.parts.cut_files import CUT, CUT_WEIGHTS, read_cut
@@ -57,7 +57,7 @@ def write_all(folder: Path) -> None:
     state = TrainingState(1, WEIGHT, {"step/x": torch.zeros(1)}, {"cpu": torch.zeros(1)})
     run.checkpoints.save(state, LoraConfig(r=1), None)
     save_adapter(run.adapter, LoraConfig(r=1), WEIGHT, None)
-    OwnEnds(folder / "ends" / "own-ends.safetensors", "f").save({"a": torch.zeros(1)})
+    PrivateAdapter(folder / "ends" / "own-ends.safetensors", "f").save({"a": torch.zeros(1)})
     (folder / "federation").mkdir()
     federation = FederationFolder(folder / "federation", LoraConfig(r=1), None, print)
     federation.begin({"name": "f"}, resume=False)
@@ -116,7 +116,7 @@ def test_a_full_disk_is_one_line_and_what_was_there_stays(tmp_path: Path) -> Non
     full: list[Callable[[], object]] = [
         lambda: run.record({"step": 2, "text": "x" * 200}),
         lambda: federation.show(doing="x" * 200),
-        lambda: OwnEnds(tmp_path / "ends", "f").save({"a": torch.zeros(100)}),
+        lambda: PrivateAdapter(tmp_path / "ends", "f").save({"a": torch.zeros(100)}),
         lambda: write_json(tmp_path / "x.json", ["x" * 200]),
     ]
     for write in full:

@@ -41,7 +41,7 @@ def convert() -> None:
 
 def federate() -> None:
     environment = flower_environment(Path("flower").resolve())
-    with Child("fedsea.federation.superlink", ["--help"], Path("log"), environment) as child:
+    with Child("fedsea.federation.flower.superlink", ["--help"], Path("log"), environment) as child:
         while child.running:
             child.says(1.0)
         assert child.exit_code == 0, child.last_words()
@@ -49,7 +49,7 @@ def federate() -> None:
 
 def work() -> None:
     Path("open").mkdir(mode=0o755)
-    with Child("fedsea.federation.worker_process", ["open/socket"], Path("log"), stdin="{}") as child:
+    with Child("fedsea.federation.owner.worker_process", ["open/socket"], Path("log"), stdin="{}") as child:
         said = child.says(60.0)
         assert said is not None, child.last_words()
         assert "chmod 700" in str(said["error"])

@@ -25,15 +25,15 @@ from flwr.supercore.fab import Fab
 
 from fedsea.cli import run
 from fedsea.errors import FedSEAError, UsageError
-from fedsea.federation import supernode
-from fedsea.federation.deployment import SUPERNODE_KEY, Deployment, Invitation, federation_name
-from fedsea.federation.flower_app import COMPONENTS, bundle, check_bundle, project_file
-from fedsea.federation.join import Member
+from fedsea.federation.coordinator.deployment import SUPERNODE_KEY, Deployment, Invitation, federation_name
+from fedsea.federation.coordinator.status import read_status
+from fedsea.federation.coordinator.up import Federation, UpOptions, run_config
+from fedsea.federation.flower import supernode
+from fedsea.federation.flower.app import COMPONENTS, bundle, check_bundle, project_file
+from fedsea.federation.flower.superlink import may_call
+from fedsea.federation.owner.join import OwnerProcess
 from fedsea.federation.process import Child
 from fedsea.federation.settings import Settings
-from fedsea.federation.status import read_status
-from fedsea.federation.superlink import may_call
-from fedsea.federation.up import Federation, UpOptions, run_config
 from tests.support.federation_commands import gone, own, until
 
 
@@ -120,17 +120,17 @@ def test_a_data_owners_folder_must_be_whole_and_its_own(tmp_path: Path) -> None:
     for name in ("alice", "bob"):
         here.invite(Invitation("fed", name, "random:tiny", "", "127.0.0.1:1", ("127.0.0.1:2",)))
     with pytest.raises(UsageError, match="leaves the task open"):
-        Member(here.client("alice"), own("x", ""), print)
+        OwnerProcess(here.client("alice"), own("x", ""), print)
     for file in ("certificate.pem", "key.pem"):
         shutil.copy(here.client("bob") / file, here.client("alice") / file)
     with pytest.raises(FedSEAError, match="has the certificate of bob, but is for alice"):
-        Member(here.client("alice"), own("x"), print)
+        OwnerProcess(here.client("alice"), own("x"), print)
     (here.client("bob") / SUPERNODE_KEY).unlink()
     with pytest.raises(FedSEAError, match="is missing: ask for the folder again"):
-        Member(here.client("bob"), own("x"), print)
+        OwnerProcess(here.client("bob"), own("x"), print)
     (here.client("bob") / "federation.json").write_text('{"version": 1}')
     with pytest.raises(UsageError, match="is not what fedsea federation up"):
-        Member(here.client("bob"), own("x"), print)
+        OwnerProcess(here.client("bob"), own("x"), print)
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_an_app_that_could_run_anything_else_is_refused() -> None:
         packed({"README.md": "x"}),
         packed({"pyproject.toml": "["}),
         packed({"pyproject.toml": "[tool]"}),
-        packed({"pyproject.toml": project, "fedsea/federation/client_app.py": "print('mine')"}),
+        packed({"pyproject.toml": project, "fedsea/federation/flower/client_app.py": "print('mine')"}),
         packed({"pyproject.toml": project, "../x": "y"}),
         packed({"pyproject.toml": project}, "pyproject.toml"),
         packed({"pyproject.toml": project.replace(COMPONENTS["clientapp"], "os:system")}),

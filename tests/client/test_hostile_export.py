@@ -12,8 +12,8 @@ from fedsea import SplitModelForCausalLM
 from fedsea.checkpoints import open_checkpoint
 from fedsea.client import channel
 from fedsea.errors import ProtocolError
-from fedsea.federation import blockserver
-from fedsea.federation.blockserver import BlockServerAdmin
+from fedsea.federation.coordinator import block_server_admin as blockserver
+from fedsea.federation.coordinator.block_server_admin import BlockServerAdmin
 from fedsea.parts.adapter_files import read_adapter
 from fedsea.parts.adapters import AdapterSpec
 from fedsea.wire.rounds import RoundStatus

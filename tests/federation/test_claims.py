@@ -13,7 +13,7 @@ from torch import nn
 
 from fedsea.checkpoints import open_checkpoint
 from fedsea.errors import FedSEAError, ProtocolError
-from fedsea.federation.blockserver import BlockServerAdmin
+from fedsea.federation.coordinator.block_server_admin import BlockServerAdmin
 from fedsea.federation.settings import Settings
 from fedsea.parts.adapters import AdapterSpec
 from fedsea.server.trained import Share, TrainedAdapter

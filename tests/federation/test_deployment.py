@@ -9,7 +9,7 @@ import pytest
 
 from fedsea.cli import run
 from fedsea.errors import UsageError
-from fedsea.federation.status import FederationStatus, read_status
+from fedsea.federation.coordinator.status import FederationStatus, read_status
 from fedsea.parts.adapter_files import read_adapter
 from tests.support.federation_commands import Command, gone, until, write_cb
 
@@ -49,7 +49,9 @@ def strike(victim: str, up: Command, bob: Command) -> bool:
         case "client app":
             return kill(bob, "flwr-clientapp")
         case "supernode and worker":
-            return kill(bob, "fedsea.federation.supernode") and kill(bob, "fedsea.federation.worker_process")
+            return kill(bob, "fedsea.federation.flower.supernode") and kill(
+                bob, "fedsea.federation.owner.worker_process"
+            )
         case "block server":
             return kill(up, "fedsea.process fedsea serve")
         case _:

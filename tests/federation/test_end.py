@@ -11,13 +11,13 @@ import pytest
 from flwr.app import Context, Error, Message, RecordDict
 
 from fedsea.errors import FedSEAError, ModelMismatchError, NonFiniteError, TermsError, UsageError
-from fedsea.federation import client_app
-from fedsea.federation.blockserver import BlockServerAdmin
-from fedsea.federation.local_dp import GRID_BITS, deviation_of, normals, protected
-from fedsea.federation.participant import Participant, ParticipantOptions
+from fedsea.federation.coordinator.block_server_admin import BlockServerAdmin
+from fedsea.federation.coordinator.up import Federation, UpOptions
+from fedsea.federation.flower import client_app
+from fedsea.federation.owner.local_dp import GRID_BITS, deviation_of, normals, protected
+from fedsea.federation.owner.participant import Participant, ParticipantOptions
+from fedsea.federation.owner.worker import FINISH
 from fedsea.federation.settings import Settings
-from fedsea.federation.up import Federation, UpOptions
-from fedsea.federation.worker import FINISH
 from fedsea.parts.adapter_files import read_adapter
 from tests.conftest import RunningServer
 from tests.federation.test_participant import write_cb

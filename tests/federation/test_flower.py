@@ -20,14 +20,14 @@ from torch import Tensor
 from fedsea import SplitModelForCausalLM
 from fedsea.checkpoints import open_checkpoint
 from fedsea.errors import CredentialsError, UsageError
-from fedsea.federation import client_app, server_app, strategy
 from fedsea.federation.arrays import from_record
-from fedsea.federation.data import Texts
-from fedsea.federation.own_ends import OwnEnds, read_ends
+from fedsea.federation.flower import client_app, server_app, strategy
+from fedsea.federation.flower.server_app import adapter_shapes
+from fedsea.federation.owner.data import Texts
+from fedsea.federation.owner.private_adapter import PrivateAdapter, read_private_adapter
+from fedsea.federation.owner.shards import Sharding
 from fedsea.federation.recipe import lora_config
-from fedsea.federation.server_app import adapter_shapes
 from fedsea.federation.settings import Settings
-from fedsea.federation.shards import Sharding
 from fedsea.partition import layer_of
 from fedsea.parts.adapter_files import read_adapter
 from fedsea.parts.adapters import AdapterSpec
@@ -71,9 +71,9 @@ class AllApart:
     def __call__(self, message: Message, context: Context) -> Message:
         return client_app.app(message, context)
 
-    def half_of(self, context: Context) -> Any:
+    def worker_of(self, context: Context) -> Any:
         if context.node_id not in self._halves:
-            from fedsea.federation.participant import Participant, ParticipantOptions
+            from fedsea.federation.owner.participant import Participant, ParticipantOptions
 
             settings = Settings.from_run_config(context.run_config)
             options = client_app.simulated_options(settings, context.node_config) | {"wire_dtype": "float32"}
@@ -88,7 +88,7 @@ class AllApart:
 @pytest.fixture
 def apart(monkeypatch: pytest.MonkeyPatch) -> Iterator[AllApart]:
     made = AllApart()
-    monkeypatch.setattr(client_app, "half_of", made.half_of)
+    monkeypatch.setattr(client_app, "worker_of", made.worker_of)
     yield made
     made.close()
 
@@ -274,7 +274,7 @@ def test_a_client_goes_on_with_its_data_whichever_process_it_is_in(
 def test_errors_reach_the_coordinator_as_one_line(
     server: RunningServer, data: str, tmp_path: Path, apart: AllApart, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fedsea.federation.participant import Participant
+    from fedsea.federation.owner.participant import Participant
 
     usual = Participant._steps
 
@@ -343,7 +343,7 @@ def test_private_ends_stay_with_their_owners(
     assert_near(found, reference.first | middle, reference.first)
     for client, whole in enumerate(wholes):
         file = tmp_path / "out" / "own-ends" / f"client-{client}.safetensors"
-        export_adapter(tmp_path / "out" / "adapter", tmp_path / f"own-{client}", read_ends(file)[0])
+        export_adapter(tmp_path / "out" / "adapter", tmp_path / f"own-{client}", read_private_adapter(file)[0])
         own = read_adapter(tmp_path / f"own-{client}")[1]
         assert_near({name: weight.numpy() for name, weight in own.items()}, whole, reference.first)
 
@@ -354,12 +354,12 @@ def test_ends_of_another_federation_are_not_taken(
     first = config(server.address, data, tmp_path / "out", private_ends=True, clients=1, name="first")
     run(apart, first, 1)
     kept = tmp_path / "out" / "own-ends" / "client-0.safetensors"
-    assert read_ends(kept)[1] == "first"
+    assert read_private_adapter(kept)[1] == "first"
     with pytest.raises(UsageError, match="has the ends of the federation 'first', this one is 'second'"):
-        OwnEnds(kept, "second").load()
+        PrivateAdapter(kept, "second").load()
     kept.write_bytes(b"no tensors")
     with pytest.raises(UsageError, match="cannot be read"):
-        OwnEnds(kept, "first").load()
+        PrivateAdapter(kept, "first").load()
     with pytest.raises(UsageError, match="leave one of them out"):
         Settings(private_ends=True, dp_clip=1.0, dp_epsilon=1.0)
     with pytest.raises(UsageError, match="private-ends"):  # a federation goes on as it was begun
@@ -417,7 +417,7 @@ def test_the_adapter_begins_as_every_part_would_begin_it(server: RunningServer, 
 
 
 def test_the_client_app_imports_neither_torch_nor_transformers() -> None:
-    code = "import fedsea.federation.client_app, sys; print(*sys.modules)"
+    code = "import fedsea.federation.flower.client_app, sys; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"torch", "transformers", "peft"} & set(loaded)
 
@@ -428,8 +428,8 @@ def test_the_example_has_all_settings_with_their_defaults() -> None:
     defaults = {field.name.replace("_", "-"): field.default for field in dataclasses.fields(Settings)}
     assert app["config"] == defaults
     assert app["components"] == {
-        "serverapp": "fedsea.federation.server_app:app",
-        "clientapp": "fedsea.federation.client_app:app",
+        "serverapp": "fedsea.federation.flower.server_app:app",
+        "clientapp": "fedsea.federation.flower.client_app:app",
     }
 
 
@@ -444,15 +444,15 @@ def test_a_client_that_hangs_costs_the_others_one_deadline_and_may_come_back(
             hanging.set()
             healed.wait(60)
 
-    usual = apart.half_of
+    usual = apart.worker_of
 
-    def half_of(context: Context) -> Any:
+    def worker_of(context: Context) -> Any:
         half = usual(context)
         if context.node_id == 2:
             half.participant.on_step = hang
         return half
 
-    monkeypatch.setattr(client_app, "half_of", half_of)
+    monkeypatch.setattr(client_app, "worker_of", worker_of)
     given = config(server.address, data, tmp_path / "out", mode=mode, rounds=3, straggler_seconds=1.5)
 
     def handle(message: Message, context: Context) -> Message:

@@ -20,7 +20,7 @@ from flwr.supercore.object_store import ObjectStoreFactory
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
 from flwr.supernode.nodestate import NodeStateFactory
 
-from fedsea.federation import peers, superlink, supernode
+from fedsea.federation.flower import peers, superlink, supernode
 
 LONG = 1 << 20
 SETTINGS = {"log_level": "error", "ws": "none", "proxy_headers": False, "lifespan": "off"}

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 
-from fedsea.federation.status import read_status
+from fedsea.federation.coordinator.status import read_status
 from tests.support.federation_fakes import MIXED, FakeServer, Run, World, assert_same, averaged, clients
 
 Reply = Callable[[Message], Message]

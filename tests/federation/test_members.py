@@ -10,7 +10,7 @@ import pytest
 
 from fedsea.checkpoints import Fingerprint
 from fedsea.errors import ServerUnavailableError
-from fedsea.federation.grid import lateness
+from fedsea.federation.flower.grid import lateness
 from fedsea.partition import Partition
 from fedsea.wire.rounds import MemberStatus
 from tests.support.federation_fakes import (

@@ -24,14 +24,14 @@ from fedsea.errors import (
     TermsError,
     UsageError,
 )
-from fedsea.federation import client_app
-from fedsea.federation.blockserver import BlockServerAdmin
-from fedsea.federation.data import tokenizer_of
-from fedsea.federation.participant import ModelShelf, Participant, ParticipantOptions
+from fedsea.federation.coordinator.block_server_admin import BlockServerAdmin
+from fedsea.federation.flower import client_app
+from fedsea.federation.flower.server_app import adapter_shapes
+from fedsea.federation.owner.data import tokenizer_of
+from fedsea.federation.owner.participant import Participant, ParticipantOptions, PreparedModels
+from fedsea.federation.owner.worker import write_error
 from fedsea.federation.recipe import lora_config
-from fedsea.federation.server_app import adapter_shapes
 from fedsea.federation.settings import Settings
-from fedsea.federation.worker import write_error
 from fedsea.partition import layer_of
 from fedsea.parts.adapters import AdapterSpec
 from fedsea.privacy import GaussianNoise, parse_mechanism
@@ -195,7 +195,7 @@ def test_dropout_of_a_round_is_the_same_for_a_client_that_was_restarted_and_for_
 def test_the_model_is_warm_in_the_next_round_and_shared_by_simulated_clients(
     coordinator: Coordinator, data: str
 ) -> None:
-    shelf = ModelShelf()
+    shelf = PreparedModels()
     ann, bob = (Participant(options(data, name), shelf) for name in ("ann", "bob"))
     results = []
     for participant in (ann, bob, ann):
@@ -382,7 +382,7 @@ def test_what_leaves_is_protected_as_its_owner_says(coordinator: Coordinator, da
     whole, losses = weights(), {}
     for mechanism in ("", "clip:norm=0.5"):
         (ticket,) = coordinator.open("ann", whole=whole)
-        shelf = ModelShelf(1)
+        shelf = PreparedModels(1)
         participant = Participant(options(data, mechanism=mechanism), shelf)
         metrics, _ = participant.train(body(ticket), local(whole))
         losses[mechanism] = metrics["train-loss"]

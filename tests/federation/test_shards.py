@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedsea.errors import UsageError
-from fedsea.federation.shards import Sharding, read_shard, shard
+from fedsea.federation.owner.shards import Sharding, read_shard, shard
 from fedsea.tasks import TASKS, get_task
 from fedsea.tasks.base import Example, Question
 

@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 
 from fedsea.errors import FedSEAError
-from fedsea.federation import control as control_module
-from fedsea.federation import join as join_module
-from fedsea.federation.deployment import SUPERNODE_KEY
-from fedsea.federation.flower_app import COMPONENTS, bundle, project_file
-from fedsea.federation.join import Member
+from fedsea.federation.coordinator import control as control_module
+from fedsea.federation.coordinator.deployment import SUPERNODE_KEY
+from fedsea.federation.coordinator.up import Federation, UpOptions
+from fedsea.federation.flower.app import COMPONENTS, bundle, project_file
+from fedsea.federation.owner import join as join_module
+from fedsea.federation.owner.join import OwnerProcess
 from fedsea.federation.settings import Settings
-from fedsea.federation.up import Federation, UpOptions
 from tests.support.federation_commands import QUIET, own, until, write_cb
 
 
@@ -44,13 +44,13 @@ def superlink(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
 
 
 @pytest.fixture
-def member(superlink: Federation, data: Path) -> Iterator[Callable[..., Member]]:
+def member(superlink: Federation, data: Path) -> Iterator[Callable[..., OwnerProcess]]:
     """Members whose watch runs in a thread; what they tell is in `told`, what ends them in `error`."""
     with contextlib.ExitStack() as stack:
 
-        def begin(folder: Path) -> Member:
+        def begin(folder: Path) -> OwnerProcess:
             told: list[str] = []
-            running: Any = stack.enter_context(Member(folder, own(data), told.append))
+            running: Any = stack.enter_context(OwnerProcess(folder, own(data), told.append))
             running.told, running.error, running.over = told, None, threading.Event()
             assert running.start()["examples"] == 24
 
@@ -65,7 +65,7 @@ def member(superlink: Federation, data: Path) -> Iterator[Callable[..., Member]]
             thread.start()
             stack.callback(thread.join)
             stack.callback(running.over.set)
-            result: Member = running
+            result: OwnerProcess = running
             return result
 
         yield begin

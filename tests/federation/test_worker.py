@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 
 from fedsea.errors import FedSEAError, ProtocolError, ServerUnavailableError, StragglerError, UsageError
-from fedsea.federation.worker import LENGTHS, WORKER, WorkerClient, receive_frame, send_frame
-from fedsea.federation.worker_process import Worker
+from fedsea.federation.owner.worker import LENGTHS, WORKER, WorkerClient, receive_frame, send_frame
+from fedsea.federation.owner.worker_process import WorkerServer
 from fedsea.threads import WAITING
 
 ENVIRONMENT = WAITING | os.environ | {"OMP_NUM_THREADS": "1"}
@@ -246,10 +246,10 @@ def test_no_worker_is_one_line(folder: Path) -> None:
 
 def test_a_folder_that_others_may_enter_and_a_second_worker_are_refused(worker: RunningWorker, folder: Path) -> None:
     with pytest.raises(UsageError, match="already"):
-        Worker(folder / "socket", print)
+        WorkerServer(folder / "socket", print)
     folder.chmod(0o755)
     with pytest.raises(UsageError, match="chmod 700"):
-        Worker(folder / "other", print)
+        WorkerServer(folder / "other", print)
 
 
 def test_the_environment_names_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,7 +263,7 @@ def test_the_environment_names_the_worker(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_the_client_side_imports_no_torch(worker: RunningWorker) -> None:
     code = (
-        "import sys, numpy; from fedsea.federation.worker import WorkerClient;"
+        "import sys, numpy; from fedsea.federation.owner.worker import WorkerClient;"
         f"print(WorkerClient({str(worker.path)!r}).train({{}}, {{'a': numpy.zeros(2, numpy.float32)}})[1]['a'].sum());"
         "sys.exit(bool({'torch', 'transformers', 'grpc', 'typer', 'flwr'} & set(sys.modules)))"
     )

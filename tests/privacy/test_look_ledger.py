@@ -15,7 +15,7 @@ from fedsea import GaussianNoise
 from fedsea.cli import run as command
 from fedsea.cli.audit import _looks
 from fedsea.errors import FedSEAError, LimitExceededError, ProtocolError, TermsError, UsageError
-from fedsea.federation.participant import Participant
+from fedsea.federation.owner.participant import Participant
 from fedsea.federation.recipe import LocalRecipe, lora_config
 from fedsea.federation.settings import Settings
 from fedsea.parts.adapters import adapter_parameters

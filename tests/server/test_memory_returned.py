@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from fedsea.checkpoints import open_checkpoint
-from fedsea.federation.blockserver import BlockServerAdmin
+from fedsea.federation.coordinator.block_server_admin import BlockServerAdmin
 from fedsea.parts.adapters import AdapterSpec
 from fedsea.server.limits import Limits
 from fedsea.wire import contract

@@ -26,7 +26,7 @@ from fedsea.errors import (
     RefusedTicketError,
     StragglerError,
 )
-from fedsea.federation.blockserver import BlockServerAdmin
+from fedsea.federation.coordinator.block_server_admin import BlockServerAdmin
 from fedsea.parts.adapters import AdapterSpec
 from fedsea.server.limits import Limits
 from fedsea.wire.credentials import Credentials, create_credentials

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fedsea.federation.participant_options import ParticipantOptions
+from fedsea.federation.owner.participant_options import ParticipantOptions
 
 ROOT = Path(__file__).parents[2]
 LABELS = ("entailment", "contradiction", "neutral")

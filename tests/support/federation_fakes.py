@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM
 
 from fedsea.checkpoints import Fingerprint, open_checkpoint
 from fedsea.errors import FedSEAError, NonFiniteError, ProtocolError, ServerUnavailableError
-from fedsea.federation.data import task_schema
+from fedsea.federation.flower.server_app import run_federation
+from fedsea.federation.owner.data import task_schema
 from fedsea.federation.recipe import lora_config
-from fedsea.federation.server_app import run_federation
 from fedsea.federation.settings import Settings
 from fedsea.partition import Partition, layer_of
 from fedsea.parts.adapter_files import read_adapter

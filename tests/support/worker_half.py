@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fedsea.errors import StragglerError
-from fedsea.federation.worker_process import run_worker
+from fedsea.federation.owner.worker_process import run_worker
 from fedsea.process import put_on_leash
 
 

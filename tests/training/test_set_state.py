@@ -11,7 +11,7 @@ from fedsea import Partition, SplitModelForCausalLM
 from fedsea.checkpoints import open_checkpoint
 from fedsea.client.channel import RunChannel
 from fedsea.errors import ModelMismatchError
-from fedsea.federation.blockserver import BlockServerAdmin
+from fedsea.federation.coordinator.block_server_admin import BlockServerAdmin
 from fedsea.parts.adapters import AdapterSpec
 from fedsea.training.loop import Figures, Recipe
 from fedsea.wire.run_frames import Operation

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fedsea.errors import CredentialsError, ServerUnavailableError
-from fedsea.federation.control import Control
+from fedsea.federation.coordinator.control import Control
 from fedsea.process import child_environment
 from fedsea.wire.credentials import Credentials, create_credentials, open_channel
 from fedsea.wire.diagnose import explain_unreachable

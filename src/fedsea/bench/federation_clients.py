@@ -14,7 +14,7 @@ from fedsea.bench.speed import LINK_MBIT, RTT_SECONDS
 from fedsea.bench.training_case import adapter_config
 from fedsea.checkpoints import open_checkpoint
 from fedsea.errors import FedSEAError
-from fedsea.federation.blockserver import BlockServerAdmin
+from fedsea.federation.coordinator.block_server_admin import BlockServerAdmin
 from fedsea.parts.adapters import AdapterSpec
 from fedsea.process import module_command
 from fedsea.wire.rounds import RoundPlan, Strategy, new_seat

@@ -23,7 +23,7 @@ from fedsea.bench.training_case import (
 )
 from fedsea.bench.workbench import Workbench, described
 from fedsea.client.model import SplitModelForCausalLM
-from fedsea.federation.blockserver import BlockServerAdmin
+from fedsea.federation.coordinator.block_server_admin import BlockServerAdmin
 from fedsea.partition import Partition
 from fedsea.parts.adapters import AdapterSpec, adapter_parameters
 from fedsea.wire.rounds import RoundPlan, Strategy, Ticket, new_seat

@@ -15,11 +15,11 @@ from fedsea.bench.processes import ServerProcess, process_memory
 from fedsea.bench.results import Line
 from fedsea.bench.workbench import Workbench
 from fedsea.errors import UsageError
-from fedsea.federation.join import Member, kept_running
-from fedsea.federation.participant_options import ParticipantOptions
+from fedsea.federation.coordinator.status import read_status
+from fedsea.federation.coordinator.up import Federation, UpOptions
+from fedsea.federation.owner.join import OwnerProcess, kept_running
+from fedsea.federation.owner.participant_options import ParticipantOptions
 from fedsea.federation.settings import Settings
-from fedsea.federation.status import read_status
-from fedsea.federation.up import Federation, UpOptions
 
 TINY = "random:tiny"
 DEPLOYED, SIMULATED = "Flower's share of a round, deployed", "Flower's share of a round, simulated"
@@ -129,9 +129,9 @@ def _deployed(folder: Path, data: Path, settings: Settings, threads: int) -> lis
         members = []
         for number, name in enumerate(names):
             own = ParticipantOptions("", "", "", str(data), shard=f"iid:{number}/{CLIENTS}", threads=1)
-            members.append(things.enter_context(Member(running.deployment.client(name), own, _unheard)))
+            members.append(things.enter_context(OwnerProcess(running.deployment.client(name), own, _unheard)))
         with ThreadPoolExecutor(CLIENTS) as pool:
-            list(pool.map(Member.start, members))
+            list(pool.map(OwnerProcess.start, members))
         with kept_running(members):
             running.run()
         return _rounds(running.deployment.output)

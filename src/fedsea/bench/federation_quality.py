@@ -26,8 +26,8 @@ from fedsea.bench.training_case import ADAPTER_TEXT, RANK, adapter_config
 from fedsea.bench.workbench import Workbench
 from fedsea.checkpoints import load_tokenizer, load_whole_model
 from fedsea.errors import FedSEAError, UsageError
-from fedsea.federation.shards import Sharding, read_shard
-from fedsea.federation.status import read_status
+from fedsea.federation.coordinator.status import read_status
+from fedsea.federation.owner.shards import Sharding, read_shard
 from fedsea.tasks import Example, Task, encode, evaluate, get_task
 from fedsea.training.batches import Batches
 from fedsea.training.loop import Recipe

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from fedsea.errors import FedSEAError, UsageError
-from fedsea.federation.flower_app import project_file
+from fedsea.federation.flower.app import project_file
 from fedsea.federation.process import flower_environment
 from fedsea.process import TOOLS, module_command
 
@@ -68,7 +68,7 @@ class SimulationLink:
         with self._log.open("wb") as log:
             # A session of its own: what it starts ends with it.
             self._process = subprocess.Popen(
-                module_command("fedsea.federation.superlink", *options, leash=True),
+                module_command("fedsea.federation.flower.superlink", *options, leash=True),
                 cwd=home,  # Ray's processes import from where they run, whatever Python is told
                 env=self._environment,
                 stdin=subprocess.PIPE,

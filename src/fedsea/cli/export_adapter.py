@@ -46,9 +46,9 @@ def export_adapter(
 
     own = None
     if ends is not None:
-        from fedsea.federation.own_ends import read_ends
+        from fedsea.federation.owner.private_adapter import read_private_adapter
 
-        own = read_ends(ends)[0]
+        own = read_private_adapter(ends)[0]
     if merge is None:
         if export(run, out, own):
             print(f"The adapter is in {out}, with its narrow cut: fedsea's commands take both, PEFT does not.")

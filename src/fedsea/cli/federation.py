@@ -17,8 +17,8 @@ from fedsea.cli.terminal import print_json, tell
 from fedsea.errors import UsageError
 
 if TYPE_CHECKING:  # --help needs neither torch nor Flower
+    from fedsea.federation.coordinator.up import Federation, UpOptions
     from fedsea.federation.settings import Settings
-    from fedsea.federation.up import Federation, UpOptions
 
 app = typer.Typer(help="Train one adapter with several data owners, none of whom shows its text.", no_args_is_help=True)
 Mode = Literal["sequential", "client-batch", "server-hierarchical"]
@@ -124,7 +124,7 @@ def up(
     as_json: AsJson = False,
 ) -> None:
     """Run block server and coordinator on this machine until all rounds are done. Given again, it goes on."""
-    from fedsea.federation.up import Federation
+    from fedsea.federation.coordinator.up import Federation
 
     settings, options = _what_and_where(directory, federation, place)
     serve = ["--dtype", dtype, "--device", device, *([] if threads is None else ["--threads", str(threads)])]
@@ -189,8 +189,8 @@ def join(
 ) -> None:
     """Take part in a federation with your own text, until it is over or Ctrl-C. The text stays here."""
     from fedsea.client.leak_notice import IN_TRAINING, leak_notice
-    from fedsea.federation.join import Member
-    from fedsea.federation.participant_options import ParticipantOptions
+    from fedsea.federation.owner.join import OwnerProcess
+    from fedsea.federation.owner.participant_options import ParticipantOptions
 
     options = ParticipantOptions(
         name="",
@@ -212,7 +212,7 @@ def join(
         device=device,
         threads=threads,
     )
-    with _interrupted_by_sigterm(), Member(folder, options, tell, privacy.given()) as member:
+    with _interrupted_by_sigterm(), OwnerProcess(folder, options, tell, privacy.given()) as member:
         try:
             tell(f"reading the data and the model's files, as {member.name} of {member.invitation.federation}")
             ready = member.start()
@@ -250,7 +250,7 @@ def status(
     from rich.live import Live
 
     from fedsea.cli.federation_view import tables
-    from fedsea.federation.status import read_status
+    from fedsea.federation.coordinator.status import read_status
 
     found = read_status(directory)
     if as_json:
@@ -274,9 +274,9 @@ def status(
 def _what_and_where(
     directory: Path, federation: FederationOptions, place: PlaceOptions
 ) -> "tuple[Settings, UpOptions]":
-    from fedsea.federation.deployment import Deployment, federation_name
+    from fedsea.federation.coordinator.deployment import Deployment, federation_name
+    from fedsea.federation.coordinator.up import UpOptions
     from fedsea.federation.settings import Settings
-    from fedsea.federation.up import UpOptions
 
     before = Deployment(directory.expanduser()).before()
     options = UpOptions.from_body({**before.get("options", {}), **place.given()})
@@ -330,7 +330,7 @@ def _progress(directory: Path, *, quiet: bool) -> Iterator[Callable[[], None]]:
     from rich.live import Live
 
     from fedsea.cli.federation_view import evaluation_line, round_line, tables
-    from fedsea.federation.status import read_status
+    from fedsea.federation.coordinator.status import read_status
 
     console = Console(stderr=True, highlight=False)
     if console.is_terminal:

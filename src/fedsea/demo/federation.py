@@ -17,11 +17,11 @@ from typing import Any
 
 from fedsea.demo.audience import Audience
 from fedsea.errors import FedSEAError
-from fedsea.federation.join import Member, kept_running
-from fedsea.federation.participant_options import ParticipantOptions
+from fedsea.federation.coordinator.status import read_status
+from fedsea.federation.coordinator.up import Federation, UpOptions
+from fedsea.federation.owner.join import OwnerProcess, kept_running
+from fedsea.federation.owner.participant_options import ParticipantOptions
 from fedsea.federation.settings import MODES, Settings
-from fedsea.federation.status import read_status
-from fedsea.federation.up import Federation, UpOptions
 
 CLINICS = {
     "lindental": (
@@ -140,11 +140,11 @@ def run_federation_demo(
             running.start()
         with audience.step("Three clinics: a warm worker and a SuperNode each"):
             members = [
-                things.enter_context(Member(running.deployment.client(clinic), _own(data / clinic), _unheard))
+                things.enter_context(OwnerProcess(running.deployment.client(clinic), _own(data / clinic), _unheard))
                 for clinic in CLINICS
             ]
             with ThreadPoolExecutor(len(members)) as pool:
-                list(pool.map(Member.start, members))
+                list(pool.map(OwnerProcess.start, members))
             things.enter_context(kept_running(members))
         done: list[RoundFigures] = []
         seconds: dict[str, float] = {}

@@ -101,11 +101,11 @@ class Settings:
     fraction_evaluate
         Share of the clients that evaluates.
     dp_clip, dp_epsilon, dp_delta, dp_sensitivity
-        Local differential privacy of what the coordinator gets (`fedsea.federation.client_app`); off at a clip of 0.
+        Local differential privacy of what the coordinator gets (`flower/client_app.py`); off at a clip of 0.
         A sensitivity of 0 is twice the clip.
     private_ends
         Each client keeps the adapter of its input and output blocks to itself; only the middle is averaged
-        (`fedsea.federation.own_ends`).
+        (`fedsea.federation.owner.private_adapter`).
     output, resume
         Where rounds and adapters are written; whether to go on with the federation that is there.
     data, shards, input_layers, output_layers, max_tokens, noise_level, mechanism, dtype, threads, client_credentials

@@ -29,9 +29,9 @@ from flwr.clientapp import ClientApp
 
 from fedsea.errors import FedSEAError, ProtocolError, TermsError, UsageError
 from fedsea.federation.arrays import Arrays, from_record, to_record
-from fedsea.federation.local_dp import deviation_of, protected
+from fedsea.federation.owner.local_dp import deviation_of, protected
+from fedsea.federation.owner.worker import FINISH, WorkerClient, write_error
 from fedsea.federation.settings import Settings
-from fedsea.federation.worker import FINISH, WorkerClient, write_error
 from fedsea.files import parse_json
 
 FAILED = 2  # Flower's code for a ClientApp that has failed
@@ -43,7 +43,7 @@ log = logging.getLogger("flwr")
 app = ClientApp()
 
 
-class Half(Protocol):
+class Worker(Protocol):
     """A worker, or a participant in this process."""
 
     def describe(self) -> dict[str, Any]:
@@ -105,12 +105,12 @@ def finish(message: Message, context: Context) -> Message:
 
 
 def _finish(message: Message, context: Context) -> RecordDict:
-    half_of(context).finish(*_read(message))
+    worker_of(context).finish(*_read(message))
     return RecordDict({"config": ConfigRecord({"kept": True})})
 
 
 def _describe(context: Context) -> RecordDict:
-    description = json.dumps(half_of(context).describe())
+    description = json.dumps(worker_of(context).describe())
     return RecordDict({"config": ConfigRecord({"description": description})})
 
 
@@ -119,13 +119,13 @@ def _train(message: Message, context: Context) -> RecordDict:
     state = context.state.config_records.get(STATE, ConfigRecord())
     if NEXT_BATCH in state:
         body["first-batch"] = state[NEXT_BATCH]
-    metrics, trained = half_of(context).train(body, weights)
+    metrics, trained = worker_of(context).train(body, weights)
     context.state[STATE] = ConfigRecord({NEXT_BATCH: metrics.pop(NEXT_BATCH)})
     return RecordDict({"arrays": to_record(trained), "metrics": MetricRecord(metrics)})
 
 
 def _evaluate(message: Message, context: Context) -> RecordDict:
-    return RecordDict({"metrics": MetricRecord(half_of(context).evaluate(*_read(message)))})
+    return RecordDict({"metrics": MetricRecord(worker_of(context).evaluate(*_read(message)))})
 
 
 def _read(message: Message) -> tuple[dict[str, Any], Arrays]:
@@ -161,7 +161,7 @@ def _failure(message: Message, error: Exception) -> Message:
 # Which half this is
 
 
-def half_of(context: Context) -> Half:
+def worker_of(context: Context) -> Worker:
     """The worker that is named, else this simulated client's participant.
 
     Raises
@@ -218,10 +218,10 @@ def _simulated(context: Context) -> _InProcess:
     global _shelf
     with _warm_lock:
         if key not in _warm:
-            from fedsea.federation.participant import ModelShelf, Participant, ParticipantOptions
+            from fedsea.federation.owner.participant import Participant, ParticipantOptions, PreparedModels
 
             if _shelf is None:
-                _shelf = ModelShelf()
+                _shelf = PreparedModels()
             while len(_warm) >= WARM_CLIENTS:
                 _warm.popitem(last=False)
             _warm[key] = _InProcess(Participant(ParticipantOptions.from_body(options), _shelf))

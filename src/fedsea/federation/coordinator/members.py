@@ -15,7 +15,7 @@ from flwr.serverapp import Grid
 
 from fedsea.checkpoints import Fingerprint
 from fedsea.errors import FedSEAError, ProtocolError, UsageError
-from fedsea.federation.replies import MAX_COUNT, error_text, one_line
+from fedsea.federation.coordinator.replies import MAX_COUNT, error_text, one_line
 from fedsea.files import parse_json
 from fedsea.partition import Partition
 from fedsea.wire.rounds import run_name

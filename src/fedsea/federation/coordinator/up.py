@@ -9,11 +9,11 @@ from types import TracebackType
 from typing import Any, Self
 
 from fedsea.errors import FedSEAError, ServerUnavailableError, UsageError
-from fedsea.federation.control import Control, FlowerRun
-from fedsea.federation.deployment import Deployment, Invitation, check_name, require_flower, require_port
+from fedsea.federation.coordinator.control import Control, FlowerRun
+from fedsea.federation.coordinator.deployment import Deployment, Invitation, check_name, require_flower, require_port
+from fedsea.federation.coordinator.status import app_is_gone
 from fedsea.federation.process import Child, flower_environment
 from fedsea.federation.settings import Settings
-from fedsea.federation.status import app_is_gone
 from fedsea.files import write_json
 from fedsea.wire.address import format_address, is_loopback, parse_address
 
@@ -317,7 +317,7 @@ class Federation:
         arguments += ["--ssl-ca-certfile", str(self.deployment.authority), "--enable-supernode-auth"]
         arguments += ["--disable-runtime-dependency-installation"]
         environment = flower_environment(self.deployment.flower)
-        return self._start("fedsea.federation.superlink", arguments, "superlink", environment)
+        return self._start("fedsea.federation.flower.superlink", arguments, "superlink", environment)
 
     def _start(self, module: str, arguments: Sequence[str], name: str, environment: Mapping[str, str]) -> Child:
         return Child(module, arguments, self.deployment.logs / f"{name}.log", environment)

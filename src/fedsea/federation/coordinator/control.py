@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from fedsea.errors import FedSEAError, ServerUnavailableError
-from fedsea.federation.flower_app import bundle
+from fedsea.federation.flower.app import bundle
 from fedsea.process import without_proxy
 from fedsea.wire.address import parse_address
 

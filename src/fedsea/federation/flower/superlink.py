@@ -1,4 +1,4 @@
-"""Flower's SuperLink behind a gate: `python -m fedsea.federation.superlink ARGUMENTS…`, as `flower-superlink` has them.
+"""Flower's SuperLink behind a gate: `python -m fedsea.federation.flower.superlink ARGUMENTS…`, as `flower-superlink`.
 
 Flower 1.41 serves three interfaces at one port. Data owners need one of them, where every request is signed. The other
 two start runs and hand out tasks, and ask nobody who they are: whoever can reach them can run code here and, through
@@ -18,7 +18,7 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
-from fedsea.federation.peers import CLOSING, App, Scope, is_local, log_refusal, of_own_process, refuse
+from fedsea.federation.flower.peers import CLOSING, App, Scope, is_local, log_refusal, of_own_process, refuse
 from fedsea.process import raise_file_limit
 
 FOR_DATA_OWNERS = "/v1/fleet/"

@@ -9,7 +9,7 @@ from typing import Any
 from fedsea.checkpoints import open_checkpoint
 from fedsea.checkpoints.configurations import PREFIX
 from fedsea.errors import ModelNotFoundError
-from fedsea.federation.shards import Sharding, read_shard
+from fedsea.federation.owner.shards import Sharding, read_shard
 from fedsea.tasks import Example, LabelTask, Split, Task, encode
 from fedsea.training.examples import Encoded
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fedsea.errors import FedSEAError, NonFiniteError, ProtocolError, ServerUnavailableError
 from fedsea.federation.arrays import Arrays, WeightedMean
-from fedsea.federation.members import Member
+from fedsea.federation.coordinator.members import Member
 from fedsea.partition import layer_of
 from fedsea.parts.adapters import AdapterSpec
 from fedsea.wire.rounds import MemberStatus, RoundPlan, RoundStatus, Seat, ServerDescription, Strategy, Ticket, new_seat
@@ -46,7 +46,7 @@ class Admin(Protocol):
 
 
 @dataclass(frozen=True)
-class Terms:
+class RoundTerms:
     """What all stages of a federation have in common.
 
     Attributes
@@ -81,7 +81,7 @@ class Terms:
 
 
 @dataclass
-class Stage:
+class Seats:
     """Seats at block servers. `BlockServers.open` makes it.
 
     Attributes
@@ -120,7 +120,7 @@ class BlockServers:
         Told one line of what goes wrong with a server.
     """
 
-    def __init__(self, admins: Sequence[Admin], terms: Terms, notice: Callable[[str], None]) -> None:
+    def __init__(self, admins: Sequence[Admin], terms: RoundTerms, notice: Callable[[str], None]) -> None:
         self.admins, self.terms, self._notice = list(admins), terms, notice
 
     def open(
@@ -130,7 +130,7 @@ class BlockServers:
         members: Sequence[Member],
         weights: Arrays,
         servers_for: Callable[[range], list[str]],
-    ) -> Stage:
+    ) -> Seats:
         """Open a round of this label at as many block servers as there are for the members.
 
         A server that does not answer is left out; if none does, they are tried again until `join_seconds` are over.
@@ -161,12 +161,12 @@ class BlockServers:
         members: Sequence[Member],
         tensors: Mapping[str, Tensor],
         servers_for: Callable[[range], list[str]],
-    ) -> tuple[Stage, dict[str, str]]:
+    ) -> tuple[Seats, dict[str, str]]:
         """Open a round at the servers that answer; those that do not, and why."""
         down: dict[str, str] = {}
         while True:
             # From the beginning whenever a server turns out to be down: the others' rounds get its clients as well.
-            stage, before = Stage(label, {}, {}), len(down)
+            stage, before = Seats(label, {}, {}), len(down)
             groups, lost = self._assign(members, down, servers_for)
             stage.failed |= {name: f"no block server is there for it: {why}" for name, why in lost.items()}
             for admin, group in groups:
@@ -197,7 +197,7 @@ class BlockServers:
         return [(by_address[address], group) for address, group in groups.items()], lost
 
     def _open(
-        self, admin: Admin, stage: Stage, strategy: Strategy, group: Sequence[Member], tensors: Mapping[str, Tensor]
+        self, admin: Admin, stage: Seats, strategy: Strategy, group: Sequence[Member], tensors: Mapping[str, Tensor]
     ) -> None:
         seats: list[Seat] = []
         tickets: dict[str, Ticket] = {}
@@ -219,7 +219,7 @@ class BlockServers:
         stage.tickets |= tickets
         stage.server_of |= dict.fromkeys(tickets, admin)
 
-    def status(self, stage: Stage) -> dict[str, MemberStatus]:
+    def status(self, stage: Seats) -> dict[str, MemberStatus]:
         """How the clients of a stage stand, as far as their block servers answer."""
         found: dict[str, MemberStatus] = {}
         for admin in stage.admins:
@@ -230,7 +230,7 @@ class BlockServers:
         return found
 
     def average(
-        self, stage: Stage, members: Mapping[str, Member], examples: Mapping[str, float], mean: WeightedMean
+        self, stage: Seats, members: Mapping[str, Member], examples: Mapping[str, float], mean: WeightedMean
     ) -> None:
         """Take the average of those clients' middle layers from each block server, into `mean`; the stage is over.
 
@@ -271,7 +271,7 @@ class BlockServers:
             and bool(torch.isfinite(value).all())
         )
 
-    def _average(self, admin: Admin, stage: Stage, counted: dict[str, float]) -> dict[str, Tensor]:
+    def _average(self, admin: Admin, stage: Seats, counted: dict[str, float]) -> dict[str, Tensor]:
         """One server's average over those of its clients whose middle can be used; the others are failed."""
         states = {member.client: member.state for member in admin.status(stage.label).members} if counted else {}
         for name in counted:
@@ -297,7 +297,7 @@ class BlockServers:
                 time.sleep(RETRY_SECONDS)
         return ask()
 
-    def close(self, stage: Stage) -> None:
+    def close(self, stage: Seats) -> None:
         """Give a stage up at all its block servers."""
         for admin in stage.admins:
             self.close_at(admin, stage.label)

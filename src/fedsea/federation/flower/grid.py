@@ -12,7 +12,7 @@ from typing import Any
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
-from fedsea.federation.members import Directory, pull, push
+from fedsea.federation.coordinator.members import Directory, pull, push
 from fedsea.wire.rounds import MemberStatus
 
 POLL_SECONDS = (0.05, 0.2)  # between two looks for replies: at first, and after a while

@@ -20,13 +20,13 @@ from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MessageType, Met
 from flwr.serverapp import Grid
 
 from fedsea.errors import ProtocolError, UsageError
-from fedsea.federation import replies as checked
 from fedsea.federation.arrays import Arrays, Shapes, WeightedMean, cut_to_reach, from_record, to_record
-from fedsea.federation.exchange import Federation, Round, Watch
-from fedsea.federation.grid import FederationGrid, exchange
-from fedsea.federation.members import Directory, Member
-from fedsea.federation.moments import strategy_state
-from fedsea.federation.stage import Stage
+from fedsea.federation.coordinator import replies as checked
+from fedsea.federation.coordinator.block_servers import Seats
+from fedsea.federation.coordinator.members import Directory, Member
+from fedsea.federation.coordinator.round_context import FederationContext, LatenessCheck, RoundContext
+from fedsea.federation.flower.grid import FederationGrid, exchange
+from fedsea.federation.flower.strategy_state import strategy_state
 from fedsea.wire.rounds import Strategy
 
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
@@ -46,13 +46,13 @@ class FedSEAMixin(stock.FedAvg):
         The whole adapter after them.
     """
 
-    federation: Federation
+    federation: FederationContext
     done: int
-    _round: Round | None
+    _round: RoundContext | None
     weights: Arrays
     _succeeded: int
 
-    def work_with(self, federation: Federation, weights: Arrays, done: int = 0) -> None:
+    def work_with(self, federation: FederationContext, weights: Arrays, done: int = 0) -> None:
         """Set what the strategy works with, before `start`.
 
         Parameters
@@ -144,7 +144,9 @@ class FedSEAMixin(stock.FedAvg):
         sampled = {message.metadata.dst_node_id: message for message in messages}
         seconds = self.federation.settings.join_seconds
         members = self.federation.directory.admit(_inner(grid), sampled, seconds)
-        self._round = Round(number, dict(self.weights), config, {member.node: member for member in members}, training)
+        self._round = RoundContext(
+            number, dict(self.weights), config, {member.node: member for member in members}, training
+        )
         for node in sampled.keys() - self._round.members.keys():
             name, reason = self.federation.directory.refused.get(node, (f"node {node}", "it does not answer"))
             self._round.dropped[name] = reason
@@ -187,7 +189,7 @@ class FedSEAMixin(stock.FedAvg):
         ] + errors
 
     def _stage(
-        self, this: Round, label: str, messages: Sequence[Message], seconds: float
+        self, this: RoundContext, label: str, messages: Sequence[Message], seconds: float
     ) -> tuple[list[tuple[Member, checked.Reply]], list[Message]]:
         """Open, send, wait, check, average, close. Gives the replies that count, and errors for the others."""
         federation, directory = self.federation, self.federation.directory
@@ -198,7 +200,7 @@ class FedSEAMixin(stock.FedAvg):
         try:
             seated = [member for member in members if member.name in stage.tickets]
             sent = [self._message(this, stage, member) for member in seated]
-            watch = Watch(federation, this, stage)
+            watch = LatenessCheck(federation, this, stage)
             grid = _inner(self._grid)
             raw, missing = exchange(grid, sent, max(0.0, seconds), watch)
             for node in missing:
@@ -224,7 +226,7 @@ class FedSEAMixin(stock.FedAvg):
         ]
         return [(member, reply) for member, reply in good if member.name not in stage.failed], errors
 
-    def _message(self, this: Round, stage: Stage, member: Member) -> Message:
+    def _message(self, this: RoundContext, stage: Seats, member: Member) -> Message:
         """What one client is sent: the weights that it trains itself, its ticket, and how to train."""
         federation = self.federation
         local = federation.servers.terms.local_of(member)
@@ -242,7 +244,7 @@ class FedSEAMixin(stock.FedAvg):
         return Message(content, member.node, kind, group_id=str(this.number))
 
     def _check(
-        self, this: Round, stage: Stage, replies: Sequence[tuple[int, Message | None]]
+        self, this: RoundContext, stage: Seats, replies: Sequence[tuple[int, Message | None]]
     ) -> list[tuple[Member, checked.Reply]]:
         good = []
         for node, message in replies:
@@ -259,7 +261,7 @@ class FedSEAMixin(stock.FedAvg):
                 good.append((member, reply))
         return sorted(good, key=lambda one: one[0].name)
 
-    def _counted(self, this: Round, member: Member, reply: checked.Reply) -> checked.Reply | str:
+    def _counted(self, this: RoundContext, member: Member, reply: checked.Reply) -> checked.Reply | str:
         """A reply as far as it counts: a training's by the examples the client was admitted with, and by the recipe."""
         settings = self.federation.settings
         examples = min(reply.metrics[checked.EXAMPLES], settings.max_examples)
@@ -282,7 +284,7 @@ class FedSEAMixin(stock.FedAvg):
         """What a client's reply must have."""
         return {} if self.federation.settings.private_ends else self.federation.servers.terms.local_of(member)
 
-    def _whole(self, this: Round, member: Member, reply: checked.Reply) -> Arrays:
+    def _whole(self, this: RoundContext, member: Member, reply: checked.Reply) -> Arrays:
         """A client's reply as a whole adapter: what it has trained, and the average of its middle.
 
         Where clients keep their ends, these are as they were at the start, and every layer that was in anybody's middle
@@ -294,7 +296,7 @@ class FedSEAMixin(stock.FedAvg):
 
     # What is told
 
-    def _report(self, this: Round) -> None:
+    def _report(self, this: RoundContext) -> None:
         examples = sum(its[checked.EXAMPLES] for its in this.clients.values())
         losses = sum(its["train-loss"] * its[checked.EXAMPLES] for its in this.clients.values())
         report = {

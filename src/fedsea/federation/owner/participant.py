@@ -16,21 +16,21 @@ from torch import Tensor
 from fedsea.checkpoints import Fingerprint, open_checkpoint
 from fedsea.client.model import SplitModelForCausalLM
 from fedsea.errors import FedSEAError, ModelMismatchError, NonFiniteError, ProtocolError, TermsError
-from fedsea.federation.data import Texts, task_schema, tokenizer_of
-from fedsea.federation.folder import write_adapter
-from fedsea.federation.own_ends import OwnEnds
-from fedsea.federation.participant_options import ParticipantOptions
+from fedsea.federation.coordinator.folder import write_adapter
+from fedsea.federation.owner.data import Texts, task_schema, tokenizer_of
+from fedsea.federation.owner.participant_options import ParticipantOptions
+from fedsea.federation.owner.prepared_models import PreparedModels, protection
+from fedsea.federation.owner.private_adapter import PrivateAdapter
+from fedsea.federation.owner.shards import Sharding
 from fedsea.federation.recipe import LocalRecipe, lora_config
 from fedsea.federation.settings import RECIPE_BOUNDS
-from fedsea.federation.shards import Sharding
-from fedsea.federation.shelf import ModelShelf, protection
 from fedsea.parts.adapters import AdapterSpec, adapter_parameters
 from fedsea.privacy import LookLedger
 from fedsea.tasks import evaluate, get_task
 from fedsea.training.batches import Batches
 from fedsea.wire.rounds import Ticket
 
-__all__ = ["ModelShelf", "Participant", "ParticipantOptions"]
+__all__ = ["Participant", "ParticipantOptions", "PreparedModels"]
 
 
 class Participant:
@@ -55,12 +55,12 @@ class Participant:
         If the data, the task or the model's files are not what they should be.
     """
 
-    def __init__(self, options: ParticipantOptions, shelf: ModelShelf | None = None) -> None:
+    def __init__(self, options: ParticipantOptions, shelf: PreparedModels | None = None) -> None:
         if options.threads is not None:
             torch.set_num_threads(options.threads)
         self.options, self.on_step = options, None
         self._ledger = LookLedger(options.looks, options.max_looks) if options.looks else None
-        self._shelf = shelf if shelf is not None else ModelShelf(1)
+        self._shelf = shelf if shelf is not None else PreparedModels(1)
         self._lock = threading.Lock()
         self._next_batch = 0
         protection(options)  # what is wrong with it shows before anything is loaded
@@ -240,7 +240,7 @@ class Participant:
         """Leave the block server."""
         self._shelf.close()
 
-    def _own_ends(self, body: Mapping[str, Any]) -> OwnEnds | None:
+    def _own_ends(self, body: Mapping[str, Any]) -> PrivateAdapter | None:
         federation = body.get("private-ends", "")
         if not isinstance(federation, str):
             raise ProtocolError("whose ends these are cannot be read")
@@ -250,7 +250,7 @@ class Participant:
             return None
         if not self.options.private_ends:
             raise TermsError("this federation leaves each client its ends, and this client has no place to keep them")
-        return OwnEnds(Path(self.options.private_ends), federation)
+        return PrivateAdapter(Path(self.options.private_ends), federation)
 
     def _agreed(self, lora: Any) -> LoraConfig:
         """The adapter that came, if its owner takes part with such a one."""
@@ -333,7 +333,7 @@ def _draws_of(seed: int, name: str, first: int) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed} {first} {name}".encode(), digest_size=7).digest())
 
 
-def _start(own: OwnEnds | None, body: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+def _start(own: PrivateAdapter | None, body: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """What A's and C's adapter is at the start of a round: what came, or what this client has kept since the first."""
     if own is None or (kept := own.load()) is None:
         return weights

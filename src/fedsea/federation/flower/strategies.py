@@ -5,8 +5,8 @@ import inspect
 import flwr.serverapp.strategy as stock
 
 from fedsea.errors import UsageError
+from fedsea.federation.flower.strategy import FedSEAMixin
 from fedsea.federation.settings import Settings
-from fedsea.federation.strategy import FedSEAMixin
 
 STRATEGIES = (
     "FedAvg", "FedProx", "FedAdam", "FedYogi", "FedAdagrad", "FedAvgM", "FedMedian", "FedTrimmedAvg", "Krum",

@@ -12,7 +12,10 @@ from collections import Counter
 from fedsea.errors import UsageError
 
 NAME = "fedsea-federation"
-COMPONENTS = {"serverapp": "fedsea.federation.server_app:app", "clientapp": "fedsea.federation.client_app:app"}
+COMPONENTS = {
+    "serverapp": "fedsea.federation.flower.server_app:app",
+    "clientapp": "fedsea.federation.flower.client_app:app",
+}
 _HARMLESS = {"pyproject.toml", ".info/CONTENT", "README.md", "LICENSE"}
 _MAX_BYTES = 1 << 18
 RUNS = ("", "flwr-serverapp")  # of a federation; Flower leaves it empty where a run is not yet known as anything else

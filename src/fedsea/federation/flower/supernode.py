@@ -1,4 +1,4 @@
-"""Flower's SuperNode for data owners: `python -m fedsea.federation.supernode ARGUMENTS…`, as `flower-supernode`.
+"""Flower's SuperNode for data owners: `python -m fedsea.federation.flower.supernode ARGUMENTS…`, as `flower-supernode`.
 
 A SuperNode runs the app that its SuperLink sends, beside the data. This one runs FedSEA's own, as it is installed here,
 and answers to any other that it cannot be verified (Flower's way for apps that nobody vouches for). It also looks for
@@ -19,8 +19,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from fedsea.errors import UsageError
-from fedsea.federation.flower_app import check_bundle, check_run
-from fedsea.federation.peers import OwnProcessesOnly
+from fedsea.federation.flower.app import check_bundle, check_run
+from fedsea.federation.flower.peers import OwnProcessesOnly
 
 POLL_SECONDS = 0.5
 HEARTBEAT_SECONDS = 10  # Flower's least; a SuperNode that died may come back after twice that, not after a minute

@@ -8,13 +8,13 @@ from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from fedsea.federation.arrays import Arrays, to_record
-from fedsea.federation.exchange import Federation
-from fedsea.federation.grid import exchange
-from fedsea.federation.replies import error_text
-from fedsea.federation.worker import FINISH
+from fedsea.federation.coordinator.replies import error_text
+from fedsea.federation.coordinator.round_context import FederationContext
+from fedsea.federation.flower.grid import exchange
+from fedsea.federation.owner.worker import FINISH
 
 
-def hand_over(grid: Grid, federation: Federation, weights: Arrays, adapter: Path) -> None:
+def hand_over(grid: Grid, federation: FederationContext, weights: Arrays, adapter: Path) -> None:
     """Send the whole adapter to all registered clients that are there; says who has not got it.
 
     Nothing where nobody is registered: simulated clients have no place of their own to keep it.

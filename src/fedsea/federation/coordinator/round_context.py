@@ -8,15 +8,15 @@ from typing import Any
 from flwr.app import ConfigRecord
 
 from fedsea.federation.arrays import Arrays, WeightedMean
-from fedsea.federation.folder import FederationFolder
-from fedsea.federation.grid import lateness
-from fedsea.federation.members import Directory, Member
+from fedsea.federation.coordinator.block_servers import BlockServers, Seats
+from fedsea.federation.coordinator.folder import FederationFolder
+from fedsea.federation.coordinator.members import Directory, Member
+from fedsea.federation.flower.grid import lateness
 from fedsea.federation.settings import Settings
-from fedsea.federation.stage import BlockServers, Stage
 
 
 @dataclass
-class Federation:
+class FederationContext:
     """What a strategy works with."""
 
     settings: Settings
@@ -34,7 +34,7 @@ class Federation:
 
 
 @dataclass
-class Round:
+class RoundContext:
     """One exchange with clients: a round's training or its evaluation.
 
     Attributes
@@ -63,7 +63,7 @@ class Round:
     began: float = field(default_factory=time.monotonic)
 
 
-class Watch:
+class LatenessCheck:
     """Looks at the block servers while replies are waited for.
 
     Attributes
@@ -72,7 +72,7 @@ class Watch:
         Clients of whom the others did not wait to the end.
     """
 
-    def __init__(self, federation: Federation, this: Round, stage: Stage) -> None:
+    def __init__(self, federation: FederationContext, this: RoundContext, stage: Seats) -> None:
         self._federation, self._round, self._stage = federation, this, stage
         self.straggled: set[str] = set()
 

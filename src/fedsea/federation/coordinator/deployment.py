@@ -18,7 +18,7 @@ from typing import Any
 
 from fedsea.errors import CredentialsError, UsageError
 from fedsea.extras import install_line
-from fedsea.federation.control import new_key, public_key_of
+from fedsea.federation.coordinator.control import new_key, public_key_of
 from fedsea.files import parse_json, write_file, write_json
 from fedsea.wire.address import format_address
 

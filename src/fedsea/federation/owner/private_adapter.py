@@ -19,7 +19,7 @@ from fedsea.files import replacing
 OF = "federation"
 
 
-class OwnEnds:
+class PrivateAdapter:
     """A file with a data owner's own ends.
 
     Parameters
@@ -43,7 +43,7 @@ class OwnEnds:
         """
         if not self.path.is_file():
             return None
-        weights, federation = read_ends(self.path)
+        weights, federation = read_private_adapter(self.path)
         if federation != self._federation:
             raise UsageError(
                 f"{self.path} has the ends of the federation {federation!r}, this one is {self._federation!r}: "
@@ -82,7 +82,7 @@ class OwnEnds:
             raise UsageError(f"cannot keep your own adapter in {self.path}: {error}") from None
 
 
-def read_ends(path: Path) -> tuple[dict[str, Tensor], str]:
+def read_private_adapter(path: Path) -> tuple[dict[str, Tensor], str]:
     """The weights of a file of own ends, by names of the whole model, and the federation that they belong to.
 
     Raises

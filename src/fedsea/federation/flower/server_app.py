@@ -13,17 +13,17 @@ from fedsea.checkpoints import Fingerprint, open_checkpoint
 from fedsea.checkpoints.fingerprint import config_digest
 from fedsea.errors import FedSEAError, ModelMismatchError, UsageError
 from fedsea.federation.arrays import Arrays, Shapes
-from fedsea.federation.blockserver import BlockServerAdmin
-from fedsea.federation.data import task_schema
-from fedsea.federation.exchange import Federation
-from fedsea.federation.folder import FederationFolder
-from fedsea.federation.handover import hand_over
-from fedsea.federation.members import Directory, Requirements
-from fedsea.federation.moments import set_strategy_state
+from fedsea.federation.coordinator.block_server_admin import BlockServerAdmin
+from fedsea.federation.coordinator.block_servers import Admin, BlockServers, RoundTerms
+from fedsea.federation.coordinator.folder import FederationFolder
+from fedsea.federation.coordinator.handover import hand_over
+from fedsea.federation.coordinator.members import Directory, Requirements
+from fedsea.federation.coordinator.round_context import FederationContext
+from fedsea.federation.flower.strategies import make_strategy
+from fedsea.federation.flower.strategy_state import set_strategy_state
+from fedsea.federation.owner.data import task_schema
 from fedsea.federation.recipe import lora_config
 from fedsea.federation.settings import Settings
-from fedsea.federation.stage import Admin, BlockServers, Terms
-from fedsea.federation.strategies import make_strategy
 from fedsea.parts.adapter_files import read_adapter
 from fedsea.parts.adapters import AdapterSpec
 from fedsea.parts.cut_files import read_cut
@@ -94,10 +94,10 @@ def run_federation(
     try:
         step = OptimizerStep("adamw", settings.local_steps, 1.0, settings.lr, settings.weight_decay)
         deadlines = settings.join_seconds, settings.straggler_seconds
-        terms = Terms(spec, config.num_hidden_layers, shapes, *deadlines, step, settings.max_norm or None)
+        terms = RoundTerms(spec, config.num_hidden_layers, shapes, *deadlines, step, settings.max_norm or None)
         requirements = _requirements(settings, config, chosen)
         servers, directory = BlockServers(chosen, terms, notice), Directory(requirements, notice)
-        federation = Federation(settings, settings.lora(), servers, directory, folder, notice)
+        federation = FederationContext(settings, settings.lora(), servers, directory, folder, notice)
         strategy.work_with(federation, weights, state.step if state is not None else 0)
         adapter = folder.finish(strategy.run(grid))
         hand_over(grid, federation, strategy.weights, adapter)

@@ -25,7 +25,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fedsea.errors import FedSEAError, ProtocolError, UsageError
-from fedsea.federation.worker import FINISH, receive_frame, send_frame, write_error
+from fedsea.federation.owner.worker import FINISH, receive_frame, send_frame, write_error
 from fedsea.files import write_json
 from fedsea.process import put_on_leash
 from fedsea.threads import let_idle_threads_sleep
@@ -39,7 +39,7 @@ LOOK_SECONDS = 0.2  # between two looks whether a ClientApp is still there
 STATUS_SECONDS = 0.5  # between two writings of the status file
 
 
-class Half(Protocol):
+class Worker(Protocol):
     """What the worker holds: `Participant`."""
 
     on_step: Callable[[int, float], None] | None
@@ -79,7 +79,7 @@ class Request:
     done: threading.Event = field(default_factory=threading.Event)
 
 
-class Worker:
+class WorkerServer:
     """Serves requests at a socket, one at a time.
 
     Parameters
@@ -107,7 +107,7 @@ class Worker:
         threading.Thread(target=self._accept, daemon=True).start()
         self._show()
 
-    def serve(self, half: Half) -> None:
+    def serve(self, half: Worker) -> None:
         """Do what comes, until the process is told to end: an exception of a signal handler, and `stopping`."""
         half.on_step = self._on_step
         self._is("idle")
@@ -115,7 +115,7 @@ class Worker:
         while not self.stopping:
             self._next(half)
 
-    def _next(self, half: Half) -> None:
+    def _next(self, half: Worker) -> None:
         # A method of its own, so that nothing holds a request's tensors while the next one is waited for.
         try:
             request = self._request = self._requests.get(timeout=LOOK_SECONDS)
@@ -132,7 +132,7 @@ class Worker:
         for path in (self.path, self._status_file):
             path.unlink(missing_ok=True)
 
-    def _do(self, half: Half, request: Request) -> None:
+    def _do(self, half: Worker, request: Request) -> None:
         begun = time.monotonic()
         self._is(request.do, round=request.body.get("round"))
         told: dict[str, Any] = {"did": request.do, "round": request.body.get("round")}
@@ -151,7 +151,7 @@ class Worker:
         if request.do != "describe":
             self._tell(told | {"seconds": round(time.monotonic() - begun, 2)})
 
-    def _result(self, half: Half, request: Request) -> dict[str, Any]:
+    def _result(self, half: Worker, request: Request) -> dict[str, Any]:
         if request.do == "describe":
             return half.describe()
         if request.do not in ("train", "evaluate", FINISH):
@@ -254,7 +254,7 @@ def _same_user(connection: socket.socket) -> bool:
     return bool(user == os.getuid())
 
 
-def run_worker(path: Path, make: Callable[[], Half]) -> int:
+def run_worker(path: Path, make: Callable[[], Worker]) -> int:
     """Be a worker until SIGTERM: make the half, say `{"ready": …}` on standard output, serve.
 
     Standard output has one JSON object a line, and nothing else: what the half prints goes to standard error. Returns
@@ -268,8 +268,8 @@ def run_worker(path: Path, make: Callable[[], Half]) -> int:
         with contextlib.suppress(BrokenPipeError):
             print(json.dumps(body), file=out, flush=True)
 
-    worker: Worker | None = None
-    half: Half | None = None
+    worker: WorkerServer | None = None
+    half: Worker | None = None
 
     def stop(_number: int, _frame: FrameType | None) -> None:
         if worker is not None:
@@ -278,7 +278,7 @@ def run_worker(path: Path, make: Callable[[], Half]) -> int:
 
     signal.signal(signal.SIGTERM, stop)
     try:
-        worker = Worker(path, tell)
+        worker = WorkerServer(path, tell)
         half = make()
         tell({"ready": half.describe()})
         worker.serve(half)
@@ -295,9 +295,9 @@ def run_worker(path: Path, make: Callable[[], Half]) -> int:
     return 0
 
 
-def _participant(options: dict[str, Any]) -> Half:
-    from fedsea.federation.participant import Participant
-    from fedsea.federation.participant_options import ParticipantOptions
+def _participant(options: dict[str, Any]) -> Worker:
+    from fedsea.federation.owner.participant import Participant
+    from fedsea.federation.owner.participant_options import ParticipantOptions
 
     return Participant(ParticipantOptions.from_body(options))
 
@@ -311,7 +311,7 @@ def read_line(descriptor: int) -> bytes:
 
 
 def main() -> int:
-    """`python -m fedsea.federation.worker_process SOCKET`, the options of the participant as JSON on standard input."""
+    """`python -m fedsea.federation.owner.worker_process SOCKET`; standard input has the options as JSON."""
     let_idle_threads_sleep()
     options = json.loads(read_line(0))
     put_on_leash()

@@ -14,11 +14,11 @@ from types import TracebackType
 from typing import Any, Self
 
 from fedsea.errors import CredentialsError, FedSEAError, UsageError
-from fedsea.federation.deployment import SUPERNODE_KEY, Invitation, require_flower, require_port
-from fedsea.federation.participant_options import ParticipantOptions
+from fedsea.federation.coordinator.deployment import SUPERNODE_KEY, Invitation, require_flower, require_port
+from fedsea.federation.owner.participant_options import ParticipantOptions
+from fedsea.federation.owner.worker import FINISH, WORKER, read_error
 from fedsea.federation.process import Child, flower_environment
 from fedsea.federation.settings import Settings
-from fedsea.federation.worker import FINISH, WORKER, read_error
 from fedsea.wire.address import parse_address
 from fedsea.wire.credentials import Credentials
 
@@ -36,7 +36,7 @@ GOODBYE_SECONDS = 10.0  # a message takes Flower up to six
 NOT_LET_IN = "[code: 2004] "
 
 
-class Member:
+class OwnerProcess:
     """A data owner in a federation; a context manager.
 
     Parameters
@@ -179,7 +179,7 @@ class Member:
         threads = self._options.threads
         return self._start(
             "worker",
-            "fedsea.federation.worker_process",
+            "fedsea.federation.owner.worker_process",
             [str(self._socket)],
             {} if threads is None else {"OMP_NUM_THREADS": str(threads)},
             stdin=json.dumps(self._options.to_body()),
@@ -197,7 +197,7 @@ class Member:
         config = [f'name="{self.name}"', *(f"{key}={float(value)}" for key, value in self._privacy.items())]
         arguments += ["--node-config", " ".join(config)]
         environment = flower_environment(self._folder / "flower") | {WORKER: str(self._socket)}
-        return self._start("supernode", "fedsea.federation.supernode", arguments, environment)
+        return self._start("supernode", "fedsea.federation.flower.supernode", arguments, environment)
 
     def _start(
         self, name: str, module: str, arguments: list[str], environment: dict[str, str], stdin: str | None = None
@@ -274,7 +274,7 @@ class Member:
 
 
 @contextlib.contextmanager
-def kept_running(members: Sequence[Member]) -> Iterator[None]:
+def kept_running(members: Sequence[OwnerProcess]) -> Iterator[None]:
     """Watch started members, each in a thread, as `fedsea federation join` does in a process.
 
     Raises
@@ -284,7 +284,7 @@ def kept_running(members: Sequence[Member]) -> Iterator[None]:
     """
     over, ended = threading.Event(), list[BaseException]()
 
-    def watch(member: Member) -> None:
+    def watch(member: OwnerProcess) -> None:
         try:
             while not over.is_set() and member.adapter is None:
                 member.watch(LOOK_SECONDS)

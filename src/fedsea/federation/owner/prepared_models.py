@@ -7,14 +7,14 @@ from typing import Any
 
 from fedsea.client.model import SplitModelForCausalLM
 from fedsea.errors import UsageError
-from fedsea.federation.participant_options import ParticipantOptions
+from fedsea.federation.owner.participant_options import ParticipantOptions
 from fedsea.privacy import GaussianNoise, Noise, RelativeGaussianNoise, parse_mechanism
 
 DECIDES = ("model", "partition", "credentials", "insecure", "noise_level", "mechanism", "dtype", "wire_dtype", "device")
 WARM_MODELS = 2  # in one process; simulated clients that differ in partition or noise share a process
 
 
-class ModelShelf:
+class PreparedModels:
     """Split models that are warm, the least used given up first.
 
     A model is all but stateless between rounds, so simulated clients that would load the same one share it.

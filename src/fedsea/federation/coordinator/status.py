@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsea.errors import UsageError
-from fedsea.federation.deployment import FEDERATION, Deployment, read_object
+from fedsea.federation.coordinator.deployment import FEDERATION, Deployment, read_object
 from fedsea.files import parse_json
 
 ROUNDS, NOW = "rounds.jsonl", "now.json"
