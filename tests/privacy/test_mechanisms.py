@@ -243,6 +243,9 @@ def test_a_chain_adds_noise_once() -> None:
     ("text", "mechanism"),
     [
         ("gaussian:std=0.5", GaussianNoise(0.5)),
+        ("0.5", GaussianNoise(0.5)),
+        ("relative:2.3", RelativeGaussianNoise(2.3)),
+        ("clip:30 + gaussian:4", Chain((Clip(30.0), GaussianNoise(4.0)))),
         ("relative:level=2.3", RelativeGaussianNoise(2.3)),
         ("clipped-gaussian:clip=30,std=4", ClippedGaussianNoise(30.0, 4.0)),
         (" clipped-gaussian : std = 4 , clip = 30 ", ClippedGaussianNoise(30.0, 4.0)),

@@ -41,7 +41,8 @@ def parse_mechanism(text: str) -> Noise:
     ----------
     text
         A name of `MECHANISMS` and all its options, `NAME:OPTION=NUMBER,...`; several with `+` between them are done
-        from left to right.
+        from left to right. A mechanism with one option takes its value alone, `relative:0.5`, and a number alone is
+        the standard deviation of Gaussian noise, `0.5`.
 
     Returns
     -------
@@ -64,9 +65,13 @@ def usage(name: str) -> str:
 
 def _parse_one(text: str) -> Noise:
     name, _, rest = (piece.strip() for piece in text.partition(":"))
+    if _is_number(text):
+        name, rest = GaussianNoise.name, text
     if name not in MECHANISMS:
         raise UsageError(f"there is no mechanism {name!r}; there are {', '.join(map(usage, MECHANISMS))}")
     known = {field.name for field in dataclasses.fields(MECHANISMS[name])}
+    if len(known) == 1 and _is_number(rest):
+        rest = f"{min(known)}={rest}"
     options: dict[str, float] = {}
     for piece in rest.split(",") if rest else []:
         option, _, value = (word.strip() for word in piece.partition("="))
@@ -83,3 +88,11 @@ def _parse_one(text: str) -> Noise:
         raise UsageError(f"the mechanism {text!r} lacks {missing}; write {usage(name)}")
     noise: Noise = MECHANISMS[name](**options)
     return noise
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
