@@ -13,7 +13,6 @@ from fedsea.privacy import Chain, Clip, ClippedGaussianNoise, GaussianNoise, Noi
 from fedsea.privacy.accountant import privacy_spent
 from fedsea.privacy.bound import (
     Source,
-    covariance_capacity,
     estimated_bound,
     fano_accuracy,
     guaranteed_bound,
@@ -22,7 +21,6 @@ from fedsea.privacy.bound import (
     observed_capacity,
     power_capacity,
     uniform_source,
-    water_filling,
 )
 
 STDS = [0.1, 0.3, 0.7, 1.0, 2.0, 10.0]
@@ -46,6 +44,11 @@ def information(points: np.ndarray, weights: np.ndarray, std: float, step: float
         return -float(np.nansum(output * np.log2(output))) * cell - noise
 
 
+def covariance_capacity(eigenvalues: np.ndarray, std: float) -> float:
+    """Bits that states with a covariance of these eigenvalues carry at most (Cover and Thomas, chapter 9)."""
+    return float(np.log2(1 + eigenvalues / std**2).sum() / 2)
+
+
 # Capacities
 
 
@@ -54,38 +57,11 @@ def test_capacities_are_those_of_textbooks() -> None:
     assert power_capacity(15.0, 1.0, 1) == pytest.approx(2.0)
     assert power_capacity(15.0 * 8, 1.0, 8) == pytest.approx(16.0)
     assert power_capacity(1e-9, 1.0, 1000) == pytest.approx(1e-9 / 2 / math.log(2))
-    assert water_filling(1.0, np.array([1.0, 4.0])) == pytest.approx(0.5)  # all of it to the better direction
-    assert water_filling(5.0, np.array([4.0, 1.0])) == pytest.approx(math.log2(5) / 2 + math.log2(5 / 4) / 2)
-    assert water_filling(0.0, np.array([1.0, 4.0])) == 0
-    assert covariance_capacity(np.array([3.0, 15.0, 0.0]), 1.0) == pytest.approx(1 + 2)
-
-
-@pytest.mark.parametrize("std", STDS)
-def test_capacities_agree_where_they_say_the_same(std: float) -> None:
-    power, size = 7.0, 12
-    assert water_filling(power, np.full(size, std**2)) == pytest.approx(power_capacity(power, std, size))
-    assert covariance_capacity(np.full(size, power / size), std) == pytest.approx(power_capacity(power, std, size))
-    matrix = draws(size, size)
-    covariance = matrix @ matrix.T
-    _sign, logarithm = np.linalg.slogdet(np.eye(size) + covariance / std**2)
-    assert covariance_capacity(np.linalg.eigvalsh(covariance), std) == pytest.approx(logarithm / 2 / math.log(2))
-
-
-def test_no_way_to_spend_the_power_carries_more_than_water_filling() -> None:
-    random = np.random.default_rng(0)
-    for _ in range(200):
-        variances, power = random.uniform(0.1, 5, 6), random.uniform(0, 10)
-        spent = power * random.dirichlet(np.full(6, 0.5))
-        assert np.log2(1 + spent / variances).sum() / 2 <= water_filling(power, variances) + 1e-12
-        values = random.dirichlet(np.full(6, 0.5)) * power
-        assert covariance_capacity(values, 0.8) <= power_capacity(power, 0.8, 6) + 1e-12
 
 
 def test_no_noise_carries_everything_and_no_power_nothing() -> None:
     assert power_capacity(1.0, 0.0, 3) == math.inf
     assert power_capacity(0.0, 0.0, 3) == 0
-    assert covariance_capacity(np.array([1.0]), 0.0) == math.inf
-    assert covariance_capacity(np.array([0.0]), 0.0) == 0
     assert observed_capacity(torch.ones(5, 2), 0.0) == math.inf
 
 

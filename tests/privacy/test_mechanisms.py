@@ -263,6 +263,11 @@ def test_a_mechanism_is_named_with_its_options(text: str, mechanism: Noise) -> N
     ("text", "says"),
     [
         ("laplace:scale=1", "there is no mechanism 'laplace'; there are gaussian:std=NUMBER, relative:level=NUMBER, "),
+        (
+            "shaped:level=1",
+            "the mechanism shaped is gone, as it gained little; FedSEA 0.2.0 had it; write relative:level=",
+        ),
+        ("narrow-cut:rank=4+shaped:level=1", "the mechanism shaped is gone"),
         ("", "there is no mechanism ''"),
         ("gaussian:std=1+", "there is no mechanism ''"),
         ("gaussian:std=1+clap:norm=1", "there is no mechanism 'clap'"),

@@ -18,7 +18,7 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     ),
     "training": ("exactness", "speed", "link-bytes", "slow-link", "client-memory", "server-runs", "gpu"),
     "federation": ("exactness", "speed", "server-memory", "flower", "quality", "scale"),
-    "privacy": ("search", "speed", "bound", "partition", "shaped", "adaptive", "paper", "frontier"),
+    "privacy": ("search", "speed", "bound", "partition", "adaptive", "paper", "frontier"),
 }
 
 

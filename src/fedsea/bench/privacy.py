@@ -10,7 +10,6 @@ from fedsea.bench.privacy_frontier import frontier
 from fedsea.bench.privacy_paper import paper_claim
 from fedsea.bench.privacy_partition import partition_study
 from fedsea.bench.privacy_search import search_reads, search_speed
-from fedsea.bench.privacy_shaped import shaped_costs
 from fedsea.bench.results import Report
 from fedsea.bench.topics import Topics, run_topics
 from fedsea.bench.workbench import Settings
@@ -20,7 +19,6 @@ TOPICS: Topics = {
     "speed": search_speed,
     "bound": bound_holds,
     "partition": partition_study,
-    "shaped": shaped_costs,
     "adaptive": adaptive_noise,
     "paper": paper_claim,
     "frontier": frontier,

@@ -22,7 +22,6 @@ from fedsea.client.layout import PACKING, Layout, read_layout
 from fedsea.client.narrow import check_rank, narrow_at_start
 from fedsea.client.native import NativeMixin, known_as
 from fedsea.client.session import Session, SessionSettings
-from fedsea.client.shape import ask_sensitivity
 from fedsea.client.traffic import Traffic
 from fedsea.errors import LimitExceededError, UsageError
 from fedsea.partition import Partition
@@ -31,7 +30,6 @@ from fedsea.parts.cache import CACHE
 from fedsea.parts.families import turning_point
 from fedsea.privacy import GaussianNoise, Magnitude, Noise
 from fedsea.privacy.calibrate import measure_magnitude
-from fedsea.privacy.shape import Sensitivity
 from fedsea.privacy.warning import leak_warning
 from fedsea.text import one_line
 from fedsea.wire.credentials import Credentials
@@ -188,10 +186,7 @@ class SplitModelForCausalLM(NativeMixin, PreTrainedModel, SplitGenerationMixin):
             narrow_at_start(input_blocks, checkpoint, noise.width)
 
         def measure() -> Magnitude:
-            return measure_magnitude(input_blocks, checkpoint, ask)
-
-        def ask() -> Sensitivity:
-            return ask_sensitivity(endpoint, settings, input_blocks, output_blocks, checkpoint, max_tokens)
+            return measure_magnitude(input_blocks, checkpoint)
 
         model = cls(input_blocks, output_blocks, partition, noise, measure, endpoint, settings)
         model.generation_config = checkpoint.generation_config

@@ -9,7 +9,6 @@ from fedsea.privacy.mechanism import Channel, Magnitude, Noise
 from fedsea.privacy.narrow import NarrowCut
 from fedsea.privacy.parse import parse_mechanism
 from fedsea.privacy.relative import RelativeGaussianNoise
-from fedsea.privacy.shaped import ShapedNoise
 from fedsea.privacy.source import NoiseSource
 
 __all__ = [
@@ -27,6 +26,5 @@ __all__ = [
     "RelativeClip",
     "RelativeClippedGaussianNoise",
     "RelativeGaussianNoise",
-    "ShapedNoise",
     "parse_mechanism",
 ]

@@ -74,7 +74,7 @@ def privacy_spent(noise: Noise, *, delta: float, releases: int = 1) -> PrivacySp
             from opacus.accountants.analysis import rdp
     except ImportError:
         raise UsageError(f"epsilon needs an accountant; install it by: {install_line('opacus')}") from None
-    multiplier = channel.least_std / (2 * channel.clip)  # two states may differ where there is least noise
+    multiplier = channel.std / (2 * channel.clip)
     # The best order is near this one, as Renyi divergences of Gaussians are linear in the order.
     best = multiplier * math.sqrt(2 * math.log(1 / delta) / releases)
     orders = 1 + best * np.geomspace(0.05, 20, 2001)

@@ -5,12 +5,9 @@ that tells of `h`, and so of the text that made it, is the mutual information of
 
 - From the power: `d/2 * log2(1 + P / (d s^2))` bits, where `P` is the mean squared norm of `h` (`power_capacity`). It
   holds for every distribution of that power. A state clipped to norm `c` has `P <= c^2`, for every text: a guarantee.
-- From the power, where directions differ in noise: water-filling gives the power to where there is least noise
-  (`water_filling`). With equal noise everywhere it is the formula above.
-- In a base in which such noise is white, states are states and all that follows holds as it stands.
-- From the covariance: `sum of 1/2 * log2(1 + l_i / s^2)` over its eigenvalues `l_i` (`covariance_capacity`). It holds
-  for every distribution with that covariance and is never above the first. Nobody knows the covariance of texts to
-  come: from a sample it is an estimate, and one that comes out too small where the sample is small.
+- From the covariance: `sum of 1/2 * log2(1 + l_i / s^2)` over its eigenvalues `l_i`. It holds for every distribution
+  with that covariance and is never above the first. But the covariance of texts to come is not known: from a sample it
+  is an estimate, and one that comes out too small where the sample is small. So it is not used.
 - From a sample (`observed_capacity`): `I(h; Y) <= mean over h of KL(P(Y | h), Q)` for any distribution `Q` of the
   output. `Q` is a Gaussian fitted to one half of the sample, and the mean is over the other: an estimate that does not
   come out too small for want of states.
@@ -33,7 +30,7 @@ to be believed. Real text is easier to guess than that. A language model's cross
 as the model is the best guesser there is: an attacker with a better one starts from less. So a bound on bits can be a
 guarantee, a bound on the accuracy of naming real text cannot.
 
-Sources: Cover and Thomas, Elements of Information Theory, chapters 2 (Fano), 9 (Gaussian channels, water-filling,
+Sources: Cover and Thomas, Elements of Information Theory, chapters 2 (Fano), 9 (Gaussian channels,
 feedback) and 13 (the bound by an output distribution).
 """
 
@@ -177,9 +174,6 @@ def guaranteed_bound(
         raise UsageError(f"{noise} guarantees nothing: states are not bounded before noise; use clipped-gaussian")
 
     def capacity(std: float) -> float:
-        if channel.shape is not None:
-            stds = channel.shape.stds.double().numpy() * (std / channel.std)
-            return water_filling(channel.clip**2, stds**2)
         return power_capacity(channel.clip**2, std, hidden_size if channel.width is None else channel.width)
 
     return LeakageBound(_of_looks(capacity, channel.std, looks, same_states=same_states), True, looks, source)
@@ -210,8 +204,6 @@ def estimated_bound(
     if channel.width is not None and states.shape[1] != channel.width:
         raise UsageError(f"{noise} sends {channel.width} numbers a state; project the sample, it has {states.shape[1]}")
     clipped = clip_norms(states.double(), channel.clip) if math.isfinite(channel.clip) else states
-    if channel.shape is not None:  # where the noise is white, it is the channel that the formulas are about
-        clipped = channel.shape.whitened(clipped.double().cpu())
 
     def capacity(std: float) -> float:
         return observed_capacity(clipped, std)
@@ -236,35 +228,6 @@ def power_capacity(power: float, std: float, dimensions: int) -> float:
     if std == 0:
         return math.inf
     return dimensions / 2 * math.log1p(power / (dimensions * std**2)) / math.log(2)
-
-
-def water_filling(power: float, variances: NDArray[np.float64]) -> float:
-    """Bits that states of a mean squared norm `power` carry at most, given the noise's variance in each direction.
-
-    The capacity of parallel Gaussian channels: direction `i` gets the power `max(0, level - variances[i])`, with the
-    level such that it adds up to `power`.
-
-    Parameters
-    ----------
-    power
-        Mean squared norm, 0 or more.
-    variances
-        Above 0, `[directions]`.
-    """
-    ordered = np.sort(variances.astype(np.float64))
-    levels = (power + np.cumsum(ordered)) / np.arange(1, len(ordered) + 1)  # if the first 1, 2, ... are filled
-    level = levels[np.flatnonzero(levels >= ordered)[-1]]
-    return float(np.log2(np.maximum(level / ordered, 1.0)).sum() / 2)
-
-
-def covariance_capacity(eigenvalues: NDArray[np.float64], std: float) -> float:
-    """Bits that states with a covariance of these eigenvalues carry at most through noise of standard deviation `std`.
-
-    `eigenvalues` are 0 or more, `[directions]`, in the squared unit of `std`. Infinite if `std` is 0 and one is not.
-    """
-    if std == 0:
-        return math.inf if eigenvalues.any() else 0.0
-    return float(np.log1p(eigenvalues / std**2).sum() / (2 * math.log(2)))
 
 
 def observed_capacity(states: Tensor, std: float) -> float:

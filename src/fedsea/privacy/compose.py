@@ -11,7 +11,6 @@ from torch import Tensor
 
 from fedsea.errors import UsageError
 from fedsea.privacy.mechanism import Channel, Magnitude, Noise
-from fedsea.privacy.shaped import ShapedNoise
 
 
 @dataclass(frozen=True)
@@ -29,8 +28,8 @@ class Chain(Noise):
     Raises
     ------
     UsageError
-        If there are fewer than two parts, more than one adds noise, a narrow cut is not the first, shaped noise is
-        behind one, or adaptive noise comes after something else than one.
+        If there are fewer than two parts, more than one adds noise, a narrow cut is not the first, or adaptive noise
+        comes after something else than one.
     """
 
     name: ClassVar[str] = "chain"
@@ -43,10 +42,6 @@ class Chain(Noise):
             raise UsageError(f"{self} adds noise more than once; give it once, with the standard deviation of the sum")
         if any(part.width is not None for part in self.parts[1:]):
             raise UsageError(f"{self} narrows states that were protected already; write narrow-cut first, and once")
-        if self.width is not None and any(isinstance(part, ShapedNoise) for part in self.parts):
-            raise UsageError(
-                f"{self} is not supported: noise behind a narrow cut has no shape; write relative for shaped"
-            )
         if any(part.follows_states and before.width is None for before, part in pairwise(self.parts)):
             # A bound that stays, before one that moves: the ratio of clip to noise would no longer be what it was.
             raise UsageError(f"{self} bounds states before adaptive does; leave that out, adaptive clips by itself")
@@ -55,11 +50,6 @@ class Chain(Noise):
     def width(self) -> int | None:
         """That of the first part, if it is a narrow cut."""
         return self.parts[0].width
-
-    @property
-    def content(self) -> bytes:
-        """Of each part."""
-        return b"+".join(part.content for part in self.parts)
 
     @property
     def adds_noise(self) -> bool:  # type: ignore[override]
@@ -79,7 +69,7 @@ class Chain(Noise):
             channel = part.channel
             clip = min(clip, channel.clip)
             if channel.std:
-                return Channel(clip, channel.std, self.width, channel.shape)
+                return Channel(clip, channel.std, self.width)
         return Channel(clip, 0.0, self.width)
 
     def calibrated(self, measure: Callable[[], Magnitude]) -> Noise:

@@ -78,7 +78,7 @@ def on_grid(noised: Tensor, std: float) -> Tensor:
     noised
         Float32. Float64 stays as it is: nothing leaves in it, and what is measured in it is to be exact.
     std
-        Standard deviation of the noise, in the direction that has least of it.
+        Standard deviation of the noise.
 
     Returns
     -------

@@ -13,7 +13,6 @@ from typing import ClassVar, Self
 from torch import Tensor
 
 from fedsea.errors import UsageError
-from fedsea.privacy.shape import Sensitivity, Shape
 
 
 class Magnitude(float):
@@ -25,16 +24,13 @@ class Magnitude(float):
         Mean |h_A| of an element.
     norm
         Mean L2 norm of a token's state, in the same unit.
-    sensitivity
-        Finds out how the model's loss depends on its states, which takes a while; None if that cannot be known.
     """
 
     norm: float
-    sensitivity: Callable[[], Sensitivity] | None
 
-    def __new__(cls, mean: float, norm: float, sensitivity: Callable[[], Sensitivity] | None = None) -> Self:
+    def __new__(cls, mean: float, norm: float) -> Self:
         self = super().__new__(cls, mean)
-        self.norm, self.sensitivity = norm, sensitivity
+        self.norm = norm
         return self
 
 
@@ -49,23 +45,14 @@ class Channel:
     clip
         Largest L2 norm of a token's state before the noise; infinite if nothing bounds it.
     std
-        The noise's standard deviation on every element, in the unit of the states; 0 for none. Where noise differs by
-        direction, that of white noise which lets as much through.
+        The noise's standard deviation on every element, in the unit of the states; 0 for none.
     width
         Numbers of a state where it meets clip and noise; None for as many as the model's have.
-    shape
-        How the noise differs by direction; None for white noise.
     """
 
     clip: float
     std: float
     width: int | None = None
-    shape: Shape | None = None
-
-    @property
-    def least_std(self) -> float:
-        """The noise's standard deviation in the direction that has least of it."""
-        return self.std if self.shape is None else self.shape.least
 
 
 class Noise(ABC):
@@ -89,11 +76,6 @@ class Noise(ABC):
     def width(self) -> int | None:
         """Numbers that are left of a state before it is protected and leaves; None for all of them."""
         return None
-
-    @property
-    def content(self) -> bytes:
-        """All that it does depends on, its strength among it: two that differ in it never share draws."""
-        return repr(self).encode()
 
     @property
     @abstractmethod

@@ -13,7 +13,6 @@ from fedsea.privacy.gaussian import GaussianNoise
 from fedsea.privacy.mechanism import Noise
 from fedsea.privacy.narrow import NarrowCut
 from fedsea.privacy.relative import RelativeGaussianNoise
-from fedsea.privacy.shaped import ShapedNoise
 
 MECHANISMS: Mapping[str, type[Any]] = {
     kind.name: kind
@@ -25,10 +24,11 @@ MECHANISMS: Mapping[str, type[Any]] = {
         AdaptiveGaussianNoise,
         Clip,
         RelativeClip,
-        ShapedNoise,
         NarrowCut,
     )
 }
+
+GONE = {"shaped": "the mechanism shaped is gone, as it gained little; FedSEA 0.2.0 had it; write relative:level=NUMBER"}
 
 # A + before a letter: one before a digit belongs to a number such as 1e+3.
 PLUS = re.compile(r"\+(?=\s*[A-Za-z]|\s*$)")
@@ -67,6 +67,8 @@ def _parse_one(text: str) -> Noise:
     name, _, rest = (piece.strip() for piece in text.partition(":"))
     if _is_number(text):
         name, rest = GaussianNoise.name, text
+    if name in GONE:
+        raise UsageError(GONE[name])
     if name not in MECHANISMS:
         raise UsageError(f"there is no mechanism {name!r}; there are {', '.join(map(usage, MECHANISMS))}")
     known = {field.name for field in dataclasses.fields(MECHANISMS[name])}

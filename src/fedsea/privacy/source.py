@@ -120,4 +120,4 @@ class NoiseSource:
 
 
 def _key(mechanism: Noise, secret: bytes) -> bytes:
-    return hashlib.blake2b(mechanism.content, key=secret).digest()
+    return hashlib.blake2b(repr(mechanism).encode(), key=secret).digest()
