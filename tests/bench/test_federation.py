@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from fedsea.bench.federation import TOPICS, run
-from fedsea.bench.federation_exactness import federation_exactness
-from fedsea.bench.federation_quality import (
+from fedsea.errors import UsageError
+from fedsea.tasks import get_task
+from fedsea_bench.federation import TOPICS, run
+from fedsea_bench.federation_exactness import federation_exactness
+from fedsea_bench.federation_quality import (
     ALONE,
     CENTRALISED,
     MODES,
@@ -22,9 +24,7 @@ from fedsea.bench.federation_quality import (
     quality_lines,
     train_in_one_place,
 )
-from fedsea.bench.workbench import Settings, Workbench
-from fedsea.errors import UsageError
-from fedsea.tasks import get_task
+from fedsea_bench.workbench import Settings, Workbench
 from tests.support.federation_commands import write_cb
 
 

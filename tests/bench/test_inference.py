@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -15,19 +16,20 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from fedsea.bench.clock import bare_loop, decode_rate, times_of_generate
-from fedsea.bench.context import draw_curve, text_curve
-from fedsea.bench.exactness import exactness
-from fedsea.bench.gpu import compare, gpu
-from fedsea.bench.inference import run
-from fedsea.bench.processes import ServerProcess, process_memory, run_fresh
-from fedsea.bench.results import Line, Report, markdown_table, meets, number, write_json
-from fedsea.bench.traffic import link_bytes, row_entries
-from fedsea.bench.workbench import Settings, Workbench, endless
 from fedsea.checkpoints import load_whole_model
-from fedsea.cli.bench import app
 from fedsea.errors import FedSEAError, UsageError
-from tests.support.memory_holder import hold
+from fedsea.server.process import ServerProcess
+from fedsea_bench.clock import bare_loop, decode_rate, times_of_generate
+from fedsea_bench.command import app
+from fedsea_bench.context import draw_curve, text_curve
+from fedsea_bench.exactness import exactness
+from fedsea_bench.gpu import compare, gpu
+from fedsea_bench.inference import run
+from fedsea_bench.processes import process_memory, run_fresh
+from fedsea_bench.results import Line, Report, markdown_table, meets, number, write_json
+from fedsea_bench.traffic import link_bytes, row_entries
+from fedsea_bench.workbench import Settings, Workbench, endless
+from tests.bench.memory_holder import hold
 
 FIELDS = ["name", "measured", "unit", "target", "holds", "samples", "conditions"]
 
@@ -132,7 +134,7 @@ def test_curve_is_drawn_as_text_and_png(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peaks are read from /proc")
 def test_fresh_process_has_its_own_memory_peak(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     ballast = bytearray(b"x") * (500 << 20)
     small, large = (run_fresh(hold, threads=1, mib=mib) for mib in (1, 101))
     assert 90 << 20 < large - small < 110 << 20
@@ -167,8 +169,8 @@ def test_light_lines_hold_on_the_tiny_model(bench: Workbench) -> None:
 
 def test_gpu_comparison_runs_on_any_device(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
     # In this process and with the server that is there: three processes that import torch would take their time.
-    monkeypatch.setattr("fedsea.bench.gpu.run_fresh", lambda function, *, threads, **case: function(**case))
-    monkeypatch.setattr("fedsea.bench.gpu.ServerProcess", lambda *_args, **_options: nullcontext(bench.server))
+    monkeypatch.setattr("fedsea_bench.gpu.run_fresh", lambda function, *, threads, **case: function(**case))
+    monkeypatch.setattr("fedsea_bench.gpu.ServerProcess", lambda *_args, **_options: nullcontext(bench.server))
     memory, speed = compare(bench, "random:tiny", device="cpu", dtype="float32", context=20, tokens=4, rounds=2)
     assert memory.measured is not None
     assert 30 < memory.measured < 50  # two layers of six, embedding and head
@@ -198,7 +200,7 @@ def test_command_runs_one_topic_and_writes_files(tmp_path: Path) -> None:
 
 def test_a_bench_that_is_killed_leaves_no_server() -> None:
     code = (
-        "import time; from fedsea.bench.processes import ServerProcess; "
+        "import time; from fedsea.server.process import ServerProcess; "
         "server = ServerProcess('random:tiny', threads=1, secure=False); print(server.pid, flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as bench:

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from fedsea.bench.link import Link, LinkProcess
 from fedsea.errors import FedSEAError, UsageError
+from fedsea_bench.link import Link, LinkProcess
 
 LINKS = pytest.mark.parametrize("kind", [Link, LinkProcess])
 

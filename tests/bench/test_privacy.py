@@ -11,7 +11,12 @@ import torch
 from rich.console import Console
 
 from fedsea.audit import limits
-from fedsea.bench import (
+from fedsea.checkpoints import load_whole_model
+from fedsea.partition import Partition
+from fedsea.privacy import Noise
+from fedsea.privacy.bound import LeakageBound
+from fedsea.tasks import get_task
+from fedsea_bench import (
     privacy,
     privacy_adaptive,
     privacy_bound,
@@ -20,14 +25,9 @@ from fedsea.bench import (
     privacy_partition,
     privacy_search,
 )
-from fedsea.bench.privacy_point import Outcome, Point, measure, without_middle
-from fedsea.bench.results import Line
-from fedsea.bench.workbench import Settings, Workbench
-from fedsea.checkpoints import load_whole_model
-from fedsea.partition import Partition
-from fedsea.privacy import Noise
-from fedsea.privacy.bound import LeakageBound
-from fedsea.tasks import get_task
+from fedsea_bench.privacy_point import Outcome, Point, measure, without_middle
+from fedsea_bench.results import Line
+from fedsea_bench.workbench import Settings, Workbench
 
 PAPER_ATTACKS = ("decoder", "paper-decoder")
 
@@ -99,6 +99,13 @@ def test_adaptive_noise_is_compared_with_noise_that_stays_on_the_same_texts(monk
     difference = found["adaptive - fixed, level 3: loss after the last step"].measured
     assert difference is not None
     assert 0 < abs(difference) < 1
+
+
+def test_steps_are_counted_to_where_the_line_between_two_measurements_crosses_the_goal() -> None:
+    curve = [(0, 5.0), (2, 4.0), (4, 2.0), (6, 3.0)]
+    assert [privacy_adaptive.steps_until(curve, goal) for goal in (6.0, 5.0, 4.5, 3.0, 2.0)] == [0, 0, 1, 3, 4]
+    assert privacy_adaptive.steps_until(curve, 1.9) is None
+    assert privacy_adaptive.steps_until([(0, 5.0), (2, 5.0)], 5.0) == 0
 
 
 def test_the_papers_attack_is_measured_beside_one_that_reads(

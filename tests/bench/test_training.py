@@ -13,12 +13,20 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from fedsea.bench import quality
-from fedsea.bench.clock import in_turns
-from fedsea.bench.quality import UNTRAINED, WHOLE, Job, Plan, QualityBench, Result, Setting, time_left, train_whole
-from fedsea.bench.quality_report import Summary, draw, lines, summary, tables
-from fedsea.bench.training import TOPICS, run
-from fedsea.bench.training_case import (
+from fedsea.checkpoints import load_whole_model
+from fedsea.errors import NonFiniteError, UsageError
+from fedsea.tasks import Example
+from fedsea.tasks.base import Question
+from fedsea.training.batches import Batches
+from fedsea.training.examples import Encoded
+from fedsea.training.loop import Recipe
+from fedsea_bench import quality
+from fedsea_bench.clock import in_turns
+from fedsea_bench.command import app
+from fedsea_bench.quality import UNTRAINED, WHOLE, Job, Plan, QualityBench, Result, Setting, time_left, train_whole
+from fedsea_bench.quality_report import Summary, draw, lines, summary, tables
+from fedsea_bench.training import TOPICS, run
+from fedsea_bench.training_case import (
     Batch,
     adamw,
     adapter_config,
@@ -35,19 +43,11 @@ from fedsea.bench.training_case import (
     train_step,
     whole_adapter,
 )
-from fedsea.bench.training_exactness import training_exactness
-from fedsea.bench.training_memory import Case, compare, server_runs, training_gpu_memory
-from fedsea.bench.training_speed import training_link, training_speed
-from fedsea.bench.training_traffic import training_bytes
-from fedsea.bench.workbench import Settings, Workbench
-from fedsea.checkpoints import load_whole_model
-from fedsea.cli.bench import app
-from fedsea.errors import NonFiniteError, UsageError
-from fedsea.tasks import Example
-from fedsea.tasks.base import Question
-from fedsea.training.batches import Batches
-from fedsea.training.examples import Encoded
-from fedsea.training.loop import Recipe
+from fedsea_bench.training_exactness import training_exactness
+from fedsea_bench.training_memory import Case, compare, server_runs, training_gpu_memory
+from fedsea_bench.training_speed import training_link, training_speed
+from fedsea_bench.training_traffic import training_bytes
+from fedsea_bench.workbench import Settings, Workbench
 
 LEVEL = Setting("split", 0.3)
 SPLIT = Setting("split")
@@ -147,7 +147,7 @@ def test_speed_lines_have_a_ratio_a_round_and_their_spread(bench: Workbench) -> 
 
 
 def test_link_lines_come_in_pairs_with_and_without_overlap(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedsea.bench.training_speed.QUICK_TOKENS", 8)
+    monkeypatch.setattr("fedsea_bench.training_speed.QUICK_TOKENS", 8)
     found = list(training_link(bench))
     assert [line.target for line in found] == ["<= 1.25", "", "", ""]
     assert ["no overlap" in line.name for line in found] == [False, True, False, True]
@@ -155,9 +155,9 @@ def test_link_lines_come_in_pairs_with_and_without_overlap(bench: Workbench, mon
 
 def test_memory_comparison_runs_on_any_device(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
     # In this process and with the server that is there: three processes that import torch would take their time.
-    monkeypatch.setattr("fedsea.bench.training_memory.run_fresh", lambda function, *, threads, **case: function(**case))
+    monkeypatch.setattr("fedsea_bench.training_memory.run_fresh", lambda function, *, threads, **case: function(**case))
     monkeypatch.setattr(
-        "fedsea.bench.training_memory.ServerProcess", lambda *_args, **_options: nullcontext(bench.server)
+        "fedsea_bench.training_memory.ServerProcess", lambda *_args, **_options: nullcontext(bench.server)
     )
     (line,) = compare(bench, Case("random:tiny", "cpu", "float32", 2, 8), "memory", target="<= 15")
     assert line.measured is not None

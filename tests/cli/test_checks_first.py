@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from fedsea.bench import federation, inference, privacy, training
-from fedsea.bench.names import NAMES
 from fedsea.errors import UsageError
 from fedsea.extras import install_line, require
 
@@ -85,8 +83,6 @@ WRONG: list[tuple[Sequence[str], int, str]] = [
     (["serve", "random:tiny", "--credentials", "nowhere", "--listen", "127.0.0.1:0"], 1, "there is no folder nowhere"),
     (["export-adapter", "nowhere", "out"], 2, "there is no folder nowhere"),
     (["demo", "--model", "no-such-model"], 1, "no model 'no-such-model'"),
-    *((["bench", bench, "--only", "qualty"], 2, f"there are {', '.join(NAMES[bench])}") for bench in NAMES),
-    (["bench", "inference", "--model", "no-such-model"], 1, "no model 'no-such-model'"),
 ]
 
 
@@ -143,8 +139,3 @@ def test_what_is_not_installed_is_named_at_once_with_the_line_that_installs_it(t
 def test_a_module_that_is_not_there_is_told_with_its_own_name() -> None:
     with pytest.raises(UsageError, match="a drawing needs a package that is not installed here: pip install no-such"):
         require("a drawing", "json", "no_such")
-
-
-def test_every_bench_has_the_topics_that_its_help_names() -> None:
-    for module in (inference, training, federation, privacy):
-        assert tuple(module.TOPICS) == NAMES[module.__name__.rpartition(".")[2]]

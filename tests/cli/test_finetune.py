@@ -13,10 +13,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from fedsea.bench.processes import ServerProcess
 from fedsea.checkpoints import load_whole_model
 from fedsea.cli import run
 from fedsea.cli.finetune import MANY, DataOptions, RecipeOptions
+from fedsea.server.process import ServerProcess
 from fedsea.training.export import whole_with_adapter
 from fedsea.training.loop import Recipe
 from tests.support.ports import NOWHERE

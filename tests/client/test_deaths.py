@@ -17,11 +17,11 @@ import pytest
 import torch
 
 from fedsea import SplitModelForCausalLM
-from fedsea.bench.link import Link
 from fedsea.errors import LimitExceededError, ProtocolError, UsageError
 from fedsea.server.limits import Limits
 from fedsea.wire.frames import Kind, Message, encode
 from tests.conftest import RunningServer, connect
+from tests.support.link import Link
 from tests.support.ports import held_address
 from tests.support.raw_stream import RawStream, assert_same_tokens, eventually, prompt, step
 from tests.support.split_training import adapted

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from fedsea import GaussianNoise, SplitModelForCausalLM, load_tokenizer
-from fedsea.bench.link import Link
 from fedsea.client.answer import Answer
 from fedsea.client.conversation import Conversation, chat_tokens
 from fedsea.client.decode import GREEDY, Sampling, stream_tokens
 from fedsea.client.lookup import LONGEST_PAUSE, PATIENCE, GuessCount, PromptLookup
 from fedsea.errors import LimitExceededError, UsageError
 from tests.conftest import RunningServer, connect
+from tests.support.link import Link
 
 PROMPT = torch.tensor([[7, 91, 33, 4, 250, 17, 8]])
 LENGTH = 30

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from fedsea import GaussianNoise, SplitModelForCausalLM
-from fedsea.bench.link import Link
 from fedsea.client.connection import Connection
 from fedsea.errors import FedSEAError, ServerUnavailableError
 from fedsea.server.limits import Limits
 from fedsea.server.sessions import State
 from fedsea.wire.frames import Frame, Result, Step, tensor_bytes
 from tests.conftest import RunningServer, connect
+from tests.support.link import Link
 from tests.support.raw_stream import RawStream, assert_same_tokens, eventually, prompt, step
 
 LOST = "the connection to the block server is lost; reconnecting"

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from fedsea import GaussianNoise, SplitModelForCausalLM
-from fedsea.bench.link import Link
 from fedsea.client.channel import RunChannel
 from fedsea.client.connection import Connection
 from fedsea.errors import ProtocolError, RunLostError, ServerUnavailableError, UsageError
@@ -23,6 +22,7 @@ from fedsea.wire.frames import tensor_bytes
 from fedsea.wire.run_frames import Forward, Operation
 from tests.client.test_deaths import Child, spawn  # noqa: F401 - a fixture
 from tests.conftest import RunningServer, connect
+from tests.support.link import Link
 from tests.support.ports import held_address
 from tests.support.raw_stream import eventually, prompt
 from tests.support.split_training import adamw, adapted, batch, batches, lora, snapshot, train, trained

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from fedsea import SplitModelForCausalLM
-from fedsea.bench.privacy_adaptive import steps_until
 from fedsea.cli import run
 from fedsea.errors import RunLostError, UsageError
 from fedsea.parts.adapters import adapter_parameters
@@ -379,13 +378,3 @@ def test_the_schedule_is_in_the_checkpoint(tiny_server: RunningServer, tmp_path:
     held = json.loads((folder / "state.json").read_text())["looks"]
     assert held["decided"] == [[looks_of(training).budget.spent[0], 1.0]]
     assert held["begun"] == 1
-
-
-# The bench
-
-
-def test_steps_are_counted_to_where_the_line_between_two_measurements_crosses_the_goal() -> None:
-    curve = [(0, 5.0), (2, 4.0), (4, 2.0), (6, 3.0)]
-    assert [steps_until(curve, goal) for goal in (6.0, 5.0, 4.5, 3.0, 2.0)] == [0, 0, 1, 3, 4]
-    assert steps_until(curve, 1.9) is None
-    assert steps_until([(0, 5.0), (2, 5.0)], 5.0) == 0

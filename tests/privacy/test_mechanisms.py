@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from fedsea import GaussianNoise, RelativeGaussianNoise, SplitModelForCausalLM
-from fedsea.bench.link import Link
 from fedsea.checkpoints import load_tokenizer
 from fedsea.cli import run
 from fedsea.cli.options import AnswerOptions, ClientOptions
@@ -37,6 +36,7 @@ from fedsea.wire.frames import tensor_bytes
 from fedsea.wire.run_frames import Forward, Operation
 from tests.conftest import RunningServer, connect
 from tests.privacy.test_noise import by_position, capture
+from tests.support.link import Link
 from tests.support.raw_stream import assert_same_tokens, prompt
 from tests.support.split_training import (
     adapted,

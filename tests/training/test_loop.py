@@ -17,9 +17,9 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 
 from fedsea import Partition, SplitModelForCausalLM
-from fedsea.bench.processes import ServerProcess
 from fedsea.checkpoints import load_whole_model
 from fedsea.errors import UsageError
+from fedsea.server.process import ServerProcess
 from fedsea.training import checkpoints
 from fedsea.training.batches import Batches
 from fedsea.training.examples import Encoded
@@ -197,7 +197,7 @@ def test_a_client_that_was_killed_goes_on_from_its_checkpoint(
     whole: Path, server: ServerProcess, tmp_path: Path, server_too: bool
 ) -> None:
     folder = tmp_path / "run"
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     mortal = serve_at(held_address()) if server_too else server
     reborn = mortal
     try:

@@ -11,7 +11,6 @@ from peft import get_peft_model
 from torch import nn
 
 from fedsea import GaussianNoise, Partition, SplitModelForCausalLM
-from fedsea.bench.link import Link
 from fedsea.checkpoints import open_checkpoint
 from fedsea.errors import ModelMismatchError, PartitionError, ProtocolError, RunLostError, UsageError
 from fedsea.partition import LIFT, PROJECT
@@ -31,6 +30,7 @@ from fedsea.wire.run_frames import Forward
 from tests.conftest import RunningServer, connect
 from tests.privacy.test_mechanisms import assert_all_noise
 from tests.privacy.test_noise import by_position, capture
+from tests.support.link import Link
 from tests.support.raw_stream import assert_same_tokens, prompt
 from tests.support.split_training import (
     adamw,

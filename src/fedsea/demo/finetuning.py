@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from peft import LoraConfig
 
-from fedsea.bench.processes import ServerProcess
 from fedsea.chats import chat_tokens, require_chat_template
 from fedsea.checkpoints import load_whole_model, open_checkpoint
 from fedsea.checkpoints.packaged import opening
@@ -21,6 +20,7 @@ from fedsea.client.answer import Answer, stop_ids
 from fedsea.client.model import SplitModelForCausalLM
 from fedsea.demo.audience import Audience
 from fedsea.partition import Partition, layer_of
+from fedsea.server.process import ServerProcess
 from fedsea.tasks import encode, get_task
 from fedsea.training.batches import Batches
 from fedsea.training.export import whole_with_adapter

@@ -17,7 +17,6 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from torch import nn
 from transformers.generation.streamers import BaseStreamer
 
-from fedsea.bench.processes import ServerProcess
 from fedsea.chats import chat_tokens, require_chat_template
 from fedsea.checkpoints import Checkpoint, load_whole_model, open_checkpoint
 from fedsea.checkpoints.packaged import opening
@@ -27,6 +26,7 @@ from fedsea.client.model import SplitModelForCausalLM
 from fedsea.demo.audience import Audience
 from fedsea.errors import ServerUnavailableError
 from fedsea.partition import Partition
+from fedsea.server.process import ServerProcess
 from fedsea.wire import contract
 from fedsea.wire.credentials import Credentials, open_channel
 from fedsea.wire.frames import Frame, Result, Step, decode, encode

@@ -1,0 +1,170 @@
+"""What Flower takes of a round, deployed and in simulation, and whether a large federation runs to its end."""
+
+import json
+import statistics
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from fedsea.errors import UsageError
+from fedsea.federation.coordinator.status import read_status
+from fedsea.federation.coordinator.up import Federation, UpOptions
+from fedsea.federation.owner.join import OwnerProcess, kept_running
+from fedsea.federation.owner.participant_options import ParticipantOptions
+from fedsea.federation.settings import Settings
+from fedsea.server.process import ServerProcess
+from fedsea_bench.flower_simulation import SimulationLink
+from fedsea_bench.memory import MIB
+from fedsea_bench.processes import process_memory
+from fedsea_bench.results import Line
+from fedsea_bench.workbench import Workbench
+
+TINY = "random:tiny"
+DEPLOYED, SIMULATED = "Flower's share of a round, deployed", "Flower's share of a round, simulated"
+ROUNDS, QUICK_ROUNDS, CLIENTS, STEPS = 6, 3, 3, 4
+MANY, AT_A_TIME, MANY_ROUNDS, QUICK_MANY, QUICK_MANY_ROUNDS = 100, 20, 6, 12, 3
+GROWTH_TARGET = "<= 10"
+LABELS = ("entailment", "contradiction", "neutral")
+
+
+def federation_overhead(bench: Workbench) -> Iterator[Line]:
+    """Rounds of a deployed and of a simulated federation, models warm; what is not a client's training is Flower's."""
+    model = bench.settings.model
+    rounds = QUICK_ROUNDS if bench.settings.quick else ROUNDS
+    with tempfile.TemporaryDirectory(prefix="fedsea-bench-") as folder:
+        data = _write_data(Path(folder) / "data", CLIENTS * 16)
+        common: dict[str, Any] = {"model": model, "task": "cb", "clients": CLIENTS, "min_clients": CLIENTS}
+        common |= {"rounds": rounds, "local_steps": STEPS, "batch_size": 2}
+        with bench.step(f"{rounds} rounds of {CLIENTS} clients, deployed: SuperLink, SuperNodes, warm workers"):
+            reports = _deployed(Path(folder), data, Settings(name="bench", **common), bench.settings.threads)
+        where = (
+            f"{bench.place}; {CLIENTS} clients of one thread each on this machine, {STEPS} steps of 2 texts; a round's "
+            "time less the longest training of a client, rounds after the first"
+        )
+        yield Line.median(DEPLOYED, _shares(reports), "s", target="<= 10", conditions=where)
+        try:
+            link = SimulationLink()
+        except Exception as error:
+            yield Line.skipped(SIMULATED, "s", target="<= 1", reason=str(error))
+            return
+        with (
+            link,
+            bench.step(f"{rounds} rounds of {CLIENTS} clients, simulated with Ray, an actor each"),
+            ServerProcess(model, threads=bench.settings.threads, secure=False) as server,
+        ):
+            output = Path(folder) / "simulated"
+            settings = {name.replace("_", "-"): value for name, value in common.items()}
+            settings |= {"servers": server.address, "insecure": True, "data": str(data), "output": str(output)}
+            link.run(settings, actors=CLIENTS)
+            reports = _rounds(output)
+        yield Line.median(SIMULATED, _shares(reports), "s", target="<= 1", conditions=f"as above; {bench.place}")
+
+
+def federation_scale(bench: Workbench) -> Iterator[Line]:
+    """A simulated federation of many clients on the tiny model: it runs to the end, and memory does not grow."""
+    quick = bench.settings.quick
+    many, rounds = (QUICK_MANY, QUICK_MANY_ROUNDS) if quick else (MANY, MANY_ROUNDS)
+    chosen = max(1, many * AT_A_TIME // MANY)
+    name = f"federation of {many} clients, {chosen} a round, {rounds} rounds: growth of the block server's memory"
+    try:
+        link = SimulationLink()
+    except Exception as error:
+        yield Line.skipped(name, "%", target=GROWTH_TARGET, reason=str(error))
+        return
+    with (
+        tempfile.TemporaryDirectory(prefix="fedsea-bench-") as folder,
+        link,
+        ServerProcess(TINY, threads=1, secure=False) as server,
+        bench.step(f"{many} simulated clients of {TINY}, {chosen} a round"),
+    ):
+        output = Path(folder) / "output"
+        settings = {
+            "model": TINY,
+            "task": "cb",
+            "clients": many,
+            "min-clients": chosen,
+            "fraction-train": chosen / many,
+            "rounds": rounds,
+            "local-steps": 2,
+            "batch-size": 2,
+            "servers": server.address,
+            "insecure": True,
+            "data": str(_write_data(Path(folder) / "data", 4 * many)),
+            "output": str(output),
+            "clients-at-once": 2,
+        }
+        resident: dict[int, int] = {}
+
+        def look() -> None:
+            resident[len(_rounds(output))] = process_memory("VmRSS", server.pid)
+
+        link.run(settings, 2, look)
+        look()
+        reports = _rounds(output)
+        trained = [len(report["clients"]) for report in reports]
+        after_first = resident.get(1) or min(resident.values())
+        yield Line.of(
+            name,
+            100 * (resident[max(resident)] / after_first - 1),
+            "%",
+            target=GROWTH_TARGET,
+            conditions=(
+                f"after the last round beside after the first: {resident[max(resident)] / MIB:.0f} and "
+                f"{after_first / MIB:.0f} MiB; clients that trained, by round: {', '.join(map(str, trained))}; "
+                f"{statistics.median(report['seconds'] for report in reports):.1f} s a round, {TINY}, two actors"
+            ),
+        )
+
+
+def _deployed(folder: Path, data: Path, settings: Settings, threads: int) -> list[dict[str, Any]]:
+    names = tuple(f"client-{number}" for number in range(CLIENTS))
+    options = UpOptions(names, port=0, superlink_port=0)
+    with ExitStack() as things:
+        running = things.enter_context(
+            Federation(folder / "hub", settings, options, _unheard, ("--threads", str(threads)))
+        )
+        running.start()
+        members = []
+        for number, name in enumerate(names):
+            own = ParticipantOptions("", "", "", str(data), shard=f"iid:{number}/{CLIENTS}", threads=1)
+            members.append(things.enter_context(OwnerProcess(running.deployment.client(name), own, _unheard)))
+        with ThreadPoolExecutor(CLIENTS) as pool:
+            list(pool.map(OwnerProcess.start, members))
+        with kept_running(members):
+            running.run()
+        return _rounds(running.deployment.output)
+
+
+def _shares(reports: Sequence[dict[str, Any]]) -> list[float]:
+    """Seconds of each round after the first in which no client trained: all train at the same time."""
+    return [
+        report["seconds"] - max(client["seconds"] for client in report["clients"].values())
+        for report in reports[1:]
+        if report["clients"]
+    ]
+
+
+def _rounds(output: Path) -> list[dict[str, Any]]:
+    try:
+        return read_status(output).reports
+    except UsageError:
+        return []  # nothing has begun
+
+
+def _write_data(folder: Path, count: int) -> Path:
+    """Drawn examples in CB's form: what they say changes nothing that is measured here."""
+    folder.mkdir()
+    for split, examples in (("train", count), ("val", 6)):
+        rows = (
+            {"premise": f"The note {at} was signed.", "hypothesis": "It is valid.", "label": LABELS[at % 3], "idx": at}
+            for at in range(examples)
+        )
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def _unheard(_line: str) -> None:
+    """Nobody is told."""

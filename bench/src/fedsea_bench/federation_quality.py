@@ -1,0 +1,280 @@
+"""How good a federation's adapter is, round by round: beside one training on all the data, and each client alone.
+
+All of them take the same steps: a round of the federation is `LOCAL_STEPS` steps of each client, `BATCH` texts a step;
+the centralised training takes steps of all clients' texts together, and a client alone takes its own. What is compared
+after every `EVERY` rounds (for a client alone: after the last) is the score on the whole validation split. In the
+federation the clients have a part of it each, and Flower averages their scores by their numbers of examples. All hold
+the base model in `DTYPE`, and adapters in float32.
+"""
+
+import itertools
+import statistics
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import get_peft_model
+
+from fedsea.checkpoints import load_tokenizer, load_whole_model
+from fedsea.errors import FedSEAError, UsageError
+from fedsea.federation.coordinator.status import read_status
+from fedsea.federation.owner.shards import Sharding, read_shard
+from fedsea.server.process import ServerProcess
+from fedsea.tasks import Example, Task, encode, evaluate, get_task
+from fedsea.training.batches import Batches
+from fedsea.training.loop import Recipe
+from fedsea_bench.flower_simulation import SimulationLink, require_ray
+from fedsea_bench.quality import train_whole
+from fedsea_bench.results import Line
+from fedsea_bench.training_case import ADAPTER_TEXT, RANK, adapter_config
+from fedsea_bench.workbench import Workbench
+
+TASKS = ("cb", "copa")
+CLIENTS, ALPHA, BATCH, LR, MAX_TOKENS, SEED, DTYPE = 4, 0.5, 2, 5e-4, 256, 0, "bfloat16"
+ROUNDS, LOCAL_STEPS, EVERY, EXAMPLES = 8, 8, 2, 56
+QUICK_ROUNDS, QUICK_LOCAL_STEPS, QUICK_EVERY, QUICK_EXAMPLES = 2, 2, 1, 16
+MODES = ("client-batch", "server-hierarchical")
+CENTRALISED, ALONE = "centralised", "alone"
+METRICS = ("accuracy", "answer_loss")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """How a training goes.
+
+    Attributes
+    ----------
+    label
+        A way to train together (`MODES`), `centralised`, or `alone` and which client.
+    points
+        Rounds after which it was scored, from 0 (untrained), and the scores by name.
+    examples
+        That it learns from.
+    """
+
+    label: str
+    points: tuple[tuple[int, dict[str, float]], ...]
+    examples: int
+
+    def last(self, metric: str) -> float:
+        """The score after the last round."""
+        return self.points[-1][1][metric]
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is done: rounds, steps in each, rounds from one score to the next, examples of the validation split."""
+
+    rounds: int
+    steps: int
+    every: int
+    examples: int
+
+
+def federation_quality(bench: Workbench) -> Iterator[Line]:
+    """Federated, centralised and alone, on each task."""
+    quick, data = bench.settings.quick, bench.settings.data
+    size = (
+        Size(QUICK_ROUNDS, QUICK_LOCAL_STEPS, QUICK_EVERY, QUICK_EXAMPLES)
+        if quick
+        else Size(ROUNDS, LOCAL_STEPS, EVERY, EXAMPLES)
+    )
+    reason = ""
+    if data is None:
+        reason = "give --data, a folder with a folder for each task: CB, COPA"
+    else:
+        try:
+            require_ray()
+        except UsageError as error:
+            reason = str(error)
+    curves: dict[str, list[Curve]] = {}
+    for name in TASKS:
+        task = get_task(name)
+        if reason or data is None:
+            yield Line.skipped(f"{' and '.join(MODES)} / {CENTRALISED}, {name}", "", reason=reason)
+            continue
+        with tempfile.TemporaryDirectory(prefix="fedsea-bench-") as folder:
+            copy = copy_task(task, data / task.title, Path(folder) / task.title, size.examples)
+            curves[name] = list(_curves(bench, task, copy, size))
+        yield from quality_lines(bench, task, curves[name], size)
+        if bench.settings.plots is not None:
+            draw_curves(curves, bench.settings.plots / "federation-quality.png", bench.settings.model)
+
+
+def quality_lines(bench: Workbench, task: Task, curves: Sequence[Curve], size: Size) -> Iterator[Line]:
+    """How the federation's last scores compare with the others'; `curves` are as `draw_curves` takes them."""
+    together, (centralised, *alone) = curves[: len(MODES)], curves[len(MODES) :]
+    sizes = ", ".join(str(curve.examples) for curve in alone)
+    conditions = (
+        f"{bench.settings.model}, {CLIENTS} clients with {sizes} examples (Dirichlet {ALPHA:g} by label), FedAvg; "
+        f"{size.rounds} rounds of {size.steps} steps of {BATCH} texts a client, lr {LR:g}, {ADAPTER_TEXT}, "
+        f"base model in {DTYPE}; first {size.examples} of validation; one seed"
+    )
+    for curve, metric in itertools.product(together, METRICS):
+        ratio = curve.last(metric) / centralised.last(metric)
+        by_round = "; ".join(
+            f"{one.label} {' '.join(f'{scores[metric]:.3f}' for _, scores in one.points)}"
+            for one in (curve, centralised)
+        )
+        yield Line.of(
+            f"{curve.label} / {CENTRALISED}, {task.name}: {metric} after the last round",
+            ratio,
+            "x",
+            target=">= 0.95" if metric == "accuracy" else "<= 1.1",
+            conditions=f"by round: {by_round}; {conditions}",
+        )
+        lone = [one.last(metric) for one in alone]
+        yield Line.of(
+            f"{curve.label} / {ALONE}, {task.name}: {metric}, mean of the clients",
+            curve.last(metric) / statistics.mean(lone),
+            "x",
+            samples=[curve.last(metric) / one for one in lone],
+            conditions=f"alone {', '.join(f'{one:.3f}' for one in lone)}; {conditions}",
+        )
+
+
+def _curves(bench: Workbench, task: Task, data: Path, size: Size) -> Iterator[Curve]:
+    """Those that are trained together, the centralised one, and each client alone."""
+    validation = task.read(str(data), "validation")
+    with bench.step(f"loading the whole of {bench.settings.model} as {DTYPE}"):
+        whole = load_whole_model(bench.settings.model, dtype=getattr(torch, DTYPE), device="cpu")
+    start = (0, _scores(bench, whole, task, validation))
+    train = task.read(str(data), "train")
+    for mode in MODES:
+        with bench.step(f"{task.title}: {CLIENTS} clients, {mode}, {size.rounds} rounds of {size.steps} steps"):
+            yield Curve(mode, (start, *_federated(bench, task, data, size, mode)), len(train))
+    with bench.step(f"{task.title}: one training on all the data"):
+        points = train_in_one_place(bench, whole, task, train, validation, size, BATCH * CLIENTS, size.every)
+    yield Curve(CENTRALISED, (start, *points), len(train))
+    for number in range(CLIENTS):
+        sharding = Sharding("dirichlet", number, CLIENTS, SEED, ALPHA)
+        own = read_shard(task, str(data), sharding)
+        with bench.step(f"{task.title}: client {number} alone, {len(own)} examples"):
+            points = train_in_one_place(bench, whole, task, own, validation, size, BATCH, size.rounds)
+        yield Curve(f"{ALONE}, client {number}", (start, *points), len(own))
+
+
+def _federated(bench: Workbench, task: Task, data: Path, size: Size, mode: str) -> list[tuple[int, dict[str, float]]]:
+    with (
+        tempfile.TemporaryDirectory(prefix="fedsea-bench-") as folder,
+        SimulationLink() as link,
+        ServerProcess(
+            bench.settings.model, threads=bench.settings.threads, secure=False, options=("--dtype", DTYPE)
+        ) as server,
+    ):
+        settings: dict[str, Any] = {
+            "model": bench.settings.model,
+            "task": task.name,
+            "mode": mode,
+            "clients": CLIENTS,
+            "min-clients": CLIENTS,
+            "rounds": size.rounds,
+            "local-steps": size.steps,
+            "batch-size": BATCH,
+            "lr": LR,
+            "lora-rank": RANK,
+            "max-tokens": MAX_TOKENS,
+            "eval-every": size.every,
+            "dtype": DTYPE,
+            "seed": SEED,
+            "shards": f"dirichlet={ALPHA}",
+            "servers": server.address,
+            "insecure": True,
+            "data": str(data),
+            "output": folder,
+            "join-seconds": 600.0,  # nobody is to be left out for being slow: that is not what is compared
+            "straggler-seconds": 600.0,
+        }
+        link.run(settings, actors=CLIENTS)
+        reports = read_status(Path(folder)).reports
+    if len(reports) < size.rounds:
+        raise FedSEAError(f"only {len(reports)} of {size.rounds} rounds were done")
+    scored = [report for report in reports if report["round"] % size.every == 0]
+    for report in scored:
+        evaluation = report.get("evaluation", {})
+        if len(evaluation.get("clients", ())) < CLIENTS:
+            why = "; ".join(f"{name}: {reason}" for name, reason in evaluation.get("dropped", {}).items())
+            raise FedSEAError(f"not all clients have evaluated in round {report['round']}: {why or 'not evaluated'}")
+    return [(report["round"], report["evaluation"]["metrics"]) for report in scored]
+
+
+def train_in_one_place(
+    bench: Workbench,
+    whole: Any,
+    task: Task,
+    train: Sequence[Example],
+    validation: Sequence[Example],
+    size: Size,
+    batch_size: int,
+    every: int,
+) -> list[tuple[int, dict[str, float]]]:
+    """PEFT on the whole model, as the federation's clients train: the scores after every so many rounds' steps."""
+    tokenizer = load_tokenizer(bench.settings.model)
+    encoded = [encode(task, example, tokenizer, MAX_TOKENS) for example in train]
+    recipe = Recipe(size.rounds * size.steps, batch_size, lr=LR, schedule="constant", seed=SEED)
+    points = []
+    torch.manual_seed(SEED)
+    model: Any = get_peft_model(whole, adapter_config())
+
+    def look(step: int) -> None:
+        if step % (every * size.steps) == 0:
+            points.append((step // size.steps, _scores(bench, model, task, validation)))
+            model.train()
+
+    try:
+        train_whole(model, Batches(encoded, batch_size, SEED), recipe, look)
+    finally:
+        model.unload()
+        whole.eval()
+    return points
+
+
+def _scores(bench: Workbench, model: Any, task: Task, examples: Sequence[Example]) -> dict[str, float]:
+    tokenizer = load_tokenizer(bench.settings.model)
+    model.eval()
+    found = evaluate(model, tokenizer, task, examples, max_tokens=MAX_TOKENS, answer_loss=True)
+    return {metric: found.metrics[metric] for metric in METRICS}
+
+
+def copy_task(task: Task, source: Path, folder: Path, examples: int) -> Path:
+    """A task's files with a shorter validation split."""
+    folder.mkdir()
+    for split, limit in (("train", None), ("validation", examples)):
+        names = [name for name in task.files[split] if (source / name).is_file()]  # type: ignore[index]
+        if not names:
+            raise UsageError(f"{source} has no file {' or '.join(task.files[split])}")  # type: ignore[index]
+        with (source / names[0]).open() as stream:
+            (folder / names[0]).write_text("".join(itertools.islice(stream, limit)))
+    return folder
+
+
+def draw_curves(curves: dict[str, list[Curve]], path: Path, model: str) -> None:
+    """Draw each task's scores by round as a PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5 * len(curves), 7), layout="constrained")
+    grid = figure.subplots(len(METRICS), len(curves), squeeze=False)
+    for column, (name, all_curves) in enumerate(curves.items()):
+        for row, metric in enumerate(METRICS):
+            axes = grid[row][column]
+            lone = [curve for curve in all_curves if curve.label.startswith(ALONE)]
+            for number, curve in enumerate(lone):
+                label = f"{ALONE} ({len(lone)} clients)" if not number else None
+                _plot(axes, curve, metric, color="grey", marker=".", linewidth=1, label=label)
+            for label, style in ((CENTRALISED, "--"), *zip(MODES, ("-", "-."), strict=True)):
+                curve = next(curve for curve in all_curves if curve.label == label)
+                _plot(axes, curve, metric, linestyle=style, marker="o", label=label)
+            title = f"{get_task(name).title}, {model}" if not row else ""
+            axes.set(xlabel="round", ylabel=metric.replace("answer_loss", "answer loss (nats a token)"), title=title)
+            if metric == "answer_loss":
+                axes.set_yscale("log")  # of one alone it may be many times that of the others
+            axes.legend(fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+def _plot(axes: Any, curve: Curve, metric: str, **style: Any) -> None:
+    axes.plot([number for number, _ in curve.points], [scores[metric] for _, scores in curve.points], **style)

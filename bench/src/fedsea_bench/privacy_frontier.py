@@ -1,0 +1,373 @@
+"""Whether a mechanism exists under which next to nothing is read and the task is still learnt: leakage against utility.
+
+For each mechanism, strength and seed a model is fine-tuned under it through a real block server, scored under it, and
+what it sends is attacked (`privacy_point`). What is judged is the best of all attacks by attackers who know the public
+weights and, of a narrow cut, both maps. Beside them is what the client's own blocks do without a provider: a mechanism
+that hides everything is worth something only above that.
+
+PLOTS/privacy-frontier.jsonl   a line for each point that is done: read afterwards, so that an interrupted run goes on
+PLOTS/privacy-frontier.png     the drawing
+"""
+
+import json
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fedsea.errors import FedSEAError, UsageError
+from fedsea.server.process import ServerProcess
+from fedsea.tasks import get_task
+from fedsea.tasks.base import LabelTask
+from fedsea_bench.privacy_point import ALONE, RANK, Outcome, Point, Size, measure
+from fedsea_bench.results import Line
+from fedsea_bench.workbench import Workbench
+
+TASK = "cb"
+KEPT, READ = 0.97, 10.0  # of the noise-free score, at least; points above `prior`, at most
+FULL = Size(
+    steps=120,
+    batch_size=4,
+    lr=1e-3,
+    max_tokens=112,
+    examples=None,
+    texts=6,
+    tokens=24,
+    with_adapter=("search",),
+    attacks=("prior", "nearest", "search", "search-map", "read-out"),
+)
+QUICK = Size(
+    steps=2, batch_size=2, lr=1e-3, max_tokens=96, examples=4, texts=2, tokens=8, attacks=("prior", "nearest", "search")
+)
+SEEDS = 3
+
+# Families that are varied in strength, each after so many input layers; `{}` stands for the strength.
+Curve = tuple[str, int]
+CURVES: Mapping[Curve, Sequence[float]] = {
+    ("relative:level={}", 1): (4.5, 10.0),
+    ("relative-clipped-gaussian:clip=1,level={}", 1): (10.0, 20.0),
+    ("narrow-cut:rank=2+relative-clip:norm=1+relative:level={}", 1): (0.5,),
+}
+QUICK_CURVES: Mapping[Curve, Sequence[float]] = {
+    ("relative:level={}", 1): (10.0,),
+    ("narrow-cut:rank=8+relative-clip:norm=1+relative:level={}", 1): (2.0,),
+}
+NOISE_FREE = Point("", 1)
+CUTS_ALONE, QUICK_CUTS_ALONE = ((1, 1), (4, 4)), ((1, 1),)  # input and output blocks of a client that asks nobody
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a mechanism of some strength is on the frontier: over the seeds, beside training without noise.
+
+    Attributes
+    ----------
+    mechanism, input_layers
+        What it is.
+    outcomes
+        One a seed.
+    kept
+        Its mean score, as a share of the mean noise-free score of the same seeds.
+    learnt
+        The same of what both have above the most frequent label's score; None where noise-free training has nothing.
+    """
+
+    mechanism: str
+    input_layers: int
+    outcomes: tuple[Outcome, ...]
+    kept: float
+    learnt: float | None
+
+    @property
+    def leaked(self) -> float:
+        """Points of token accuracy that the best attack reads above `prior`, mean over the seeds."""
+        return statistics.mean(one.above_prior for one in self.outcomes)
+
+    def __str__(self) -> str:
+        return f"{self.mechanism}, p = {self.input_layers}"
+
+
+@dataclass(frozen=True)
+class Alone:
+    """What a client's own blocks do without a provider: nothing is sent, so nothing is read.
+
+    Attributes
+    ----------
+    input_layers, output_layers
+        Its blocks: the first ones go straight to the last.
+    outcomes, kept
+        As of a `Place`.
+    """
+
+    input_layers: int
+    output_layers: int
+    outcomes: tuple[Outcome, ...]
+    kept: float
+
+
+def frontier(bench: Workbench) -> Iterator[Line]:
+    """Each point, the best of them, and the drawing."""
+    quick, data = bench.settings.quick, bench.settings.data
+    target = f">= {KEPT:g}"
+    name = f"frontier, {TASK}: share of the noise-free score that is kept with at most {READ:g} points read above prior"
+    if data is None:
+        reason = "give --data, a folder with a folder for CB"
+        yield Line.skipped(name, "x", target=target, reason=reason)
+        return
+    curves, cuts, size, seeds = (
+        (QUICK_CURVES, QUICK_CUTS_ALONE, QUICK, 1) if quick else (CURVES, CUTS_ALONE, FULL, SEEDS)
+    )
+    kept = Kept(bench, size)
+    found: dict[Point, Outcome] = {}
+    task = get_task(TASK)
+    assert isinstance(task, LabelTask)
+    with ExitStack() as things:
+        server: ServerProcess | None = None
+        for point in points(curves, cuts, seeds):
+            outcome = kept.get(point)
+            if outcome is None:
+                with bench.step(f"fine-tuning and attacks: {point}"):
+                    server = server or things.enter_context(_server(bench, size))
+                    outcome = measure(bench, server, task, data / task.title, point, size)
+                kept.put(point, outcome)
+            found[point] = outcome
+    if not any(not point.mechanism and not one.error for point, one in found.items()):
+        raise FedSEAError("the training without noise broke off, so there is no score to compare with")
+    places, alone = list(_places(curves, found, task.metrics[0])), list(_alone(cuts, found, task.metrics[0]))
+    words = _words(bench, size, found, task)
+    for place in places:
+        yield _line(place, task.metrics[0], words)
+    for lonely in alone:
+        yield _line_alone(lonely, task.metrics[0], words)
+    yield _best(name, target, places)
+    yield _least(places)
+    if bench.settings.plots is not None:
+        path = bench.settings.plots / "privacy-frontier.png"
+        draw(curves, places, alone, _constant(found, task), path, bench.settings.model)
+
+
+def _server(bench: Workbench, size: Size) -> ServerProcess:
+    return ServerProcess(bench.settings.model, threads=bench.settings.threads, options=("--dtype", size.dtype))
+
+
+def points(curves: Mapping[Curve, Sequence[float]], cuts: Sequence[tuple[int, int]], seeds: int) -> Iterator[Point]:
+    """All of them: a first seed of everything, then a second."""
+    for seed in range(seeds):
+        yield Point(NOISE_FREE.mechanism, NOISE_FREE.input_layers, seed)
+        for input_layers, output_layers in cuts:
+            yield Point(ALONE, input_layers, seed, output_layers)
+        for (family, input_layers), strengths in curves.items():
+            for strength in strengths:
+                yield Point(family.format(f"{strength:g}"), input_layers, seed)
+
+
+class Kept:
+    """Outcomes on disk, a line of JSON each; nowhere, if the bench keeps no drawings either.
+
+    Raises
+    ------
+    UsageError
+        If the file is damaged.
+    """
+
+    def __init__(self, bench: Workbench, size: Size) -> None:
+        self._common: dict[str, Any] = json.loads(json.dumps({"model": bench.settings.model, "size": asdict(size)}))
+        plots = bench.settings.plots
+        self._file = plots / "privacy-frontier.jsonl" if plots is not None else None
+        self._held: dict[Point, Outcome] = {}
+        if self._file is None or not self._file.exists():
+            return
+        for number, row in enumerate(self._file.read_text().splitlines(), 1):
+            try:
+                entry = json.loads(row)
+                # Lines of another size are another bench's: they stay, and are not used.
+                if all(entry[name] == value for name, value in self._common.items()):
+                    self._held[Point(**entry["point"])] = Outcome(**entry["outcome"])
+            except (ValueError, KeyError, TypeError):
+                raise UsageError(f"line {number} of {self._file} is damaged; remove it") from None
+
+    def get(self, point: Point) -> Outcome | None:
+        """What was measured before; None if it was not."""
+        return self._held.get(point)
+
+    def put(self, point: Point, outcome: Outcome) -> None:
+        """Keep it."""
+        self._held[point] = outcome
+        if self._file is None:
+            return
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        with self._file.open("a") as stream:
+            stream.write(json.dumps({**self._common, "point": asdict(point), "outcome": asdict(outcome)}) + "\n")
+
+
+def _places(curves: Mapping[Curve, Sequence[float]], found: Mapping[Point, Outcome], metric: str) -> Iterator[Place]:
+    """Of every mechanism that was trained to the end with some seed, in the order of the curves."""
+    free = {point.seed: one for point, one in found.items() if not point.mechanism and not one.error}
+    for (family, input_layers), strengths in curves.items():
+        for strength in strengths:
+            mechanism = family.format(f"{strength:g}")
+            of_seeds = {
+                point.seed: one
+                for point, one in found.items()
+                if (point.mechanism, point.input_layers) == (mechanism, input_layers)
+                and point.seed in free
+                and not one.error
+            }
+            if of_seeds:
+                kept, learnt = _kept(of_seeds, free, metric)
+                yield Place(mechanism, input_layers, tuple(of_seeds.values()), kept, learnt)
+
+
+def _alone(cuts: Sequence[tuple[int, int]], found: Mapping[Point, Outcome], metric: str) -> Iterator[Alone]:
+    """Of each of these partitions, without a provider."""
+    free = {point.seed: one for point, one in found.items() if not point.mechanism and not one.error}
+    for input_layers, output_layers in cuts:
+        own = {seed: found.get(Point(ALONE, input_layers, seed, output_layers)) for seed in free}
+        of_seeds = {seed: one for seed, one in own.items() if one is not None and not one.error}
+        if of_seeds:
+            kept, _ = _kept(of_seeds, free, metric)
+            yield Alone(input_layers, output_layers, tuple(of_seeds.values()), kept)
+
+
+def _kept(of_seeds: Mapping[int, Outcome], free: Mapping[int, Outcome], metric: str) -> tuple[float, float | None]:
+    """`Place.kept` and `Place.learnt`, of outcomes by seed."""
+    score = statistics.mean(one.metrics[metric] for one in of_seeds.values())
+    without = statistics.mean(free[seed].metrics[metric] for seed in of_seeds)
+    majority = free[next(iter(of_seeds))].majority
+    learnt = (score - majority) / (without - majority) if without > majority else None
+    return score / without if without else 0.0, learnt  # where nothing was learnt, nothing is kept
+
+
+def _constant(found: Mapping[Point, Outcome], task: LabelTask) -> float:
+    """Share of the noise-free score that the most frequent label has, whatever is asked: nothing is learnt for it."""
+    free = [one for point, one in found.items() if not point.mechanism and not one.error]
+    return free[0].majority / (statistics.mean(one.metrics[task.metrics[0]] for one in free) or 1.0)
+
+
+def _line(place: Place, metric: str, words: str) -> Line:
+    first = place.outcomes[0]
+    scores = " ".join(f"{one.metrics[metric]:.3f}" for one in place.outcomes)
+    losses = " ".join(f"{one.metrics['answer_loss']:.3f}" for one in place.outcomes)
+    read = ", ".join(f"{name} {statistics.mean(one.read[name] for one in place.outcomes):.3f}" for name in first.read)
+    stronger = [one.above_prior_with_adapter for one in place.outcomes]
+    known = [value for value in stronger if value is not None]
+    parts = [
+        f"{place.kept:.3f} of the noise-free {metric} kept"
+        + (f", {place.learnt:.2f} of what that has above the most frequent label" if place.learnt is not None else ""),
+        f"{metric} {scores}, answer loss {losses}",
+        f"read: {read} (best: {first.best})",
+        f"{statistics.mean(known):.1f} points with the adapter known" if known else "",
+        f"bound {max(one.bound for one in place.outcomes):.2f} ({max(one.bits for one in place.outcomes):.2f} bits)",
+        words,
+    ]
+    return Line.of(
+        f"frontier, {place}: points that the best attack reads above prior",
+        place.leaked,
+        "points",
+        samples=[one.above_prior for one in place.outcomes],
+        conditions="; ".join(filter(None, parts)),
+    )
+
+
+def _line_alone(alone: Alone, metric: str, words: str) -> Line:
+    scores = " ".join(f"{one.metrics[metric]:.3f}" for one in alone.outcomes)
+    losses = " ".join(f"{one.metrics['answer_loss']:.3f}" for one in alone.outcomes)
+    return Line.of(
+        f"frontier, the client alone, p = {alone.input_layers}, q = {alone.output_layers}: share of the score kept",
+        alone.kept,
+        "x",
+        conditions=f"nothing is sent: a mechanism that hides the text must do better; {metric} {scores}, answer loss "
+        f"{losses}; {words}",
+    )
+
+
+def _best(name: str, target: str, places: Sequence[Place]) -> Line:
+    hidden = [place for place in places if place.leaked <= READ]
+    if not hidden:
+        least = min(places, key=lambda place: place.leaked, default=None)
+        reason = f"no mechanism keeps the attacks that low; the least is {least.leaked:.1f} ({least})" if least else ""
+        return Line.skipped(name, "x", target=target, reason=reason or "every training broke off")
+    best = max(hidden, key=lambda place: place.kept)
+    return Line.of(
+        name,
+        best.kept,
+        "x",
+        target=target,
+        conditions=f"{best}: {best.leaked:.1f} points read; {len(best.outcomes)} seeds; best of {len(hidden)} such",
+    )
+
+
+def _least(places: Sequence[Place]) -> Line:
+    name = f"frontier, {TASK}: least points read above prior where {KEPT:.0%} of the noise-free score is kept"
+    good = [place for place in places if place.kept >= KEPT]
+    if not good:
+        return Line.skipped(name, "points", target=f"<= {READ:g}", reason="no mechanism keeps so much")
+    best = min(good, key=lambda place: place.leaked)
+    return Line.of(
+        name,
+        best.leaked,
+        "points",
+        target=f"<= {READ:g}",
+        samples=[one.above_prior for one in best.outcomes],
+        conditions=f"{best}: {best.kept:.3f} kept; least of {len(good)} such points",
+    )
+
+
+def _words(bench: Workbench, size: Size, found: Mapping[Point, Outcome], task: LabelTask) -> str:
+    metric = task.metrics[0]
+    free = [one for point, one in found.items() if not point.mechanism and not one.error]
+    without = " ".join(f"{one.metrics[metric]:.3f}" for one in free)
+    losses = " ".join(f"{one.metrics['answer_loss']:.3f}" for one in free)
+    return (
+        f"without noise {without}, loss {losses}; most frequent label {free[0].majority:.3f}; "
+        f"{size.steps} steps of {size.batch_size} texts of at most {size.max_tokens} tokens, lr {size.lr:g}, LoRA of "
+        f"rank {RANK} on {', '.join(size.modules)} of all parts, {size.dtype}; "
+        f"attacked: {size.texts} validation texts, {size.tokens} tokens each after the template, in float32; "
+        f"{bench.settings.model}"
+    )
+
+
+def draw(
+    curves: Mapping[Curve, Sequence[float]],
+    places: Sequence[Place],
+    alone: Sequence[Alone],
+    constant: float,
+    path: Path,
+    model: str,
+) -> None:
+    """Draw leakage against utility, a curve a family, as a PNG; `constant` is what one answer to everything keeps."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 5), layout="constrained")
+    axes = figure.subplots()
+    axes.fill_between([KEPT, 10], -10, READ, color="tab:green", alpha=0.15, label="the target")
+    axes.axhline(READ, color="grey", linestyle="--", linewidth=1)
+    axes.axvline(KEPT, color="grey", linestyle="--", linewidth=1)
+    axes.axvline(constant, color="grey", linestyle=":", linewidth=1, label="always the most frequent label")
+    for (family, input_layers), strengths in curves.items():
+        names = [family.format(f"{strength:g}") for strength in strengths]
+        mine = [place for place in places if place.input_layers == input_layers and place.mechanism in names]
+        if not mine:
+            continue
+        style = "s-" if family.startswith("relative:") else "o-"
+        label = f"{family.format('…')}, p = {input_layers}"
+        axes.plot([place.kept for place in mine], [place.leaked for place in mine], style, label=label)
+        for place in mine:
+            strength = strengths[names.index(place.mechanism)]
+            axes.annotate(f"{strength:g}", (place.kept, place.leaked), (4, 4), textcoords="offset points", fontsize=7)
+    for lonely, marker in zip(alone, "*Pd", strict=False):
+        label = f"the client alone, p = {lonely.input_layers}, q = {lonely.output_layers}: nothing sent"
+        axes.plot([lonely.kept], [0.0], marker, color="black", label=label)
+    shares = [*(place.kept for place in places), *(lonely.kept for lonely in alone)]
+    axes.set(
+        xlabel=f"share of the noise-free score kept ({TASK})",
+        ylabel="read above prior by the best attack (points of token accuracy)",
+        title=f"{model}, fine-tuned under the mechanism",
+        ylim=(-5, 105),
+        xlim=(min([0.5, *shares]) - 0.03, max([1.0, *shares]) + 0.05),
+    )
+    axes.legend(fontsize="x-small", loc="center left")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,133 @@
+"""The paper's claim, made again: what a learned decoder reads, by noise and by the number of input layers.
+
+The paper (arXiv 2505.15683) trains its attack to give, from each state, the token *after* the state's own, and reports
+metrics near zero. That is `paper-decoder`; `decoder` is the same network trained for the state's own token. Both see
+the same frames.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedsea.audit.attack import Attack
+from fedsea.audit.attacks.decoder import Decoder, PaperDecoder
+from fedsea.audit.attacks.prior import Prior
+from fedsea.audit.observation import Knowledge, Subject
+from fedsea.audit.scores import Score, score
+from fedsea.partition import Partition
+from fedsea.privacy import RelativeGaussianNoise
+from fedsea_bench.privacy_case import Case, seen
+from fedsea_bench.results import Line
+from fedsea_bench.workbench import Workbench
+
+PAPER_LEVEL = 2.3  # the paper's 0.05 on LLaMA2-7B, as a multiple of the mean |h_A|
+LEVELS, QUICK_LEVELS = (0.0, 1.0, PAPER_LEVEL, 4.5, 10.0), (0.0, PAPER_LEVEL)
+DEPTHS, QUICK_DEPTHS = (0, 1, 2, 3), (0, 1)
+STEPS, QUICK_STEPS = 60, 8
+NEAR_ZERO = 0.05  # what "near zero" is taken to mean
+
+
+@dataclass(frozen=True)
+class Point:
+    """What the decoders read at one noise level, and what is guessed without a look."""
+
+    level: float
+    ours: Score
+    paper: Score
+    prior: Score
+
+
+def paper_claim(bench: Workbench) -> Iterator[Line]:
+    """Both decoders at each number of input layers and noise level, and whether the paper's reads nearly nothing."""
+    case, quick = Case.of(bench), bench.settings.quick
+    steps = QUICK_STEPS if quick else STEPS
+    curves: dict[int, list[Point]] = {}
+    for p in QUICK_DEPTHS if quick else DEPTHS:
+        curves[p] = []
+        before: Knowledge | None = None
+        for level in QUICK_LEVELS if quick else LEVELS:
+            partition = Partition(p, 1)
+            with bench.step(f"decoders at partition ({p}, 1), noise level {level:g}"):
+                subjects, knowledge = seen(case.plan(bench, RelativeGaussianNoise(level), partition))
+                if before is not None:
+                    knowledge.take_over(before)
+                before = knowledge
+                attacks = (Decoder(steps), PaperDecoder(steps), Prior())
+                point = Point(level, *(_tokens(attack, subjects, knowledge) for attack in attacks))
+            curves[p].append(point)
+            conditions = (
+                f"each trained for {steps} steps of 8 x 64 tokens; without a look {point.prior.mean:.3f}; "
+                f"{case.words(bench, partition)}"
+            )
+            for name, found in (("decoder", point.ours), ("paper-decoder", point.paper)):
+                yield Line.of(
+                    f"{name} at p = {p}, noise level {level:g}: share of tokens read",
+                    found.mean,
+                    "",
+                    samples=[value for value in found.values if value is not None],
+                    conditions=conditions,
+                )
+    yield from _claim(curves)
+    if bench.settings.plots is not None:
+        draw(curves, bench.settings.plots / "privacy-paper.png", bench.settings.model)
+
+
+def _tokens(attack: Attack, subjects: Sequence[Subject], knowledge: Knowledge) -> Score:
+    recoveries = attack.run([subject.looks for subject in subjects], knowledge)
+    masks = [[place >= len(knowledge.start) for place in range(len(subject.tokens))] for subject in subjects]
+    return score([subject.tokens for subject in subjects], recoveries, masks=masks)["tokens"]
+
+
+def _claim(curves: dict[int, list[Point]]) -> Iterator[Line]:
+    noisy = [(p, point) for p, points in curves.items() for point in points if point.level]
+    yield Line.of(
+        "the paper's claim: share of tokens that its own attack reads under noise, largest",
+        max(point.paper.mean for _p, point in noisy),
+        "",
+        target=f"<= {NEAR_ZERO:g}",
+        samples=[point.paper.mean for _p, point in noisy],
+        conditions="its metrics are near zero under noise; over all p and levels above 0",
+    )
+    bare = [points[0] for points in curves.values()]
+    yield Line.of(
+        "the same attack without any noise: share of tokens read, largest",
+        max(point.paper.mean for point in bare),
+        "",
+        samples=[point.paper.mean for point in bare],
+        conditions=f"p = {', '.join(map(str, curves))}; where this is near zero too, it is not the noise that does it",
+    )
+    scale = [point for _p, point in noisy if point.level == PAPER_LEVEL]
+    yield Line.of(
+        f"a decoder trained for the state's own token, at noise level {PAPER_LEVEL:g}: smallest share read",
+        min(point.ours.mean for point in scale),
+        "",
+        samples=[point.ours.mean for point in scale],
+        conditions=f"p = {', '.join(map(str, curves))}, in this order",
+    )
+
+
+def draw(curves: dict[int, list[Point]], path: Path, model: str) -> None:
+    """Draw what each decoder reads over the noise level, a panel for each number of input layers, as a PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.2 * len(curves) + 0.6, 3.4), layout="constrained")
+    figure.suptitle(
+        f"{model}: the paper's attack and the same one trained for the state's own token", fontsize="medium"
+    )
+    grid = figure.subplots(1, len(curves), squeeze=False, sharey=True)[0]
+    for axes, (p, points) in zip(grid, curves.items(), strict=True):
+        places = range(len(points))
+        for label, style, chosen in (
+            ("decoder (own token)", "o-", [point.ours for point in points]),
+            ("paper-decoder (next token)", "s-", [point.paper for point in points]),
+        ):
+            low = [one.mean - one.low for one in chosen]
+            high = [one.high - one.mean for one in chosen]
+            axes.errorbar(places, [one.mean for one in chosen], [low, high], fmt=style, capsize=2, label=label)
+        axes.plot(places, [point.prior.mean for point in points], "k:", label="prior (no look)")
+        axes.set(ylim=(-0.03, 1.03), title=f"p = {p}", xlabel="noise level (x mean |h_A|)")
+        axes.set_xticks(places, [f"{point.level:g}" for point in points])
+    grid[0].set_ylabel("share of tokens read")
+    grid[-1].legend(fontsize="x-small", loc="center left")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)

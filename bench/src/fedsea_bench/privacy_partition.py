@@ -1,0 +1,102 @@
+"""What the place of the cuts changes: what is read of the text and of the answer, and what noise costs the model."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from fedsea.audit.audit import run
+from fedsea.partition import Partition
+from fedsea.privacy import RelativeGaussianNoise
+from fedsea_bench.privacy_case import Case
+from fedsea_bench.results import Line
+from fedsea_bench.workbench import Workbench, described
+
+LEVEL = 10.0
+DEPTHS, QUICK_DEPTHS = (0, 1, 2, 3, 4), (0, 1)
+Cells = dict[tuple[int, int], float]
+
+
+def partition_study(bench: Workbench) -> Iterator[Line]:
+    """For each p the text that is read and the loss under noise; for each p and q the answer that is read."""
+    case = Case.of(bench, grid=True)
+    depths = QUICK_DEPTHS if bench.settings.quick else DEPTHS
+    noise = RelativeGaussianNoise(LEVEL)
+    text: Cells = {}
+    answer: Cells = {}
+    losses: dict[int, tuple[float, float]] = {}
+    for p in depths:
+        for q in depths:
+            partition = Partition(p, q)
+            # What is read of the text depends on h_A, so on p; it is attacked once.
+            attacks = ("search", "search-map", "read-out") if q == depths[0] else ("read-out",)
+            plan = case.plan(bench, noise, partition, attacks=attacks, answer=8)
+            with bench.step(f"attacks at partition {described(partition)}"):
+                report = run(plan)
+            for finding in report.findings:
+                if finding.attack == "read-out":
+                    answer[p, q] = finding.answer["tokens"].mean
+                else:
+                    text[p, q] = max(text.get((p, q), 0.0), finding.prompt["tokens"].mean)
+            if q == depths[0]:
+                assert report.public_loss is not None
+                assert report.loss is not None
+                losses[p] = report.public_loss, report.loss
+        yield Line.of(
+            f"p = {p}: share of the text's tokens that the better search reads",
+            text[p, depths[0]],
+            "",
+            conditions=f"noise level {LEVEL:g}; {case.words(bench, Partition(p, depths[0]))}",
+        )
+        yield Line.of(
+            f"p = {p}: loss of the untrained model under noise",
+            losses[p][1],
+            "nats a token",
+            conditions=f"{losses[p][0]:.3f} without noise; level {LEVEL:g}",
+        )
+        yield Line.of(
+            f"p = {p}: share of the answer that read-out reads, largest over q",
+            max(answer[p, q] for q in depths),
+            "",
+            samples=[answer[p, q] for q in depths],
+            conditions=f"q = {', '.join(map(str, depths))}, in this order; 8 tokens, greedy; level {LEVEL:g}",
+        )
+    if bench.settings.plots is not None:
+        draw(depths, text, answer, losses, bench.settings.plots / "partition.png", bench.settings.model)
+
+
+def draw(
+    depths: tuple[int, ...],
+    text: Cells,
+    answer: Cells,
+    losses: dict[int, tuple[float, float]],
+    path: Path,
+    model: str,
+) -> None:
+    """Draw, as a PNG: what is read of the text and the loss over p, and what is read of the answer over p and q."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.plot(depths, [text[p, depths[0]] for p in depths], "o-", label="share of the text read")
+    left.set(xlabel="input layers p", ylabel="share of tokens read", ylim=(-0.02, 1.02), xticks=depths)
+    left.set_title(f"{model}, noise level {LEVEL:g}")
+    cost = left.twinx()
+    cost.plot(depths, [losses[p][1] for p in depths], "s--", color="tab:red", label="loss under noise")
+    cost.set(ylabel="loss (nats a token)")
+    cost.legend(*(one + other for one, other in zip(*_handles(left, cost), strict=True)), fontsize="small")
+    image = right.imshow(
+        [[answer[p, q] for q in depths] for p in depths], vmin=0, vmax=1, cmap="viridis", origin="lower"
+    )
+    right.set(xlabel="output layers q", ylabel="input layers p", title="share of the answer that read-out reads")
+    right.set_xticks(range(len(depths)), depths)
+    right.set_yticks(range(len(depths)), depths)
+    for row, p in enumerate(depths):
+        for column, q in enumerate(depths):
+            color = "black" if answer[p, q] > 0.5 else "white"
+            right.text(column, row, f"{answer[p, q]:.2f}", ha="center", va="center", color=color)
+    figure.colorbar(image, ax=right)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+def _handles(*axes: object) -> list[tuple[list[object], list[str]]]:
+    return [one.get_legend_handles_labels() for one in axes]  # type: ignore[attr-defined]

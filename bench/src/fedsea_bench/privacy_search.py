@@ -1,0 +1,93 @@
+"""What a search of the vocabulary reads under the paper's noise and above it, and what it takes."""
+
+import time
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from fedsea.audit.attacks.search import Search
+from fedsea.audit.audit import Audits
+from fedsea.audit.observation import Observation
+from fedsea.privacy import RelativeGaussianNoise
+from fedsea_bench.privacy_case import Case, seen
+from fedsea_bench.results import Line
+from fedsea_bench.workbench import Workbench
+
+ATTACKS = ("prior", "nearest", "search", "search-map", "read-out")
+PAPER_LEVEL = 2.3  # the paper's 0.05 on LLaMA2-7B, as a multiple of the mean |h_A|
+LEVELS = (0.0, PAPER_LEVEL, 4.5, 10.0)
+QUICK_LEVELS = (0.0, PAPER_LEVEL)
+EXACT_TOKENS = 8  # that the search of the whole vocabulary is timed on
+
+
+def search_reads(bench: Workbench) -> Iterator[Line]:
+    """Token accuracy of every attack on states, by noise level."""
+    case = Case.of(bench)
+    audits = Audits(case.plan(bench, RelativeGaussianNoise(0.0), attacks=ATTACKS, answer=8))
+    for level in QUICK_LEVELS if bench.settings.quick else LEVELS:
+        with bench.step(f"attacks at noise level {level:g}"):
+            report = audits.under(RelativeGaussianNoise(level))
+        for finding in report.findings:
+            part, what = ("answer", "of the answer") if finding.attack == "read-out" else ("prompt", "of the text")
+            score = getattr(finding, part).get("tokens")
+            if score is None:
+                continue
+            must = finding.attack == "search" and level <= PAPER_LEVEL
+            yield Line.of(
+                f"{finding.attack} at noise level {level:g}: share of tokens read {what}",
+                score.mean,
+                "",
+                target=">= 0.99" if must else "",
+                samples=[value for value in score.values if value is not None],
+                conditions=f"answers of 8 tokens, greedy; {case.words(bench)}",
+            )
+
+
+def search_speed(bench: Workbench) -> Iterator[Line]:
+    """Seconds a token of the search, and of the one that runs the whole vocabulary."""
+    case = Case.of(bench)
+    with bench.step(f"the search's speed at noise level {PAPER_LEVEL:g}"):
+        subjects, knowledge = seen(case.plan(bench, RelativeGaussianNoise(PAPER_LEVEL)))
+        search, plain = Search(), Search(limit=None)
+        began = time.perf_counter()
+        search.prepare(knowledge)
+        prepared = time.perf_counter() - began
+        looks = [subject.looks for subject in subjects]
+        quick: list[float] = []
+        for one, subject in zip(looks, subjects, strict=True):
+            began = time.perf_counter()
+            search.run([one], knowledge)
+            quick.append((time.perf_counter() - began) / len(subject.tokens))
+        short = [_first(looks[0], EXACT_TOKENS)]
+        began = time.perf_counter()
+        every = plain.run(short, knowledge)
+        slow = (time.perf_counter() - began) / EXACT_TOKENS
+        few = search.run(short, knowledge)
+    words = (
+        f"noise level {PAPER_LEVEL:g}, vocabulary of {knowledge.candidates.vocabulary}; tables {prepared:.1f} s once; "
+    )
+    yield Line.median(
+        "search: time a token",
+        quick,
+        "s",
+        target="<= 0.5",
+        conditions=f"each text by itself; {words}{case.words(bench)}",
+    )
+    yield Line.of(
+        "search of the whole vocabulary / search: time a token",
+        slow / (sum(quick) / len(quick)),
+        "x",
+        conditions=f"{slow:.2f} s, the first {EXACT_TOKENS} tokens of a text; {words}{case.words(bench)}",
+    )
+    yield Line.of(
+        "search: tokens that differ from a search of the whole vocabulary",
+        sum(one != other for one, other in zip(every[0].tokens, few[0].tokens, strict=True)),
+        "",
+        target="== 0",
+        conditions=f"of {EXACT_TOKENS}; {words}{case.words(bench)}",
+    )
+
+
+def _first(looks: Sequence[Observation], tokens: int) -> list[Observation]:
+    with torch.inference_mode():
+        return [Observation(look.sent[:tokens]) for look in looks]

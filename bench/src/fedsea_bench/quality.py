@@ -1,0 +1,476 @@
+"""`fedsea bench quality`: how good a fine-tuned model is, whole, split, and split with noise.
+
+OUT/plan.json                         what all results have in common; a run with another plan is refused
+OUT/results/TASK/SETTING/seed-N.json  a result: made once, read afterwards
+OUT/runs/TASK/SETTING/seed-N/         a training through the split under way, as `fedsea finetune` keeps it; its adapter
+OUT/quality.md, OUT/quality.png       tables and drawing
+
+An interrupted bench goes on where it was: results are kept, and so is a training through the split, from its last
+checkpoint. PEFT's training of the whole model begins again.
+"""
+
+import json
+import math
+import re
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import get_scheduler
+
+from fedsea.checkpoints import load_tokenizer, load_whole_model
+from fedsea.client.model import SplitModelForCausalLM
+from fedsea.errors import NonFiniteError, UsageError
+from fedsea.files import write_json
+from fedsea.privacy import Noise, RelativeGaussianNoise, parse_mechanism
+from fedsea.server.process import ServerProcess
+from fedsea.tasks import Example, Task, encode, evaluate, get_task
+from fedsea.training.batches import Batches
+from fedsea.training.folder import RunFolder
+from fedsea.training.loop import Figures, FineTuning, Recipe
+from fedsea_bench.training_case import adapter_config, peft_on
+from fedsea_bench.workbench import PARTITION
+
+LAST_STEPS = 10  # over which the loss at a training's end is averaged
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to have a model: `untrained`, `whole`, or `split` with a noise `level` (a multiple of the mean |h_A|).
+
+    Or `split` with another mechanism, as users write it.
+    """
+
+    kind: str
+    level: float = 0.0
+    mechanism: str = ""
+
+    @property
+    def name(self) -> str:
+        """As tables and folders call it."""
+        if self.mechanism:
+            return f"{self.kind}-{re.sub('[^a-z0-9.]+', '-', self.mechanism.lower())}"
+        return f"{self.kind}-noise-{self.level:g}" if self.level else self.kind
+
+    @property
+    def noise(self) -> Noise:
+        """How what leaves is protected, not calibrated."""
+        return parse_mechanism(self.mechanism) if self.mechanism else RelativeGaussianNoise(self.level)
+
+
+UNTRAINED, WHOLE = Setting("untrained"), Setting("whole")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to compare.
+
+    Parameters
+    ----------
+    data
+        A folder with a folder for each task, named as the task's title (CB, RTE, MultiRC, XSum), with its splits.
+    tasks
+        Their names.
+    levels
+        Noise levels of the split model; 0 is none.
+    mechanisms
+        Further protections of the split model, as users write them (`--mechanism`).
+    seeds
+        How many times each training is done, with seeds 0, 1 and so on.
+    steps, batch_size, lr
+        Of each training.
+    max_tokens
+        Longest text, in training and evaluation.
+    examples
+        Of each task's validation split, the first so many; None for all.
+    dtype, device, threads
+        What all parts compute in, where, and on how many threads a process.
+    """
+
+    data: Path
+    tasks: tuple[str, ...] = ("cb", "rte", "multirc", "xsum")
+    levels: tuple[float, ...] = (0.0, 0.1, 0.3, 1.0)
+    mechanisms: tuple[str, ...] = ()
+    seeds: int = 3
+    model: str = "smollm2-135m"
+    steps: int = 150
+    batch_size: int = 4
+    lr: float = 5e-4
+    max_tokens: int = 512
+    examples: int | None = 300
+    dtype: str = "float32"
+    device: str = "cpu"
+    threads: int = field(default=2, compare=False)
+
+    def __post_init__(self) -> None:
+        for name in self.tasks:
+            get_task(name)
+        if not all(math.isfinite(level) and level >= 0 for level in self.levels):
+            raise UsageError("a noise level is a number, 0 or more")
+        for text in self.mechanisms:
+            parse_mechanism(text)
+        if self.seeds < 1:
+            raise UsageError(f"each training is done at least once; got {self.seeds} seeds")
+        self.recipe(0)
+
+    @property
+    def settings(self) -> list[Setting]:
+        """Those that are trained."""
+        levels = [Setting("split", level) for level in sorted(set(self.levels))]
+        return [WHOLE, *levels, *(Setting("split", mechanism=text) for text in dict.fromkeys(self.mechanisms))]
+
+    @property
+    def jobs(self) -> list["Job"]:
+        """All results, in the order in which they are made: a first seed of everything, then a second."""
+        untrained = [Job(task, UNTRAINED, 0) for task in self.tasks]
+        trained = [
+            Job(task, setting, seed) for seed in range(self.seeds) for task in self.tasks for setting in self.settings
+        ]
+        return untrained + trained
+
+    def recipe(self, seed: int) -> Recipe:
+        """How each training goes."""
+        return Recipe(steps=self.steps, batch_size=self.batch_size, lr=self.lr, seed=seed)
+
+    def common(self) -> dict[str, Any]:
+        """What all results of a folder must have in common; further tasks, settings and seeds may come later."""
+        free = {"data", "tasks", "levels", "mechanisms", "seeds", "threads"}
+        return {name: value for name, value in asdict(self).items() if name not in free}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training and its evaluation."""
+
+    task: str
+    setting: Setting
+    seed: int
+
+    @property
+    def path(self) -> Path:
+        """Where it is kept, within the results or the runs."""
+        return Path(self.task, self.setting.name, f"seed-{self.seed}")
+
+    def __str__(self) -> str:
+        return f"{self.task}, {self.setting.name}" + ("" if self.setting == UNTRAINED else f", seed {self.seed}")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of a job.
+
+    Attributes
+    ----------
+    metrics
+        The task's own, and `answer_loss` in nats a token; empty if the training broke off.
+    majority
+        The metrics of always giving the most frequent label; empty for tasks without labels.
+    count, unparsed, cut
+        Examples evaluated, answers that could not be read, contexts that were cut.
+    first_loss, last_loss
+        Of the training: of its first step, and the mean of its last.
+    seconds
+        It took.
+    error
+        Why the training broke off; empty if it did not.
+    """
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    majority: dict[str, float] = field(default_factory=dict)
+    count: int = 0
+    unparsed: int = 0
+    cut: int = 0
+    first_loss: float | None = None
+    last_loss: float | None = None
+    seconds: float = 0.0
+    error: str = ""
+
+
+Results = dict[Job, Result]
+
+
+class QualityBench:
+    """Makes results and keeps them; a context manager, which ends the block server.
+
+    Parameters
+    ----------
+    plan
+        What to compare.
+    output
+        Where results are kept.
+    console
+        Told what is being done, and how long it will take.
+
+    Raises
+    ------
+    UsageError
+        If the folder has results of another plan, or cannot be written.
+    """
+
+    def __init__(self, plan: Plan, output: Path, console: Console) -> None:
+        self.plan, self.output, self.console = plan, output, console
+        self._things = ExitStack()
+        torch.set_num_threads(plan.threads)
+        _claim(output, plan.common())
+
+    def __enter__(self) -> "QualityBench":
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._things.close()
+
+    def run(self) -> Results:
+        """Make all results that are not there yet, and return all.
+
+        Raises
+        ------
+        FedSEAError
+            If a task's files or the server fail. What was done is kept.
+        """
+        jobs = self.plan.jobs
+        for task in self.plan.tasks:
+            for split in ("train", "validation"):
+                self._examples(task, split)  # a missing file shows at once
+        results = {job: result for job in jobs if (result := self._kept(job)) is not None}
+        if results:
+            self.console.print(f"{len(results)} of {len(jobs)} results are in {self.output} already", highlight=False)
+        for job in jobs:
+            if job in results:
+                continue
+            self.console.print(f"… {job}", style="dim", highlight=False)
+            began = time.monotonic()
+            made = self._do(job)
+            results[job] = Result(**{**asdict(made), "seconds": round(time.monotonic() - began, 1)})
+            self._keep(job, results[job])
+            left = time_left(jobs, results)
+            self.console.print(
+                f"{len(results)} of {len(jobs)}: {job}: {_in_words(results[job])}; "
+                f"{results[job].seconds:.0f} s, about {left / 60:.0f} minutes left",
+                highlight=False,
+            )
+        return {job: results[job] for job in jobs}
+
+    def _do(self, job: Job) -> Result:
+        if job.setting == UNTRAINED:
+            return self._evaluated(job, self._whole)
+        try:
+            return self._whole_job(job) if job.setting.kind == "whole" else self._split_job(job)
+        except NonFiniteError as error:
+            return Result(error=str(error))
+
+    def _whole_job(self, job: Job) -> Result:
+        recipe = self.plan.recipe(job.seed)
+        with tempfile.TemporaryDirectory(prefix="fedsea-bench-") as start:
+            with self._connect(Setting("split")) as split:
+                split.add_adapter(adapter_config(), seed=job.seed)
+                split.save_adapter(start)
+            with peft_on(self._whole, Path(start)) as model:
+                losses = train_whole(model, self._batches(job), recipe)
+                return self._evaluated(job, model, losses)
+
+    def _split_job(self, job: Job) -> Result:
+        settings = {**self.plan.common(), "task": job.task, "seed": job.seed, "noise_level": job.setting.level}
+        if job.setting.mechanism:
+            settings["mechanism"] = job.setting.mechanism
+        folder = RunFolder(self.output / "runs" / job.path, self._tell)
+        resume = folder.path.exists()
+        name = folder.resume(settings) if resume else folder.begin(settings)
+        with self._connect(job.setting) as model:
+            config = adapter_config()
+            model.add_adapter(config, run=name, take_up=resume, seed=job.seed)
+            training = FineTuning(
+                model,
+                self._batches(job),
+                self.plan.recipe(job.seed),
+                folder,
+                lora=config,
+                base_model=model.config.name_or_path or None,
+                notice=self._tell,
+            )
+            if resume and training.resume():
+                self._tell(f"going on from the checkpoint of step {training.step}")
+            training.run(_ignore)
+            result = self._evaluated(job, model, [figures["loss"] for figures in folder.metrics()])
+            model.end_run()
+        shutil.rmtree(folder.checkpoints.path, ignore_errors=True)  # the adapter stays
+        return result
+
+    def _evaluated(self, job: Job, model: Any, losses: Sequence[float] = ()) -> Result:
+        task = get_task(job.task)
+        found = evaluate(
+            model,
+            self._tokenizer,
+            task,
+            self._examples(job.task, "validation")[: self.plan.examples],
+            max_tokens=self.plan.max_tokens,
+            answer_loss=True,
+        )
+        return Result(
+            metrics=found.metrics,
+            majority=found.majority[1] if found.majority is not None else {},
+            count=found.count,
+            unparsed=found.unparsed,
+            cut=found.cut,
+            first_loss=losses[0] if losses else None,
+            last_loss=statistics.mean(losses[-LAST_STEPS:]) if losses else None,
+        )
+
+    def _batches(self, job: Job) -> Batches:
+        task, plan = get_task(job.task), self.plan
+        examples = self._examples(job.task, "train")
+        encoded = [encode(task, example, self._tokenizer, plan.max_tokens) for example in examples]
+        return Batches(encoded, plan.batch_size, job.seed)
+
+    def _examples(self, name: str, split: Any) -> list[Example]:
+        task: Task = get_task(name)
+        return task.read(str(self.plan.data / task.title), split)
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        return load_tokenizer(self.plan.model)
+
+    @cached_property
+    def _whole(self) -> Any:
+        return load_whole_model(self.plan.model, dtype=getattr(torch, self.plan.dtype), device=self.plan.device)
+
+    @cached_property
+    def _server(self) -> ServerProcess:
+        options = ("--device", self.plan.device, "--dtype", self.plan.dtype)
+        secure = find_spec("cryptography") is not None
+        server = ServerProcess(self.plan.model, threads=self.plan.threads, secure=secure, options=options)
+        return self._things.enter_context(server)
+
+    def _connect(self, setting: Setting) -> SplitModelForCausalLM:
+        return SplitModelForCausalLM.from_pretrained(
+            self.plan.model,
+            partition=PARTITION,
+            noise=setting.noise,
+            dtype=self.plan.dtype,
+            device=self.plan.device,
+            notice=self._tell,
+            **self._server.connection,
+        )
+
+    def _tell(self, message: str) -> None:
+        self.console.print(message, style="dim", highlight=False, markup=False)
+
+    def _file(self, job: Job) -> Path:
+        return self.output / "results" / job.path.with_suffix(".json")
+
+    def _kept(self, job: Job) -> Result | None:
+        try:
+            return Result(**json.loads(self._file(job).read_text()))
+        except FileNotFoundError:
+            return None
+
+    def _keep(self, job: Job, result: Result) -> None:
+        file = self._file(job)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, asdict(result))
+
+
+def train_whole(
+    model: Any, batches: Batches, recipe: Recipe, on_step: Callable[[int], None] = lambda _step: None
+) -> list[float]:
+    """The recipe as PEFT's users write it, on a whole model with its adapter; returns each step's loss.
+
+    `on_step` is told each step's number, from 1.
+
+    Raises
+    ------
+    NonFiniteError
+        If a loss is not finite.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=recipe.lr, weight_decay=recipe.weight_decay)
+    schedule = get_scheduler(recipe.schedule, optimizer, recipe.warmup, recipe.steps)
+    losses = []
+    model.train()
+    for step in range(recipe.steps):
+        first = step * recipe.accumulation
+        chosen = [batches[first + index].to(model.device) for index in range(recipe.accumulation)]
+        items = sum(batch.learnt for batch in chosen)
+        total = 0.0
+        for batch in chosen:
+            loss = model(
+                input_ids=batch.input_ids,
+                attention_mask=batch.attention_mask,
+                labels=batch.labels,
+                num_items_in_batch=items,
+            ).loss
+            loss.backward()
+            total += float(loss.detach())
+        if not math.isfinite(total):
+            raise NonFiniteError(f"the loss of step {step + 1} of the whole model is {total}")
+        torch.nn.utils.clip_grad_norm_(trained, recipe.max_grad_norm)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(total)
+        on_step(step + 1)
+    return losses
+
+
+def time_left(jobs: Sequence[Job], results: Results) -> float:
+    """Seconds that the jobs without a result will take, judged by those with one: of their task, where there are."""
+
+    def judged(job: Job) -> float:
+        like = [other for other in results if (other.setting == UNTRAINED) == (job.setting == UNTRAINED)]
+        same = [other for other in like if other.task == job.task]
+        seconds = [results[other].seconds for other in same or like or results]
+        return statistics.mean(seconds) if seconds else 0.0
+
+    return sum(judged(job) for job in jobs if job not in results)
+
+
+def _claim(output: Path, common: dict[str, Any]) -> None:
+    """Check that a folder is of this plan, or make it so."""
+    file = output / "plan.json"
+    try:
+        held = json.loads(file.read_text())
+    except FileNotFoundError:
+        if output.exists() and any(output.iterdir()):
+            raise UsageError(f"{output} is not empty and holds no results; choose another --output") from None
+    except ValueError:
+        raise UsageError(f"{file} is damaged") from None
+    else:
+        different = [
+            f"{name} was {held.get(name)!r} and is {common[name]!r} now"
+            for name in common
+            if held.get(name) != common[name]
+        ]
+        if different:
+            raise UsageError(f"{output} holds results of another plan: {'; '.join(different)}; choose another --output")
+        return
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        write_json(file, common)
+    except OSError as error:
+        raise UsageError(f"cannot write to {output}: {error.strerror}") from None
+
+
+def _in_words(result: Result) -> str:
+    if result.error:
+        return f"broke off: {result.error}"
+    return ", ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
+
+
+def _ignore(_figures: Figures) -> None:
+    pass
+
+
+def jobs_of(results: Results, task: str, setting: Setting) -> Iterator[Result]:
+    """A task's results in a setting, one a seed, those that broke off left out."""
+    for job, result in results.items():
+        if job.task == task and job.setting == setting and not result.error:
+            yield result

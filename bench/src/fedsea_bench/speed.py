@@ -1,0 +1,135 @@
+"""How fast the split model decodes beside the whole model, on loopback and over a slow link."""
+
+import statistics
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+
+from torch import Tensor
+
+from fedsea.client.decode import stream_tokens
+from fedsea.client.lookup import GUESSES
+from fedsea.client.model import SplitModelForCausalLM
+from fedsea_bench.clock import bare_loop, decode_rate, in_turns, times_of, times_of_generate
+from fedsea_bench.link import LinkProcess
+from fedsea_bench.results import Line
+from fedsea_bench.workbench import Workbench
+
+PROMPT_TOKENS = 32
+WARM_UP_TOKENS = 4
+_Loop = Callable[[int], list[float]]  # decodes so many tokens; returns when each came
+RTT_SECONDS = 0.020
+LINK_MBIT = 100.0
+
+
+def decode_speed(bench: Workbench) -> Iterator[Line]:
+    """Decode with the whole and the split model in turns: transformers' `generate`, and the shortest loop of each."""
+    rounds, tokens = (3, 8) if bench.settings.quick else (9, 48)
+    prompt = bench.prompt(PROMPT_TOKENS)
+    whole, split = bench.whole, bench.split
+    contenders = {
+        "whole model, generate": lambda tokens: times_of_generate(whole, prompt, tokens),
+        "split, generate": lambda tokens: times_of_generate(split, prompt, tokens),
+        "whole model, bare loop": lambda tokens: times_of(bare_loop(whole, prompt, tokens)),
+        "split, chat's loop": _chat_loop(split, prompt, guesses=GUESSES),
+        "split, chat's loop without guesses": _chat_loop(split, prompt),
+    }
+    with bench.step(f"decoding {tokens} tokens, {rounds} rounds of {len(contenders)} loops in turns"):
+        rates = _in_turns(contenders, rounds, tokens)
+    conditions = (
+        f"{bench.place}; client and server two processes, mutual TLS on loopback, partition (1, 1), 16-bit wire; "
+        f"{PROMPT_TOKENS} tokens of prompt, {tokens} new, from the first to the last; in turns after a warm-up, "
+        f"the ratio of each round; chat's loop guesses at most {GUESSES} tokens ahead, as `fedsea chat` does"
+    )
+    for name, one, other, target in (
+        ("generate, split / whole", "split, generate", "whole model, generate", 0.95),
+        ("chat's loop / bare loop of the whole model", "split, chat's loop", "whole model, bare loop", 0.9),
+        ("chat's loop / generate of the whole model", "split, chat's loop", "whole model, generate", 1.0),
+        (
+            "chat's loop without guesses / bare loop",
+            "split, chat's loop without guesses",
+            "whole model, bare loop",
+            None,
+        ),
+    ):
+        ratios = [mine / reference for mine, reference in zip(rates[one], rates[other], strict=True)]
+        wanted = f">= {target}" if target is not None else ""
+        yield Line.median(f"decode speed: {name}", ratios, "x", target=wanted, conditions=conditions)
+    for name, samples in rates.items():
+        yield Line.median(f"decode speed: {name}", samples, "tokens/s", conditions="of the same rounds")
+
+
+def slow_link(bench: Workbench) -> Iterator[Line]:
+    """Decode over a link of 20 ms and 100 Mbit/s beside what the round trip and the computation leave possible."""
+    rounds, tokens = (2, 8) if bench.settings.quick else (7, 32)
+    prompt = bench.prompt(PROMPT_TOKENS)
+    again = prompt.repeat(1, 3)
+    near = bench.split
+    with (
+        LinkProcess(bench.server.address, delay_ms=RTT_SECONDS * 500, rate_mbit=LINK_MBIT) as link,
+        bench.connect(server=link.address) as far,
+        bench.step(f"decoding {tokens} tokens, {rounds} rounds of loopback and link in turns"),
+    ):
+        rates = _in_turns(
+            {
+                "near": lambda tokens: times_of_generate(near, prompt, tokens),
+                "far": lambda tokens: times_of_generate(far, prompt, tokens),
+            },
+            rounds,
+            tokens,
+        )
+        repeating = _in_turns(
+            {
+                "guessing": _chat_loop(far, again, guesses=GUESSES),
+                "not": _chat_loop(far, again),
+            },
+            rounds,
+            tokens,
+        )
+    shares = [slow * (RTT_SECONDS + 1 / fast) for slow, fast in zip(rates["far"], rates["near"], strict=True)]
+    yield Line.median(
+        "slow link: decode / (1 / (RTT + compute))",
+        shares,
+        "x",
+        target=">= 0.9",
+        conditions=(
+            f"{bench.place}; {RTT_SECONDS * 1000:g} ms RTT, {LINK_MBIT:g} Mbit/s, mutual TLS, generate on both; "
+            f"compute of one token is that of the same loop on plain loopback, in turns: "
+            f"{1000 / statistics.median(rates['near']):.1f} ms; {tokens} tokens a round"
+        ),
+    )
+    yield Line.median("slow link: decode", rates["far"], "tokens/s", conditions="of the same rounds")
+    yield Line.median(
+        "slow link: decode a text that repeats itself, guessing / not",
+        [one / other for one, other in zip(repeating["guessing"], repeating["not"], strict=True)],
+        "x",
+        conditions=(
+            f"over the same link, chat's loop with at most {GUESSES} guesses a step and without, in turns; the prompt "
+            f"is {PROMPT_TOKENS} tokens three times"
+        ),
+    )
+
+
+def _chat_loop(model: SplitModelForCausalLM, prompt: Tensor, *, guesses: int = 0) -> _Loop:
+    """FedSEA's own decode loop over the split model, as a contender."""
+
+    def run(tokens: int) -> list[float]:
+        cache = model.new_cache()
+        times = times_of(stream_tokens(model, prompt, cache=cache, max_new_tokens=tokens, guesses=guesses))
+        cache.close()
+        return times
+
+    return run
+
+
+def _in_turns(contenders: Mapping[str, _Loop], rounds: int, tokens: int) -> dict[str, list[float]]:
+    """Tokens a second of each contender in each round, over `tokens` new tokens.
+
+    Rounds alternate in direction, so that none always comes first; each contender runs once before, unmeasured.
+    """
+    for run in contenders.values():
+        run(WARM_UP_TOKENS)
+    return in_turns({name: partial(_rate, run, tokens) for name, run in contenders.items()}, rounds)
+
+
+def _rate(run: _Loop, tokens: int) -> float:
+    return decode_rate(run(tokens))

@@ -1,0 +1,191 @@
+"""What the topics of `fedsea bench training` share: texts to learn, an adapter, the whole model's twin, and a step."""
+
+import math
+import random
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from torch import Tensor
+from transformers import get_scheduler
+
+from fedsea.checkpoints import open_checkpoint
+from fedsea.client.model import SplitModelForCausalLM
+from fedsea.errors import ModelNotFoundError
+from fedsea.parts.adapters import adapter_parameters
+from fedsea_bench.workbench import Workbench
+
+Batch = dict[str, Tensor]
+"""`input_ids`, `attention_mask` and `labels`, `[rows, columns]` each, padded at the right; every token is learnt."""
+
+RANK = 8
+LR, WEIGHT_DECAY, MAX_NORM = 1e-4, 0.01, 1.0
+ADAPTER_SEED = 1
+_UNLEARNT = -100
+_DRAWN_LENGTHS = (12, 28)  # tokens of a text for a model without a tokenizer; the written ones are as long
+
+_WHO = ("the patient", "Ms Weber", "our branch in Bergen", "the second night shift", "Dr. Olsen", "the tenant")
+_WHAT = (
+    "reported pain in the left arm that had begun {n} days before",
+    "asked for a copy of the contract, clause {n} of which is in dispute",
+    "found that a fee of {n} euros had been charged twice by mistake",
+    "was told to return within {n} days, or at once if the fever came back",
+    "has paid {n} of the instalments and wishes to postpone the rest",
+    "counted {n} boxes where the delivery note speaks of more",
+)
+
+
+def texts(count: int, seed: int = 0) -> list[str]:
+    """Short notes of the kind that people fine-tune on, made here: the same in every run, hardly two of them alike."""
+    draw = random.Random(seed)
+    made = []
+    for _ in range(count):
+        who, what = draw.choice(_WHO), draw.choice(_WHAT)
+        made.append(f"{draw.randrange(1, 29)} March: {who} {what.format(n=draw.randrange(2, 60))}.")
+    return made
+
+
+def text_batches(bench: Workbench, count: int, rows: int) -> list[Batch]:
+    """So many batches of texts of different lengths; drawn tokens for a model without a tokenizer."""
+    total = count * rows
+    try:
+        tokenizer = open_checkpoint(bench.settings.model).tokenizer()
+    except ModelNotFoundError:
+        draw = random.Random(0)
+        lengths = [draw.randint(*_DRAWN_LENGTHS) for _ in range(total)]
+        encoded = [[draw.randrange(bench.config.vocab_size) for _ in range(length)] for length in lengths]
+    else:
+        encoded = [tokenizer(text)["input_ids"] for text in texts(total)]
+    return [_padded(encoded[first : first + rows]) for first in range(0, total, rows)]
+
+
+def even_batch(vocabulary: int, rows: int, tokens: int) -> Batch:
+    """One batch of drawn tokens, `[rows, tokens]`, without padding: for what no text changes."""
+    draw = random.Random(0)
+    return _padded([[draw.randrange(vocabulary) for _ in range(tokens)] for _ in range(rows)])
+
+
+def _padded(rows: Sequence[Sequence[int]]) -> Batch:
+    width = max(map(len, rows))
+
+    def filled(row: Sequence[int], filling: int) -> list[int]:
+        return [*row, *[filling] * (width - len(row))]
+
+    return {
+        "input_ids": torch.tensor([filled(row, 0) for row in rows]),
+        "attention_mask": torch.tensor([filled([1] * len(row), 0) for row in rows]),
+        "labels": torch.tensor([filled(row, _UNLEARNT) for row in rows]),
+    }
+
+
+def tokens_of(batch: Batch) -> int:
+    """A batch's tokens without padding."""
+    return int(batch["attention_mask"].sum())
+
+
+def adapter_config() -> LoraConfig:
+    """The adapter that `fedsea finetune` trains unless asked otherwise: rank 8 on all linear modules, no dropout."""
+    return LoraConfig(r=RANK, lora_alpha=2 * RANK, lora_dropout=0.0, target_modules="all-linear")
+
+
+ADAPTER_TEXT = f"LoRA of rank {RANK} on all linear modules in float32"
+
+
+def add_adapter(model: SplitModelForCausalLM, *, run: str | None = None) -> SplitModelForCausalLM:
+    """Put the bench's adapter on a split model, always at the same start, and have the model train."""
+    model.add_adapter(adapter_config(), run=run, seed=ADAPTER_SEED)
+    model.train()
+    return model
+
+
+@contextmanager
+def peft_on(whole: Any, start: Path) -> Iterator[Any]:
+    """PEFT on a whole model, with the saved adapter `start`, trained; afterwards the model is as it was."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecations between PEFT and transformers are nobody's business here
+        adapted: Any = PeftModel.from_pretrained(whole, str(start), is_trainable=True).train()
+    try:
+        yield adapted
+    finally:
+        adapted.unload()
+        whole.eval()
+
+
+@contextmanager
+def saved_start(model: SplitModelForCausalLM) -> Iterator[Path]:
+    """A split model's adapter as it is now, in a folder for the time being."""
+    with tempfile.TemporaryDirectory(prefix="fedsea-bench-") as folder:
+        model.save_adapter(folder)
+        yield Path(folder)
+
+
+def adamw(model: Any) -> torch.optim.AdamW:
+    """The bench's optimizer, over whatever of a model is trained."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(trained, lr=LR, weight_decay=WEIGHT_DECAY)
+
+
+def batch_loss(model: Any, batch: Batch) -> Tensor:
+    """A batch's mean loss over its learnt tokens, as the model computes it."""
+    loss: Tensor = model(**batch).loss
+    return loss
+
+
+def loss_row_by_row(model: Any, batch: Batch) -> Tensor:
+    """The same loss, with each row passed through the model alone, without its padding."""
+    lengths = batch["attention_mask"].sum(1).tolist()
+    learnt = [length - 1 for length in lengths]  # all but the first token
+    total = torch.zeros(())
+    for row, (length, count) in enumerate(zip(lengths, learnt, strict=True)):
+        alone = {name: values[row : row + 1, :length] for name, values in batch.items()}
+        total = total + batch_loss(model, alone) * (count / sum(learnt))
+    return total
+
+
+def train_step(
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    batches: Sequence[Batch],
+    loss_of: Callable[[Any, Batch], Tensor] = batch_loss,
+) -> float:
+    """One optimizer step, whose gradient is that of all the batches; returns their mean loss.
+
+    Returns once the step is done at the block server as well.
+    """
+    total = 0.0
+    for batch in batches:
+        loss = loss_of(model, batch)
+        (loss / len(batches)).backward()
+        total += float(loss.detach()) / len(batches)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
+    optimizer.step()
+    optimizer.zero_grad()
+    if isinstance(model, SplitModelForCausalLM) and model._run is not None:
+        # The client need not wait for this, but a step that is timed has to end before something else begins.
+        model._run.channel.settle()
+    return total
+
+
+def train(
+    model: Any, batches: Sequence[Batch], accumulation: int, *, loss_of: Callable[[Any, Batch], Tensor] = batch_loss
+) -> list[float]:
+    """Train on batches in their order, with a cosine schedule down to 0 at the end; returns each step's loss."""
+    optimizer = adamw(model)
+    steps = math.ceil(len(batches) / accumulation)
+    schedule = get_scheduler("cosine", optimizer, 0, steps)
+    losses = []
+    for first in range(0, len(batches), accumulation):
+        losses.append(train_step(model, optimizer, batches[first : first + accumulation], loss_of))
+        schedule.step()
+    return losses
+
+
+def whole_adapter(adapted: Any) -> dict[str, Tensor]:
+    """Copies of the adapter weights of PEFT's model, by the names that `adapter_state` has for them."""
+    parameters = adapter_parameters(adapted.base_model.model)
+    return {name: parameter.detach().clone() for name, parameter in parameters.items()}

@@ -1,0 +1,155 @@
+"""Whether fine-tuning through the split learns what PEFT on the whole model learns, step by step."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fedsea.client.training import MICRO_BATCHES
+from fedsea.partition import Partition
+from fedsea_bench.results import Line
+from fedsea_bench.training_case import (
+    ADAPTER_TEXT,
+    LR,
+    WEIGHT_DECAY,
+    Batch,
+    add_adapter,
+    batch_loss,
+    loss_row_by_row,
+    peft_on,
+    saved_start,
+    text_batches,
+    tokens_of,
+    train,
+    whole_adapter,
+)
+from fedsea_bench.workbench import PARTITION, Workbench, described
+
+STEPS, QUICK_STEPS = 50, 3
+ACCUMULATION, ROWS = 2, 2
+LAST_STEPS = 10  # over which the end of a training is averaged, to read beside its last step
+LOSS_TARGET, ADAPTER_TARGET, WIRE_TARGET = "<= 0.0001", "<= 0.0001", "<= 0.5"
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """A training's loss at each step, and the adapter at its end."""
+
+    losses: list[float]
+    adapter: Mapping[str, Tensor]
+
+    def loss_differences(self, reference: "_Outcome") -> list[float]:
+        """Relative, at each step."""
+        return [abs(mine / theirs - 1) for mine, theirs in zip(self.losses, reference.losses, strict=True)]
+
+    def adapter_difference(self, reference: "_Outcome") -> float:
+        """The largest of a weight.
+
+        Raises
+        ------
+        KeyError
+            If the adapters do not have the same weights.
+        """
+        names = self.adapter.keys() | reference.adapter.keys()
+        return max(float((self.adapter[name] - reference.adapter[name]).abs().max()) for name in names)
+
+
+def training_exactness(bench: Workbench) -> Iterator[Line]:
+    """The same training by PEFT on the whole model, through the split in float32, and through it in 16 bits."""
+    quick = bench.settings.quick
+    steps = QUICK_STEPS if quick else STEPS
+    batches = text_batches(bench, steps * ACCUMULATION, ROWS)
+    splits = [_split(bench, batches, partition, "float32") for partition in _partitions(bench, few=quick)]
+    short = _split(bench, batches, PARTITION, None)
+    reference, rounding = _whole(bench, batches, rounding=not quick)
+    conditions = (
+        f"{bench.place}; {steps} steps of {ACCUMULATION} x {ROWS} texts ({sum(map(tokens_of, batches))} tokens in "
+        f"all), {ADAPTER_TEXT}, AdamW, lr {LR:g}, weight decay {WEIGHT_DECAY:g}, gradient clipped over all three "
+        f"parts to norm 1, cosine schedule, no noise, no dropout; the loss goes from {reference.losses[0]:.3f} to "
+        f"{reference.losses[-1]:.3f}"
+    )
+    partitions = " ".join(described(partition) for partition in _partitions(bench, few=quick))
+    differences = [difference for split in splits for difference in split.loss_differences(reference)]
+    yield Line.of(
+        "fine-tuning: largest relative difference of a step's loss",
+        max(differences),
+        "",
+        target=LOSS_TARGET,
+        samples=differences,
+        conditions=f"from PEFT on the whole model; float32 wire, partitions {partitions}; {conditions}",
+    )
+    distances = [split.adapter_difference(reference) for split in splits]
+    yield Line.of(
+        "fine-tuning: largest difference of a weight of the final adapter",
+        max(distances),
+        "",
+        target=ADAPTER_TARGET,
+        samples=distances,
+        conditions=f"the largest of each partition, {partitions}; of the same trainings",
+    )
+    if rounding is not None:
+        yield Line.of(
+            "fine-tuning: the whole model's own rounding, of a loss",
+            max(rounding.loss_differences(reference)),
+            "",
+            samples=rounding.loss_differences(reference),
+            conditions=(
+                "PEFT on the whole model against itself, each text of a batch passed through alone and their losses "
+                "added up: the same sums in another order, what the differences above are to be read beside"
+            ),
+        )
+        yield Line.of(
+            "fine-tuning: the whole model's own rounding, of a weight",
+            rounding.adapter_difference(reference),
+            "",
+            conditions="of the same two trainings",
+        )
+    yield _wire_line(short, reference, conditions)
+
+
+def _wire_line(short: _Outcome, reference: _Outcome, conditions: str) -> Line:
+    percent = [100 * difference for difference in short.loss_differences(reference)]
+    last = min(LAST_STEPS, len(percent))
+    ends = [sum(outcome.losses[-last:]) / last for outcome in (short, reference)]
+    return Line.of(
+        "fine-tuning over the 16-bit wire: difference of the final loss",
+        percent[-1],
+        "%",
+        target=WIRE_TARGET,
+        samples=percent,
+        conditions=(
+            f"{short.losses[-1]:.5f} beside {reference.losses[-1]:.5f} at the last step, partition "
+            f"{described(PARTITION)}; mean of the last {last} steps {ends[0]:.5f} beside {ends[1]:.5f}; the adapters "
+            f"end {short.adapter_difference(reference):.1g} apart at most; the spread is over the steps; {conditions}"
+        ),
+    )
+
+
+def _partitions(bench: Workbench, *, few: bool) -> list[Partition]:
+    """With cuts at the ends and further in."""
+    layers: int = bench.config.num_hidden_layers
+    pairs = [(1, 1)] if few else [(1, 1), (0, 1), (min(4, layers // 2), 2)]
+    return [Partition(p, q) for p, q in pairs]
+
+
+def _split(bench: Workbench, batches: Sequence[Batch], partition: Partition, wire_dtype: str | None) -> _Outcome:
+    with bench.connect(partition=partition, wire_dtype=wire_dtype) as model:
+        add_adapter(model).micro_batches = MICRO_BATCHES  # as between two machines: more to go wrong
+        with bench.step(f"{len(batches) // ACCUMULATION} steps, {described(partition)}, {wire_dtype or '16-bit'} wire"):
+            losses = train(model, batches, ACCUMULATION)
+        return _Outcome(losses, model.adapter_state())
+
+
+def _whole(bench: Workbench, batches: Sequence[Batch], *, rounding: bool) -> tuple[_Outcome, _Outcome | None]:
+    """PEFT on the whole model, from the adapter that the split models start from; and the same in another order."""
+    with bench.connect() as model, saved_start(add_adapter(model)) as start:
+        outcomes = []
+        for one_by_one in (False, True) if rounding else (False,):
+            how = "each text alone" if one_by_one else "in batches"
+            with (
+                peft_on(bench.whole, start) as whole,
+                bench.step(f"{len(batches) // ACCUMULATION} steps of the whole model, {how}"),
+            ):
+                losses = train(whole, batches, ACCUMULATION, loss_of=loss_row_by_row if one_by_one else batch_loss)
+                outcomes.append(_Outcome(losses, whole_adapter(whole)))
+    return outcomes[0], outcomes[1] if rounding else None

@@ -1,0 +1,135 @@
+"""What the topics of a bench share: settings, one block server, one whole model, prompts, and a console."""
+
+import os
+import platform
+import random
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import torch
+from rich.console import Console
+from torch import Tensor
+from transformers import GenerationConfig
+
+from fedsea.checkpoints import load_whole_model, open_checkpoint
+from fedsea.client.model import SplitModelForCausalLM
+from fedsea.partition import Partition
+from fedsea.server.process import ServerProcess
+
+PARTITION = Partition(1, 1)
+_Model = TypeVar("_Model")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a bench is run.
+
+    Parameters
+    ----------
+    model
+        The model that is measured, as `open_checkpoint` takes it.
+    quick
+        Fewer repetitions and smaller cases.
+    threads
+        Compute threads of each side: the whole model, the client, and the server.
+    plots
+        Folder for drawings; None draws none.
+    data
+        Folder with a folder for each task, named as the task's title; None leaves out what needs one.
+    """
+
+    model: str = "smollm2-135m"
+    quick: bool = False
+    threads: int = 2
+    plots: Path | None = None
+    data: Path | None = None
+
+
+class Workbench:
+    """Sets up what several topics need once, when the first of them asks; a context manager, which ends it."""
+
+    def __init__(self, settings: Settings, console: Console) -> None:
+        self.settings = settings
+        self.console = console
+        self._things = ExitStack()
+        torch.set_num_threads(settings.threads)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        self._things.close()
+
+    @contextmanager
+    def step(self, what: str) -> Iterator[None]:
+        """Show what is being done now."""
+        with self.console.status(what):
+            if not self.console.is_terminal:
+                self.console.print(f"… {what}", style="dim", highlight=False)
+            yield
+
+    @cached_property
+    def server(self) -> ServerProcess:
+        """The block server: all layers, float32, mutual TLS, a process of its own. It may still be starting."""
+        return self._things.enter_context(ServerProcess(self.settings.model, threads=self.settings.threads))
+
+    @cached_property
+    def whole(self) -> Any:
+        """The whole model in this process, as transformers loads it, float32."""
+        with self.step(f"loading the whole of {self.settings.model}"):
+            return endless(load_whole_model(self.settings.model, dtype=torch.float32, device="cpu"))
+
+    @cached_property
+    def split(self) -> SplitModelForCausalLM:
+        """The split model at `server`, as users get it: partition (1, 1), 16 bits on the wire, no noise."""
+        return self._things.enter_context(self.connect())
+
+    def connect(self, **options: Any) -> SplitModelForCausalLM:
+        """A split model with other options, for the caller to close; `server` among them, to go through a link."""
+        server = self.server
+        with self.step(f"waiting for the block server of {self.settings.model}"):
+            options = {"partition": PARTITION, **server.connection, **options}
+        with self.step(f"loading the client's parts of {self.settings.model}, {described(options['partition'])}"):
+            return endless(SplitModelForCausalLM.from_pretrained(self.settings.model, **options))
+
+    @cached_property
+    def config(self) -> Any:
+        """The model's configuration."""
+        return open_checkpoint(self.settings.model).config
+
+    def prompt(self, tokens: int, *, rows: int = 1) -> Tensor:
+        """Token ids `[rows, tokens]` drawn from the vocabulary, the same in every run: for what no text changes."""
+        return drawn_prompt(self.config.vocab_size, tokens, rows=rows)
+
+    @property
+    def place(self) -> str:
+        """The machine's side of the conditions."""
+        spin = os.environ.get("GOMP_SPINCOUNT", "default")
+        return (
+            f"{self.settings.model}, float32, {self.settings.threads} threads a process on {os.cpu_count()} "
+            f"{platform.machine()} cores, GOMP_SPINCOUNT={spin}"
+        )
+
+
+def endless(model: _Model) -> _Model:
+    """Make `generate` go on for as many tokens as it is asked for: greedy, with no end-of-text token."""
+    model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)  # type: ignore[attr-defined]
+    return model
+
+
+def drawn_prompt(vocabulary: int, tokens: int, *, rows: int = 1) -> Tensor:
+    """Token ids `[rows, tokens]`, drawn evenly from the vocabulary with a fixed seed."""
+    draw = random.Random(0)
+    return torch.tensor([[draw.randrange(vocabulary) for _ in range(tokens)] for _ in range(rows)])
+
+
+def described(partition: Partition) -> str:
+    """A partition as people write it: (1, 1)."""
+    return f"({partition.input_layers}, {partition.output_layers})"
