@@ -20,7 +20,7 @@ from fedsea.parts.cut_files import CUT, CUT_WEIGHTS, CutRecord, read_cut
 from fedsea.parts.narrow import principal_directions, project
 from fedsea.privacy import Chain, Clip, ClippedGaussianNoise, NarrowCut, parse_mechanism
 from fedsea.privacy.bound import estimated_bound, guaranteed_bound, power_capacity, uniform_source
-from fedsea.privacy.calibrate import measure_magnitude, public_states
+from fedsea.privacy.measure import measure_magnitude, public_states
 from fedsea.privacy.narrow import taken_up
 from fedsea.server.limits import Limits
 from fedsea.server.rounds import RoundTable

@@ -17,8 +17,8 @@ from fedsea.partition import LIFT, PROJECT
 from fedsea.parts.adapter_files import HAS_CUT
 from fedsea.parts.cut_files import read_cut
 from fedsea.privacy import NarrowCut, Noise, parse_mechanism
-from fedsea.privacy.calibrate import public_states
 from fedsea.privacy.clipped import clip_norms
+from fedsea.privacy.measure import public_states
 from fedsea.training.batches import Batches
 from fedsea.training.examples import Encoded
 from fedsea.training.export import export_adapter, merge_adapter

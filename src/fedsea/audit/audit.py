@@ -27,7 +27,7 @@ from fedsea.errors import UsageError
 from fedsea.partition import PROJECT
 from fedsea.parts.cut_files import read_cut
 from fedsea.privacy import Noise
-from fedsea.privacy.calibrate import measure_magnitude
+from fedsea.privacy.measure import measure_magnitude
 from fedsea.tasks.encoding import common_prefix
 from fedsea.tasks.templates import Template
 

@@ -23,7 +23,7 @@ from fedsea.client.dtypes import wire_dtype_for
 from fedsea.errors import UsageError
 from fedsea.parts import InputBlocks
 from fedsea.privacy import Noise
-from fedsea.privacy.calibrate import measure_magnitude
+from fedsea.privacy.measure import measure_magnitude
 from fedsea.privacy.strength import is_relative, with_strength
 from fedsea.tasks import Example, Task, evaluate
 from fedsea.training.export import whole_with_adapter

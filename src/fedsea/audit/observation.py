@@ -16,7 +16,7 @@ from fedsea.checkpoints.whole import whole_model
 from fedsea.partition import Partition
 from fedsea.parts import InputBlocks, OutputBlocks, Rows
 from fedsea.privacy import Noise
-from fedsea.privacy.calibrate import public_tokens
+from fedsea.privacy.measure import public_tokens
 
 Blocks = TypeVar("Blocks", InputBlocks, OutputBlocks)
 SUMS = 2.0**-16  # relative error of float32 sums in another order, at most

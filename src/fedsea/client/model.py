@@ -29,7 +29,7 @@ from fedsea.parts import InputBlocks, OutputBlocks, Rows
 from fedsea.parts.cache import CACHE
 from fedsea.parts.families import turning_point
 from fedsea.privacy import GaussianNoise, Magnitude, Noise
-from fedsea.privacy.calibrate import measure_magnitude
+from fedsea.privacy.measure import measure_magnitude
 from fedsea.privacy.warning import leak_warning
 from fedsea.text import one_line
 from fedsea.wire.credentials import Credentials
