@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from fedsea import SplitModelForCausalLM
 from fedsea.checkpoints import load_tokenizer, load_whole_model, open_checkpoint
 from fedsea.client.channel import RunChannel
-from fedsea.server.service import BlockServer, ServerOptions
+from fedsea.server import BlockServer, ServerOptions
 from fedsea.wire.run_frames import Forward, Operation
 from tests.support.ports import held_address
 

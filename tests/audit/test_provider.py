@@ -12,7 +12,7 @@ from fedsea.checkpoints import open_checkpoint
 from fedsea.client import session as session_module
 from fedsea.errors import UsageError
 from fedsea.parts import InputBlocks, OutputBlocks, Rows
-from fedsea.server.service import ServerOptions
+from fedsea.server import ServerOptions
 from tests.support.split_training import adamw, adapted, batch, trained
 
 PARTITION = Partition(1, 1)

@@ -18,7 +18,7 @@ from fedsea import SplitModelForCausalLM
 from fedsea.cli import run
 from fedsea.cli.serve import LimitOptions
 from fedsea.errors import ServerUnavailableError
-from fedsea.server.limits import Limits
+from fedsea.server import Limits
 from fedsea.wire.address import format_address
 from tests.conftest import RunningServer
 from tests.support.ports import NOWHERE

@@ -11,7 +11,7 @@ from fedsea.client.answer import UNFINISHED, TextPieces
 from fedsea.client.conversation import Conversation, chat_tokens, common_prefix
 from fedsea.client.session import Session
 from fedsea.errors import LimitExceededError, UsageError
-from fedsea.server.limits import Limits
+from fedsea.server import Limits
 from tests.conftest import RunningServer, connect
 from tests.support.raw_stream import eventually
 
@@ -109,7 +109,7 @@ def test_a_session_that_the_server_ended_as_idle_is_opened_anew_without_a_word(
     with connect(server, NAME) as model:
         conversation = Conversation(model, tokenizer, max_new_tokens=5)
         list(conversation.ask(FIRST))
-        assert eventually(lambda: len(server.server.table) == 0)
+        assert eventually(lambda: len(server.server.sessions) == 0)
         answer = "".join(conversation.ask(SECOND))
         assert answer == whole_answer(whole, tokenizer, conversation.messages[:-1], 5)
         assert conversation.stats is not None

@@ -18,7 +18,7 @@ import torch
 
 from fedsea import SplitModelForCausalLM
 from fedsea.errors import LimitExceededError, ProtocolError, UsageError
-from fedsea.server.limits import Limits
+from fedsea.server import Limits
 from fedsea.wire.frames import Kind, Message, encode
 from tests.conftest import RunningServer, connect
 from tests.support.link import Link
@@ -69,8 +69,8 @@ def server(start_server: Callable[..., RunningServer], monkeypatch: pytest.Monke
 
 
 def is_empty(server: RunningServer) -> bool:
-    table = server.server.table
-    return len(table) == 0 and table.cache_bytes == 0 and not server.server._streams
+    table = server.server.sessions
+    return len(table) == 0 and table.cache_bytes == 0 and not server.server.streams
 
 
 def test_a_generation_outlives_a_server_that_is_killed_and_started_again(
@@ -116,7 +116,7 @@ def test_a_killed_clients_cache_is_freed_when_its_time_is_over(
     script.write_text(CLIENT)
     client = spawn(str(script), server.address, "stay")
     assert client.line() == "ready\n"
-    assert server.server.table.cache_bytes > 0
+    assert server.server.sessions.cache_bytes > 0
     client.kill()
     assert eventually(lambda: is_empty(server))
 
@@ -176,7 +176,7 @@ def test_twenty_clients_that_come_and_die_at_random_leave_nothing_and_disturb_no
         resident = []
         for _ in range(3):
             assert_same_tokens(model, whole_tiny, twenty, prompt(tokens=20))
-            assert eventually(lambda: len(server.server.table) <= 1)
+            assert eventually(lambda: len(server.server.sessions) <= 1)
             gc.collect()
             resident.append(resident_bytes())
         # The first round warms allocators up; after it, sixty sessions of a megabyte must not show.
@@ -248,9 +248,9 @@ def test_a_client_that_never_reads_is_ended_when_idle_and_its_cache_freed(
     stream.open()
     for number in range(400):
         stream.send(step(number + 1, 0, count=500))
-    assert eventually(lambda: len(server.server.table) == 0)
-    assert server.server.table.cache_bytes == 0
-    assert len(server.server._streams) == 1  # it waits for its reader, and counts
+    assert eventually(lambda: len(server.server.sessions) == 0)
+    assert server.server.sessions.cache_bytes == 0
+    assert len(server.server.streams) == 1  # it waits for its reader, and counts
     stream.abandon()
     assert eventually(lambda: is_empty(server))
 

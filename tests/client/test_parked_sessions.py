@@ -10,7 +10,7 @@ import torch
 from fedsea import GaussianNoise, SplitModelForCausalLM
 from fedsea.client.places import OPEN_SESSIONS
 from fedsea.errors import LimitExceededError, ProtocolError
-from fedsea.server.limits import Limits
+from fedsea.server import Limits
 from fedsea.wire.frames import Kind, Step, decode, tensor_bytes
 from tests.conftest import RunningServer, connect
 from tests.support.raw_stream import eventually, prompt
@@ -72,7 +72,7 @@ def test_a_hundred_outputs_are_kept_and_each_can_be_gone_on_from(
     server: RunningServer, model: SplitModelForCausalLM, whole_tiny: Any
 ) -> None:
     outputs = keep(model, 100)
-    assert eventually(lambda: len(server.server.table) <= OPEN_SESSIONS)
+    assert eventually(lambda: len(server.server.sessions) <= OPEN_SESSIONS)
     for seed, output in enumerate(outputs):
         torch.testing.assert_close(output.logits, whole_tiny(prompt(tokens=6, seed=seed)).logits, **EXACT)
     for seed in (0, 50, 99):
@@ -119,7 +119,7 @@ def test_threads_that_share_a_model_do_not_take_each_others_session_away(
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(go_on, [*range(len(outputs))][::-1]))
-    assert eventually(lambda: len(server.server.table) <= OPEN_SESSIONS)
+    assert eventually(lambda: len(server.server.sessions) <= OPEN_SESSIONS)
 
 
 def test_noise_is_not_drawn_again_for_what_a_parked_session_had_sent(server: RunningServer, recorder: Recorder) -> None:

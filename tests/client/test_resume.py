@@ -10,8 +10,8 @@ import torch
 from fedsea import GaussianNoise, SplitModelForCausalLM
 from fedsea.client.connection import Connection
 from fedsea.errors import FedSEAError, ServerUnavailableError
-from fedsea.server.limits import Limits
-from fedsea.server.sessions import State
+from fedsea.server import Limits
+from fedsea.server.leases import State
 from fedsea.wire.frames import Frame, Result, Step, tensor_bytes
 from tests.conftest import RunningServer, connect
 from tests.support.link import Link
@@ -137,10 +137,10 @@ def test_a_session_cut_in_a_later_turns_long_prompt_is_taken_up_again(
     with through(link, notice=lambda _line: None) as model:
         cache = model.new_cache()
         model(ids[:, :9], past_key_values=cache)
-        [name] = server.server.table._sessions
+        [session] = server.server.sessions
         cut_at(monkeypatch, link, [3])
         logits = model(ids[:, 9:], past_key_values=cache).logits
-        assert list(server.server.table._sessions) == [name]
+        assert list(server.server.sessions) == [session]
         assert replays(sent) == []
     torch.testing.assert_close(logits, whole_tiny(ids).logits[:, 9:], atol=1e-4, rtol=0)
 
@@ -241,8 +241,8 @@ def test_a_session_resumed_while_its_lost_step_computes_knows_that_step(
     answers: list[Any] = []
     asking = threading.Thread(target=lambda: answers.append(back.open(resume=name)))
     asking.start()
-    session = server.server.table._sessions[name]
-    assert eventually(lambda: session.state is State.ATTACHED and len(server.server._streams) == 1)
+    [session] = server.server.sessions
+    assert eventually(lambda: session.state is State.ATTACHED and len(server.server.streams) == 1)
     slow.go_on.set()
     asking.join(60)
     assert (answers[0].session, answers[0].step) == (name, 1)
@@ -281,8 +281,8 @@ def test_a_lost_session_is_its_own_clients_only_until_its_time_is_over(
         name = lost.open().session
         lost.send(step(1))
         lost.receive()
-    assert eventually(lambda: len(server.server.table) == 0)
-    assert server.server.table.cache_bytes == 0
+    assert eventually(lambda: len(server.server.sessions) == 0)
+    assert server.server.sessions.cache_bytes == 0
     with RawStream(server.address) as back:
         opened = back.open(resume=name)
         assert opened.session != name

@@ -15,8 +15,8 @@ from fedsea import GaussianNoise, SplitModelForCausalLM
 from fedsea.client.channel import RunChannel
 from fedsea.client.connection import Connection
 from fedsea.errors import ProtocolError, RunLostError, ServerUnavailableError, UsageError
-from fedsea.server.limits import Limits
-from fedsea.server.sessions import State
+from fedsea.server import Limits
+from fedsea.server.leases import State
 from fedsea.server.trainer import Trainer
 from fedsea.wire.frames import tensor_bytes
 from fedsea.wire.run_frames import Forward, Operation
@@ -113,7 +113,7 @@ def test_a_link_cut_before_any_answer_is_read_leaves_the_numbers_as_they_are(
         asked[0] += 1
         if asked[0] == at:
             # What was done is done by now, and its answers are lost on their way.
-            run = next(iter(server.server.runs._runs.values()))
+            run = next(iter(server.server.runs))
             done = run.number
             eventually(lambda: run.number > done, seconds=0.05)
             link.cut()

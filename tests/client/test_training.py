@@ -19,7 +19,7 @@ from fedsea.errors import (
     ProtocolError,
     UsageError,
 )
-from fedsea.server.limits import Limits
+from fedsea.server import Limits
 from fedsea.wire.frames import tensor_bytes
 from fedsea.wire.run_frames import Backward, Forward, Operation
 from tests.conftest import RunningServer, connect
@@ -532,12 +532,12 @@ def test_base_weights_are_shared_and_a_closed_run_leaves_nothing(start_server: C
     for model in models:
         train(model, batches(2))
         model._run.channel.settle()
-    trainers = [run.trainer for run in runs._runs.values()]
+    trainers = [run.trainer for run in runs]
     base = {weight.data_ptr() for weight in server.server.middle.parameters()}
     for trainer in trainers:
         own = [weight for weight in trainer.blocks.parameters() if weight.data_ptr() not in base]
         assert sum(weight.nbytes for weight in own) == 4 * sum(weight.numel() for weight in trainer.parameters.values())
-        assert trainer.state_bytes == 4 * sum(weight.nbytes for weight in own)
+        assert trainer.adapter.state_bytes == 4 * sum(weight.nbytes for weight in own)
         assert trainer.graph_bytes == 0
     import weakref
 
@@ -566,13 +566,13 @@ def test_a_model_is_closed_once_the_server_knows_though_nobody_read_its_last_ans
 
 def test_a_forgotten_loss_is_given_up_at_the_server(tiny_server: RunningServer) -> None:
     with adapted(tiny_server) as model:
-        [run] = [one for one in tiny_server.server.runs._runs.values() if one.name == model._run.channel.name]
+        [run] = [one for one in tiny_server.server.runs if one.name == model._run.channel.name]
         for seed in range(3):
             model(**batch(seed))
         gc.collect()
         model(**batch()).loss.backward()
         model._run.channel.settle()
-        assert run.trainer._micros == {}
+        assert run.trainer.waiting == {}
         assert run.trainer.graph_bytes == 0
 
 

@@ -16,7 +16,7 @@ from fedsea.errors import FedSEAError, ProtocolError
 from fedsea.federation.coordinator.block_server_admin import BlockServerAdmin
 from fedsea.federation.settings import Settings
 from fedsea.parts.adapters import AdapterSpec
-from fedsea.server.trained import Share, TrainedAdapter
+from fedsea.server.adapter import Share, TrainedAdapter
 from fedsea.wire.rounds import RoundPlan, new_seat
 from fedsea.wire.run_frames import MAX_WEIGHT
 from fedsea.wire.runs import OptimizerStep

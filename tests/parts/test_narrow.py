@@ -22,7 +22,7 @@ from fedsea.privacy import Chain, Clip, ClippedGaussianNoise, NarrowCut, parse_m
 from fedsea.privacy.bound import estimated_bound, guaranteed_bound, power_capacity, uniform_source
 from fedsea.privacy.measure import measure_magnitude, public_states
 from fedsea.privacy.narrow import taken_up
-from fedsea.server.limits import Limits
+from fedsea.server import Limits
 from fedsea.server.rounds import RoundTable
 from fedsea.server.runs import RunTable
 from fedsea.server.scheduler import Scheduler
@@ -292,12 +292,12 @@ def ended(_reason: FedSEAError) -> None:
 @pytest.fixture
 def runs() -> RunTable:
     limits = Limits(run_bytes=1 << 24, graph_bytes=1 << 24)
-    return RunTable(MIDDLE, limits, max_tokens=512, dtype=torch.float32, clock=lambda: 0.0)
+    return RunTable(MIDDLE, limits, dtype=torch.float32, clock=lambda: 0.0)
 
 
 def begin(runs: RunTable, spec: AdapterSpec = SPEC, **more: Any) -> Any:
-    wish = Attach("one", Partition(1, 1), CHECKPOINT.fingerprint(), "float32", spec, 0, True)
-    return runs.attach(replace(wish, **more), "a", 6, ended)[0]
+    request = Attach("one", Partition(1, 1), CHECKPOINT.fingerprint(), "float32", spec, 0, True)
+    return runs.attach(replace(request, **more), "a", ended)[0]
 
 
 def test_a_run_takes_states_of_its_ranks_width_and_gradients_of_the_models(runs: RunTable) -> None:
@@ -322,14 +322,12 @@ def test_a_run_is_taken_up_with_its_own_rank_only(runs: RunTable) -> None:
 def test_a_cut_that_is_not_narrow_is_refused_and_its_memory_counts(runs: RunTable) -> None:
     with pytest.raises(ProtocolError, match="a narrow cut of rank 64 is not narrow: the hidden size is 64"):
         begin(runs, replace(SPEC, narrow=HIDDEN))
-    plain = begin(runs, replace(SPEC, narrow=0), run="plain").trainer.state_bytes
-    assert begin(runs).trainer.state_bytes - plain == 16 * RANK * HIDDEN
-    tight = RunTable(
-        MIDDLE, Limits(run_bytes=plain, graph_bytes=0), max_tokens=512, dtype=torch.float32, clock=lambda: 0.0
-    )
+    plain = begin(runs, replace(SPEC, narrow=0), run="plain").trainer.adapter.state_bytes
+    assert begin(runs).trainer.adapter.state_bytes - plain == 16 * RANK * HIDDEN
+    tight = RunTable(MIDDLE, Limits(run_bytes=plain, graph_bytes=0), dtype=torch.float32, clock=lambda: 0.0)
     with pytest.raises(FedSEAError, match="memory for adapters"):
         begin(tight)
-    assert begin(tight, replace(SPEC, narrow=0)).trainer.state_bytes == plain
+    assert begin(tight, replace(SPEC, narrow=0)).trainer.adapter.state_bytes == plain
 
 
 def test_a_session_is_as_narrow_as_its_run_or_is_refused(runs: RunTable) -> None:
@@ -344,7 +342,7 @@ def test_a_session_is_as_narrow_as_its_run_or_is_refused(runs: RunTable) -> None
         with pytest.raises(ProtocolError, match=says):
             check_cut(narrow, adapted)
     limits = Limits(cache_bytes=1 << 20)
-    sessions = SessionTable(MIDDLE, limits, max_tokens=512, dtype=torch.float32, clock=lambda: 0.0)
+    sessions = SessionTable(MIDDLE, limits, dtype=torch.float32, clock=lambda: 0.0)
     session = sessions.open("a", LAYERS, torch.float32, ended, trainer)
     sessions.admit(session, Step(1, ROWS, drawn(3, RANK)))
     with pytest.raises(ProtocolError, match="the run's narrow cut has rank 8, the states that came have 64 numbers"):
@@ -355,7 +353,7 @@ def test_a_session_is_as_narrow_as_its_run_or_is_refused(runs: RunTable) -> None
 
 
 def test_a_federated_round_has_none(runs: RunTable) -> None:
-    rounds = RoundTable(runs, Scheduler(), secure=False, report=lambda _round, _member: None)
+    rounds = RoundTable(runs, Scheduler(), secure=False)
     plan = RoundPlan("r1", "client-batch", SPEC, (Seat("a", "0" * 64),), 1.0, 1.0)
     with pytest.raises(ProtocolError, match="federated rounds train no narrow cuts"):
         rounds.open(plan, {})
@@ -363,7 +361,7 @@ def test_a_federated_round_has_none(runs: RunTable) -> None:
 
 def test_states_that_are_not_finite_after_the_lift_name_the_layer(runs: RunTable) -> None:
     run = begin(runs)
-    run.trainer.load({f"adapter/{LIFT}": torch.full((HIDDEN, RANK), 1e38)})
+    run.trainer.adapter.load({f"adapter/{LIFT}": torch.full((HIDDEN, RANK), 1e38)}, LAYERS)
     operation = Forward(1, 1, ROWS, drawn(3, RANK).abs())
     runs.admit(run, operation, 0)
     with pytest.raises(FedSEAError, match="first after layer 1, in the middle blocks"):

@@ -20,7 +20,7 @@ from fedsea.federation.recipe import LocalRecipe, lora_config
 from fedsea.federation.settings import Settings
 from fedsea.parts.adapters import adapter_parameters
 from fedsea.privacy import LookLedger
-from fedsea.server.limits import Limits
+from fedsea.server import Limits
 from tests.conftest import RunningServer, connect
 from tests.federation.test_participant import SETTINGS, Coordinator, body, local, options, weights, write_cb
 from tests.privacy.test_noise_key import TEXT, adapted

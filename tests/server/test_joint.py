@@ -32,10 +32,14 @@ def values(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+def load(trainer: Trainer, weights: dict[str, torch.Tensor]) -> None:
+    trainer.adapter.load({f"adapter/{name}": weight for name, weight in weights.items()}, trainer.layers)
+
+
 def filled(trainer: Trainer, seed: int = 0) -> Trainer:
     """With an adapter that has an effect: PEFT's own start has none."""
     drawn = {name: values(seed, *weight.shape) / 8 for name, weight in trainer.parameters.items()}
-    trainer.load({f"adapter/{name}": weight for name, weight in drawn.items() if "magnitude" not in name})
+    load(trainer, {name: weight for name, weight in drawn.items() if "magnitude" not in name})
     return trainer
 
 
@@ -76,18 +80,17 @@ class Member:
         return self.trainer, replace(operation, **more), self.trainer.dtype
 
     def update(self, step: int = 1) -> None:
-        self.trainer.update(OptimizerStep("adamw", step, 1.0, 1e-2, 0.1))
+        self.trainer.adapter.update(OptimizerStep("adamw", step, 1.0, 1e-2, 0.1))
 
     def graph(self, step: int = 1) -> Any:
-        return self.trainer._micros[step].graph
+        return self.trainer.waiting[step].graph
 
 
 def alone(job: tuple[Trainer, Any, torch.dtype]) -> States:
     """The same by the run itself."""
-    trainer, operation, dtype = job
-    if isinstance(operation, Forward):
-        return trainer.forward(operation, dtype)
-    return trainer.backward(operation, dtype)
+    [answer] = (forward_together if isinstance(job[1], Forward) else backward_together)([job])
+    assert isinstance(answer, States), answer
+    return answer
 
 
 def assert_same(joint: Any, separate: Any) -> None:
@@ -180,7 +183,7 @@ def test_runs_in_one_pass_get_what_each_gets_by_itself(case: str) -> None:
 def test_one_pass_is_one_pass() -> None:
     ones = members(CASES["ragged dropout and other partitions"] + CASES["other ranks"])
     calls = []
-    twin, _now = twin_of(MIDDLE)
+    twin, _active = twin_of(MIDDLE)
     hooks = [layer.register_forward_hook(lambda *_: calls.append(1)) for layer in twin.model.layers.values()]
     forward_together([one.forward() for one in ones])
     assert len(calls) == 5  # layers 1 to 5, once each
@@ -325,7 +328,7 @@ def test_memory_is_free_once_nobody_needs_the_graph(how: str) -> None:
     ones = members([{}] * 3)
     forward_together([one.forward() for one in ones])
     whole = sum(one.trainer.graph_bytes for one in ones)
-    gone = [weakref.ref(ones[0].graph()), *[weakref.ref(one.trainer._micros[1].output) for one in ones]]
+    gone = [weakref.ref(ones[0].graph()), *[weakref.ref(one.trainer.waiting[1].output) for one in ones]]
     ENDS[how](ones[0])
     assert gone[0]() is not None
     assert sum(one.trainer.graph_bytes for one in ones[1:]) == pytest.approx(whole, abs=5)
@@ -344,7 +347,7 @@ def test_a_joint_pass_keeps_no_run_and_no_weights_of_its_own() -> None:
     ones.clear()
     gc.collect()
     assert [one() for one in gone] == [None, None]
-    twin, _now = twin_of(MIDDLE)
+    twin, _active = twin_of(MIDDLE)
     assert twin_of(MIDDLE)[0] is twin
     assert {weight.data_ptr() for weight in twin.parameters()} <= {weight.data_ptr() for weight in MIDDLE.parameters()}
     other = MiddleBlocks.from_checkpoint(CHECKPOINT, range(2), dtype=DTYPE)
@@ -371,8 +374,8 @@ def test_activations_are_counted_as_for_runs_by_themselves() -> None:
 
 
 def spoil(member: Member, a: float, b: float) -> None:
-    name = "adapter/model.layers.3.self_attn.v_proj.lora_{}.weight"
-    member.trainer.load({name.format("A"): torch.full((4, 64), a), name.format("B"): torch.full((32, 4), b)})
+    name = "model.layers.3.self_attn.v_proj.lora_{}.weight"
+    load(member.trainer, {name.format("A"): torch.full((4, 64), a), name.format("B"): torch.full((32, 4), b)})
 
 
 def test_states_that_are_not_finite_are_their_own_runs_error_alone() -> None:
@@ -442,7 +445,7 @@ def test_runs_of_one_adapter_train_it_as_one_run_with_all_rows_would(how: dict[s
         forwards = [one.forward(step) for one in ones]
         everything = torch.cat([operation.states for _, operation, _ in forwards])
         outputs = [answer.states for answer in forward_together(forwards)]
-        whole = single.forward(Forward(3 * step, step, rows, everything), DTYPE).states
+        whole = alone((single, Forward(3 * step, step, rows, everything), DTYPE)).states
         assert whole is not None
         assert_close(torch.cat(outputs), whole)
         jobs = [
@@ -451,15 +454,15 @@ def test_runs_of_one_adapter_train_it_as_one_run_with_all_rows_would(how: dict[s
         ]
         answers = backward_together(jobs)
         gradient = head_gradient(whole, torch.cat(labels), sum(learnt))
-        expected = single.backward(Backward(3 * step, step, gradient, 0, fresh=True), DTYPE)
+        expected = alone((single, Backward(3 * step, step, gradient, 0, fresh=True), DTYPE))
         assert expected.states is not None
         for answer, part, count in zip(answers, expected.states.split(sizes), learnt, strict=True):
             assert answer.norm == pytest.approx(expected.norm, rel=1e-4)
             # Each client's loss is the mean over its own tokens.
             assert_close(answer.states, part * sum(learnt) / count)
         for trainer in (ones[0].trainer, single):
-            trainer.update(OptimizerStep("adamw", step, 0.5, 1e-2, 0.1))
-        assert {one.trainer.version for one in ones} == {common.version} == {step}
+            trainer.adapter.update(OptimizerStep("adamw", step, 0.5, 1e-2, 0.1))
+        assert {one.trainer.adapter.version for one in ones} == {common.adapter.version} == {step}
         for name, weight in common.parameters.items():
             torch.testing.assert_close(weight, single.parameters[name], rtol=0, atol=1e-5)
 
@@ -477,10 +480,10 @@ def test_in_a_layer_of_one_adapter_the_mean_is_over_those_whose_middle_has_it() 
     for step in (1, 2):
         for index, (layers, weight) in enumerate(zip(spans, weights, strict=True)):
             own = Member(index + 1, SOME[index], layers)
-            own.trainer.load({f"adapter/{name}": copies[name].detach() for name in own.trainer.parameters})
+            load(own.trainer, {name: copies[name].detach() for name in own.trainer.parameters})
             alone(own.forward(step))
             alone(own.backward(step))
-            for name, gradient in (own.trainer.trained._gradients or {}).items():
+            for name, gradient in (own.trainer.adapter.gradients or {}).items():
                 layer = int(name.split(".")[2])
                 share = weight / sum(w for span, w in zip(spans, weights, strict=True) if layer in span)
                 before = copies[name].grad
@@ -502,7 +505,7 @@ def shared(count: int = 3, **how: Any) -> tuple[Trainer, list[Member]]:
 
 
 def gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
-    return {name: gradient.clone() for name, gradient in (trainer.trained._gradients or {}).items()}
+    return {name: gradient.clone() for name, gradient in (trainer.adapter.gradients or {}).items()}
 
 
 def test_one_adapters_gradient_is_the_same_whoever_comes_when_and_a_first_weight_counts() -> None:
@@ -517,7 +520,7 @@ def test_one_adapters_gradient_is_the_same_whoever_comes_when_and_a_first_weight
         for two in twos:
             alone(two.forward(step))
             alone(two.backward(step, fresh=step == 1))
-    assert apart.trained.norm() == pytest.approx(common.trained.norm(), rel=1e-5)
+    assert apart.adapter.norm() == pytest.approx(common.adapter.norm(), rel=1e-5)
     for name, gradient in gradients(apart).items():
         torch.testing.assert_close(gradient, at_once[name], rtol=1e-4, atol=1e-5)
 
@@ -530,7 +533,7 @@ def test_who_starts_over_in_one_adapters_gradient_is_refused_and_the_others_are_
     before = gradients(common)
     bad, good = backward_together([ones[0].backward(2), ones[2].backward()])
     assert isinstance(bad, ProtocolError)
-    assert "cannot be taken back" in str(bad)
+    assert "cannot be removed" in str(bad)
     assert isinstance(good, States)
     assert any(not torch.equal(before[name], gradient) for name, gradient in gradients(common).items())
     # After the step all begin anew, with or without being told to.
@@ -540,7 +543,7 @@ def test_who_starts_over_in_one_adapters_gradient_is_refused_and_the_others_are_
     first = backward_together([ones[1].backward(2, fresh=False)])[0]
     assert isinstance(first, States)
     fresh, twos = shared()
-    fresh.load({f"adapter/{name}": weight.detach() for name, weight in common.parameters.items()})
+    load(fresh, {name: weight.detach() for name, weight in common.parameters.items()})
     alone(twos[1].forward(2))
     assert alone(twos[1].backward(2)).norm == pytest.approx(first.norm, rel=1e-5)
     assert isinstance(backward_together([ones[0].backward(2)])[0], States)
@@ -578,10 +581,10 @@ def test_a_run_of_one_adapter_sees_the_layers_of_its_own_middle_only() -> None:
     one = Trainer(MIDDLE, SPEC, range(2, 4), DTYPE, share=common)
     assert {int(name.split(".")[2]) for name in one.parameters} == {2, 3}
     assert one.blocks is common.blocks
-    sent = one.export(1, "", 1 << 30).tensors
+    sent = one.adapter.export(1, "", 1 << 30, one.layers).tensors
     assert {name.partition("/")[2] for name in sent} == set(one.parameters)
     with pytest.raises(ProtocolError, match="has no weight"):
-        one.load({"adapter/model.layers.1.self_attn.q_proj.lora_A.weight": torch.zeros(4, HIDDEN)})
+        load(one, {"model.layers.1.self_attn.q_proj.lora_A.weight": torch.zeros(4, HIDDEN)})
     with pytest.raises(PartitionError, match="has the layers 1:5, not 0:4"):
         Trainer(MIDDLE, SPEC, range(4), DTYPE, share=common)
     with pytest.raises(ProtocolError, match="rank 5"):

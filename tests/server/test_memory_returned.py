@@ -23,7 +23,7 @@ import torch
 from fedsea.checkpoints import open_checkpoint
 from fedsea.federation.coordinator.block_server_admin import BlockServerAdmin
 from fedsea.parts.adapters import AdapterSpec
-from fedsea.server.limits import Limits
+from fedsea.server import Limits
 from fedsea.wire import contract
 from fedsea.wire.frames import Kind, Message, Step, decode, encode
 from fedsea.wire.rounds import Ticket
@@ -261,7 +261,7 @@ def channel(server: RunningServer) -> Iterator[grpc.Channel]:
 def idle(server: RunningServer) -> Callable[[], bool]:
     """Whether no stream is served, and the tables are empty."""
     one = server.server
-    return lambda: not (one._streams or len(one.table) or len(one.runs) or one.rounds.rounds)
+    return lambda: not (one.streams or len(one.sessions) or len(one.runs) or one.rounds.rounds)
 
 
 def text(model: Any) -> None:

@@ -20,7 +20,7 @@ from fedsea.errors import (
     ServerUnavailableError,
 )
 from fedsea.parts import Rows
-from fedsea.server.limits import Limits
+from fedsea.server import Limits
 from fedsea.wire import contract
 from fedsea.wire.frames import HEADER, VERSION, Kind, Message, Result, encode
 from tests.conftest import RunningServer, connect
@@ -155,7 +155,7 @@ def test_a_wrong_later_frame_ends_its_session_and_nobody_else_notices(
             error = stream.refusal()
         assert type(error) is kind
         assert says in str(error)
-        assert name not in server.server.table._sessions
+        assert name not in [session.name for session in server.server.sessions]
         assert is_serving(server)
 
     assert_same_tokens(bystander, whole_tiny, misbehave)
@@ -276,18 +276,18 @@ def test_a_generation_that_reaches_a_limit_says_so_in_one_line(start_server: Cal
     server = start_server(limits=Limits(session_tokens=10))
     with connect(server) as model, pytest.raises(LimitExceededError, match="the model and the server allow 10"):
         model.generate(prompt(tokens=7), max_new_tokens=8, min_new_tokens=8)
-    assert len(server.server.table) == 0
+    assert len(server.server.sessions) == 0
 
 
 def test_streams_that_say_nothing_are_ended_and_do_not_pile_up(
     start_server: Callable[..., RunningServer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fedsea.server.service.OPEN_SECONDS", 0.5)
+    monkeypatch.setattr("fedsea.server.served_stream.OPEN_SECONDS", 0.5)
     server = start_server(limits=Limits(client_sessions=2))
     silent = [RawStream(server.address) for _ in range(5)]
     errors = [type(stream.refusal()) for stream in silent]
     assert sorted(error.__name__ for error in errors) == ["LimitExceededError"] + ["ProtocolError"] * 4
-    assert eventually(lambda: not server.server._streams)
+    assert eventually(lambda: not server.server.streams)
     with RawStream(server.address) as stream:
         stream.open()
     for one in silent:
@@ -304,6 +304,6 @@ def test_a_client_that_pipelines_and_never_reads_blocks_nobody(
 
     assert_same_tokens(bystander, whole_tiny, lambda: None)
     assert is_serving(server)
-    session = next(iter(server.server.table._sessions.values()))
+    session = next(iter(server.server.sessions))
     assert session.step < 300
     greedy.abandon()

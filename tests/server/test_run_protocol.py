@@ -23,7 +23,7 @@ from fedsea.errors import (
 )
 from fedsea.parts import Rows
 from fedsea.parts.adapters import AdapterSpec
-from fedsea.server.limits import Limits
+from fedsea.server import Limits
 from fedsea.server.stream import Stream
 from fedsea.wire import contract
 from fedsea.wire.credentials import Credentials, create_credentials
@@ -322,7 +322,7 @@ def test_a_stream_that_lost_its_run_to_another_does_nothing_more_in_it(
         assert not eventually(lambda: run.number == 2, seconds=0.5)
         new.put(Command(2, {"do": "explain"}))
         assert [new.receive().number for _ in range(2)] == [1, 2]
-        assert run.trainer.version == 0
+        assert run.version == 0
 
 
 # Whose run it is

@@ -23,7 +23,7 @@ from fedsea.errors import (
 )
 from fedsea.parts import MiddleBlocks, Rows
 from fedsea.parts.adapters import AdapterSpec
-from fedsea.server.limits import Limits
+from fedsea.server import Limits
 from fedsea.server.runs import REPLIES, Run, RunTable
 from fedsea.server.trainer import Trainer
 from fedsea.wire.run_frames import Backward, Command, Forward, Outcome, States, Tensors, decode_run
@@ -76,7 +76,7 @@ def clock() -> Clock:
 def make_table(clock: Clock) -> Callable[..., RunTable]:
     def make(**limits: Any) -> RunTable:
         limits = {"run_bytes": 1 << 24, "graph_bytes": 1 << 24} | limits
-        return RunTable(MIDDLE, Limits(**limits), max_tokens=512, dtype=torch.float32, clock=clock)
+        return RunTable(MIDDLE, Limits(**limits), dtype=torch.float32, clock=clock)
 
     return make
 
@@ -86,7 +86,7 @@ def table(make_table: Callable[..., RunTable]) -> RunTable:
     return make_table()
 
 
-def wish(run: str = "one", **more: Any) -> Attach:
+def request(run: str = "one", **more: Any) -> Attach:
     return replace(Attach(run, Partition(1, 1), FINGERPRINT, "float32", SPEC, 0, True), **more)
 
 
@@ -95,7 +95,7 @@ def ended(_reason: FedSEAError) -> None:
 
 
 def begin(table: RunTable, run: str = "one", client: str = "a", **more: Any) -> Run:
-    return table.attach(wish(run, **more), client, 6, ended)[0]
+    return table.attach(request(run, **more), client, ended)[0]
 
 
 def do(table: RunTable, run: Run, *operations: Any) -> list[Any]:
@@ -104,6 +104,10 @@ def do(table: RunTable, run: Run, *operations: Any) -> list[Any]:
         table.admit(run, operation, run.number)
         answers.append(decode_run(table.do(run, operation))[0])
     return answers
+
+
+def load(run: Run, tensors: dict[str, torch.Tensor]) -> None:
+    run.trainer.adapter.load(tensors, run.trainer.layers)
 
 
 def weights(run: Run) -> dict[str, torch.Tensor]:
@@ -115,7 +119,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 
 def gradients(run: Run) -> list[torch.Tensor]:
-    return [gradient.clone() for gradient in (run.trainer.trained._gradients or {}).values()]
+    return [gradient.clone() for gradient in (run.trainer.adapter.gradients or {}).values()]
 
 
 def test_forward_backward_and_step_are_those_of_the_layers_themselves(table: RunTable) -> None:
@@ -180,7 +184,7 @@ def test_kept_recomputed_and_evaluated_passes_agree_and_only_dropout_differs(
     for recompute, limit in ((False, 1 << 24), (True, 1 << 24), (False, 0)):
         table = make_table(graph_bytes=limit)
         run = begin(table, adapter=spec)
-        run.trainer.load({f"adapter/{name}": torch.ones_like(weight) / 9 for name, weight in weights(run).items()})
+        load(run, {f"adapter/{name}": torch.ones_like(weight) / 9 for name, weight in weights(run).items()})
         # The first pass measures what a graph takes, and is kept; so look at the second.
         do(table, run, forward(1), backward(2))
         there = do(table, run, forward(3, recompute=recompute))[0]
@@ -199,7 +203,7 @@ def test_kept_recomputed_and_evaluated_passes_agree_and_only_dropout_differs(
 
 def test_dropouts_draws_leave_torchs_generator_alone_and_depend_on_the_seed_alone(table: RunTable) -> None:
     run = begin(table, adapter=spec_of(lora_dropout=0.5))
-    run.trainer.load({f"adapter/{name}": torch.ones_like(weight) for name, weight in weights(run).items()})
+    load(run, {f"adapter/{name}": torch.ones_like(weight) for name, weight in weights(run).items()})
     before = torch.get_rng_state()
     again = {"states": states(1)}
     one, two, three = do(table, run, forward(1, 1), forward(2, 2, seed=7, **again), forward(3, 3, **again))
@@ -376,7 +380,7 @@ def test_a_cleared_run_knows_no_gradient_and_no_micro_batch(table: RunTable) -> 
     for operation, says in ((backward(5, 3), "not waiting"), (update(5, 8), "no gradient")):
         with pytest.raises(ProtocolError, match=says):
             do(table, run, operation)
-    assert run.trainer.version == 7
+    assert run.version == 7
     assert run.trainer.graph_bytes == 0
 
 
@@ -396,10 +400,10 @@ def test_a_run_is_its_own_clients_only(table: RunTable) -> None:
 
 def test_a_run_is_taken_up_as_it_is_or_not_at_all(table: RunTable) -> None:
     def again(**more: Any) -> Attach:
-        return wish(begin=False, **more)
+        return request(begin=False, **more)
 
     reasons: list[FedSEAError] = []
-    run = table.attach(wish(), "a", 6, reasons.append)[0]
+    run = table.attach(request(), "a", reasons.append)[0]
     do(table, run, forward(1), backward(2))
     for other, says in [
         (again(adapter=spec_of(r=5)), "trains another adapter: rank 5"),
@@ -409,11 +413,11 @@ def test_a_run_is_taken_up_as_it_is_or_not_at_all(table: RunTable) -> None:
         (again(received=3), "has done 2 operations, not 3"),
     ]:
         with pytest.raises(ProtocolError, match=says):
-            table.attach(other, "a", 6, ended)
+            table.attach(other, "a", ended)
     with pytest.raises(UsageError, match="the run 'one' is at the server already, after 0 optimizer steps"):
-        table.attach(wish(), "a", 6, ended)
+        table.attach(request(), "a", ended)
     assert reasons == []
-    assert table.attach(again(received=1), "a", 6, ended) == (run, False)
+    assert table.attach(again(received=1), "a", ended) == (run, False)
     assert [str(reason) for reason in reasons] == ["another connection has taken the run up"]
     assert run.number == 2
 
@@ -460,7 +464,7 @@ def test_a_client_at_its_limit_gives_up_the_run_it_left_first(
     table = make_table(client_runs=2)
     first, second = begin(table, "first"), begin(table, "second")
     other = begin(table, "other", "b")
-    with pytest.raises(LimitExceededError, match="client 'a' has 2 runs, the limit of runs per client"):
+    with pytest.raises(LimitExceededError, match="client 'a' has 2 runs open, the limit of runs per client"):
         begin(table, "third")
     for run in (other, second, first):
         clock.now += 1
@@ -475,7 +479,7 @@ def test_a_client_at_its_limit_gives_up_the_run_it_left_first(
 def test_the_limits_of_all_runs_name_themselves(make_table: Callable[..., RunTable]) -> None:
     table = make_table(runs=1)
     begin(table)
-    with pytest.raises(LimitExceededError, match="the server has 1 runs, its limit"):
+    with pytest.raises(LimitExceededError, match="the server has 1 runs open, its limit"):
         begin(table, "two", "b")
     weights = SPEC.weight_shapes(table.modules, range(1, 5)).values()
     table = make_table(run_bytes=4 * 4 * sum(map(math.prod, weights)))  # of its four middle layers, once
@@ -504,8 +508,8 @@ def test_idle_runs_cost_their_adapters_and_the_base_weights_are_held_once(table:
     for run in runs:
         own = [weight for weight in run.trainer.blocks.parameters() if weight.data_ptr() not in base]
         assert {id(weight) for weight in own} == {id(weight) for weight in run.trainer.parameters.values()}
-        assert run.trainer.trained._optimizer is None
-        assert run.trainer.trained._gradients is None
+        assert run.trainer.adapter._optimizer is None
+        assert run.trainer.adapter.gradients is None
     gone = [weakref.ref(run.trainer) for run in runs]
     for run in runs:
         table.close(run)

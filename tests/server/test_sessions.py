@@ -8,9 +8,10 @@ import torch
 from fedsea.checkpoints import open_checkpoint
 from fedsea.errors import FedSEAError, LimitExceededError, PartitionError, ProtocolError
 from fedsea.parts import MiddleBlocks, Rows
-from fedsea.server.limits import Limits
-from fedsea.server.sessions import Session, SessionTable, State
-from fedsea.wire.frames import Result, Step
+from fedsea.server import Limits
+from fedsea.server.leases import State
+from fedsea.server.sessions import Session, SessionTable
+from fedsea.wire.frames import Result, Step, decode
 
 LAYERS = range(1, 5)
 LIMITS = Limits(
@@ -38,7 +39,7 @@ class Desk:
 
     def __init__(self, middle: MiddleBlocks, limits: Limits) -> None:
         self.now = 0.0
-        self.table = SessionTable(middle, limits, max_tokens=512, dtype=torch.float32, clock=lambda: self.now)
+        self.table = SessionTable(middle, limits, dtype=torch.float32, clock=lambda: self.now)
 
     def open(self, client: str = "a", end: Ends | None = None) -> Session:
         return self.table.open(client, LAYERS, torch.float32, end or Ends())
@@ -48,7 +49,9 @@ class Desk:
 
     def do(self, session: Session, step: Step) -> Result:
         self.table.admit(session, step)
-        return self.table.run(session, step)
+        result = decode(self.table.do(session, step))
+        assert isinstance(result, Result)
+        return result
 
 
 @pytest.fixture
@@ -167,7 +170,7 @@ def test_a_step_puts_the_idle_time_back_and_a_waiting_step_is_not_idleness(desk:
     desk.table.admit(session, second)
     desk.now = 500
     assert desk.table.expire() == []
-    desk.table.run(session, second)
+    desk.table.do(session, second)
     assert desk.table.expire() == []
     desk.now = 601
     assert desk.table.expire() == [session]
@@ -179,7 +182,7 @@ def test_ended_leads_nowhere(desk: Desk) -> None:
     assert desk.attach(session) is None
     desk.table.detach(session)
     assert session.state is State.ENDED
-    for do in (desk.table.admit, desk.table.run):
+    for do in (desk.table.admit, desk.table.do):
         with pytest.raises(ProtocolError, match="has ended"):
             do(session, step(1))
     desk.table.close(session)

@@ -16,8 +16,8 @@ import fedsea.wire.run_frames
 from fedsea.errors import FedSEAError, LimitExceededError, ProtocolError, RunLostError
 from fedsea.parts import MiddleBlocks, Rows
 from fedsea.parts.adapters import AdapterSpec
+from fedsea.server import Limits
 from fedsea.server.ledger import Pool
-from fedsea.server.limits import Limits
 from fedsea.server.scheduler import Owner, Turns
 from fedsea.wire import contract
 from fedsea.wire.credentials import Credentials, create_credentials
@@ -63,7 +63,7 @@ def export(number: int) -> Command:
 
 def table_of(**limits: Any) -> RunTable:
     limits = {"run_bytes": 1 << 24, "graph_bytes": 1 << 24} | limits
-    return RunTable(MIDDLE, Limits(**limits), max_tokens=512, dtype=torch.float32, clock=Clock())
+    return RunTable(MIDDLE, Limits(**limits), dtype=torch.float32, clock=Clock())
 
 
 # Memory
@@ -85,8 +85,8 @@ def test_idle_sessions_of_one_client_leave_room_for_others(
             other.open()
             other.send(step(1))
             assert isinstance(other.receive(), Result)
-    table = shared.server.table
-    assert eventually(lambda: all(one.state.value == "detached" for one in table._sessions.values()))
+    table = shared.server.sessions
+    assert eventually(lambda: all(one.state.value == "detached" for one in table))
 
 
 def test_without_certificates_the_one_client_may_have_all(start_server: Callable[..., RunningServer]) -> None:
@@ -231,7 +231,7 @@ def test_a_session_ends_with_the_run_whose_adapter_it_goes_through_and_all_is_gi
         assert all(ledger.used(pool) > 0 for pool in (Pool.CACHES, Pool.ADAPTERS, Pool.ACTIVATIONS, Pool.BUFFERS))
         run.put(Message(Kind.CLOSE, {}))
         assert type(session.refusal()) is RunLostError
-        assert eventually(lambda: not server.server._streams)
+        assert eventually(lambda: not server.server.streams)
         assert [ledger.used(pool) for pool in Pool] == [0] * len(Pool)
     server.stop()
 
@@ -422,8 +422,8 @@ def test_a_client_may_use_a_name_that_another_has(shared: RunningServer, of: Cal
 def test_of_two_runs_of_a_client_with_one_name_a_rounds_takes_the_others_place() -> None:
     reasons: list[FedSEAError] = []
     table = table_of()
-    first = table.attach(replace(begin(table, "seat").wish, run="other"), "a", 6, reasons.append)[0]
-    second = table.add(first.wish, "a", first.make, first.adapter, lambda _reason: None)
+    first = table.attach(replace(begin(table, "seat").request, run="other"), "a", reasons.append)[0]
+    second = table.begin(first.request, "a", first.make, first.adapter, lambda _reason: None)
     assert table.find("other", "a") is second
     assert [type(reason) for reason in reasons] == [RunLostError]
     with pytest.raises(RunLostError):

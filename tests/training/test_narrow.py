@@ -136,8 +136,8 @@ def test_gradients_through_the_wire_are_those_of_finite_differences(tiny_server:
 
         model(**one).loss.backward()
         lift = run.trainer.parameters[LIFT].detach().clone()
-        assert run.trainer.trained._gradients is not None
-        at_lift, at_project = run.trainer.trained._gradients[LIFT].clone(), project.grad.clone()
+        assert run.trainer.adapter.gradients is not None
+        at_lift, at_project = run.trainer.adapter.gradients[LIFT].clone(), project.grad.clone()
         start = project.detach().clone()
         slopes = []
         for sign in (1, -1):
@@ -253,7 +253,7 @@ def test_a_session_goes_on_after_a_cut_and_is_replayed_if_it_is_gone(tiny_server
             model.add_adapter(lora(), seed=1)
             train(model.train(), batches(1))
             model.eval()
-            table = tiny_server.server.table
+            table = tiny_server.server.sessions
             how: dict[str, Any] = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
             reference = model.generate(prompt(), **how)
 

@@ -13,7 +13,7 @@ from fedsea.audit.observation import Observation
 from fedsea.checkpoints import Checkpoint
 from fedsea.errors import ProtocolError
 from fedsea.parts import Rows
-from fedsea.server.service import BlockServer, ServerOptions
+from fedsea.server import BlockServer, ServerOptions
 from fedsea.wire.frames import Result, Step, decode
 from fedsea.wire.run_frames import Backward, Forward, States, decode_run
 

@@ -31,8 +31,7 @@ from fedsea.errors import UsageError
 from fedsea.text import one_line, printable
 
 if TYPE_CHECKING:  # --help needs no torch
-    from fedsea.server.limits import Limits
-    from fedsea.server.service import BlockServer
+    from fedsea.server import BlockServer, Limits
 
 MIB = 1 << 20
 
@@ -96,7 +95,7 @@ class LimitOptions:
 
     def limits(self) -> "Limits":
         """The same as the server takes it."""
-        from fedsea.server.limits import Limits
+        from fedsea.server import Limits
 
         return Limits(
             sessions=self.max_sessions,
@@ -153,7 +152,7 @@ def serve(
     import torch
 
     from fedsea.checkpoints import open_checkpoint
-    from fedsea.server.service import BlockServer, ServerOptions
+    from fedsea.server import BlockServer, ServerOptions
 
     options = ServerOptions(
         listen=listen,
@@ -184,7 +183,7 @@ async def _live(server: "BlockServer", ready: Callable[[str], None]) -> None:
 
 
 def _ready_line(server: "BlockServer", model: str, address: str, *, as_json: bool) -> str:
-    held, limits = server.middle.layers, server.table.limits
+    held, limits = server.middle.layers, server.state.limits
     security = "without TLS" if server.options.credentials is None else "with mutual TLS"
     facts = {
         "address": address,

@@ -1,0 +1,25 @@
+"""The block server: it holds the middle blocks of one model, and computes with them for many clients at once.
+
+`BlockServer` (service.py) is the gRPC service; each of its calls is a `SessionStream`, a `RunStream` or a
+`CoordinatorStream`. What they work on is in `ServerState` (state.py): sessions with their KV caches, runs with their
+adapters, federated rounds, one ledger of the memory that is kept for each client, and one worker thread for torch.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from fedsea.server.limits import Limits
+
+if TYPE_CHECKING:
+    from fedsea.server.service import BlockServer
+    from fedsea.server.state import ServerOptions
+
+__all__ = ["BlockServer", "Limits", "ServerOptions"]
+
+
+def __getattr__(name: str) -> Any:
+    """Limits are options of `fedsea serve`, whose help needs neither torch nor grpc; the server itself needs both."""
+    if name in __all__:
+        from fedsea.server import service
+
+        return getattr(service, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

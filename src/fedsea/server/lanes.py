@@ -1,11 +1,15 @@
 """One pass over the base weights, in which every micro-batch has its own adapter on its own rows: lanes.
 
 Rows are put one behind the other, padded to the longest. Every linear module computes its base once for all of them,
-and each lane's LoRA for its rows alone; nothing else in a decoder layer goes from row to row.
+and each lane's LoRA for its rows alone; nothing else in a decoder layer goes from row to row. Runs of different
+partitions enter and leave where their own middle begins and ends.
+
+A pass of one run alone is computed by its own modules: they know DoRA and narrow cuts as well.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -15,8 +19,40 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 
 from fedsea.parts import MiddleBlocks, Rows
-from fedsea.server.micros import Graph, Micro, count_kept_bytes
+from fedsea.server.kept_graphs import KeptGraph, MicroBatch, count_kept_bytes
 from fedsea.server.trainer import Trainer, draw
+
+Pair = tuple[Trainer, MicroBatch]
+
+
+def compute(batch: Sequence[Pair], *, keep: bool) -> list[Tensor]:
+    """Each micro-batch's `h_B`, `[its rows, its width, hidden]`; with `keep`, the activations of all in one graph."""
+    leaves: list[dict[str, Tensor]] = [dict(trainer.parameters) for trainer, _micro in batch]
+    if len(batch) == 1:
+        run = partial(_run_alone, *batch[0])
+    else:
+        # Each member of a shared adapter gets its own gradient, to be weighed, and one that is not finite spoils no
+        # other: by its own names for the same memory.
+        for (trainer, _micro), own in zip(batch, leaves, strict=True):
+            if trainer.adapter.shared and keep:
+                own.update({name: weight.detach().requires_grad_() for name, weight in own.items()})
+        run = partial(_run_lanes, [Lane.of(*pair, own) for pair, own in zip(batch, leaves, strict=True)])
+    if not keep:
+        with torch.no_grad():
+            return run()
+    width = max(micro.rows.width for _trainer, micro in batch)
+    places = [len(micro.rows) * width for _trainer, micro in batch]
+    costs = [count * max(1, len(trainer.layers)) for count, (trainer, _micro) in zip(places, batch, strict=True)]
+    graph = KeptGraph({trainer.adapter for trainer, _micro in batch})
+    unknown = [trainer for trainer, _micro in batch if trainer.bytes_per_place is None]
+    with count_kept_bytes(known=not unknown) as counted:
+        outputs = run()
+    for trainer in unknown:
+        trainer.bytes_per_place = counted[0] * max(1, len(trainer.layers)) / sum(costs)
+    graph.bytes = sum(trainer.estimate(count) for count, (trainer, _micro) in zip(places, batch, strict=True))
+    for (_trainer, micro), output, own, cost in zip(batch, outputs, leaves, costs, strict=True):
+        micro.keep(output, own, graph, cost)
+    return outputs
 
 
 class _Lora(NamedTuple):
@@ -27,31 +63,16 @@ class _Lora(NamedTuple):
 
 @dataclass(eq=False)
 class Lane:
-    """A micro-batch in a pass.
-
-    Attributes
-    ----------
-    leaves
-        Weights to be differentiated. Of an adapter that others train too, they are its own names for the same memory:
-        so each gets its own gradient, to be weighed, and one that is not finite spoils no other.
-    loras
-        By the names of the modules they are on.
-    draws
-        For dropout; None if nothing is dropped.
-    """
+    """A micro-batch in a pass: its LoRAs by the names of the modules they are on, and dropout's draws, if any."""
 
     trainer: Trainer
-    micro: Micro
-    leaves: dict[str, Tensor]
+    micro: MicroBatch
     loras: dict[str, _Lora]
     draws: torch.Generator | None
 
     @classmethod
-    def of(cls, trainer: Trainer, micro: Micro, *, keep: bool) -> "Lane":
+    def of(cls, trainer: Trainer, micro: MicroBatch, leaves: dict[str, Tensor]) -> "Lane":
         """With its adapter as it is now."""
-        leaves: dict[str, Tensor] = dict(trainer.parameters)
-        if trainer.trained.shared and keep:
-            leaves = {name: weight.detach().requires_grad_() for name, weight in leaves.items()}
         loras = {
             name: _Lora(leaves[f"{name}.lora_A.weight"], leaves[f"{name}.lora_B.weight"], scaling)
             for name, scaling in trainer.scalings.items()
@@ -59,7 +80,7 @@ class Lane:
         draws = None
         if micro.training and trainer.spec.dropout:
             draws = torch.Generator(micro.hidden.device).manual_seed(micro.seed)
-        return cls(trainer, micro, leaves, loras, draws)
+        return cls(trainer, micro, loras, draws)
 
     @property
     def keeps(self) -> float:
@@ -74,7 +95,7 @@ class Lane:
         return pad(drawn, (0, 0, 0, width - own)) if width > own else drawn
 
 
-class _Now:
+class ActiveLanes:
     """The lanes that a pass is computing, in the order of their rows; one for all modules of a twin."""
 
     def __init__(self) -> None:
@@ -84,14 +105,14 @@ class _Now:
 class _JoinedLinear(nn.Module):
     """A linear module of the base, with every lane's LoRA on that lane's rows."""
 
-    def __init__(self, base: nn.Linear, name: str, now: _Now) -> None:
+    def __init__(self, base: nn.Linear, name: str, active: ActiveLanes) -> None:
         super().__init__()
-        self.base, self.name, self._now = base, name, now
+        self.base, self.name, self._active = base, name, active
 
     def forward(self, states: Tensor) -> Tensor:
         """`[rows, width, in]` -> `[rows, width, out]`."""
         result: Tensor = self.base(states)
-        lanes = self._now.lanes
+        lanes = self._active.lanes
         loras = [lane.loras.get(self.name) for lane in lanes]
         found = [lora for lora in loras if lora is not None]
         if not found:
@@ -135,44 +156,27 @@ def _stacked(lanes: Sequence[Lane], loras: Sequence[_Lora], states: Tensor) -> T
     return added.view(rows, width, -1)
 
 
-_TWINS: WeakKeyDictionary[MiddleBlocks, tuple[MiddleBlocks, _Now]] = WeakKeyDictionary()
+_TWINS: WeakKeyDictionary[MiddleBlocks, tuple[MiddleBlocks, ActiveLanes]] = WeakKeyDictionary()
 
 
-def twin_of(base: MiddleBlocks) -> tuple[MiddleBlocks, _Now]:
+def twin_of(base: MiddleBlocks) -> tuple[MiddleBlocks, ActiveLanes]:
     """Modules of the joint passes on the base's weights, made once."""
     if base not in _TWINS:
-        twin, now = base.twin(), _Now()
+        twin, active = base.twin(), ActiveLanes()
         for name, module in list(twin.model.layers.named_modules(prefix="model.layers")):
             if isinstance(module, nn.Linear):
                 parent, _, last = name.rpartition(".")
-                setattr(twin.get_submodule(parent), last, _JoinedLinear(module, name, now))
-        _TWINS[base] = twin, now
+                setattr(twin.get_submodule(parent), last, _JoinedLinear(module, name, active))
+        _TWINS[base] = twin, active
     return _TWINS[base]
 
 
-def compute(lanes: Sequence[Lane], *, keep: bool) -> list[Tensor]:
-    """Each lane's `h_B`, `[its rows, its width, hidden]`; with `keep`, the activations of all in one graph."""
-    if not keep:
-        with torch.no_grad():
-            return _run(lanes)
-    width = max(lane.micro.rows.width for lane in lanes)
-    places = [len(lane.micro.rows) * width for lane in lanes]
-    graph = Graph({lane.trainer.trained for lane in lanes})
-    unknown = [lane.trainer for lane in lanes if lane.trainer.bytes_per_place is None]
-    with count_kept_bytes(known=not unknown) as counted:
-        outputs = _run(lanes)
-    costs = [count * len(lane.trainer.layers) for count, lane in zip(places, lanes, strict=True)]
-    for trainer in unknown:
-        trainer.bytes_per_place = counted[0] * len(trainer.layers) / sum(costs)
-    graph.bytes = sum(lane.trainer.estimate(count) for lane, count in zip(lanes, places, strict=True))
-    for lane, cost, output in zip(lanes, costs, outputs, strict=True):
-        lane.micro.cost = cost
-        lane.micro.keep(output, lane.leaves, graph)
-    return outputs
+def _run_alone(trainer: Trainer, micro: MicroBatch) -> list[Tensor]:
+    return [trainer.run(micro)]
 
 
-def _run(lanes: Sequence[Lane]) -> list[Tensor]:
-    twin, now = twin_of(lanes[0].trainer.base)
+def _run_lanes(lanes: Sequence[Lane]) -> list[Tensor]:
+    twin, active = twin_of(lanes[0].trainer.base)
     if twin.training != lanes[0].micro.training:
         twin.train(lanes[0].micro.training)
     hidden = [lane.micro.hidden for lane in lanes]
@@ -186,16 +190,16 @@ def _run(lanes: Sequence[Lane]) -> list[Tensor]:
             ]
             if not inside:
                 continue
-            now.lanes = [lanes[index] for index in inside]
-            counts = tuple(count for lane in now.lanes for count in lane.micro.rows.counts)
+            active.lanes = [lanes[index] for index in inside]
+            counts = tuple(count for lane in active.lanes for count in lane.micro.rows.counts)
             rows = Rows((0,) * len(counts), counts)
             joined = torch.cat([_fit(hidden[index], rows.width) for index in inside])
             done = twin(joined, rows, None, range(start, stop))
-            pieces = done.split([len(lane.micro.rows) for lane in now.lanes])
+            pieces = done.split([len(lane.micro.rows) for lane in active.lanes])
             for index, piece in zip(inside, pieces, strict=True):
                 hidden[index] = piece
     finally:
-        now.lanes = []
+        active.lanes = []
     return [_fit(one, lane.micro.rows.width) for one, lane in zip(hidden, lanes, strict=True)]
 
 

@@ -4,8 +4,10 @@ import contextlib
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:  # the options of `fedsea serve` need no torch
+    import torch
 
 MIB = 1 << 20
 
@@ -25,9 +27,9 @@ class Limits:
     frame_bytes
         Longest frame, in bytes.
     idle_seconds
-        A session that sends nothing for so long is ended.
+        Seconds after which a session that sends nothing is ended.
     resume_seconds
-        A session whose connection is lost is kept so long for its client to come back.
+        Seconds for which a session whose connection is lost is kept for its client to come back.
     cache_bytes
         Memory for the KV caches of all sessions, in bytes; None for half of what is free once the weights are loaded.
     runs
@@ -35,7 +37,7 @@ class Limits:
     client_runs
         Runs at a time of one client.
     run_seconds
-        A run whose client is away is kept so long.
+        Seconds for which a run whose client is away is kept.
     run_bytes
         Memory for the adapters, their gradients and their optimizers of all runs, in bytes; None for an eighth of what
         is free.
@@ -72,7 +74,7 @@ class Limits:
     buffer_bytes: int | None = None
     run_tokens: int = 8_192
 
-    def settled(self, device: torch.device, *, secure: bool = False) -> "Limits":
+    def settled(self, device: "torch.device", *, secure: bool = False) -> "Limits":
         """The limits with every amount of memory as a number of bytes; `secure`: whether clients have certificates."""
         free = free_memory(device)
         return replace(
@@ -80,14 +82,16 @@ class Limits:
             cache_bytes=free // 2 if self.cache_bytes is None else self.cache_bytes,
             run_bytes=free // 8 if self.run_bytes is None else self.run_bytes,
             graph_bytes=free // 4 if self.graph_bytes is None else self.graph_bytes,
-            buffer_bytes=free_memory(torch.device("cpu")) // 16 if self.buffer_bytes is None else self.buffer_bytes,
+            buffer_bytes=free_memory() // 16 if self.buffer_bytes is None else self.buffer_bytes,
             client_share=(0.5 if secure else 1.0) if self.client_share is None else self.client_share,
         )
 
 
-def free_memory(device: torch.device) -> int:
-    """The memory that is free on the device now, in bytes."""
-    if device.type == "cuda":
+def free_memory(device: "torch.device | None" = None) -> int:
+    """The memory that is free on the device now (None for the host), in bytes."""
+    if device is not None and device.type == "cuda":
+        import torch
+
         free, _total = torch.cuda.mem_get_info(device)
         return int(free)
     with contextlib.suppress(OSError):

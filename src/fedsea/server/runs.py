@@ -1,11 +1,4 @@
-"""Runs: whose they are, what they have done, and when they end. No network and no clock of its own in here.
-
-    begin()                attach()
-      |        +-------------------------------+
-      v        v                               |
-    ATTACHED --+--> connection lost: DETACHED -+--> run_seconds pass, or its client needs the room: ENDED
-      |
-      +--> the client ends it: ENDED
+"""Runs: what they have done and what they keep. Their life is a lease's (leases.py).
 
 A run is what training leaves at the server: the middle's adapter and its optimizer. So nothing but its client's word or
 a long absence ends it: an operation that is refused is not done, and the run stays as it was before.
@@ -13,15 +6,14 @@ a long absence ends it: an operation that is refused is not done, and the run st
 Operations are done in the order of their numbers, each once. An answer is kept until the client says that it has it,
 and is sent again to a client that comes back without it. A page of an export says so too: it goes on after the last.
 
-Names are the client's own: two clients' runs of one name are two runs, and neither client learns of the other's.
-
-All of it belongs to the thread of the event loop, except `RunTable.do` and what builds a run's modules
+All of it belongs to the thread of the event loop, except `RunTable.do`, `do_all` and what builds a run's modules
 (`Run.trainer`), which the worker's does.
 """
 
 import math
+import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -32,10 +24,12 @@ from torch import nn
 from fedsea.errors import FedSEAError, LimitExceededError, ProtocolError, RunLostError, UsageError
 from fedsea.parts import MiddleBlocks
 from fedsea.parts.adapters import AdapterSpec
+from fedsea.server.checks import check_layers, check_length, check_states
+from fedsea.server.joint import backward_together, forward_together
+from fedsea.server.leases import Lease, LeaseTable, State
 from fedsea.server.ledger import Kept, Ledger, Pool
 from fedsea.server.limits import MIB, Limits
 from fedsea.server.scheduler import Owner
-from fedsea.server.sessions import State, check_layers, check_width
 from fedsea.server.trainer import Trainer
 from fedsea.wire.frames import wire_dtype
 from fedsea.wire.handshake import MAX_COUNT
@@ -45,56 +39,48 @@ from fedsea.wire.runs import MAX_SETTING, Attach, OptimizerStep
 REPLIES = 256  # that a client may leave unread
 
 
-@dataclass(eq=False)
-class Run:
+@dataclass(eq=False, kw_only=True)
+class Run(Lease):
     """One training of a set of adapters, at the server.
 
     Attributes
     ----------
-    name, client
-        Its name, and whose it is.
-    wish
+    request
         What its client asked for when it began.
     make
         Builds the middle's half of it. That takes a while: `trainer` does it once, in the worker.
+    adapter
+        Its adapter in the ledger.
     number
         The last operation done.
     replies
         Frames of the answers that the client may not have yet, by number; None for one that it must have.
     page
         The last operation that was answered with a page of an export.
-    changed
-        When its state last changed, in the table's clock.
-    end
-        Ends the connection that serves it, with a reason for the client.
+    on_end
+        Called when it ends.
     owner
         Whose work its operations are, for the scheduler: its own, or a federated round's.
-    on_end
-        Told when it ends.
-    adapter
-        Its adapter in the ledger.
     bytes_up, bytes_down
         Of its frames.
+    built
+        The middle's half, if it is there.
     """
 
-    name: str
-    client: str
-    wish: Attach
+    request: Attach
     make: Callable[[], Trainer]
     adapter: Kept
-    changed: float
-    end: Callable[[FedSEAError], None]
-    state: State = State.ATTACHED
     number: int = 0
     replies: OrderedDict[int, bytes | None] = field(default_factory=OrderedDict)
     page: int = 0
-    on_end: Callable[[], None] | None = None
+    on_end: Callable[[], None] = lambda: None
     bytes_up: int = 0
     bytes_down: int = 0
-    _trainer: Trainer | None = field(default=None, repr=False)
+    built: Trainer | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         self.owner = Owner(self.client, f"run {self.name}")
+        self.wire_dtype = wire_dtype(self.request.wire_dtype)
 
     @property
     def trainer(self) -> Trainer:
@@ -105,26 +91,20 @@ class Run:
         RunLostError
             If the run has ended before it was built.
         """
-        if self._trainer is None:
-            if self.state is State.ENDED:
-                raise RunLostError(f"the run {self.name!r} has ended")
-            self._trainer = self.make()
-        return self._trainer
-
-    @property
-    def built(self) -> Trainer | None:
-        """The same, if it is there."""
-        return self._trainer
+        if self.built is None:
+            self.check_lives()
+            self.built = self.make()
+        return self.built
 
     @property
     def version(self) -> int:
         """Optimizer steps done."""
-        return self._trainer.version if self._trainer is not None else 0
+        return self.built.adapter.version if self.built is not None else 0
 
     @property
     def waiting_bytes(self) -> int:
         """Of the micro-batches that wait for their gradient."""
-        return self._trainer.waiting_bytes if self._trainer is not None else 0
+        return self.built.waiting_bytes if self.built is not None else 0
 
     @property
     def reply_bytes(self) -> int:
@@ -136,53 +116,70 @@ class Run:
         self.bytes_up += up
         self.bytes_down += down
 
-    @property
-    def wire_dtype(self) -> torch.dtype:
-        """Of activations and gradients."""
-        return wire_dtype(self.wish.wire_dtype)
+    def check_lives(self) -> None:
+        """Raises RunLostError if it has ended."""
+        if self.state is State.ENDED:
+            raise RunLostError(f"the run {self.name!r} has ended")
+
+    def check_turn(self, operation: Operation) -> None:
+        """Refuse an operation whose run has ended since it was admitted, or that has been done since.
+
+        Raises
+        ------
+        RunLostError, ProtocolError
+            Why.
+        """
+        self.check_lives()
+        if operation.number != self.number + 1:
+            raise ProtocolError(f"operation {operation.number} has been done already")
+
+    def settle(self, reply: Reply) -> bytes:
+        """An operation is done: keep its answer, and give the frame."""
+        answer = encode_run(reply)
+        self.number = reply.number
+        if self.state is not State.ENDED:
+            self.replies[reply.number] = answer
+        if isinstance(reply, Tensors):
+            self.page = reply.number
+        return answer
+
+    def give_up(self) -> None:
+        """Its answers and its micro-batches are given up; the adapter, once its last holder is gone."""
+        self.replies.clear()
+        if self.built is not None:
+            self.built.close()
 
 
-class RunTable:
-    """All runs of a server, and the limits on them.
-
-    Parameters
-    ----------
-    middle
-        The middle blocks, whose weights all runs share.
-    limits
-        What is allowed; every amount of memory must be a number here.
-    dtype
-        Compute dtype.
-    clock
-        Seconds, monotonic.
-    ledger
-        What all tables of the server keep; None for one of its own.
-    on_end
-        Told of each run that ends.
-    """
+class RunTable(LeaseTable[Run]):
+    """All runs of a server. Every amount of memory in `limits` must be a number here; `on_end` is told of each end."""
 
     def __init__(
         self,
         middle: MiddleBlocks,
         limits: Limits,
         *,
-        max_tokens: int,
         dtype: torch.dtype,
-        clock: Callable[[], float],
+        clock: Callable[[], float] = time.monotonic,
         ledger: Ledger | None = None,
         on_end: Callable[[Run], None] = lambda _run: None,
     ) -> None:
-        self.middle, self.limits, self.max_tokens, self.dtype, self.clock = middle, limits, max_tokens, dtype, clock
-        self.ledger, self._on_end = ledger or Ledger(limits), on_end
-        self._runs: dict[tuple[str, str], Run] = {}
+        super().__init__(
+            "run",
+            "model.close() or the program that has it",
+            most=limits.runs,
+            most_of_client=limits.client_runs,
+            away_seconds=limits.run_seconds,
+            clock=clock,
+            ledger=ledger or Ledger(limits),
+        )
+        self.middle, self.limits, self.dtype, self._on_end = middle, limits, dtype, on_end
+        self.max_tokens: int = middle.config.max_position_embeddings
+        self.num_layers: int = middle.config.num_hidden_layers
         self.modules = {
             name: (module.out_features, module.in_features)
             for name, module in middle.named_modules()
             if isinstance(module, nn.Linear)
         }
-
-    def __len__(self) -> int:
-        return len(self._runs)
 
     @property
     def graph_bytes(self) -> int:
@@ -190,9 +187,8 @@ class RunTable:
         return sum(trainer.graph_bytes for trainer in self._trainers())
 
     def _trainers(self, client: str | None = None) -> list[Trainer]:
-        """Those that are there, of one client or of all."""
-        runs = [run for run in list(self._runs.values()) if client is None or run.client == client]
-        return [run.built for run in runs if run.built is not None]
+        """Those that are built, of one client or of all."""
+        return [run.built for run in self if run.built is not None and client in (None, run.client)]
 
     def find(self, name: str, client: str) -> Run:
         """A client's run.
@@ -202,7 +198,7 @@ class RunTable:
         RunLostError
             If the server does not have it.
         """
-        run = self._runs.get((client, name))
+        run = self.get(name, client)
         if run is None:
             raise RunLostError(
                 f"the block server does not have the run {name!r} (any more); load the adapter again, "
@@ -210,9 +206,9 @@ class RunTable:
             )
         return run
 
-    def attach(
-        self, wish: Attach, client: str, num_layers: int, end: Callable[[FedSEAError], None]
-    ) -> tuple[Run, bool]:
+    # How runs begin and end
+
+    def attach(self, request: Attach, client: str, end: Callable[[FedSEAError], None]) -> tuple[Run, bool]:
         """Take up a client's run, or begin it; returns it and whether it is new.
 
         Raises
@@ -226,54 +222,53 @@ class RunTable:
         PartitionError, LimitExceededError
             If a new run does not fit.
         """
-        run = self._runs.get((client, wish.run))
+        run = self.get(request.run, client)
         if run is None:
-            if not wish.begin:
-                self.find(wish.run, client)
-            return self._begin(wish, client, num_layers, end), True
-        if wish.begin:
+            if not request.begin:
+                self.find(request.run, client)
+            return self._begin(request, client, end), True
+        if request.begin:
             # Before its connection is taken over: that may be a training under way.
             raise UsageError(
-                f"the run {wish.run!r} is at the server already, after {run.version} optimizer steps; choose "
+                f"the run {request.run!r} is at the server already, after {run.version} optimizer steps; choose "
                 "another name, or take it up with take_up=True and set the adapter from a checkpoint"
             )
-        different = wish.adapter.difference(run.wish.adapter)
+        different = request.adapter.difference(run.request.adapter)
         if different is not None:
-            raise ProtocolError(f"the run {wish.run!r} trains another adapter: {different}")
-        if (wish.partition, wish.wire_dtype) != (run.wish.partition, run.wish.wire_dtype):
-            raise ProtocolError(f"the run {wish.run!r} has another partition or wire dtype; choose another name")
-        if wish.received > run.number:
-            raise ProtocolError(f"the run {wish.run!r} has done {run.number} operations, not {wish.received}")
-        if any(answer is None for number, answer in run.replies.items() if number > wish.received):
+            raise ProtocolError(f"the run {request.run!r} trains another adapter: {different}")
+        if (request.partition, request.wire_dtype) != (run.request.partition, run.request.wire_dtype):
+            raise ProtocolError(f"the run {request.run!r} has another partition or wire dtype; choose another name")
+        if request.received > run.number:
+            raise ProtocolError(f"the run {request.run!r} has done {run.number} operations, not {request.received}")
+        if any(answer is None for number, answer in run.replies.items() if number > request.received):
             raise ProtocolError(
                 "the client has asked for a further page of an export, and says that it has not the last"
             )
-        if run.state is State.ATTACHED:
-            run.end(ProtocolError("another connection has taken the run up"))
-        run.state, run.changed, run.end = State.ATTACHED, self.clock(), end
+        self.take_up(run, end)
         return run, False
 
-    def _begin(self, wish: Attach, client: str, num_layers: int, end: Callable[[FedSEAError], None]) -> Run:
-        layers = wish.partition.middle(num_layers)
-        self.check(wish, num_layers)
-        self._make_room(client)
-        adapter = self.reserve(wish.adapter, layers, client)
-        return self.add(wish, client, partial(self.build, wish.adapter, layers, client), adapter, end)
+    def _begin(self, request: Attach, client: str, end: Callable[[FedSEAError], None]) -> Run:
+        layers = self.check(request)
+        self.make_room(client)
+        adapter = self.reserve(request.adapter, layers, client)
+        return self.begin(request, client, partial(self.build, request.adapter, layers, client), adapter, end)
 
-    def check(self, wish: Attach, num_layers: int) -> None:
-        """Refuse a run that this server's model cannot have.
+    def check(self, request: Attach) -> range:
+        """The layers of a run; refuses one that this server's model cannot have.
 
         Raises
         ------
         PartitionError, ProtocolError
             Why.
         """
-        check_layers(self.middle, wish.partition.middle(num_layers))
-        if any(int(name.split(".")[2]) >= num_layers for name in wish.adapter.targets):
-            raise ProtocolError(f"the adapter names layers that the model does not have; it has {num_layers}")
+        layers, adapter = request.partition.middle(self.num_layers), request.adapter
+        check_layers(self.middle, layers)
+        if any(int(name.split(".")[2]) >= self.num_layers for name in adapter.targets):
+            raise ProtocolError(f"the adapter names layers that the model does not have; it has {self.num_layers}")
         size = self.middle.config.hidden_size
-        if wish.adapter.narrow >= size:
-            raise ProtocolError(f"a narrow cut of rank {wish.adapter.narrow} is not narrow: the hidden size is {size}")
+        if adapter.narrow >= size:
+            raise ProtocolError(f"a narrow cut of rank {adapter.narrow} is not narrow: the hidden size is {size}")
+        return layers
 
     def reserve(self, spec: AdapterSpec, layers: range, client: str) -> Kept:
         """An adapter with its gradient and its optimizer, for the ledger; nothing is built yet.
@@ -292,13 +287,7 @@ class RunTable:
         return Kept(Pool.ADAPTERS, client, lambda: needed)
 
     def build(self, spec: AdapterSpec, layers: range, client: str, share: Trainer | None = None) -> Trainer:
-        """The middle's half of a client's run. Takes a while: in the worker thread.
-
-        Parameters
-        ----------
-        share
-            Another one whose adapter it trains as well; None for one of its own.
-        """
+        """The middle's half of a client's run, of whose adapter `share` has more. In the worker: it takes a while."""
         return Trainer(
             self.middle,
             spec,
@@ -317,66 +306,44 @@ class RunTable:
                 while self.ledger.room(Pool.ACTIVATIONS, client) < 0 and trainer.give_up_activations():
                     pass
 
-    def add(
+    def begin(
         self,
-        wish: Attach,
+        request: Attach,
         client: str,
         make: Callable[[], Trainer],
         adapter: Kept,
         end: Callable[[FedSEAError], None],
+        *,
+        reserved: bool = False,
     ) -> Run:
         """Take a run into the table. One of its client's that has the name is given up."""
-        before = self._runs.get((client, wish.run))
+        before = self.get(request.run, client)
         if before is not None:
             self.close(before)
-            before.end(RunLostError(f"the run {wish.run!r} was given up for another one of this name"))
-        run = Run(wish.run, client, wish, make, adapter, self.clock(), end)
-        self._runs[client, wish.run] = run
+            before.end(RunLostError(f"the run {request.run!r} was given up for another one of this name"))
+        run = Run(
+            name=request.run,
+            client=client,
+            changed=self.clock(),
+            end=end,
+            reserved=reserved,
+            request=request,
+            make=make,
+            adapter=adapter,
+        )
         waiting = Kept(Pool.ACTIVATIONS, client, lambda: run.waiting_bytes)
-        self.ledger.keep(run, adapter, waiting, Kept(Pool.BUFFERS, client, lambda: run.reply_bytes))
+        self.add(run, adapter, waiting, Kept(Pool.BUFFERS, client, lambda: run.reply_bytes))
         return run
 
-    def _make_room(self, client: str) -> None:
-        own = [run for run in self._runs.values() if run.client == client and run.on_end is None]
-        if len(own) < self.limits.client_runs and len(self._runs) < self.limits.runs:
-            return
-        away = [run for run in own if run.state is State.DETACHED]
-        if away:
-            self.close(min(away, key=lambda run: run.changed))
-        elif len(own) >= self.limits.client_runs:
-            raise LimitExceededError(f"client {client!r} has {len(own)} runs, the limit of runs per client")
-        else:
-            raise LimitExceededError(f"the server has {len(self._runs)} runs, its limit; try again later")
+    def close(self, lease: Run) -> bool:
+        """As every lease is closed; those that go by its end are told."""
+        was_here = super().close(lease)
+        if was_here:
+            self._on_end(lease)
+            lease.on_end()
+        return was_here
 
-    def detach(self, run: Run) -> None:
-        """The run's connection is over: ATTACHED -> DETACHED, for a while."""
-        if run.state is State.ATTACHED:
-            run.state, run.changed = State.DETACHED, self.clock()
-
-    def close(self, run: Run) -> None:
-        """Any state -> ENDED: the name is forgotten, the adapter given up."""
-        run.state = State.ENDED
-        run.replies.clear()
-        if run.built is not None:
-            run.built.close()
-        self.ledger.release(run)
-        if self._runs.get((run.client, run.name)) is run:
-            del self._runs[run.client, run.name]
-            self._on_end(run)
-            if run.on_end is not None:
-                run.on_end()
-
-    def expire(self) -> list[Run]:
-        """End the runs whose clients were away for too long, and return them."""
-        now = self.clock()
-        over = [
-            run
-            for run in self._runs.values()
-            if run.state is State.DETACHED and run.on_end is None and now - run.changed > self.limits.run_seconds
-        ]
-        for run in over:
-            self.close(run)
-        return over
+    # What runs do
 
     def admit(self, run: Run, operation: Operation, received: int) -> None:
         """Check that an operation may be done now; forget the answers that the client has.
@@ -403,22 +370,19 @@ class RunTable:
                 f"{len(run.replies)} answers ({run.reply_bytes / MIB:.1f} MiB) were left unread, and the server's "
                 f"memory for {Pool.BUFFERS.value} is used up; send fewer operations at a time"
             )
-        if isinstance(operation, Forward | Backward):
-            self._check_tensor(run, operation)
-
-    def _check_tensor(self, run: Run, operation: Forward | Backward) -> None:
-        tensor = operation.states if isinstance(operation, Forward) else operation.gradient
-        if tensor.dtype != run.wire_dtype:
-            raise ProtocolError(f"the run's wire dtype is {run.wire_dtype}, the tensor has {tensor.dtype}")
-        narrow = run.trainer.spec.narrow if isinstance(operation, Forward) else 0
-        check_width(tensor.shape[1], narrow, self.middle.config.hidden_size)
-        if not isinstance(operation, Forward):
-            return
-        width, allowed = operation.rows.width, self.limits.run_tokens
-        if width > self.max_tokens:
-            raise LimitExceededError(f"a row of {width} tokens is longer than the model's {self.max_tokens} positions")
-        if width > allowed:
-            raise LimitExceededError(f"a text of {width} tokens is over the server's limit of {allowed} in training")
+        hidden_size = self.middle.config.hidden_size
+        if isinstance(operation, Forward):
+            _check_dtype(run, operation.states)
+            check_states(operation.states.shape[1], run.trainer.spec.narrow, hidden_size)
+            width, allowed = operation.rows.width, self.limits.run_tokens
+            check_length(width, self.max_tokens)
+            if width > allowed:
+                raise LimitExceededError(
+                    f"a text of {width} tokens is over the server's limit of {allowed} in training"
+                )
+        elif isinstance(operation, Backward):
+            _check_dtype(run, operation.gradient)
+            check_states(operation.gradient.shape[1], 0, hidden_size)
 
     def do(self, run: Run, operation: Operation) -> bytes:
         """Do an operation that was admitted; returns the answer's frame. Runs in the worker thread.
@@ -428,54 +392,48 @@ class RunTable:
         FedSEAError
             Why it was not done; the run is as it was before.
         """
-        self.check_turn(run, operation)
-        return self.settle(run, self._answer(run, operation))
-
-    def check_turn(self, run: Run, operation: Operation) -> None:
-        """Refuse an operation whose run has ended since it was admitted, or that has been done since.
-
-        Raises
-        ------
-        RunLostError, ProtocolError
-            Why.
-        """
-        if run.state is State.ENDED:
-            raise RunLostError(f"the run {run.name!r} has ended")
-        if operation.number != run.number + 1:
-            raise ProtocolError(f"operation {operation.number} has been done already")
-
-    def settle(self, run: Run, reply: Reply) -> bytes:
-        """An operation is done: keep its answer, and give the frame."""
-        answer = encode_run(reply)
-        run.number = reply.number
-        if run.state is not State.ENDED:
-            run.replies[reply.number] = answer
-        if isinstance(reply, Tensors):
-            run.page = reply.number
+        [answer] = self.do_all([(run, operation)])
+        if isinstance(answer, FedSEAError):
+            raise answer
         return answer
 
-    def _answer(self, run: Run, operation: Operation) -> Reply:
-        if isinstance(operation, Forward):
-            return run.trainer.forward(operation, run.wire_dtype)
-        if isinstance(operation, Backward):
-            return run.trainer.backward(operation, run.wire_dtype)
-        if isinstance(operation, Tensors):
-            run.trainer.load(operation.tensors)
-            return Outcome(operation.number, {})
-        return self._command(run, operation)
+    def do_all(self, jobs: Sequence[tuple[Run, Operation]]) -> list[bytes | FedSEAError]:
+        """Do operations of several runs, passes together; gives the frame of each answer, or why it was not done."""
+        answers: dict[int, Reply | FedSEAError] = {}
+        forwards, backwards = dict[int, Any](), dict[int, Any]()
+        for index, (run, operation) in enumerate(jobs):
+            try:
+                run.check_turn(operation)
+                if isinstance(operation, Forward):
+                    forwards[index] = (run.trainer, operation, run.wire_dtype)
+                elif isinstance(operation, Backward):
+                    backwards[index] = (run.trainer, operation, run.wire_dtype)
+                elif isinstance(operation, Tensors):
+                    run.trainer.adapter.load(operation.tensors, run.trainer.layers)
+                    answers[index] = Outcome(operation.number, {})
+                else:
+                    answers[index] = self._command(run, operation)
+            except FedSEAError as error:
+                answers[index] = error.with_traceback(None)
+        answers |= zip(forwards, forward_together(list(forwards.values())), strict=True)
+        answers |= zip(backwards, backward_together(list(backwards.values())), strict=True)
+        return [
+            answer if isinstance(answer := answers[index], FedSEAError) else run.settle(answer)
+            for index, (run, _operation) in enumerate(jobs)
+        ]
 
     def _command(self, run: Run, command: Command) -> Reply:
-        body, trainer = command.body, run.trainer
+        body, trainer, adapter = command.body, run.trainer, run.trainer.adapter
         match body.get("do"):
             case "update":
-                trainer.update(OptimizerStep.from_body(body))
+                adapter.update(OptimizerStep.from_body(body))
             case "discard":
                 trainer.discard(_numbers(body.get("micros")))
             case "rescale":
                 factor = body.get("factor")
                 if not isinstance(factor, int | float) or not 0 <= factor <= MAX_SETTING:
                     raise ProtocolError("a rescale needs a finite factor, 0 or more")
-                trainer.rescale(factor)
+                adapter.rescale(factor)
             case "restore":
                 (version,) = _numbers([body.get("version")])
                 trainer.restore(version, clear=body.get("clear") is True)
@@ -483,12 +441,17 @@ class RunTable:
                 after = body.get("after")
                 if not isinstance(after, str):
                     raise ProtocolError("an export goes on after a name")
-                return trainer.export(command.number, after, self.limits.frame_bytes // 2)
+                return adapter.export(command.number, after, self.limits.frame_bytes // 2, trainer.layers)
             case "explain":
                 return Outcome(command.number, {"trouble": trainer.trouble})
             case other:
                 raise ProtocolError(f"there is no command {other!r}")
-        return Outcome(command.number, {"version": trainer.version})
+        return Outcome(command.number, {"version": adapter.version})
+
+
+def _check_dtype(run: Run, tensor: torch.Tensor) -> None:
+    if tensor.dtype != run.wire_dtype:
+        raise ProtocolError(f"the run's wire dtype is {run.wire_dtype}, the tensor has {tensor.dtype}")
 
 
 def _numbers(value: Any) -> list[int]:

@@ -12,9 +12,10 @@ import traceback
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar, TypeVarTuple
 
 T = TypeVar("T")
+Arguments = TypeVarTuple("Arguments")
 
 
 class Owner(NamedTuple):
@@ -49,48 +50,43 @@ class Turns(Generic[T]):
 
 
 class Scheduler:
-    """Runs work in the one worker thread, fairly between clients. Used from one event loop.
+    """Runs work in one worker thread, fairly between clients. Used from one event loop."""
 
-    Parameters
-    ----------
-    name
-        The thread's.
-    """
-
-    def __init__(self, name: str = "fedsea-torch") -> None:
-        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
-        self._waiting: Turns[tuple[Callable[[], Any], asyncio.Future[Any]]] = Turns()
+    def __init__(self, thread_name: str = "fedsea-torch") -> None:
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix=thread_name)
+        self._waiting: Turns[tuple[Callable[..., Any], tuple[Any, ...], asyncio.Future[Any]]] = Turns()
         self._busy = self._stopped = False
 
-    async def run(self, owner: Owner, work: Callable[[], T]) -> T:
-        """Do `work` when it is the owner's turn; return or raise what it does.
+    async def run(self, owner: Owner, work: Callable[[*Arguments], T], *arguments: *Arguments) -> T:
+        """Do `work(*arguments)` when it is the owner's turn; return or raise what it does.
 
         Cancelled while it waits, the work is not done; cancelled later, it is done to the end, unheard.
         """
         done: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        self._waiting.add(owner, (work, done))
+        self._waiting.add(owner, (work, arguments, done))
         self._start_next()
         try:
             return await done
         finally:
-            del done  # or else an error holds this frame by its traceback, and the frame the error
+            del done, arguments  # or else an error holds this frame by its traceback, and the frame the error
 
     async def settled(self, owner: Owner) -> None:
         """Wait until nothing that was started for the owner is still being done."""
-        await self.run(owner, _nothing)
+        await self.run(owner, lambda: None)
 
     def _start_next(self) -> None:
         while not (self._busy or self._stopped) and (item := self._waiting.next()) is not None:
-            work, done = item
+            work, arguments, done = item
             if done.cancelled():
                 continue
             self._busy = True
-            self._worker.submit(self._work, asyncio.get_running_loop(), work, done)
+            self._worker.submit(self._work, work, arguments, done)
 
-    def _work(self, loop: asyncio.AbstractEventLoop, work: Callable[[], Any], done: "asyncio.Future[Any]") -> None:
+    def _work(self, work: Callable[..., Any], arguments: tuple[Any, ...], done: "asyncio.Future[Any]") -> None:
         """In the worker thread. Hands the outcome straight to the loop: an executor's future takes two more turns."""
+        loop = done.get_loop()
         try:
-            result = work()
+            result = work(*arguments)
         except BaseException as error:
             # The traceback would hold the step's tensors for as long as somebody holds the error.
             traceback.clear_frames(error.__traceback__)
@@ -122,7 +118,3 @@ def spare_the_collector() -> None:
     if threading.current_thread() is threading.main_thread():
         gc.collect()
         gc.freeze()
-
-
-def _nothing() -> None:
-    """The work of a session that only waits for its turn."""

@@ -32,14 +32,12 @@ class Stream:
     frame_bytes
         Longest frame that may come.
     codec
-        Where frames are read that take long.
+        Where long frames are read.
     on_frame
-        Shown each frame that passes, as bytes: whether it came from the client, and the frame.
+        Takes each frame that passes, as bytes: whether it came from the client, and the frame.
 
     Attributes
     ----------
-    frame_bytes
-        Longest frame that may come.
     client
         The name in the client's certificate, empty if it has none; without TLS all clients are one, `anonymous`.
     peer
@@ -81,7 +79,9 @@ class Stream:
         if data is None:
             return None
         self.held = len(data)
-        return await self.apart(partial(decode, data, max_bytes=self.frame_bytes), len(data))
+        if self.held <= SMALL:
+            return decode(data, max_bytes=self.frame_bytes)
+        return await self.apart(partial(decode, data, max_bytes=self.frame_bytes), self.held)
 
     async def read_bytes(self) -> bytes | None:
         """The next frame as it came; None if the stream is over."""
@@ -90,7 +90,7 @@ class Stream:
             return None
         if self._on_frame is not None:
             self._on_frame(True, data)
-        return bytes(data)
+        return data  # type: ignore[no-any-return]
 
     async def apart(self, work: Callable[[], T], size: int) -> T:
         """Turn `size` bytes into a frame or back: beside the event loop, in the client's turn, if they are many."""
@@ -117,11 +117,11 @@ class Stream:
             raise self.reason
 
     def end(self, reason: FedSEAError) -> None:
-        """Have the stream's task told to stop: it is cancelled, or finds out once its write is done."""
+        """Have the stream's task stop: it is cancelled, or finds out once its write is done."""
         if self.reason is not None:
             return
         self.reason = reason
-        # gRPC can neither take a write back nor send a status beside it: cancelled there, the call would never end.
+        # gRPC can neither undo a write nor send a status beside it: cancelled there, the call would never end.
         if not self._writing:
             self._task.cancel()
 
@@ -131,7 +131,7 @@ class Stream:
         Raises
         ------
         grpc.aio.AbortError
-            For gRPC to see; only a client that is gone already is not told, and nothing is raised.
+            For gRPC to see; not if the client is gone already.
         """
         with contextlib.suppress(grpc.aio.InternalError):
             await self._context.abort(

@@ -1,8 +1,7 @@
-"""What a run computes: forward and backward through the middle, and the gradient of its adapter.
+"""What a run computes with: modules of its own on the server's base weights, its adapter, micro-batches that wait.
 
-No network in here, and one thread at a time. The base weights are the server's own, shared by all runs; a run has
-modules of its own on them, and its adapter (trained.py) is all that it adds. What it keeps between two passes:
-micros.py. Several runs in one pass: joint.py.
+No network in here, and one thread at a time. The adapter (adapter.py) is all that a run adds to the base weights. What
+it keeps between forward and backward: kept_graphs.py. The passes themselves, of one run or of several: joint.py.
 """
 
 from collections import OrderedDict
@@ -16,14 +15,14 @@ from fedsea.errors import NonFiniteError, PartitionError, ProtocolError
 from fedsea.partition import in_middle
 from fedsea.parts import MiddleBlocks
 from fedsea.parts.adapters import AdapterSpec, adapter_parameters
-from fedsea.server.micros import Graph, Micro, Pull, count_kept_bytes, take_back
-from fedsea.server.trained import MOST, Share, TrainedAdapter, explain
+from fedsea.server.adapter import MAX_NORM, Share, TrainedAdapter, explain
+from fedsea.server.kept_graphs import Gradient, MicroBatch
 from fedsea.wire.frames import to_wire
-from fedsea.wire.run_frames import ADAPTER, STATES, Backward, Forward, States, Tensors, gradient_to_wire
-from fedsea.wire.runs import OptimizerStep
+from fedsea.wire.run_frames import ADAPTER, STATES, Backward, Forward, States, gradient_to_wire
 
 SPARE = 16 << 20  # bytes beyond the limit that inputs may take: where no activations are kept, several still wait
 FLOAT16_ROOM = 12  # powers of two between a gradient's largest value and what float16 can hold, about
+EVICTED = 1024  # micro-batches that were given up, and are remembered for the error that says so
 
 
 class Trainer:
@@ -31,8 +30,6 @@ class Trainer:
 
     Parameters
     ----------
-    middle
-        The server's blocks.
     spec
         The adapter of the whole model; its targets in `layers` are put on.
     layers
@@ -40,26 +37,30 @@ class Trainer:
     dtype
         Compute dtype.
     room
-        Asked, with a number of bytes, whether there is memory for the activations of one more micro-batch.
+        Whether there is memory for the activations of one more micro-batch, of so many bytes.
     max_micros
         Micro-batches that may wait.
     share
         Another trainer, whose adapter and modules this one trains as well; its layers have those of this one.
     relieve
-        Told when the micro-batches that wait take more memory than there is, to give up activations.
+        Called when the micro-batches that wait take more memory than there is: gives up activations.
 
     Attributes
     ----------
-    trained
-        The adapter, its gradient and its optimizer.
+    adapter
+        Its weights, their gradient and their optimizer.
     parameters
         The adapter's weights in `layers`, by their names in the whole model.
     scalings
         What the output of each LoRA is multiplied by, by the names of the modules it is on.
+    waiting
+        The micro-batches that wait for their gradient, by number, the oldest first.
     bytes_per_place
         Memory that the activations of a padded token take; None until a first pass.
     trouble
         Where a gradient was last not finite, in words.
+    weight
+        How much its gradients count beside those of others; None for what each gradient says.
 
     Raises
     ------
@@ -78,8 +79,8 @@ class Trainer:
         share: "Trainer | None" = None,
         relieve: Callable[[], None] = lambda: None,
     ) -> None:
-        self._relieve = relieve
         self.base, self.spec, self.layers, self.dtype, self.room = middle, spec, layers, dtype, room
+        self._max_micros, self._relieve = max_micros, relieve
         if share is None:
             self.blocks = middle.twin()
             spec.put_on(self.blocks, layers)
@@ -89,7 +90,7 @@ class Trainer:
                 # Its client says where it starts.
                 self.blocks.widen(torch.zeros(middle.config.hidden_size, spec.narrow))
                 self.blocks.narrow_cut.requires_grad_(True)
-            self.trained = TrainedAdapter(adapter_parameters(self.blocks))
+            self.adapter = TrainedAdapter(adapter_parameters(self.blocks))
         else:
             different = spec.difference(share.spec)
             if different is not None or share.base is not middle:
@@ -97,95 +98,52 @@ class Trainer:
             if layers and (layers.start < share.layers.start or layers.stop > share.layers.stop):
                 held = f"{share.layers.start}:{share.layers.stop}"
                 raise PartitionError(f"the shared adapter has the layers {held}, not {layers.start}:{layers.stop}")
-            self.blocks, self._draws, self.trained = share.blocks, share._draws, share.trained
-            self.trained.share()
+            self.blocks, self._draws, self.adapter = share.blocks, share._draws, share.adapter
+            self.adapter.share()
         self.parameters = {
-            name: parameter for name, parameter in self.trained.parameters.items() if in_middle(name, layers)
+            name: parameter for name, parameter in self.adapter.parameters.items() if in_middle(name, layers)
         }
         adapted: dict[str, Any] = {name: self.blocks.get_submodule(name) for name in spec.within(layers)}
         self.scalings: dict[str, float] = {name: module.scaling["default"] for name, module in adapted.items()}
         self.bytes_per_place: float | None = None
         self.trouble: str | None = None
-        self.weight: float | None = None  # beside others' gradients; None for what each gradient says
-        self.max_norm = MOST
-        self._max_micros = max_micros
-        self._micros: OrderedDict[int, Micro] = OrderedDict()
+        self.weight: float | None = None
+        self.max_norm = MAX_NORM
+        self.waiting: OrderedDict[int, MicroBatch] = OrderedDict()
         self._evicted: OrderedDict[int, None] = OrderedDict()
         self._closed = False
         self._contributor = object()  # what the adapter knows it by: itself, it would live on there
 
     @property
-    def version(self) -> int:
-        """Optimizer steps done."""
-        return self.trained.version
-
-    @property
-    def changes(self) -> int:
-        """Counts up whenever the adapter's weights change."""
-        return self.trained.changes
-
-    @property
     def graph_bytes(self) -> int:
         """Memory of the activations that are kept now, in bytes."""
-        return sum(micro.graph_bytes for micro in list(self._micros.values()))
+        return sum(micro.graph_bytes for micro in list(self.waiting.values()))
 
     @property
     def waiting_bytes(self) -> int:
         """Memory of the micro-batches that wait, inputs and activations, in bytes."""
-        return self.graph_bytes + sum(micro.hidden.nbytes for micro in list(self._micros.values()))
+        return self.graph_bytes + sum(micro.hidden.nbytes for micro in list(self.waiting.values()))
 
-    def give_up_activations(self) -> bool:
-        """Have one micro-batch's activations computed again later, the oldest's; whether there was one."""
-        for micro in self._micros.values():
-            if micro.graph is not None:
-                micro.drop()
-                return True
-        return False
+    def estimate(self, places: int) -> int:
+        """Memory that the activations of so many padded places take, in bytes; 0 before a first pass."""
+        return int((self.bytes_per_place or 0) * places)
 
-    @property
-    def state_bytes(self) -> int:
-        """Memory of adapter, gradient and optimizer once all are there, in bytes; trainers that share one have one."""
-        return self.trained.state_bytes
+    # Forward
 
-    def forward(self, operation: Forward, wire_dtype: torch.dtype) -> States:
-        """A micro-batch's `h_A` -> its `h_B`; what the backward pass needs is kept.
-
-        Raises
-        ------
-        NonFiniteError
-            If a layer's states are not finite.
-        """
-        micro = self.take(operation)
-        if not operation.recompute and self.room(self.estimate(len(micro.rows) * micro.rows.width)):
-            output = self.compute(micro)
-        else:
-            with torch.no_grad():
-                output = self._run(micro)
-        return self.answer_forward(operation, micro, output, wire_dtype)
-
-    def take(self, operation: Forward) -> Micro:
+    def take(self, operation: Forward) -> MicroBatch:
         """The micro-batch of an operation, on the device."""
         hidden = operation.rows.unpack(operation.states.to(device=self.blocks.device, dtype=self.dtype))
         hidden.requires_grad_(operation.want_gradient)
-        return Micro(operation.rows, hidden, operation.training, operation.seed)
+        return MicroBatch(operation.rows, hidden, operation.training, operation.seed)
 
-    def estimate(self, places: int) -> int:
-        """Memory that the activations of so many padded places take, in bytes; 0 as long as nobody knows."""
-        return int((self.bytes_per_place or 0) * places)
+    def run(self, micro: MicroBatch) -> Tensor:
+        """A micro-batch through the run's own modules: its `h_B`, `[rows, width, hidden]`."""
+        if self.blocks.training != micro.training:
+            self.blocks.train(micro.training)
+        self._draws.manual_seed(micro.seed)
+        return self.blocks.forward(micro.hidden, micro.rows, None, self.layers)
 
-    def compute(self, micro: Micro) -> Tensor:
-        """Run a micro-batch through the layers, and keep its activations."""
-        places = len(micro.rows) * micro.rows.width
-        graph = Graph([self.trained])
-        with count_kept_bytes(known=self.bytes_per_place is not None) as counted:
-            output = self._run(micro)
-        if self.bytes_per_place is None:
-            self.bytes_per_place = counted[0] / places
-        graph.bytes = int(self.bytes_per_place * places)
-        micro.keep(output, dict(self.parameters), graph)
-        return output
-
-    def answer_forward(self, operation: Forward, micro: Micro, output: Tensor, wire_dtype: torch.dtype) -> States:
+    def answer_forward(self, operation: Forward, micro: MicroBatch, output: Tensor, wire_dtype: torch.dtype) -> States:
         """Have a micro-batch wait for its gradient; gives its answer.
 
         Raises
@@ -197,44 +155,40 @@ class Trainer:
         if not bool(torch.isfinite(packed).all()):
             raise NonFiniteError(self._explain_forward(micro))
         answer = States(operation.number, to_wire(packed, wire_dtype))
-        self._micros.pop(operation.micro, None)  # a client that is back after its death counts from 1 again
+        self.discard([operation.micro])  # a client that is back after its death counts from 1 again
         self._evicted.pop(operation.micro, None)
         if self._closed:
-            return answer  # to nobody
-        self._micros[operation.micro] = micro
+            return answer  # which is sent to no one
+        self.waiting[operation.micro] = micro
         if not self.room(0):
             self._relieve()
-        while len(self._micros) > 1 and (len(self._micros) > self._max_micros or not self.room(-SPARE)):
-            evicted, _ = self._micros.popitem(last=False)
+        while len(self.waiting) > 1 and (len(self.waiting) > self._max_micros or not self.room(-SPARE)):
+            evicted, _ = self.waiting.popitem(last=False)
             self._evicted[evicted] = None
-            while len(self._evicted) > 1024:
+            while len(self._evicted) > EVICTED:
                 self._evicted.popitem(last=False)
         return answer
 
-    def backward(self, operation: Backward, wire_dtype: torch.dtype) -> States:
-        """A micro-batch's gradient at `h_B` -> its gradient at `h_A`; the adapter's own is added up.
+    @torch.no_grad()
+    def _explain_forward(self, micro: MicroBatch) -> str:
+        hidden = self.blocks.lifted(micro.hidden)
+        for layer in self.layers:
+            hidden = self.blocks.run_layers(hidden, micro.rows, None, range(layer, layer + 1))
+            if not bool(torch.isfinite(micro.rows.pack(hidden)).all()):
+                return f"the hidden states are not finite: first after layer {layer}, in the middle blocks"
+        return "the hidden states are not finite in the middle blocks"
+
+    # Backward
+
+    def gradient(self, operation: Backward) -> Gradient:
+        """A gradient beside its micro-batch.
 
         Raises
         ------
         ProtocolError
             If there is no such micro-batch, the gradient does not fit it, or it cannot begin a new sum.
         """
-        pull = self.pull(operation)
-        if pull.micro.graph is None or not pull.micro.graph.usable:
-            self.compute(pull.micro)
-        take_back([pull])
-        self.add(pull)
-        return self.answer_backward(pull, self.trained.norm(), wire_dtype)
-
-    def pull(self, operation: Backward) -> Pull:
-        """A gradient beside its micro-batch.
-
-        Raises
-        ------
-        ProtocolError
-            As `backward`.
-        """
-        micro = self._micros.get(operation.micro)
+        micro = self.waiting.get(operation.micro)
         if micro is None:
             gone = operation.micro in self._evicted
             why = "was given up for later ones; send fewer at a time" if gone else "is not waiting for one"
@@ -243,61 +197,57 @@ class Trainer:
             raise ProtocolError(
                 f"micro-batch {operation.micro} has {micro.rows.total} tokens, its gradient {len(operation.gradient)}"
             )
-        self.trained.check(self._contributor, fresh=operation.fresh)
+        self.adapter.check(self._contributor, fresh=operation.fresh)
         gradient, exponent = operation.gradient.to(self.blocks.device), operation.exponent
         if self.dtype is torch.float16:
             # On the wire the largest is near float16's own: leave room for the layers to make it larger.
             gradient, exponent = gradient.float() * 2.0**-FLOAT16_ROOM, exponent - FLOAT16_ROOM
-        return Pull(operation, micro, micro.rows.unpack(gradient.to(self.dtype)), exponent)
+        return Gradient(operation, micro, micro.rows.unpack(gradient.to(self.dtype)), exponent)
 
-    def add(self, pull: Pull) -> None:
+    def add(self, gradient: Gradient) -> None:
         """Add up what a micro-batch does to the adapter; it waits no longer."""
-        self._micros.pop(pull.operation.micro, None)
-        if pull.at_input is not None:
-            pull.packed = pull.micro.rows.pack(pull.at_input)
-            pull.spoiled = not bool(torch.isfinite(pull.packed).all())
-        if pull.spoiled and self.trained.shared:
-            return  # its owner is told to begin again, and it could not be taken back
+        self.discard([gradient.operation.micro])
+        if gradient.at_input is not None:
+            gradient.packed = gradient.micro.rows.pack(gradient.at_input)
+            gradient.nonfinite = not bool(torch.isfinite(gradient.packed).all())
+        if gradient.nonfinite and self.adapter.shared:
+            return  # its client is told to begin again, and it could not be removed
         # The exponent's part is taken off here, in float32: in between, float16 needs it.
-        weight = pull.operation.weight if self.weight is None else self.weight
-        factor, share = 2.0**-pull.exponent, Share(weight, self.layers, self.max_norm)
-        taken = self.trained.add(self._contributor, pull.at_weights, factor, share, fresh=pull.operation.fresh)
-        pull.spoiled |= not taken
+        weight = gradient.operation.weight if self.weight is None else self.weight
+        factor, share = 2.0**-gradient.exponent, Share(weight, self.layers, self.max_norm)
+        fresh = gradient.operation.fresh
+        gradient.nonfinite |= not self.adapter.add(self._contributor, gradient.at_weights, factor, share, fresh=fresh)
 
-    def answer_backward(self, pull: Pull, norm: float, wire_dtype: torch.dtype) -> States:
+    def answer_backward(self, gradient: Gradient, norm: float, wire_dtype: torch.dtype) -> States:
         """The answer to a gradient that was added, given the norm of the adapter's."""
-        number = pull.operation.number
-        if pull.spoiled or norm == float("inf"):
-            self.trouble = explain(pull.at_weights) if self.trained.shared else self.trained.trouble()
+        number = gradient.operation.number
+        if gradient.nonfinite or norm == float("inf"):
+            self.trouble = explain(gradient.at_weights if self.adapter.shared else self.adapter.gradients or {})
             return States(number, None, norm=float("inf"))
-        if pull.packed is None:
+        if gradient.packed is None:
             return States(number, None, norm=norm)
-        scaled, shift = gradient_to_wire(pull.packed, wire_dtype)
-        return States(number, scaled, pull.exponent + shift, norm)
+        scaled, shift = gradient_to_wire(gradient.packed, wire_dtype)
+        return States(number, scaled, gradient.exponent + shift, norm)
 
-    def update(self, step: OptimizerStep) -> None:
-        """Move the adapter along the gradient that was added up. The next BACKWARD says whether to begin a new one.
+    # Beside the passes
 
-        Raises
-        ------
-        ProtocolError
-            If the step is not the next one, there is no gradient, or the run's optimizer is another.
-        """
-        self.trained.update(step)
-
-    def rescale(self, factor: float) -> None:
-        """Multiply the gradient that was added up: it was clipped, and more is to be added."""
-        self.trained.rescale(factor)
+    def give_up_activations(self) -> bool:
+        """Have the oldest micro-batch's activations computed again later; says whether there was one that has any."""
+        for micro in self.waiting.values():
+            if micro.graph is not None:
+                micro.drop()
+                return True
+        return False
 
     def discard(self, micros: list[int]) -> None:
         """Give up micro-batches whose gradient will not come."""
         for micro in micros:
-            self._micros.pop(micro, None)
+            self.waiting.pop(micro, None)
 
     def close(self) -> None:
-        """Its run has ended: nothing waits any more, and nothing will. The adapter stays, for whoever else holds it."""
+        """Its run has ended: nothing waits any more, and nothing will. The adapter stays for others that hold it."""
         self._closed = True
-        self._micros.clear()
+        self.waiting.clear()
 
     def restore(self, version: int, *, clear: bool) -> None:
         """Set the optimizer steps done, and forget the optimizer's states.
@@ -305,47 +255,15 @@ class Trainer:
         With `clear`, the gradient and the micro-batches that wait are forgotten as well.
         """
         if clear:
-            self._micros.clear()
+            self.waiting.clear()
             self._evicted.clear()
             self.trouble = None
-        self.trained.restore(version, clear=clear)
-
-    def load(self, tensors: dict[str, Tensor]) -> None:
-        """Set weights (`adapter/NAME`) and optimizer states (`exp_avg/NAME`, ...).
-
-        Raises
-        ------
-        ProtocolError
-            If the run has no weight of that name, or of another shape. Nothing is set then.
-        """
-        self.trained.load(tensors, self.layers)
+        self.adapter.restore(version, clear=clear)
 
     def knows(self, name: str) -> bool:
         """Whether a tensor of this name can be set."""
         kind, _, weight = name.partition("/")
         return (kind == ADAPTER or kind in STATES) and weight in self.parameters
-
-    def export(self, number: int, after: str, limit: int) -> Tensors:
-        """Weights and optimizer states by name, those behind `after`, as many as fit into `limit` bytes (one at least).
-
-        Names are those of `load`.
-        """
-        return self.trained.export(number, after, limit, self.layers)
-
-    def _run(self, micro: Micro) -> Tensor:
-        if self.blocks.training != micro.training:
-            self.blocks.train(micro.training)
-        self._draws.manual_seed(micro.seed)
-        return self.blocks.forward(micro.hidden, micro.rows, None, self.layers)
-
-    @torch.no_grad()
-    def _explain_forward(self, micro: Micro) -> str:
-        hidden = self.blocks.lifted(micro.hidden)
-        for layer in self.layers:
-            hidden = self.blocks.run_layers(hidden, micro.rows, None, range(layer, layer + 1))
-            if not bool(torch.isfinite(micro.rows.pack(hidden)).all()):
-                return f"the hidden states are not finite: first after layer {layer}, in the middle blocks"
-        return "the hidden states are not finite in the middle blocks"
 
 
 class Dropout(nn.Module):

@@ -17,26 +17,16 @@ from fedsea.partition import in_middle, layer_of
 from fedsea.wire.run_frames import ADAPTER, STATES, Tensors, page
 from fedsea.wire.runs import OptimizerStep
 
-MOST = 1e6  # a norm; with the largest weight, the sum over all members is still far from the end of float32
+MAX_NORM = 1e6  # with the largest weight, the sum over all members is still far from the end of float32
 
 
 @dataclass(frozen=True)
 class Share:
-    """What one contributor has in the gradient since the last optimizer step.
+    """What one contributor has in the gradient since the last optimizer step."""
 
-    Attributes
-    ----------
-    weight
-        How much its gradient counts beside those of others.
-    layers
-        Those that it trains; in the others nothing is divided by its weight.
-    max_norm
-        The norms of what it gives count together up to this.
-    """
-
-    weight: float
-    layers: range
-    max_norm: float = MOST
+    weight: float  # how much its gradient counts beside those of others
+    layers: range  # those that it trains; in the others nothing is divided by its weight
+    max_norm: float = MAX_NORM  # the norms of what it gives count together up to this
 
 
 class TrainedAdapter:
@@ -55,14 +45,16 @@ class TrainedAdapter:
         Counts up whenever the weights change.
     shared
         Whether several contributors train it.
+    gradients
+        What was added up, by names; None before the first after a step or a restore.
     """
 
     def __init__(self, parameters: dict[str, nn.Parameter]) -> None:
         self.parameters = parameters
         self.version = self.changes = 0
         self.shared = False
+        self.gradients: dict[str, Tensor] | None = None
         self._layers = {name: layer_of(name) for name in parameters}
-        self._gradients: dict[str, Tensor] | None = None
         self._shares: dict[object, Share] = {}
         self._given: dict[object, float] = {}  # by contributor: the norms of what it has given, together
         self._optimizer: torch.optim.Optimizer | None = None
@@ -77,7 +69,7 @@ class TrainedAdapter:
     def share(self) -> None:
         """Several contributors train it from now on; a gradient without contributors is forgotten."""
         if not self.shared:
-            self.shared, self._gradients = True, None
+            self.shared, self.gradients = True, None
 
     def check(self, contributor: object, *, fresh: bool) -> None:
         """Refuse a contribution before it is computed.
@@ -85,18 +77,18 @@ class TrainedAdapter:
         Raises
         ------
         ProtocolError
-            If it is to replace one that was added to those of others: that cannot be taken back.
+            If it is to replace one that was added to those of others: that cannot be removed.
         """
         if self.shared and fresh and contributor in self._shares:
             raise ProtocolError(
-                "a gradient that was added to those of others cannot be taken back; "
+                "a gradient that was added to those of others cannot be removed; "
                 "a new one begins after the optimizer step"
             )
 
     def add(
         self, contributor: object, gradients: Mapping[str, Tensor], factor: float, share: Share, *, fresh: bool
     ) -> bool:
-        """Add a micro-batch's gradient, multiplied by `factor`; gives whether it was taken.
+        """Add a micro-batch's gradient, multiplied by `factor`; says whether it was taken.
 
         `fresh` forgets what was added before. A shared adapter begins anew with the first contribution after an
         optimizer step and at no other time; there, each contributor's first weight counts for the whole step, and what
@@ -105,23 +97,21 @@ class TrainedAdapter:
         if self.shared:
             return self._add_to_those_of_others(contributor, gradients, factor, share)
         if fresh:
-            self._gradients = None
+            self.gradients = None
         values = list(gradients.values())
-        if self._gradients is None:
-            added = torch._foreach_mul(values, factor) if values else ()
-            self._gradients = dict(zip(gradients, added, strict=True))
+        if self.gradients is None:
+            self.gradients = _multiplied(gradients, factor)
         elif values:
-            torch._foreach_add_([self._gradients[name] for name in gradients], values, alpha=factor)
+            torch._foreach_add_([self.gradients[name] for name in gradients], values, alpha=factor)
         return True
 
     def _add_to_those_of_others(
         self, contributor: object, gradients: Mapping[str, Tensor], factor: float, share: Share
     ) -> bool:
         share = self._shares.get(contributor, share)
-        before = self._gradients or {}
+        before = self.gradients or {}
         # Not in place: what turns out not to be finite must leave the others' as it was.
-        values = list(gradients.values())
-        added = dict(zip(gradients, torch._foreach_mul(values, factor) if values else (), strict=True))
+        added = _multiplied(gradients, factor)
         norm = _norm(list(added.values()))
         if norm == math.inf:
             return False
@@ -133,28 +123,22 @@ class TrainedAdapter:
         both = [name for name in added if name in before]
         if both:
             torch._foreach_add_([added[name] for name in both], [before[name] for name in both])
-        if not _norm(list(added.values())) < float("inf"):
+        if _norm(list(added.values())) == math.inf:
             return False
-        self._gradients = before | added
+        self.gradients = before | added
         self._shares[contributor], self._given[contributor] = share, given + counted
         return True
 
     def norm(self) -> float:
-        """Of the gradient so far, over all weights; infinity if it is not finite."""
-        if not self._gradients:
-            return 0.0
-        return _norm(list(self._gradients.values()), self._divisors())
-
-    def trouble(self) -> str:
-        """Where the gradient so far is not finite, in words."""
-        return explain(self._gradients or {})
+        """Of the gradient so far, over all weights (a shared adapter's: of the mean); infinity if it is not finite."""
+        return _norm(list((self.gradients or {}).values()), self._divisors())
 
     def _divisors(self) -> list[float] | None:
         """For each weight with a gradient, by what it is to be divided for the mean; None if it is one's own."""
-        if not self.shared or self._gradients is None:
+        if not self.shared or not self.gradients:
             return None
         shares = self._shares.values()
-        return [sum(share.weight for share in shares if self._layers[name] in share.layers) for name in self._gradients]
+        return [sum(share.weight for share in shares if self._layers[name] in share.layers) for name in self.gradients]
 
     def update(self, step: OptimizerStep) -> None:
         """Move the weights along the gradient that was added up (a shared adapter's: along the mean).
@@ -166,36 +150,29 @@ class TrainedAdapter:
         """
         if step.step != self.version + 1:
             raise ProtocolError(f"optimizer step {step.step} came after step {self.version}")
-        if self._gradients is None:
+        if self.gradients is None:
             raise ProtocolError("an optimizer step came, and no gradient before it")
         if self.parameters:
             if step.fresh:
                 self._optimizer, self._restored = None, {}
             optimizer = self._optimizer_for(step)
-            self._settle(step.scale)
-            for name, gradient in self._gradients.items():
+            if (divisors := self._divisors()) is not None:
+                torch._foreach_div_(list(self.gradients.values()), divisors)
+            self.rescale(step.scale)
+            for name, gradient in self.gradients.items():
                 # A fused optimizer reads it in memory's order, and a joint pass leaves some transposed there.
                 self.parameters[name].grad = gradient.contiguous()
             optimizer.step()
             optimizer.zero_grad()
         if self.shared:
-            self._gradients = None
-            self._shares.clear()
-            self._given.clear()
+            self._forget_gradients()
         self.version = step.step
         self.changes += 1
 
-    def _settle(self, scale: float) -> None:
-        if self._gradients:
-            values, divisors = list(self._gradients.values()), self._divisors()
-            if divisors is not None:
-                torch._foreach_div_(values, divisors)
-            torch._foreach_mul_(values, scale)
-
     def rescale(self, factor: float) -> None:
         """Multiply the gradient that was added up: it was clipped, and more is to be added."""
-        if self._gradients:
-            torch._foreach_mul_(list(self._gradients.values()), factor)
+        if self.gradients:
+            torch._foreach_mul_(list(self.gradients.values()), factor)
 
     def restore(self, version: int, *, clear: bool) -> None:
         """Set the optimizer steps done, and forget the optimizer's states; with `clear`, the gradient as well."""
@@ -203,9 +180,12 @@ class TrainedAdapter:
         self._optimizer = self._kind = None
         self._restored = {}
         if clear:
-            self._gradients = None
-            self._shares.clear()
-            self._given.clear()
+            self._forget_gradients()
+
+    def _forget_gradients(self) -> None:
+        self.gradients = None
+        self._shares.clear()
+        self._given.clear()
 
     def load(self, tensors: dict[str, Tensor], layers: range) -> None:
         """Set weights (`adapter/NAME`) and optimizer states (`exp_avg/NAME`, ...) of some layers.
@@ -235,10 +215,7 @@ class TrainedAdapter:
         self.changes += 1
 
     def export(self, number: int, after: str, limit: int, layers: range) -> Tensors:
-        """Weights and optimizer states by name, those behind `after`, as many as fit into `limit` bytes (one at least).
-
-        Names are those of `load`.
-        """
+        """The tensors that `load` takes, those behind `after`, as many as fit into `limit` bytes (one at least)."""
         chosen, more = page(dict(self._everything(layers)), after, limit)
         return Tensors(number, chosen, more)
 
@@ -254,24 +231,8 @@ class TrainedAdapter:
 
     def _optimizer_for(self, step: OptimizerStep) -> torch.optim.Optimizer:
         if self._optimizer is None:
-            parameters = list(self.parameters.values())
-            if step.kind == "sgd":
-                self._optimizer = torch.optim.SGD(parameters, lr=step.lr, fused=True)
-            else:
-                maker: Any = torch.optim.AdamW if step.kind == "adamw" else torch.optim.Adam
-                self._optimizer = maker(parameters, lr=step.lr, amsgrad=step.amsgrad, fused=True)
+            self._optimizer = self._new_optimizer(step)
             self._kind = (step.kind, step.amsgrad)
-            expected = {"momentum_buffer"} if step.kind == "sgd" else {"step", "exp_avg", "exp_avg_sq"}
-            expected |= {"max_exp_avg_sq"} if step.amsgrad else set()
-            for name, states in self._restored.items():
-                if states.keys() != expected:
-                    self._optimizer = None
-                    raise ProtocolError(f"the optimizer's states of {name} are {', '.join(states)}, not {step.kind}'s")
-            for name, states in self._restored.items():
-                parameter = self.parameters[name]
-                self._optimizer.state[parameter] = {
-                    kind: state if kind == "step" else state.to(parameter.device) for kind, state in states.items()
-                }
             self._restored = {}
         if self._kind != (step.kind, step.amsgrad):
             raise ProtocolError(f"the run's optimizer is {self._kind[0] if self._kind else None}, not {step.kind}")
@@ -281,6 +242,31 @@ class TrainedAdapter:
             group.update({name: value for name, value in settings.items() if name in group})
         return self._optimizer
 
+    def _new_optimizer(self, step: OptimizerStep) -> torch.optim.Optimizer:
+        expected = {"momentum_buffer"} if step.kind == "sgd" else {"step", "exp_avg", "exp_avg_sq"}
+        expected |= {"max_exp_avg_sq"} if step.amsgrad else set()
+        for name, states in self._restored.items():
+            if states.keys() != expected:
+                raise ProtocolError(f"the optimizer's states of {name} are {', '.join(states)}, not {step.kind}'s")
+        parameters = list(self.parameters.values())
+        optimizer: torch.optim.Optimizer
+        if step.kind == "sgd":
+            optimizer = torch.optim.SGD(parameters, lr=step.lr, fused=True)
+        else:
+            maker: Any = torch.optim.AdamW if step.kind == "adamw" else torch.optim.Adam
+            optimizer = maker(parameters, lr=step.lr, amsgrad=step.amsgrad, fused=True)
+        for name, states in self._restored.items():
+            parameter = self.parameters[name]
+            optimizer.state[parameter] = {
+                kind: state if kind == "step" else state.to(parameter.device) for kind, state in states.items()
+            }
+        return optimizer
+
+
+def _multiplied(gradients: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
+    values = list(gradients.values())
+    return dict(zip(gradients, torch._foreach_mul(values, factor) if values else (), strict=True))
+
 
 def _norm(gradients: list[Tensor], divisors: list[float] | None = None) -> float:
     if not gradients:
@@ -289,7 +275,7 @@ def _norm(gradients: list[Tensor], divisors: list[float] | None = None) -> float
     if divisors is not None:
         norms = norms / torch.tensor(divisors, device=norms.device)
     norm = float(torch.linalg.vector_norm(norms))
-    return norm if norm < float("inf") else float("inf")  # NaN counts as infinite
+    return norm if norm < math.inf else math.inf  # NaN counts as infinite
 
 
 def explain(gradients: Mapping[str, Tensor]) -> str:

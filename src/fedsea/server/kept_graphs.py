@@ -1,4 +1,4 @@
-"""Micro-batches between their two passes: what is kept of them, with whom, and how a gradient is taken down."""
+"""Micro-batches between their forward and backward pass: what is kept of them, and how gradients are backpropagated."""
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from fedsea.parts import Rows
-from fedsea.server.trained import TrainedAdapter
+from fedsea.server.adapter import TrainedAdapter
 from fedsea.wire.run_frames import Backward
 
 
-class Graph:
+class KeptGraph:
     """The activations that one pass keeps, for the micro-batches that it computed.
 
     The micro-batches hold it, and not it them: given up, they take it with them.
@@ -22,32 +22,37 @@ class Graph:
 
     def __init__(self, adapters: Iterable[TrainedAdapter]) -> None:
         self.bytes = 0
-        self._micros: list[ref[Micro]] = []
+        self._micros: list[ref[MicroBatch]] = []
         self._adapters = [(adapter, adapter.changes) for adapter in adapters]
 
-    def add(self, micro: "Micro") -> None:
+    def add(self, micro: "MicroBatch") -> None:
         """One more micro-batch that the pass computed."""
         self._micros.append(ref(micro))
 
     @property
-    def micros(self) -> list["Micro"]:
+    def micros(self) -> list["MicroBatch"]:
         """Those that still need it."""
         found = [one() for one in list(self._micros)]
         return [micro for micro in found if micro is not None and micro.graph is self]
+
+    @property
+    def cost(self) -> float:
+        """Of those that still need it, together."""
+        return sum(micro.cost for micro in self.micros)
 
     @property
     def usable(self) -> bool:
         """Whether the weights are still those of the pass."""
         return all(adapter.changes == changes for adapter, changes in self._adapters)
 
-    def spend(self) -> None:
-        """It was used, or will not be: whoever still needs it computes again."""
+    def consume(self) -> None:
+        """It was used: the micro-batches that still need it are computed again."""
         for micro in self.micros:
             micro.drop()
 
 
 @dataclass(eq=False)
-class Micro:
+class MicroBatch:
     """A micro-batch that waits for its gradient.
 
     Attributes
@@ -59,7 +64,7 @@ class Micro:
     leaves
         The adapter's weights in that graph.
     cost
-        Its part of the graph, beside those of the others there.
+        What its pass computed for it, in padded tokens times layers.
     """
 
     rows: Rows
@@ -68,75 +73,76 @@ class Micro:
     seed: int
     output: Tensor | None = None
     leaves: dict[str, Tensor] = field(default_factory=dict)
-    graph: Graph | None = None
+    graph: KeptGraph | None = None
     cost: float = 1.0
 
-    def keep(self, output: Tensor, leaves: dict[str, Tensor], graph: Graph) -> None:
+    @property
+    def usable(self) -> bool:
+        """Whether its activations are kept, of the weights as they are now."""
+        return self.graph is not None and self.graph.usable
+
+    @property
+    def graph_bytes(self) -> int:
+        """Memory of its activations: its part of what all that are still in the graph hold together."""
+        graph = self.graph  # asked for by other threads too, which may find it consumed
+        return int(graph.bytes * self.cost / max(graph.cost, self.cost)) if graph is not None else 0
+
+    def keep(self, output: Tensor, leaves: dict[str, Tensor], graph: KeptGraph, cost: float) -> None:
         """Keep what the backward pass needs."""
-        self.output, self.leaves, self.graph = output, leaves, graph
+        self.output, self.leaves, self.graph, self.cost = output, leaves, graph, cost
         graph.add(self)
 
     def drop(self) -> None:
         """Keep nothing but what it takes to compute again."""
         self.output, self.leaves, self.graph = None, {}, None
 
-    @property
-    def graph_bytes(self) -> int:
-        """Memory of its activations: its part of what all that are still in the graph hold together."""
-        graph = self.graph
-        if graph is None:
-            return 0
-        return int(graph.bytes * self.cost / sum(micro.cost for micro in graph.micros))
-
 
 @dataclass(eq=False)
-class Pull:
-    """A gradient on its way down.
+class Gradient:
+    """A gradient on its way through the middle.
 
     Attributes
     ----------
     gradient
         `2**exponent` times that at `h_B`, `[rows, width, hidden]`, in the compute dtype.
     at_input, at_weights
-        What came of it: the same at `h_A` (None if nobody wants it), and by names of the adapter's weights.
+        What came of it: the same at `h_A` (None if the client does not want it), and by names of the adapter's weights.
     packed
         That at `h_A`, `[tokens, hidden]`.
-    spoiled
-        Whether it is told as not finite.
+    nonfinite
+        Whether its client is told that it is not finite.
     """
 
     operation: Backward
-    micro: Micro
+    micro: MicroBatch
     gradient: Tensor
     exponent: int
     at_input: Tensor | None = None
     at_weights: dict[str, Tensor] = field(default_factory=dict)
     packed: Tensor | None = None
-    spoiled: bool = False
+    nonfinite: bool = False
 
 
-def take_back(pulls: list[Pull]) -> None:
-    """Take gradients down, of micro-batches whose activations are kept in one graph; it is spent then."""
+def backpropagate(gradients: list[Gradient]) -> None:
+    """Backpropagate gradients of micro-batches whose activations are kept in one graph; it is consumed."""
     outputs: list[Tensor] = []
     above: list[Tensor] = []
     inputs: list[Tensor] = []
     fill: list[Callable[[Tensor], None]] = []
-    for pull in pulls:
-        micro = pull.micro
-        output, graph = micro.output, micro.graph
+    for one in gradients:
+        micro, output = one.micro, one.micro.output
         assert output is not None
-        assert graph is not None
         if output.requires_grad and (micro.hidden.requires_grad or micro.leaves):
             outputs.append(output)
-            above.append(pull.gradient)
+            above.append(one.gradient)
             if micro.hidden.requires_grad:
                 inputs.append(micro.hidden)
-                fill.append(partial(setattr, pull, "at_input"))
+                fill.append(partial(setattr, one, "at_input"))
             inputs += micro.leaves.values()
-            fill += [partial(pull.at_weights.__setitem__, name) for name in micro.leaves]
-    for pull in pulls:
-        if pull.micro.graph is not None:
-            pull.micro.graph.spend()  # before: should there be no memory for it, it is computed again
+            fill += [partial(one.at_weights.__setitem__, name) for name in micro.leaves]
+    for one in gradients:
+        if one.micro.graph is not None:
+            one.micro.graph.consume()  # before: should there be no memory for it, it is computed again
     if inputs:
         for put, gradient in zip(fill, torch.autograd.grad(outputs, inputs, above), strict=True):
             put(gradient)

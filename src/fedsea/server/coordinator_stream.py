@@ -1,0 +1,121 @@
+"""A coordinator's stream: rounds are opened, looked at, averaged and closed.
+
+A round is opened in three parts: `open` with the plan, the adapter's weights at the start in TENSORS frames, `start`.
+"""
+
+import math
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from fedsea.errors import CredentialsError, FedSEAError, ProtocolError
+from fedsea.server.connections import log_refusal
+from fedsea.server.ledger import Kept, Pool, nbytes
+from fedsea.server.served_stream import ServedStream
+from fedsea.server.state import ServerState
+from fedsea.server.stream import Stream
+from fedsea.wire.frames import Kind, Message, encode
+from fedsea.wire.rounds import RoundPlan, ServerDescription
+from fedsea.wire.run_frames import Command, Outcome, RunFrame, Tensors, decode_run, encode_run, page
+
+
+class CoordinatorStream(ServedStream):
+    """A call of a coordinator's, with the round that it is opening: its plan, and the weights that have come so far."""
+
+    def __init__(self, state: ServerState, stream: Stream) -> None:
+        super().__init__(state, stream)
+        self._plan: RoundPlan | None = None
+        self._weights: dict[str, Tensor] = {}
+        self._names: set[str] = set()
+
+    async def serve(self) -> None:
+        """As every stream."""
+        state, stream = self.state, self.stream
+        if not stream.coordinator:
+            raise CredentialsError(
+                f"client {stream.client!r} is no coordinator: rounds are opened with a coordinator's certificate, "
+                "which 'fedsea credentials init' makes"
+            )
+        if await self.open_body() is None:
+            return
+        description = ServerDescription(state.fingerprint, state.middle.layers, state.runs.num_layers)
+        body = {**description.to_body(), "frame_bytes": state.limits.frame_bytes}
+        await stream.write(encode(Message(Kind.OPENED, body)))
+        state.ledger.keep(stream, Kept(Pool.ADAPTERS, stream.client, lambda: nbytes(self._weights)))
+        while (data := await stream.read_bytes()) is not None:
+            stream.held = len(data)
+            read = partial(decode_run, data, max_bytes=stream.frame_bytes, knows=self._knows)
+            frame, _ = await stream.apart(read, len(data))
+            if isinstance(frame, Message) and frame.kind is Kind.CLOSE:
+                return
+            reply = await self._do(frame)
+            size = nbytes(reply.tensors) if isinstance(reply, Tensors) else 0
+            await stream.write(await stream.apart(partial(encode_run, reply), size))
+            stream.held = 0
+
+    def end(self, error: FedSEAError) -> None:
+        """The rounds that it has opened stay."""
+        log_refusal(self.stream, "coordinator", self.stream.client, error)
+
+    def _knows(self, name: str) -> bool:
+        if self._plan is None:
+            raise ProtocolError("weights came, and no round is being opened")
+        return name in self._names
+
+    async def _do(self, frame: RunFrame) -> Outcome | Tensors:
+        rounds = self.state.rounds
+        if isinstance(frame, Tensors):
+            self.state.ledger.require(Pool.ADAPTERS, self.stream.client, nbytes(frame.tensors), "the round's adapter")
+            self._weights.update(frame.tensors)
+            return Outcome(frame.number, {})
+        if not isinstance(frame, Command):
+            raise ProtocolError("a command was expected")
+        match frame.body.get("do"):
+            case "open":
+                self._begin(RoundPlan.from_body(frame.body))
+            case "start":
+                self._start()
+            case "status":
+                return Outcome(frame.number, rounds.find(_label(frame)).status().to_body())
+            case "aggregate":
+                await rounds.aggregate(_label(frame), _weights(frame.body.get("weights")))
+            case "export":
+                return self._export(frame)
+            case "close":
+                rounds.close(_label(frame))
+            case other:
+                raise ProtocolError(f"there is no command {other!r}")
+        return Outcome(frame.number, {})
+
+    def _begin(self, plan: RoundPlan) -> None:
+        self._plan, self._weights, self._names = plan, {}, plan.adapter.weight_names(self.state.middle.layers)
+
+    def _start(self) -> None:
+        if self._plan is None:
+            raise ProtocolError("a round was started, and none is being opened")
+        self.state.rounds.open(self._plan, self._weights, self.stream.client)
+        self._plan, self._weights = None, {}
+
+    def _export(self, command: Command) -> Tensors:
+        average, after = self.state.rounds.find(_label(command)).average, command.body.get("after")
+        if average is None or not isinstance(after, str):
+            raise ProtocolError("an average is asked for after 'aggregate', and goes on after a name")
+        chosen, more = page(average, after, self.state.limits.frame_bytes // 2)
+        return Tensors(command.number, chosen, more)
+
+
+def _label(command: Command) -> str:
+    label = command.body.get("label")
+    if not isinstance(label, str):
+        raise ProtocolError("a command names its round")
+    return label
+
+
+def _weights(value: Any) -> dict[str, float]:
+    if not isinstance(value, dict) or not value:
+        raise ProtocolError("an average needs the weight of each client")
+    for weight in value.values():
+        if type(weight) not in (int, float) or not math.isfinite(weight):
+            raise ProtocolError("a client's weight in an average is a number")
+    return {client: float(weight) for client, weight in value.items()}

@@ -1,0 +1,166 @@
+"""Leases: what a server keeps for a client by a name, while a connection serves it and for a while after.
+
+    add                    attach
+     |        +-------------------------------+
+     v        v                               |
+    ATTACHED -+--> connection lost: DETACHED -+--> its time is up, or its client needs the room: ENDED
+     |
+     +--> closed: ENDED
+
+An attached lease has a connection that serves it; `attach` takes it from that one if the client is already back on
+another. A detached one keeps what it has for the client to come back to; it still counts against the limits, but gives
+way when its own client begins a new one and is at a limit. From ENDED nothing leads back: the name is forgotten and
+what it held is given up.
+
+Names are the client's own: two clients' leases of one name are two leases, and neither client learns of the other's.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import Enum
+from typing import Generic, TypeVar
+
+from fedsea.errors import FedSEAError, LimitExceededError, ProtocolError
+from fedsea.server.ledger import Kept, Ledger
+
+L = TypeVar("L", bound="Lease")
+
+
+class State(Enum):
+    """Where a lease is in its life."""
+
+    ATTACHED = "attached"
+    DETACHED = "detached"
+    ENDED = "ended"
+
+
+@dataclass(eq=False, kw_only=True)
+class Lease:
+    """What is kept for a client under a name.
+
+    Attributes
+    ----------
+    changed
+        When it was last used or its state last changed, in the table's clock.
+    end
+        Ends the connection that serves it, with a reason for the client.
+    reserved
+        Whether somebody else than its client decides when it ends: it has no place of its client's, and waits for ever.
+    """
+
+    name: str
+    client: str
+    changed: float
+    end: Callable[[FedSEAError], None]
+    state: State = State.ATTACHED
+    reserved: bool = False
+
+    def give_up(self) -> None:
+        """Drop what it holds; it has ended."""
+
+
+class LeaseTable(Generic[L]):
+    """All leases of a kind, and the limits on them. Belongs to the thread of the event loop.
+
+    Parameters
+    ----------
+    kind
+        What errors call one, and with an "s" the flags of `fedsea serve`.
+    closed_by
+        What a client can do to end one, for the error at its limit.
+    most, most_of_client
+        How many there may be, in all and of one client.
+    away_seconds
+        How long a detached one is kept.
+    clock
+        Seconds, monotonic.
+    ledger
+        What all tables of the server keep.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        closed_by: str,
+        *,
+        most: int,
+        most_of_client: int,
+        away_seconds: float,
+        clock: Callable[[], float],
+        ledger: Ledger,
+    ) -> None:
+        self._kind, self._closed_by, self._most, self._most_of_client = kind, closed_by, most, most_of_client
+        self._away_seconds, self.clock, self.ledger = away_seconds, clock, ledger
+        self._leases: dict[tuple[str, str], L] = {}
+
+    def __len__(self) -> int:
+        return len(self._leases)
+
+    def __iter__(self) -> Iterator[L]:
+        return iter(list(self._leases.values()))  # of a copy: the worker's thread goes through them too
+
+    def get(self, name: str, client: str) -> L | None:
+        """A client's lease; None if there is none."""
+        return self._leases.get((client, name))
+
+    def make_room(self, client: str) -> None:
+        """See that a client may begin another one; its own that was left first gives way.
+
+        Raises
+        ------
+        LimitExceededError
+            If there are too many, in all or of this client, and none of its own is detached.
+        """
+        own = [lease for lease in self if lease.client == client and not lease.reserved]
+        if len(own) < self._most_of_client and len(self) < self._most:
+            return
+        left = [lease for lease in own if lease.state is State.DETACHED]
+        if left:
+            self.close(min(left, key=lambda lease: lease.changed))
+        elif len(own) >= self._most_of_client:
+            raise LimitExceededError(
+                f"client {client!r} has {len(own)} {self._kind}s open, the limit of {self._kind}s per client; "
+                f"close one first ({self._closed_by}), or have --max-client-{self._kind}s raised"
+            )
+        else:
+            raise LimitExceededError(
+                f"the server has {len(self)} {self._kind}s open, its limit (--max-{self._kind}s); try again later"
+            )
+
+    def add(self, lease: L, *things: Kept) -> None:
+        """Take a new lease in, and count what it holds. One of its client's that has the name must have ended."""
+        self._leases[lease.client, lease.name] = lease
+        self.ledger.keep(lease, *things)
+
+    def take_up(self, lease: L, end: Callable[[FedSEAError], None]) -> None:
+        """DETACHED, or ATTACHED to a connection that was not missed yet, -> ATTACHED to the one that `end` ends."""
+        if lease.state is State.ATTACHED:
+            lease.end(ProtocolError(f"another connection has taken the {self._kind} up"))
+        lease.state, lease.changed, lease.end = State.ATTACHED, self.clock(), end
+
+    def detach(self, lease: L) -> None:
+        """Its connection is lost: ATTACHED -> DETACHED, for a while."""
+        if lease.state is State.ATTACHED:
+            lease.state, lease.changed = State.DETACHED, self.clock()
+
+    def close(self, lease: L) -> bool:
+        """Any state -> ENDED: the name is forgotten, what it held given up. Says whether it was in the table."""
+        lease.state = State.ENDED
+        lease.give_up()
+        self.ledger.release(lease)
+        if self._leases.get((lease.client, lease.name)) is not lease:
+            return False
+        del self._leases[lease.client, lease.name]
+        return True
+
+    def expire(self) -> list[L]:
+        """End those whose clients were away for too long, and return them."""
+        now = self.clock()
+        over = [
+            lease
+            for lease in self
+            if lease.state is State.DETACHED and not lease.reserved and now - lease.changed > self._away_seconds
+        ]
+        for lease in over:
+            self.close(lease)
+        return over

@@ -1,0 +1,92 @@
+"""A session's stream: OPEN, then steps until CLOSE, an error, or the loss of the connection."""
+
+import logging
+
+from fedsea.errors import FedSEAError, ProtocolError, RunLostError
+from fedsea.server.connections import log_refusal
+from fedsea.server.leases import State
+from fedsea.server.served_stream import ServedStream
+from fedsea.server.sessions import Session, check_cut
+from fedsea.server.state import ServerState
+from fedsea.server.stream import Stream
+from fedsea.wire.frames import Kind, Message, Step, encode, wire_dtype
+from fedsea.wire.handshake import Open, Opened
+
+log = logging.getLogger("fedsea.server")
+
+
+class SessionStream(ServedStream):
+    """A call with a session, which is lost or ended with it, unless another stream has taken it up."""
+
+    def __init__(self, state: ServerState, stream: Stream) -> None:
+        super().__init__(state, stream)
+        self.session: Session | None = None
+
+    async def serve(self) -> None:
+        """As every stream."""
+        session = self.session = await self.open()
+        if session is None:
+            return
+        stream, scheduler, sessions = self.stream, self.state.scheduler, self.state.sessions
+        while (frame := await stream.read()) is not None:
+            if isinstance(frame, Step):
+                sessions.admit(session, frame)
+                await stream.write(await scheduler.run(session.owner, sessions.do, session, frame))
+            elif isinstance(frame, Message) and frame.kind is Kind.CLOSE:
+                self.state.close_session(session, "closed")
+                return
+            else:
+                raise ProtocolError("a step or CLOSE was expected")
+        # The stream ended without CLOSE (a killed client looks like this too): the session may be taken up again.
+        self.lose()
+
+    async def open(self) -> Session | None:
+        """The session that the client asks for, which is told so; None if it asks for nothing."""
+        request = await self.open_request(Open.from_body)
+        if request is None:
+            return None
+        session = self.session = await self._find(request)
+        # What the session's lost connection has left in the worker comes first: it moves the cache and the step.
+        await self.state.scheduler.settled(session.owner)
+        log.info("session opened session=%s client=%s step=%d", session.label, session.client, session.step)
+        held, limits = self.state.middle.layers, self.state.limits
+        longest = min(self.state.sessions.max_tokens, limits.session_tokens)
+        opened = Opened(session.name, session.step, longest, limits.frame_bytes, (held.start, held.stop))
+        await self.stream.write(encode(Message(Kind.OPENED, opened.to_body())))
+        return session
+
+    async def _find(self, request: Open) -> Session:
+        """The session to resume if it is there, else a new one; through a run's adapter, if the client wants that."""
+        state, client = self.state, self.stream.client
+        layers, dtype = request.partition.middle(state.runs.num_layers), wire_dtype(request.wire_dtype)
+        run = state.runs.find(request.run, client) if request.run is not None else None
+        trainer = None
+        if run is not None:
+            state.ledger.keep(self.stream, run.adapter)
+            trainer = await state.trainer(run)
+        check_cut(request.narrow, trainer)
+        if request.resume is not None:
+            session = state.sessions.attach(request.resume, client, layers, dtype, self.stream.end)
+            if session is not None:
+                return session
+        if run is not None and run.state is State.ENDED:
+            raise RunLostError(f"the run {run.name!r} has ended")
+        return state.sessions.open(client, layers, dtype, self.stream.end, trainer)
+
+    def lose(self) -> None:
+        """The session is kept for its client to come back."""
+        session = self._own()
+        if session is not None and session.state is State.ATTACHED:
+            self.state.sessions.detach(session)
+            log.info("connection lost session=%s client=%s", session.label, session.client)
+
+    def end(self, error: FedSEAError) -> None:
+        """The session ends with its stream."""
+        log_refusal(self.stream, "session", self.session.label if self.session is not None else "-", error)
+        session = self._own()
+        if session is not None:
+            self.state.close_session(session, error.code)
+
+    def _own(self) -> Session | None:
+        """The session, unless another stream has taken it up."""
+        return self.session if self.session is not None and self.session.end == self.stream.end else None
