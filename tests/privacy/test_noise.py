@@ -150,8 +150,8 @@ def test_a_state_that_is_sent_again_carries_the_same_noise(tiny_server: RunningS
         )
     # In batches of other shapes states differ in their last bits, and may so come to the next step of the noise's grid.
     for position in range(12):
-        torch.testing.assert_close(in_pieces[0, position], first[0, position], atol=0.005, rtol=0)
-        torch.testing.assert_close(asked_anew[0, position], first[0, position], atol=0.005, rtol=0)
+        torch.testing.assert_close(in_pieces[0, position], first[0, position], atol=0.01, rtol=0)
+        torch.testing.assert_close(asked_anew[0, position], first[0, position], atol=0.01, rtol=0)
 
 
 def two_calls(model: Any, ids: torch.Tensor) -> None:

@@ -263,13 +263,13 @@ def test_evaluation_carries_the_noise_of_training_whatever_the_shape_of_the_batc
         among = by_position(capture(model, lambda: model(batch)))
         cache = model.new_cache()
         in_pieces = capture(model, lambda: [model(TEXT[:, at : at + 4], past_key_values=cache) for at in (0, 4, 8)])
-    place = next(row for row in range(3) if torch.allclose(among[row, 0], first[0], atol=0.01))
+    place = next(row for row in range(3) if torch.allclose(among[row, 0], first[0], atol=0.04))
     for found in (
         alone,
         torch.stack([among[place, at] for at in range(12)]),
         torch.cat([one.states for one in in_pieces]),
     ):
-        torch.testing.assert_close(found, first, atol=0.01, rtol=1e-3)
+        torch.testing.assert_close(found, first, atol=0.04, rtol=1e-3)  # a step of the grid
 
 
 @pytest.mark.parametrize("computed", ["bfloat16", "float16", "autocast"])
