@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from fedsea import GaussianNoise, Partition, SplitModelForCausalLM
-from fedsea.audit.attack import Attack, Recovery
-from fedsea.audit.attacks import ATTACKS, get_attack
-from fedsea.audit.attacks.search import Average, Search
+from fedsea.audit.attack import Attack
+from fedsea.audit.attacks import attack_names, get_attack
+from fedsea.audit.attacks.average import Average
+from fedsea.audit.attacks.search import Search
 from fedsea.audit.attacks.search_map import SearchMap
-from fedsea.audit.language import next_token_reference
-from fedsea.audit.observation import Knowledge, Observation
+from fedsea.audit.knowledge import Knowledge, KnownAdapter, SharedKnowledge
+from fedsea.audit.observation import Observation, Recovery
 from fedsea.audit.provider import CuriousProvider
 from fedsea.audit.shortlist import Shortlist
 from fedsea.checkpoints import open_checkpoint
@@ -24,8 +25,14 @@ from fedsea.privacy import ClippedGaussianNoise, Noise
 NOTHING = GaussianNoise(0.0)
 
 
-def knowledge_of(p: int = 1, noise: Noise = NOTHING, name: str = "random:tiny", **more: Any) -> Knowledge:
-    return Knowledge(open_checkpoint(name), Partition(p, 1), noise, None, **more)
+def knowledge_of(
+    p: int = 1,
+    noise: Noise = NOTHING,
+    name: str = "random:tiny",
+    adapter: KnownAdapter | None = None,
+    **more: Any,
+) -> Knowledge:
+    return Knowledge(SharedKnowledge(open_checkpoint(name), Partition(p, 1), adapter=adapter), noise, **more)
 
 
 def draw(width: int, seed: int = 0) -> list[int]:
@@ -34,7 +41,7 @@ def draw(width: int, seed: int = 0) -> list[int]:
 
 def look_at(knowledge: Knowledge, text: Sequence[int], seed: int = 0) -> Observation:
     """What the provider sees of a text, in 16 bits."""
-    with torch.inference_mode():
+    with torch.no_grad():
         hidden = knowledge.input_blocks(torch.tensor([list(text)]), Rows.uniform(1, 0, len(text)), None)[0]
         draws = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(seed))
         return Observation(knowledge.noise.apply(hidden, lambda: draws).half().float())
@@ -53,7 +60,7 @@ def test_candidates_have_the_states_that_the_input_blocks_give_them(name: str, p
     blocks = InputBlocks.from_checkpoint(open_checkpoint(f"random:{name}"), Partition(p, 1), dtype=torch.float32)
     knowledge = knowledge_of(p, name=f"random:{name}")
     text, tokens = draw(40), torch.arange(0, 256, 3)
-    with torch.inference_mode():
+    with torch.no_grad():
         for length in (0, 1, 40):  # 40 is more than the windows of mistral and qwen2
             prefix = knowledge.candidates.prefix(text[:length])
             assert prefix.length == length
@@ -77,15 +84,14 @@ def test_a_mechanism_that_alters_states_is_followed() -> None:
 def test_the_shortlist_finds_what_a_full_search_finds(small: str, level: float) -> None:
     """In a real vocabulary, a tenth of which is run at most."""
     knowledge = knowledge_of(2, name=small)
-    with torch.inference_mode():
+    with torch.no_grad():
         magnitude = float(knowledge.candidates.typical.abs().mean())
     knowledge = dataclasses.replace(knowledge, noise=GaussianNoise(level * magnitude))
-    vocabulary = knowledge.checkpoint.config.vocab_size
-    text = torch.randint(vocabulary, (12,), generator=torch.Generator().manual_seed(0)).tolist()
+    text = torch.randint(knowledge.vocabulary, (12,), generator=torch.Generator().manual_seed(0)).tolist()
     seen = look_at(knowledge, text)
     prefix, shift = knowledge.candidates.prefix(), None
     short, full = (Shortlist(knowledge.candidates, limit, knowledge.noise_variance) for limit in (2048, None))
-    with torch.inference_mode():
+    with torch.no_grad():
         for token, state in zip(text, seen.sent, strict=True):
             (found,), (cost,), shift = short.best(prefix, state, shift)
             (best,), (least,), _ = full.best(prefix, state)
@@ -132,12 +138,12 @@ def test_nearest_without_input_layers_is_search() -> None:
 def test_read_out_sees_what_the_client_sees(std: float) -> None:
     """Through a real session: without noise, it is the whole model's argmax at each position."""
     knowledge = knowledge_of(1, GaussianNoise(std))
-    with CuriousProvider(knowledge.checkpoint) as provider:
+    with CuriousProvider(knowledge.shared.checkpoint) as provider:
         with SplitModelForCausalLM.from_pretrained(
-            knowledge.checkpoint,
+            knowledge.shared.checkpoint,
             server=provider.address,
             insecure=True,
-            partition=knowledge.partition,
+            partition=knowledge.shared.partition,
             noise=knowledge.noise,
             wire_dtype="float32",
         ) as model:
@@ -146,9 +152,9 @@ def test_read_out_sees_what_the_client_sees(std: float) -> None:
         ((seen,),) = provider.sessions()
     (found,) = get_attack("read-out").run([[seen]], knowledge)
     assert found.tokens == (None, *client[:-1])
-    whole = knowledge.whole(text).logits[0].argmax(-1).tolist()
+    whole = knowledge.shared.whole(text).logits[0].argmax(-1).tolist()
     assert (found.tokens == (None, *whole[:-1])) == (std == 0)
-    assert next_token_reference(knowledge, text[0].tolist()) == Recovery((None, *whole[:-1]))
+    assert knowledge.shared.predicted_by_context(tuple(text[0].tolist()))[0] == Recovery((None, *whole[:-1]))
     with pytest.raises(UsageError, match="h_B"):
         get_attack("read-out").run([[Observation(seen.sent)]], knowledge)
 
@@ -162,6 +168,6 @@ def test_prior_is_the_models_own_text(whole_tiny: Any) -> None:
 
 
 def test_attacks_go_by_name() -> None:
-    assert {name: type(get_attack(name)) for name in ATTACKS} == ATTACKS
-    with pytest.raises(UsageError, match=r"no attack 'guess'; there are: prior, nearest"):
+    assert [get_attack(name).name for name in attack_names()] == attack_names()
+    with pytest.raises(UsageError, match=r"no attack 'guess'; there are: average, decoder"):
         get_attack("guess")

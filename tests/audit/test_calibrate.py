@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedsea.audit.calibrate import Calibration, Goal, Outcome, TaskData, Trial, calibrate, weakest
+from fedsea.audit.calibration import Calibration, Goal, Outcome, TaskData, Trial, calibrate, weakest
 from fedsea.audit.plan import Plan
 from fedsea.audit.scores import Score
 from fedsea.audit.utility import protected_model

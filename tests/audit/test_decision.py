@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from fedsea.audit.audit import Audits
+from fedsea.audit.charts import WIDTH
 from fedsea.audit.decision import decide
 from fedsea.audit.page import page
 from fedsea.audit.plan import Plan
 from fedsea.audit.report import Report
+from fedsea.audit.run import Auditor
 from fedsea.audit.samples import SAMPLES, TaskText, encode, read_texts
-from fedsea.audit.svg import WIDTH
 from fedsea.checkpoints import load_tokenizer
 from fedsea.cli import run as command
 from fedsea.partition import Partition
@@ -35,17 +35,17 @@ MESSAGES = [
 @pytest.fixture(scope="module")
 def reports(small: str) -> list[Report]:
     """Without protection, under noise that hides the text, and the same behind a clip; answers attacked as well."""
-    audits = Audits(
+    auditor = Auditor(
         Plan(small, SAMPLES[:2], Partition(0, 1), tokens=8, answer=3, attacks=("prior", "search", "read-out"))
     )
     noises = (RelativeGaussianNoise(0.0), RelativeGaussianNoise(1e4), RelativeClippedGaussianNoise(1.0, 1e4))
-    return [audits.under(noise) for noise in noises]
+    return [auditor.report(noise) for noise in noises]
 
 
 @pytest.fixture(scope="module")
 def trained(small: str) -> Report:
     attacks = ("prior", "nearest", "search", "search-map", "read-out", "gradient", "average")
-    return Audits(Plan(small, SAMPLES[:2], Partition(0, 1), tokens=8, train_steps=2, attacks=attacks)).under(
+    return Auditor(Plan(small, SAMPLES[:2], Partition(0, 1), tokens=8, train_steps=2, attacks=attacks)).report(
         RelativeGaussianNoise(0.5)
     )
 
@@ -99,8 +99,8 @@ def test_an_answer_that_nobody_attacked_decides_nothing(reports: list[Report]) -
 def test_of_what_may_be_sent_the_cheapest_is_named(reports: list[Report]) -> None:
     cheap, dear = unread(reports[2]), replace(unread(reports[1]), loss=4.0)
     found = decide([reports[0], dear, cheap])
-    assert (found.action, found.mechanism) == ("send", cheap.asked)
-    assert found.sentence.startswith(f"Send with --mechanism {cheap.asked}. ")
+    assert (found.action, found.mechanism) == ("send", cheap.spec)
+    assert found.sentence.startswith(f"Send with --mechanism {cheap.spec}. ")
     assert "A better attack may exist" in found.why
     assert decide(reports).action == "do not send"
 
@@ -161,7 +161,7 @@ def test_nothing_is_cut_on_a_terminal(
         assert max(map(len, printed.splitlines())) <= width
         assert all(re.search(rf"^{re.escape(one.attack)} ", printed, re.MULTILINE) for one in report.findings)
         assert not re.search(r"\w…", printed)  # an ellipsis stands for what was cut; an interval has spaces around
-    compare_reports([*reports, replace(reports[2], asked="clip:norm=1.0+gaussian:std=123456.789012345")])
+    compare_reports([*reports, replace(reports[2], spec="clip:norm=1.0+gaussian:std=123456.789012345")])
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines())) <= width
     assert not re.search(r"\w…", printed)

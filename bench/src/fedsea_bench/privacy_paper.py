@@ -5,18 +5,18 @@ metrics near zero. That is `paper-decoder`; `decoder` is the same network traine
 the same frames.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedsea.audit.attack import Attack
-from fedsea.audit.attacks.decoder import Decoder, PaperDecoder
+from fedsea.audit.attacks.decoder import Decoder
+from fedsea.audit.attacks.paper_decoder import PaperDecoder
 from fedsea.audit.attacks.prior import Prior
-from fedsea.audit.observation import Knowledge, Subject
-from fedsea.audit.scores import Score, score
+from fedsea.audit.run import Auditor
+from fedsea.audit.scores import Score
 from fedsea.partition import Partition
 from fedsea.privacy import RelativeGaussianNoise
-from fedsea_bench.privacy_case import Case, seen
+from fedsea_bench.privacy_case import Case
 from fedsea_bench.results import Line
 from fedsea_bench.workbench import Workbench
 
@@ -44,16 +44,13 @@ def paper_claim(bench: Workbench) -> Iterator[Line]:
     curves: dict[int, list[Point]] = {}
     for p in QUICK_DEPTHS if quick else DEPTHS:
         curves[p] = []
-        before: Knowledge | None = None
+        partition = Partition(p, 1)
+        auditor = Auditor(case.plan(bench, RelativeGaussianNoise(0.0), partition))
         for level in QUICK_LEVELS if quick else LEVELS:
-            partition = Partition(p, 1)
             with bench.step(f"decoders at partition ({p}, 1), noise level {level:g}"):
-                subjects, knowledge = seen(case.plan(bench, RelativeGaussianNoise(level), partition))
-                if before is not None:
-                    knowledge.take_over(before)
-                before = knowledge
+                observed = auditor.observe(RelativeGaussianNoise(level))
                 attacks = (Decoder(steps), PaperDecoder(steps), Prior())
-                point = Point(level, *(_tokens(attack, subjects, knowledge) for attack in attacks))
+                point = Point(level, *(auditor.attack(one, observed).prompt["tokens"] for one in attacks))
             curves[p].append(point)
             conditions = (
                 f"each trained for {steps} steps of 8 x 64 tokens; without a look {point.prior.mean:.3f}; "
@@ -70,12 +67,6 @@ def paper_claim(bench: Workbench) -> Iterator[Line]:
     yield from _claim(curves)
     if bench.settings.plots is not None:
         draw(curves, bench.settings.plots / "privacy-paper.png", bench.settings.model)
-
-
-def _tokens(attack: Attack, subjects: Sequence[Subject], knowledge: Knowledge) -> Score:
-    recoveries = attack.run([subject.looks for subject in subjects], knowledge)
-    masks = [[place >= len(knowledge.start) for place in range(len(subject.tokens))] for subject in subjects]
-    return score([subject.tokens for subject in subjects], recoveries, masks=masks)["tokens"]
 
 
 def _claim(curves: dict[int, list[Point]]) -> Iterator[Line]:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from fedsea.audit.audit import run
+from fedsea.audit.run import Auditor
 from fedsea.partition import Partition
 from fedsea.privacy import RelativeGaussianNoise
 from fedsea_bench.privacy_case import Case
@@ -30,7 +30,7 @@ def partition_study(bench: Workbench) -> Iterator[Line]:
             attacks = ("search", "search-map", "read-out") if q == depths[0] else ("read-out",)
             plan = case.plan(bench, noise, partition, attacks=attacks, answer=8)
             with bench.step(f"attacks at partition {described(partition)}"):
-                report = run(plan)
+                report = Auditor(plan).report()
             for finding in report.findings:
                 if finding.attack == "read-out":
                     answer[p, q] = finding.answer["tokens"].mean

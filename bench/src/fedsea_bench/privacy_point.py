@@ -20,10 +20,9 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from fedsea.audit.attacks import get_attack
-from fedsea.audit.known_adapter import KnownAdapter
-from fedsea.audit.language import told_before
+from fedsea.audit.knowledge import Knowledge, KnownAdapter, SharedKnowledge
 from fedsea.audit.limits import Limit, find_limits
-from fedsea.audit.observation import Knowledge, Observation, Subject
+from fedsea.audit.observation import Observation, Subject
 from fedsea.audit.observe import observe_sessions
 from fedsea.audit.plan import Plan
 from fedsea.audit.scores import score
@@ -44,7 +43,6 @@ from fedsea_bench.quality import train_whole
 from fedsea_bench.workbench import Workbench
 
 ATTACKS = ("prior", "nearest", "search", "search-map", "read-out", "decoder")
-WITH_ADAPTER = ("search", "search-map")
 FLOOR = "prior"
 RANK = 8
 ALONE = "alone"
@@ -279,24 +277,20 @@ def _attacked(
         noise=GaussianNoise(0.0) if cut is not None else point.noise,
         adapter=adapter,
     )
-    whole, noise = observe_sessions(plan, checkpoint, prompts, lambda *_progress: None, answer=0, looks=1)
+    whole, noise = observe_sessions(plan, checkpoint, prompts, lambda *_progress: None)
     # States depend on what is before them only, so a text may be attacked as far as one likes.
     subjects = [_first(one, min(len(start) + size.tokens, len(one.tokens) - end)) for one in whole]
+    projection = cut[1][PROJECT] if cut is not None else None
     knowledge = Knowledge(
-        checkpoint,
-        point.partition,
-        noise,
-        tokenizer,
-        projection=cut[1][PROJECT] if cut is not None else None,
-        start=start,
+        SharedKnowledge(checkpoint, point.partition, tokenizer, projection=projection), noise, start=start
     )
     read = {name: _tokens_read(name, subjects, knowledge) for name in size.attacks}
     limit = _limit(subjects, knowledge)
     stronger: dict[str, float] = {}
     if size.with_adapter:
-        having = replace(knowledge, adapter=KnownAdapter.read(adapter, checkpoint.config))
-        if "whole" in vars(knowledge):
-            vars(having)["whole"] = knowledge.whole  # the language model is the public one
+        known = KnownAdapter.read(adapter, checkpoint.config)
+        shared = SharedKnowledge(checkpoint, point.partition, tokenizer, adapter=known, projection=projection)
+        having = replace(knowledge, shared=shared)
         stronger = {name: _tokens_read(name, subjects, having) for name in size.with_adapter}
     return {"read": read, "read_with_adapter": stronger, "bits": limit.bits, "bound": limit.accuracy}
 
@@ -314,30 +308,23 @@ def _shared(rows: Sequence[Sequence[int]]) -> tuple[int, ...]:
 
 def _first(subject: Subject, count: int) -> Subject:
     """A text's first tokens, as the provider sees them."""
-    looks = tuple(
-        Observation(look.sent[:count], look.returned[:count] if look.returned is not None else None)
-        for look in subject.looks
+    observations = tuple(
+        Observation(one.sent[:count], one.returned[:count] if one.returned is not None else None)
+        for one in subject.observations
     )
-    return Subject(looks, subject.tokens[:count], count)
+    return Subject(observations, subject.tokens[:count], count)
 
 
 def _tokens_read(name: str, subjects: Sequence[Subject], knowledge: Knowledge) -> float:
-    recoveries = get_attack(name).run([subject.looks for subject in subjects], knowledge)
+    recoveries = get_attack(name).run([subject.observations for subject in subjects], knowledge)
     masks = [[place >= len(knowledge.start) for place in range(len(subject.tokens))] for subject in subjects]
     return score([subject.tokens for subject in subjects], recoveries, masks=masks)["tokens"].mean
 
 
 def _limit(subjects: Sequence[Subject], knowledge: Knowledge) -> Limit:
     """The bound for texts like these after what all begin with: by the clip if there is one, else by the estimate."""
-    told, losses = zip(*(told_before(knowledge, subject.tokens) for subject in subjects), strict=True)
     known = max(len(knowledge.start), 1)
-    right = [
-        torch.tensor([guess == token for guess, token in zip(one.tokens[known:], subject.tokens[known:], strict=True)])
-        for one, subject in zip(told, subjects, strict=True)
-    ]
-    limits = find_limits(
-        knowledge, [subject.tokens for subject in subjects], [one[known - 1 :] for one in losses], right, 1
-    ).limits
+    limits = find_limits(knowledge, [subject.tokens for subject in subjects], known=known).limits
     of_text = [limit for limit in limits if limit.guessable]
     if not of_text:
         raise FedSEAError("the texts are too short to estimate what any attacker could read of them")

@@ -3,13 +3,11 @@
 import time
 from collections.abc import Iterator, Sequence
 
-import torch
-
 from fedsea.audit.attacks.search import Search
-from fedsea.audit.audit import Audits
 from fedsea.audit.observation import Observation
+from fedsea.audit.run import Auditor
 from fedsea.privacy import RelativeGaussianNoise
-from fedsea_bench.privacy_case import Case, seen
+from fedsea_bench.privacy_case import Case
 from fedsea_bench.results import Line
 from fedsea_bench.workbench import Workbench
 
@@ -23,10 +21,10 @@ EXACT_TOKENS = 8  # that the search of the whole vocabulary is timed on
 def search_reads(bench: Workbench) -> Iterator[Line]:
     """Token accuracy of every attack on states, by noise level."""
     case = Case.of(bench)
-    audits = Audits(case.plan(bench, RelativeGaussianNoise(0.0), attacks=ATTACKS, answer=8))
+    auditor = Auditor(case.plan(bench, RelativeGaussianNoise(0.0), attacks=ATTACKS, answer=8))
     for level in QUICK_LEVELS if bench.settings.quick else LEVELS:
         with bench.step(f"attacks at noise level {level:g}"):
-            report = audits.under(RelativeGaussianNoise(level))
+            report = auditor.report(RelativeGaussianNoise(level))
         for finding in report.findings:
             part, what = ("answer", "of the answer") if finding.attack == "read-out" else ("prompt", "of the text")
             score = getattr(finding, part).get("tokens")
@@ -47,18 +45,19 @@ def search_speed(bench: Workbench) -> Iterator[Line]:
     """Seconds a token of the search, and of the one that runs the whole vocabulary."""
     case = Case.of(bench)
     with bench.step(f"the search's speed at noise level {PAPER_LEVEL:g}"):
-        subjects, knowledge = seen(case.plan(bench, RelativeGaussianNoise(PAPER_LEVEL)))
+        observed = Auditor(case.plan(bench, RelativeGaussianNoise(PAPER_LEVEL))).observe()
+        subjects, knowledge = observed.subjects, observed.knowledge
         search, plain = Search(), Search(limit=None)
         began = time.perf_counter()
         search.prepare(knowledge)
         prepared = time.perf_counter() - began
-        looks = [subject.looks for subject in subjects]
+        seen = [subject.observations for subject in subjects]
         quick: list[float] = []
-        for one, subject in zip(looks, subjects, strict=True):
+        for one, subject in zip(seen, subjects, strict=True):
             began = time.perf_counter()
             search.run([one], knowledge)
             quick.append((time.perf_counter() - began) / len(subject.tokens))
-        short = [_first(looks[0], EXACT_TOKENS)]
+        short = [_first(seen[0], EXACT_TOKENS)]
         began = time.perf_counter()
         every = plain.run(short, knowledge)
         slow = (time.perf_counter() - began) / EXACT_TOKENS
@@ -88,6 +87,5 @@ def search_speed(bench: Workbench) -> Iterator[Line]:
     )
 
 
-def _first(looks: Sequence[Observation], tokens: int) -> list[Observation]:
-    with torch.inference_mode():
-        return [Observation(look.sent[:tokens]) for look in looks]
+def _first(seen: Sequence[Observation], tokens: int) -> list[Observation]:
+    return [Observation(one.sent[:tokens]) for one in seen]

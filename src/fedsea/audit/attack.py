@@ -2,76 +2,76 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
-from fedsea.audit.observation import Knowledge, Observation
+import torch
+
+from fedsea.audit.knowledge import Knowledge
+from fedsea.audit.observation import Observation, Recovery
 
 Progress = Callable[[int, int], None]
 """Called with how many texts are done, and how many there are."""
 
 
-def no_progress(_done: int, _all: int) -> None:
-    """Shows nothing."""
-
-
-@dataclass(frozen=True)
-class Recovery:
-    """What an attack makes of one text.
-
-    Attributes
-    ----------
-    tokens
-        Its guess for each position; None where it has none (a read-out does not say what the first token was).
-    labels
-        For attacks on gradients: which tokens it believes were learnt, each at its own position (the one after that
-        where it was predicted), None elsewhere; else empty.
-    """
-
-    tokens: tuple[int | None, ...]
-    labels: tuple[int | None, ...] = ()
+Reads = Literal["nothing", "sent", "returned", "gradient", "several"]
 
 
 class Attack(ABC):
-    """A way to read texts from what a provider sees.
+    """A way to read texts from what a provider sees. A new one is a file in `attacks/`, and nothing else.
 
     Attributes
     ----------
     name
-        What it is called by.
+        What it is called by: the name of its file, with hyphens.
     knows
         What its attacker knows beside what crosses the wire, in words.
+    reads
+        What it looks at: nothing, the states that are sent or returned, the gradient of a training, or several
+        observations of one text.
+    slow
+        Whether it takes minutes, so that an audit makes it only where it is named.
     """
 
     name: ClassVar[str]
     knows: ClassVar[str]
+    reads: ClassVar[Reads]
+    slow: ClassVar[bool] = False
 
     def prepare(self, knowledge: Knowledge) -> None:  # noqa: B027 - most have nothing to make
-        """Make what serves all texts, such as tables, so that `run` only has to read."""
+        """Make what serves all texts, such as tables, so that `read` only has to read."""
 
     @abstractmethod
-    def run(
-        self,
-        texts: Sequence[Sequence[Observation]],
-        knowledge: Knowledge,
-        progress: Progress = no_progress,
-    ) -> list[Recovery]:
-        """Attack texts.
+    def read(self, observations: Sequence[Observation], knowledge: Knowledge) -> Recovery:
+        """Attack one text.
 
         Parameters
         ----------
-        texts
-            For each text, every look that the provider had at it, the first one first.
+        observations
+            Every observation of the text, the first one first; without gradients.
         knowledge
             What the attacker knows.
 
         Returns
         -------
-        list
-            A recovery for each text, with as many tokens as its looks have.
+        Recovery
+            With as many tokens as the text has.
 
         Raises
         ------
         UsageError
-            If what it needs (gradients, a colluder's texts) is not there.
+            If what it needs (gradients, returned states) is not there.
         """
+
+    @torch.no_grad()
+    def run(
+        self,
+        texts: Sequence[Sequence[Observation]],
+        knowledge: Knowledge,
+        progress: Progress = lambda _done, _all: None,
+    ) -> list[Recovery]:
+        """Attack texts one after the other: `read` of each."""
+        found = []
+        for done, observations in enumerate(texts, 1):
+            found.append(self.read(observations, knowledge))
+            progress(done, len(texts))
+        return found

@@ -44,6 +44,7 @@ class Prefix:
         other._cache = copy.deepcopy(self._cache)
         return other
 
+    @torch.no_grad()
     def extend(self, tokens: Sequence[int]) -> None:
         """Go on with tokens, at least one."""
         if self._blocks.layers:
@@ -51,6 +52,7 @@ class Prefix:
         else:
             self._cache.lengths = [self.length + len(tokens)]
 
+    @torch.no_grad()
     def states(self, tokens: Tensor) -> Tensor:
         """`h_A` of each candidate at the next position, without noise.
 

@@ -1,10 +1,10 @@
-"""What follows from an audit, for whoever has to answer for the text."""
+"""What follows from an audit, for those who answer for the text."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from fedsea.audit.report import FLOOR, Report, share
+from fedsea.audit.report import Report, share
 
 MORE_THAN_GUESSED = 0.05  # share of tokens, above what is guessed without looking, from which on text counts as read
 
@@ -40,7 +40,7 @@ class Decision:
     def sentence(self) -> str:
         """The decision as one line."""
         with_it = f" with --mechanism {self.mechanism}" if self.mechanism else ""
-        return f"{self.action[0].upper()}{self.action[1:]}{with_it}. {self.why}"
+        return f"{self.action.capitalize()}{with_it}. {self.why}"
 
 
 def decide(reports: Sequence[Report]) -> Decision:
@@ -49,23 +49,22 @@ def decide(reports: Sequence[Report]) -> Decision:
     Of several mechanisms under which the texts may be sent it names the one that costs the least loss.
     """
     decisions = [_decide(report) for report in reports]
-    sending = [place for place, one in enumerate(decisions) if one.action == "send"]
+    sending = [
+        (float("inf") if report.loss is None else report.loss, place)
+        for place, (report, decision) in enumerate(zip(reports, decisions, strict=True))
+        if decision.action == "send"
+    ]
     if sending:
-        losses = [reports[place].loss for place in sending]
-        least = min(range(len(sending)), key=lambda at: float("inf") if losses[at] is None else losses[at])  # type: ignore[arg-type, return-value]
-        return decisions[sending[least]]
+        return decisions[min(sending)[1]]
     if len(decisions) == 1:
         return decisions[0]
-    first = next((one for one in decisions if one.action == "audit first"), None)
-    if first is not None:
-        return first
-    return Decision(
-        "do not send", "Under none of these mechanisms does the text stay unread and the model useful.", OPTIONS
-    )
+    undecided = (one for one in decisions if one.action == "audit first")
+    none = "Under none of these mechanisms does the text stay unread and the model useful."
+    return next(undecided, Decision("do not send", none, OPTIONS))
 
 
 def _decide(report: Report) -> Decision:
-    if report.best is None:
+    if report.best() is None:
         return Decision("audit first", "No attack that looks at what is sent was made.", ("Leave out --attack.",))
     reasons = []
     read = _read(report)
@@ -91,22 +90,20 @@ def _decide(report: Report) -> Decision:
         "send",
         f"These attacks read no more than a guess that looks at nothing. A better attack may exist. "
         f"{report.limit}{cost}",
-        mechanism=report.asked,
+        mechanism=report.spec,
     )
 
 
 def _read(report: Report) -> list[str]:
     """What is read of texts, of answers and of learnt tokens, where it is more than a guess gives."""
     found = []
-    floor = next((one for one in report.findings if one.attack == FLOOR), None)
-    looking = [one for one in report.findings if one.attack != FLOOR]
-    for part, of in (("prompt", "the text's tokens"), ("answer", "the answer's tokens")):
-        scores = [getattr(one, part)["tokens"].mean for one in looking if "tokens" in getattr(one, part)]
-        guessed = getattr(floor, part).get("tokens") if floor is not None else None
-        least = MORE_THAN_GUESSED + (guessed.mean if guessed is not None else 0.0)
-        if scores and max(scores) > least:
-            found.append(f"{share(max(scores))} of {of}")
-    labels = [one.labels["labels"].mean for one in looking if "labels" in one.labels]
-    if labels and max(labels) > MORE_THAN_GUESSED:
-        found.append(f"{share(max(labels))} of the tokens that are learnt")
+    texts, answers = report.guessed("prompt"), report.guessed("answer")
+    for value, guessed, of in (
+        (report.read("prompt"), texts, "the text's tokens"),
+        (report.read("answer"), answers, "the answer's tokens"),
+        (report.learnt, None, "the tokens that are learnt"),
+    ):
+        least = MORE_THAN_GUESSED + (0.0 if guessed is None else guessed.mean)
+        if value is not None and value > least:
+            found.append(f"{share(value)} of {of}")
     return found

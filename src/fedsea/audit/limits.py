@@ -7,11 +7,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedsea.audit.observation import Knowledge
+from fedsea.audit.knowledge import Knowledge
 from fedsea.errors import UsageError
 from fedsea.parts import Rows
 from fedsea.privacy.accountant import PrivacySpent, privacy_spent
-from fedsea.privacy.bound import LeakageBound, estimated_bound, guaranteed_bound, language_source, uniform_source
+from fedsea.privacy.bound import (
+    LeakageBound,
+    Source,
+    estimated_bound,
+    guaranteed_bound,
+    language_source,
+    uniform_source,
+)
 
 DELTA = 1e-6
 FEWEST_STATES = 4
@@ -53,8 +60,8 @@ class Limits:
     ----------
     limits
         For each kind of text, guarantees before estimates.
-    looks
-        How often each text was seen, with fresh noise each time.
+    observations
+        How often each state was observed, with fresh noise each time.
     state, text
         Local differential privacy of one token's state, and of the longest of the texts as a whole; None if there is
         none.
@@ -63,7 +70,7 @@ class Limits:
     """
 
     limits: tuple[Limit, ...]
-    looks: int
+    observations: int
     state: PrivacySpent | None
     text: PrivacySpent | None
     no_epsilon: str
@@ -76,11 +83,10 @@ class Limits:
 
 def find_limits(
     knowledge: Knowledge,
-    texts: Sequence[Sequence[int]],
-    losses: Sequence[Tensor],
-    right: Sequence[Tensor],
-    looks: int,
+    texts: Sequence[tuple[int, ...]],
     *,
+    known: int = 1,
+    observations: int = 1,
     same_states: bool = True,
 ) -> Limits:
     """The limits for texts like these.
@@ -89,47 +95,53 @@ def find_limits(
     ----------
     texts
         Tokens of each, with its answer. The estimate is made from their states, without a client's adapter.
-    losses
-        Cross entropy of each token but the first of each text, as the public model gives it, nats.
-    right
-        Whether the model's first choice was right there, bool.
-    looks
-        How often each text was seen, at most. With no input layers a token's state was seen as often as it stands in
-        the texts, times this.
+    known
+        How many tokens each begins with that are not to be guessed, at least one.
+    observations
+        How often each text was observed, at most. With no input layers a token's state was observed as often as it
+        stands in the texts, times this.
     same_states
-        Whether looks are at the same states, from several processes; else (training) states change in between.
+        Whether observations are of the same states, from several processes; else (training) states change in between.
     """
-    of_text = looks
-    if not knowledge.partition.input_layers:
-        # A state is its token's then, and every place that has the token is a look at it, with noise of its own.
+    of_state = observations
+    if not knowledge.shared.partition.input_layers:
+        # A state is its token's then, and every place that has the token is an observation with noise of its own.
         # (Of a text, all these places are counted anyway.)
-        looks *= max(Counter(token for text in texts for token in text).values())
-    hidden = knowledge.checkpoint.config.hidden_size
-    vocabulary = knowledge.checkpoint.config.vocab_size
+        of_state *= max(Counter(token for text in texts for token in text).values())
     states = torch.cat([_states(knowledge, text) for text in texts])
-    sources = [uniform_source(vocabulary)]
-    if sum(map(len, losses)):
-        guesses = torch.cat(list(right))
-        sources.append(language_source(torch.cat(list(losses)), vocabulary, guesses))
     clipped = knowledge.noise.channel.clip != float("inf")
     limits = []
-    for source in sources:
-        guessable = source is not sources[0]
+    for place, source in enumerate(_sources(knowledge, texts, known)):
+        guessable = place > 0
         if clipped:
-            bound = guaranteed_bound(knowledge.noise, hidden, source, looks, same_states=same_states)
+            hidden: int = knowledge.shared.checkpoint.config.hidden_size
+            bound = guaranteed_bound(knowledge.noise, hidden, source, of_state, same_states=same_states)
             limits.append(_limit(bound, guessable=guessable))
         if len(states) >= FEWEST_STATES:
-            bound = estimated_bound(knowledge.noise, states, source, looks, same_states=same_states)
+            bound = estimated_bound(knowledge.noise, states, source, of_state, same_states=same_states)
             limits.append(_limit(bound, guessable=guessable))
     state = text = None
     no_epsilon = ""
     try:
         longest = max(map(len, texts))
-        state = privacy_spent(knowledge.noise, delta=DELTA, releases=looks)
-        text = privacy_spent(knowledge.noise, delta=DELTA, releases=longest * of_text)
+        state = privacy_spent(knowledge.noise, delta=DELTA, releases=of_state)
+        text = privacy_spent(knowledge.noise, delta=DELTA, releases=longest * observations)
     except UsageError as error:
         no_epsilon = str(error)
-    return Limits(tuple(limits), looks, state, text, no_epsilon)
+    return Limits(tuple(limits), of_state, state, text, no_epsilon)
+
+
+def _sources(knowledge: Knowledge, texts: Sequence[tuple[int, ...]], known: int) -> list[Source]:
+    """Tokens that nobody can guess, and text as the public model sees it."""
+    losses, right = [], []
+    for text in texts:
+        predicted, loss = knowledge.shared.predicted_by_context(text)
+        losses.append(loss[known - 1 :])
+        right += [guess == token for guess, token in zip(predicted.tokens[known:], text[known:], strict=True)]
+    sources = [uniform_source(knowledge.vocabulary)]
+    if right:
+        sources.append(language_source(torch.cat(losses), knowledge.vocabulary, torch.tensor(right)))
+    return sources
 
 
 def _limit(bound: LeakageBound, *, guessable: bool) -> Limit:
@@ -137,7 +149,7 @@ def _limit(bound: LeakageBound, *, guessable: bool) -> Limit:
     return Limit(bound.source.name, guessable, bound.bits, bound.guarantee, bound.accuracy, certain)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _states(knowledge: Knowledge, text: Sequence[int]) -> Tensor:
     """`h_A` before the mechanism, without the first position, which is an outlier: `[tokens - 1, hidden]`."""
     ids = torch.tensor([list(text)])

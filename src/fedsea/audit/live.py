@@ -1,22 +1,20 @@
 """What a provider could have read of a conversation, turn by turn, computed by the client from what it sent and got."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from fedsea.audit.attack import Recovery
 from fedsea.audit.attacks import get_attack
-from fedsea.audit.observation import Knowledge, Observation
+from fedsea.audit.knowledge import Knowledge, SharedKnowledge
+from fedsea.audit.observation import Observation, Recovery
+from fedsea.audit.samples import public_start, question_span
 from fedsea.chats import chat_tokens
 from fedsea.checkpoints import Checkpoint
-from fedsea.client.conversation import Conversation, common_prefix
+from fedsea.client.conversation import Conversation
 from fedsea.errors import UsageError
 from fedsea.parts import Rows
-
-PROBES = ("A", "7 and b")  # what is equal around both belongs to the chat template
 
 
 class Tap:
@@ -92,14 +90,8 @@ class LiveLeakage:
         if not model.partition.middle(checkpoint.config.num_hidden_layers):
             raise UsageError("this partition leaves no middle: nothing leaves the client, and there is nothing to read")
         self._conversation, self._tokenizer = conversation, conversation.tokenizer
-        self._knowledge = Knowledge(
-            checkpoint,
-            model.partition,
-            model.noise,
-            self._tokenizer,
-            projection=model.projection,
-            wire_dtype=model.wire_dtype,
-        )
+        shared = SharedKnowledge(checkpoint, model.partition, self._tokenizer, projection=model.projection)
+        self._knowledge = Knowledge(shared, model.noise, wire_dtype=model.wire_dtype)
         self._tap = model.tap = Tap()
         self._search, self._read_out = get_attack("search"), get_attack("read-out")
         self._read: tuple[int | None, ...] = ()
@@ -119,7 +111,7 @@ class LiveLeakage:
         seen = self._tap.observation(length)
         known = self._read[: self._tap.first] or public_start(self._tokenizer, asked)
         start = tuple(token if token is not None else 0 for token in known[: question.start])
-        (search,) = self._search.run([[seen]], self._knowledge.but(start=start))
+        (search,) = self._search.run([[seen]], replace(self._knowledge, start=start))
         (read_out,) = self._read_out.run([[seen]], self._knowledge)
         self._read, self._tap.first = search.tokens, length
         answer = range(prompt, length)
@@ -134,22 +126,3 @@ class LiveLeakage:
         right = sum(guess == tokens[at] for at, guess in zip(where, guesses, strict=True))
         text = self._tokenizer.decode([guess for guess in guesses if guess is not None], skip_special_tokens=True)
         return Reading(part, attack, right, len(where), text)
-
-
-def question_span(tokenizer: Any, messages: Sequence[dict[str, str]]) -> range:
-    """Where in a chat's tokens the last message stands, without what the template puts around it."""
-    tokens = chat_tokens(tokenizer, messages)
-    others = [chat_tokens(tokenizer, [*messages[:-1], {**messages[-1], "content": probe}]) for probe in PROBES]
-    before = min(common_prefix(tokens, other) for other in others)
-    after = min(common_prefix(tokens[::-1], other[::-1]) for other in others)
-    return range(before, max(before, len(tokens) - after))
-
-
-def public_start(tokenizer: Any, messages: Sequence[dict[str, str]]) -> tuple[int, ...]:
-    """What every chat of this model begins with: the template's tokens up to where a user's own words begin."""
-
-    def written(probe: str) -> list[int]:
-        return chat_tokens(tokenizer, [{**message, "content": probe} for message in messages[:1]])
-
-    one, other = map(written, PROBES)
-    return tuple(one[: common_prefix(one, other)])

@@ -2,21 +2,19 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft import LoraConfig
 from torch.nn.utils.rnn import pad_sequence
 
 from fedsea.audit.observation import Observation, Subject
+from fedsea.audit.plan import Plan
 from fedsea.audit.provider import CuriousProvider
 from fedsea.checkpoints import Checkpoint
 from fedsea.client.model import SplitModelForCausalLM
 from fedsea.privacy import Noise
 from fedsea.training.examples import IGNORED, Encoded
-
-if TYPE_CHECKING:
-    from fedsea.audit.plan import Plan
 
 RANK = 8  # of the adapter that is trained, on all linear modules
 LEARNING_RATE = 5e-4
@@ -25,21 +23,21 @@ Progress = Callable[[str, int, int], None]
 
 
 def observe_sessions(
-    plan: "Plan", checkpoint: Checkpoint, prompts: Sequence[list[int]], progress: Progress, *, answer: int, looks: int
+    plan: Plan, checkpoint: Checkpoint, prompts: Sequence[list[int]], progress: Progress
 ) -> tuple[list[Subject], Noise]:
     """Send texts through real sessions; what the provider saw of each, and the mechanism as it was calibrated."""
     texts: list[list[int]] = []
     seen: list[list[Observation]] = [[] for _ in prompts]
     with CuriousProvider(checkpoint) as provider:
-        for look in range(looks):
+        for done in range(0, plan.observations * len(prompts), len(prompts)):
             with _client(plan, checkpoint, provider, trainable=False) as model:
                 for place, ids in enumerate(prompts):
-                    progress("sending the texts", look * len(prompts) + place, looks * len(prompts))
+                    progress("sending the texts", done + place, plan.observations * len(prompts))
                     provider.forget()
-                    if look:  # the same text again, with the answer that it had
+                    if done:  # the same text again, with the answer that it had
                         _send(model, texts[place], 0)
                     else:
-                        texts.append(_send(model, ids, answer))
+                        texts.append(_send(model, ids, plan.answer))
                     ((observation,),) = provider.sessions()
                     seen[place].append(observation)
                 noise = model.noise
@@ -51,7 +49,7 @@ def observe_sessions(
 
 
 def observe_training(
-    plan: "Plan", checkpoint: Checkpoint, texts: Sequence[tuple[Encoded, int]], progress: Progress
+    plan: Plan, checkpoint: Checkpoint, texts: Sequence[tuple[Encoded, int]], progress: Progress
 ) -> tuple[list[Subject], Noise]:
     """Train a LoRA adapter on texts, in turn, and give what the provider saw of each text that was reached.
 
@@ -80,16 +78,16 @@ def observe_training(
     for place, observation in zip([place for turn in turns for place in turn], observations, strict=True):
         seen[place].append(observation)
     subjects = [
-        Subject(tuple(looks), text.input_ids, prompt, text.labels)
-        for looks, (text, prompt) in zip(seen, texts, strict=True)
-        if looks
+        Subject(tuple(observed), text.input_ids, prompt, text.labels)
+        for observed, (text, prompt) in zip(seen, texts, strict=True)
+        if observed
     ]
     return subjects, noise
 
 
 @contextmanager
 def _client(
-    plan: "Plan", checkpoint: Checkpoint, provider: CuriousProvider, *, trainable: bool
+    plan: Plan, checkpoint: Checkpoint, provider: CuriousProvider, *, trainable: bool
 ) -> Iterator[SplitModelForCausalLM]:
     with SplitModelForCausalLM.from_pretrained(
         checkpoint,
@@ -107,7 +105,7 @@ def _client(
 def _send(model: Any, ids: list[int], answer: int) -> list[int]:
     """Send a text, and let the model go on for some tokens: what went over the wire, in tokens."""
     prompt = torch.tensor([ids])
-    with torch.inference_mode():
+    with torch.no_grad():
         if not answer:
             model(prompt, logits_to_keep=1)
             return ids

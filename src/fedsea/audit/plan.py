@@ -4,14 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fedsea.audit.attacks import get_attack
+from fedsea.audit.attacks import attack_class, usual_attacks
 from fedsea.audit.samples import Text
 from fedsea.checkpoints import Checkpoint
 from fedsea.errors import UsageError
 from fedsea.partition import Partition
 from fedsea.privacy import GaussianNoise, Noise
-
-ATTACKS = ("prior", "nearest", "search", "search-map", "read-out")
 
 
 @dataclass(frozen=True)
@@ -35,8 +33,8 @@ class Plan:
         Of each text at most; what is more is cut off.
     answer
         Tokens of an answer, greedy, that are generated and observed after each text; 0 for none.
-    looks
-        How often each text is sent, each time by another process, so with another secret.
+    observations
+        How often each text is sent and observed, each time by another process, so with another secret.
     attacks
         Their names; empty for the usual ones.
     adapter
@@ -63,7 +61,7 @@ class Plan:
     wire_dtype: str | None = None
     tokens: int = 64
     answer: int = 0
-    looks: int = 1
+    observations: int = 1
     attacks: tuple[str, ...] = ()
     adapter: Path | None = None
     attacker_has_adapter: bool = False
@@ -74,23 +72,26 @@ class Plan:
     def __post_init__(self) -> None:
         if not self.texts:
             raise UsageError("an audit needs at least one text")
-        least = {"tokens": 1, "answer": 0, "looks": 1, "train_steps": 0, "batch_size": 1}
+        least = {"tokens": 1, "answer": 0, "observations": 1, "train_steps": 0, "batch_size": 1}
         for name, lowest in least.items():
             if getattr(self, name) < lowest:
                 raise UsageError(f"{name} must be {lowest} or more; got {getattr(self, name)}")
-        if self.train_steps and (self.answer or self.looks > 1):
-            raise UsageError("a training generates no answers, and its looks are its passes; leave them out")
+        if self.train_steps and (self.answer or self.observations > 1):
+            raise UsageError(
+                "a training generates no answers, and each of its epochs is one observation; leave both numbers out"
+            )
         if self.attacker_has_adapter and self.adapter is None:
-            raise UsageError("there is no adapter that attackers could have; name one")
+            raise UsageError("attackers can have an adapter only if the client runs with one; name it")
         if set(self.colluder) & set(self.texts):
-            raise UsageError("a text of the colluder's is attacked as well: what is read of it would say nothing")
+            raise UsageError("a text of the colluder is attacked as well: what is read of it would say nothing")
         for name in self.attacks:
-            get_attack(name)
+            attack_class(name)
 
     @property
     def chosen(self) -> tuple[str, ...]:
         """Names of the attacks that are made."""
         if self.attacks:
             return self.attacks
-        again = self.looks > 1 or self.train_steps * min(self.batch_size, len(self.texts)) > len(self.texts)
-        return (*ATTACKS, *(["gradient"] if self.train_steps else []), *(["average"] if again else []))
+        learnt = self.train_steps * min(self.batch_size, len(self.texts))
+        several = self.observations > 1 or learnt > len(self.texts)
+        return usual_attacks(training=self.train_steps > 0, several=several)

@@ -4,20 +4,21 @@ import dataclasses
 import math
 import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
-from fedsea.audit.attack import Recovery
+from fedsea.audit.attacks import FLOOR
 from fedsea.audit.limits import Limits
+from fedsea.audit.observation import Recovery
 from fedsea.audit.scores import Score
 from fedsea.partition import Partition
 
-FLOOR = "prior"
-"""The attack that looks at nothing."""
+Scores = dict[str, Score]
+Part = Literal["prompt", "answer"]
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What one attack got.
+    """What one attack read.
 
     Attributes
     ----------
@@ -25,11 +26,9 @@ class Finding:
         Its name, and what its attacker knows beside what crosses the wire.
     prompt, answer
         Scores by name (`score`) over the texts that were sent, and over their answers; empty if there are none.
-    seconds_to_prepare
-        For what serves all texts, such as tables.
     seconds_per_token
-        For the rest.
-    recoveries
+        Without what serves all texts, such as tables.
+    recoveries, texts
         What it made of each text with its answer, as tokens and as text.
     labels
         Scores by name (`label_scores`) of an attack on a training that says what was learnt; else empty.
@@ -37,13 +36,17 @@ class Finding:
 
     attack: str
     knows: str
-    prompt: dict[str, Score]
-    answer: dict[str, Score]
-    seconds_to_prepare: float
+    prompt: Scores
+    answer: Scores
     seconds_per_token: float
     recoveries: tuple[Recovery, ...]
     texts: tuple[str, ...]
-    labels: dict[str, Score] = field(default_factory=dict)
+    labels: Scores = field(default_factory=dict)
+
+    def tokens(self, part: Part) -> Score | None:
+        """Share of the tokens of texts or answers that it read; None if there are none."""
+        scores: Scores = getattr(self, part)
+        return scores.get("tokens")
 
 
 @dataclass(frozen=True)
@@ -52,13 +55,13 @@ class Report:
 
     Attributes
     ----------
-    model, partition, mechanism, wire_dtype, looks, adapter, attacker_has_adapter, train_steps
-        What was audited; the mechanism calibrated, as users write it.
+    model, partition, wire_dtype, observations, adapter, attacker_has_adapter, train_steps
+        What was audited.
+    spec, mechanism
+        The mechanism as users write it, and the same once it is calibrated to the model.
     colluder
-        How many texts attackers learnt from that a colluding client had told them; where there are none, they learn
-        from public text.
-    asked
-        The mechanism as it was asked for.
+        Number of texts that attackers learnt from because a colluding client gave them away; if 0, they learn from
+        public text.
     noise_std
         Standard deviation of what the mechanism and rounding on the wire add to an element.
     noise_level
@@ -71,9 +74,9 @@ class Report:
         Of all texts and answers together.
     findings
         One for each attack.
-    told
-        The reference that is no attack, what the model guesses if it is told all tokens before: its scores as a
-        finding's, under `prompt` and `answer`.
+    predicted
+        The reference that is no attack, what the model predicts from all tokens before: its scores as a finding's,
+        under `prompt` and `answer`.
     limits
         What no attacker gets past.
     loss
@@ -86,27 +89,27 @@ class Report:
     prompts
         How many of them are the text.
     known
-        How many tokens every text begins with that everybody knows; they are not counted.
+        How many tokens every text begins with that are public; they are not counted.
     words
         How each token is written that stands in a text or in a recovery.
     vocabulary
-        Tokens that the model knows.
+        Number of tokens that the model knows.
     """
 
     model: str
     partition: Partition
-    asked: str
+    spec: str
     mechanism: str
     noise_std: float
     noise_level: float
     wire_dtype: str
-    looks: int
+    observations: int
     adapter: bool
     texts: tuple[str, ...]
     answers: tuple[str, ...]
     tokens: int
     findings: tuple[Finding, ...]
-    told: dict[str, dict[str, Score]]
+    predicted: dict[str, Scores]
     limits: Limits
     loss: float | None
     public_loss: float | None
@@ -131,31 +134,53 @@ class Report:
             return False
         return self.public_loss < self.blind_loss <= self.loss
 
+    def finding(self, attack: str) -> Finding | None:
+        """What an attack read; None if it was not made."""
+        return next((one for one in self.findings if one.attack == attack), None)
+
+    def best(self, part: Part = "prompt") -> Finding | None:
+        """The attack that reads most of the texts' or the answers' tokens; None if none looks at anything."""
+        scored = [one for one in self.looking if one.tokens(part) is not None]
+        return max(scored, key=lambda one: one.tokens(part).mean, default=None)  # type: ignore[union-attr]
+
     @property
-    def best(self) -> Finding | None:
-        """The attack that reads most of the texts' tokens; None if none looks at anything."""
-        return self._best("prompt")
+    def looking(self) -> list[Finding]:
+        """Findings of the attacks that look at what crosses the wire."""
+        return [one for one in self.findings if one.attack != FLOOR]
+
+    def guessed(self, part: Part) -> Score | None:
+        """Share of tokens that is guessed without looking; None if that was not tried."""
+        floor = self.finding(FLOOR)
+        return None if floor is None else floor.tokens(part)
+
+    def read(self, part: Part) -> float | None:
+        """Share of tokens that the best attack reads of texts or answers; None if there are none."""
+        best = self.best(part)
+        score = None if best is None else best.tokens(part)
+        return None if score is None else score.mean
+
+    @property
+    def learnt(self) -> float | None:
+        """Share of the learnt tokens that an attack names from the gradients of a training; None without one."""
+        return max((one.labels["labels"].mean for one in self.looking if "labels" in one.labels), default=None)
 
     @property
     def verdict(self) -> str:
         """What it means, in a sentence or two."""
-        best, answer = self._best("prompt"), self._best("answer")
+        best, answer = self.best(), self.best("answer")
         if best is None:
             return "No attack that looks at what crosses the wire was made: this says nothing about the configuration."
         said = (
             f"With this configuration a provider who knows the public weights reads "
-            f"{share(best.prompt['tokens'].mean)} of the text's tokens ({best.attack})"
+            f"{share(self.read('prompt'))} of the text's tokens ({best.attack})"
         )
         if answer is not None:
-            said += f" and {share(answer.answer['tokens'].mean)} of the answer's ({answer.attack})"
+            said += f" and {share(self.read('answer'))} of the answer's ({answer.attack})"
         said += "."
-        labels = max((one.labels["labels"].mean for one in self.findings if one.labels), default=None)
-        if labels is not None:
-            said += f" From the gradients it reads {share(labels)} of the tokens that were learnt."
-        floor = next((finding for finding in self.findings if finding.attack == FLOOR), None)
-        if floor is not None and "tokens" in floor.prompt:
-            said += f" Without looking it would guess {share(floor.prompt['tokens'].mean)}."
-        return said
+        if self.learnt is not None:
+            said += f" From the gradients it reads {share(self.learnt)} of the tokens that were learnt."
+        guessed = self.guessed("prompt")
+        return said if guessed is None else f"{said} Without looking it would guess {share(guessed.mean)}."
 
     @property
     def limit(self) -> str:
@@ -166,28 +191,50 @@ class Report:
         if found is None:
             return "The texts are too short to estimate what any attacker could read."
         if found.accuracy == 1:
-            return "As far as can be proved, what is sent is enough for somebody to read all of such a text."
+            return "As far as can be proved, what is sent is enough to read all of such a text."
         return (
             f"Whatever the attack, at most {share(found.accuracy)} of the tokens of such texts can be read "
             f"(an estimate, from {found.bits:.3g} bits a token)."
         )
+
+    @property
+    def headline(self) -> str:
+        """How much is read, in a few words."""
+        read = self.read("prompt")
+        if read is None:
+            return "nothing was attacked"
+        steps = {
+            1.0: "everything is read",
+            0.9: "nearly everything is read",
+            0.5: "most of it is read",
+            0.1: "part of it is read",
+        }
+        return next((words for least, words in steps.items() if read >= least), "these attacks read little")
 
     def to_json(self) -> dict[str, Any]:
         """The same as JSON has it, with the verdict."""
         whole: dict[str, Any] = finite({"verdict": self.verdict, "limit": self.limit, **dataclasses.asdict(self)})
         return whole
 
-    def _best(self, part: str) -> Finding | None:
-        looking = [one for one in self.findings if one.attack != FLOOR and "tokens" in getattr(one, part)]
-        return max(looking, key=lambda one: getattr(one, part)["tokens"].mean, default=None)
 
-
-def share(value: float) -> str:
-    """A share in per cent; 0 and 100 only if it is exactly that."""
+def share(value: float | None) -> str:
+    """A share in per cent, or a dash for None; 0 and 100 only if it is exactly that."""
+    if value is None:
+        return "–"
     percent = 100 * value
     if 0 < percent < 1 or 99.5 <= percent < 100:
         return f"{min(max(percent, 0.1), 99.9):.1f} %"
     return f"{percent:.0f} %"
+
+
+def mean(score: Score | None) -> str:
+    """A score's mean as a share, or a dash."""
+    return share(None if score is None else score.mean)
+
+
+def interval(score: Score | None) -> str:
+    """A score's interval as shares, or a dash."""
+    return "–" if score is None else f"{share(score.low)[:-2]} … {share(score.high)}"
 
 
 def brief(mechanism: str) -> str:

@@ -1,12 +1,16 @@
 """Texts to audit with: a user's own, or a few that are made up."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fedsea.chats import chat_tokens
 from fedsea.errors import UsageError
 from fedsea.tasks import Example, Task, get_task
+from fedsea.tasks.encoding import common_prefix
 from fedsea.tasks.encoding import encode as encode_example
 from fedsea.tasks.reading import Row, read_rows
+from fedsea.tasks.templates import Template
 from fedsea.text import read_text
 from fedsea.training.examples import IGNORED, Encoded
 
@@ -26,6 +30,7 @@ class TaskText(NamedTuple):
 
 
 Text = str | Question | TaskText
+PROBES = ("A", "7 and b")  # what a chat has in common with either in its place belongs to the chat template
 
 # Of the kind that must not leave a house; people, places and firms are invented.
 SAMPLES = (
@@ -128,3 +133,27 @@ def _encode_example(text: TaskText, tokenizer: Any, tokens: int, *, answers: boo
         asked -= 1
     kept = encoded.input_ids[: asked or len(learnt)]
     return Encoded(kept, (*[IGNORED] * len(kept),) if asked else kept, encoded.cut), len(kept)
+
+
+def known_start(texts: Sequence[Text], prompts: Sequence[Sequence[int]], tokenizer: Any) -> tuple[int, ...]:
+    """What every prompt begins with that is public: the chat template's own start, or the begin-of-text token."""
+    if all(isinstance(text, TaskText) for text in texts) and Template(tokenizer).is_chat:
+        public = public_start(tokenizer, [{"role": "user", "content": "?"}])
+        return tuple(common_prefix([list(public), *map(list, prompts)]))
+    first = {ids[0] for ids in prompts}
+    return tuple(first) if first == {tokenizer.bos_token_id} else ()
+
+
+def public_start(tokenizer: Any, messages: Sequence[dict[str, str]]) -> tuple[int, ...]:
+    """What every chat of this model begins with: the template's tokens up to where a user's own words begin."""
+    written = [chat_tokens(tokenizer, [{**message, "content": probe} for message in messages[:1]]) for probe in PROBES]
+    return tuple(common_prefix(written))
+
+
+def question_span(tokenizer: Any, messages: Sequence[dict[str, str]]) -> range:
+    """Where in a chat's tokens the last message stands, without what the template puts around it."""
+    tokens = chat_tokens(tokenizer, messages)
+    others = [chat_tokens(tokenizer, [*messages[:-1], {**messages[-1], "content": probe}]) for probe in PROBES]
+    before = min(len(common_prefix([tokens, other])) for other in others)
+    after = min(len(common_prefix([tokens[::-1], other[::-1]])) for other in others)
+    return range(before, max(before, len(tokens) - after))

@@ -9,7 +9,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from fedsea.audit.attack import Recovery
+from fedsea.audit.observation import Recovery
 from fedsea.audit.similarity import similarity
 from fedsea.errors import UsageError
 

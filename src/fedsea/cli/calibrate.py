@@ -13,7 +13,7 @@ from fedsea.errors import UsageError
 from fedsea.partition import Partition
 
 if TYPE_CHECKING:  # --help needs no torch
-    from fedsea.audit.calibrate import Calibration, TaskData, Trial
+    from fedsea.audit.calibration import Calibration, TaskData, Trial
 
 WIDTH = 120  # where there is no terminal
 
@@ -81,7 +81,7 @@ class CostOptions:
         self.check()
         if self.task is None or self.data is None:
             return None
-        from fedsea.audit.calibrate import TaskData
+        from fedsea.audit.calibration import TaskData
         from fedsea.checkpoints import load_tokenizer
         from fedsea.tasks import get_task
 
@@ -133,8 +133,8 @@ def calibrate(
     chosen = [parse_family(one) for one in mechanism_family or ("relative", "relative-clipped-gaussian")]
     data = costs.read(model)
     prepare_torch("cpu", threads)
-    from fedsea.audit.calibrate import Goal
-    from fedsea.audit.calibrate import calibrate as search
+    from fedsea.audit.calibration import Goal
+    from fedsea.audit.calibration import calibrate as search
     from fedsea.audit.plan import Plan
 
     goal = Goal(max_recovery, attack, precision)
@@ -145,7 +145,7 @@ def calibrate(
         wire_dtype=wire_dtype,
         tokens=attacked.tokens,
         answer=attacked.answer_tokens,
-        looks=attacked.looks,
+        observations=attacked.looks,
         attacks=(attack,),
         adapter=adapter,
     )

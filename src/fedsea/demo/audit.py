@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
-from fedsea.audit.audit import Audits
 from fedsea.audit.plan import Plan
 from fedsea.audit.report import Report
+from fedsea.audit.run import Auditor
 from fedsea.audit.samples import SAMPLES
 from fedsea.checkpoints import open_checkpoint
 from fedsea.checkpoints.packaged import opening
@@ -61,11 +61,11 @@ def run_audit_demo(
     with audience.step(opening(name)):
         checkpoint = open_checkpoint(name)
         plan = Plan(checkpoint, SAMPLES[:TEXTS], Partition(1, 1), tokens=TOKENS, answer=ANSWER, attacks=ATTACKS)
-        audits = Audits(plan)
+        auditor = Auditor(plan)
     reports = []
     for noise in protections():
         with audience.step(f"Sending {TEXTS} texts through a session, {described(noise)}, and attacking what was seen"):
-            reports.append(audits.under(noise))
+            reports.append(auditor.report(noise))
         on_report(reports[-1])
     return AuditDemo(tuple(reports))
 

@@ -1,30 +1,53 @@
-"""The attacks, by name."""
+"""The attacks: one file each, which is called as its attack is. Their names are known without importing them."""
 
-from fedsea.audit.attack import Attack
-from fedsea.audit.attacks.decoder import Decoder, PaperDecoder
-from fedsea.audit.attacks.gradient import Gradient
-from fedsea.audit.attacks.nearest import Nearest
-from fedsea.audit.attacks.optimise import Optimise
-from fedsea.audit.attacks.prior import Prior
-from fedsea.audit.attacks.read_out import ReadOut
-from fedsea.audit.attacks.search import Average, Search
-from fedsea.audit.attacks.search_map import SearchMap
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import TYPE_CHECKING
+
 from fedsea.errors import UsageError
 
-ATTACKS: dict[str, type[Attack]] = {
-    kind.name: kind
-    for kind in (Prior, Nearest, Search, Average, SearchMap, ReadOut, Gradient, Optimise, Decoder, PaperDecoder)
-}
+if TYPE_CHECKING:
+    from fedsea.audit.attack import Attack
+
+FLOOR = "prior"
+"""The attack that looks at nothing: what anybody can guess."""
 
 
-def get_attack(name: str) -> Attack:
-    """The attack of that name, with its own settings.
+def attack_names() -> list[str]:
+    """Every attack's name, in the order of the alphabet."""
+    return sorted(module.name.replace("_", "-") for module in iter_modules(__path__))
+
+
+def attack_class(name: str) -> "type[Attack]":
+    """The attack of this name.
 
     Raises
     ------
     UsageError
         If there is none.
     """
-    if name not in ATTACKS:
-        raise UsageError(f"there is no attack {name!r}; there are: {', '.join(ATTACKS)}")
-    return ATTACKS[name]()
+    if name not in attack_names():
+        raise UsageError(f"there is no attack {name!r}; there are: {', '.join(attack_names())}")
+    module = import_module(f"{__name__}.{name.replace('-', '_')}")
+    found: type[Attack] = next(one for one in vars(module).values() if getattr(one, "name", None) == name)
+    return found
+
+
+def get_attack(name: str) -> "Attack":
+    """The attack of this name, with its own settings; raises what `attack_class` does."""
+    return attack_class(name)()
+
+
+def usual_attacks(*, training: bool, several: bool) -> tuple[str, ...]:
+    """Names of the attacks that fit and are not slow.
+
+    Parameters
+    ----------
+    training
+        Whether gradients are observed.
+    several
+        Whether texts are observed more than once.
+    """
+    fitting = ["nothing", "sent", "returned", *(["gradient"] if training else []), *(["several"] if several else [])]
+    found = [one for one in map(attack_class, attack_names()) if not one.slow and one.reads in fitting]
+    return tuple(one.name for one in sorted(found, key=lambda one: fitting.index(one.reads)))

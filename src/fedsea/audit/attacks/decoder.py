@@ -1,13 +1,13 @@
-"""`decoder` and `paper-decoder`: a network that has learnt to read states."""
+"""`decoder`: a network that has learnt to read states."""
 
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from fedsea.audit.attack import Attack, Progress, Recovery, no_progress
-from fedsea.audit.observation import Knowledge, Observation
-from fedsea.audit.public import public_text
+from fedsea.audit.attack import Attack
+from fedsea.audit.knowledge import Knowledge
+from fedsea.audit.observation import Observation, Recovery
 from fedsea.parts import Rows
 
 STEPS = 150
@@ -16,7 +16,6 @@ STRANGE = 0.25  # of the tokens in every second public text: any of the vocabula
 NEGATIVES = 2048
 WIDTH, HEADS, LAYERS = 192, 4, 2
 LEARNING_RATE = 3e-4  # a larger one spoils the start where there is little noise
-PAPER_LEARNING_RATE = 2e-3  # nothing to spoil: what it starts from is not what it is trained for
 SAMPLES = 16  # batches that the start is measured on
 
 
@@ -43,6 +42,8 @@ class Decoder(Attack):
 
     name = "decoder"
     knows = "pairs of texts and states under the same noise: a colluding client's, and public text with public weights"
+    reads = "sent"
+    slow = True
 
     def __init__(self, steps: int = STEPS, ahead: int = 0, learning_rate: float = LEARNING_RATE) -> None:
         self._steps, self._ahead, self._learning_rate = steps, ahead, learning_rate
@@ -53,29 +54,22 @@ class Decoder(Attack):
             torch.manual_seed(0)
             self._network = self._trained(knowledge)
 
-    @torch.no_grad()
-    def run(
-        self, texts: Sequence[Sequence[Observation]], knowledge: Knowledge, progress: Progress = no_progress
-    ) -> list[Recovery]:
+    def read(self, observations: Sequence[Observation], knowledge: Knowledge) -> Recovery:
         if self._network is None:
             self.prepare(knowledge)
         assert self._network is not None
-        found = []
-        for done, looks in enumerate(texts, 1):
-            queries = self._network(looks[0].sent.unsqueeze(0))[0]
-            guesses: list[int | None] = []
-            for some in queries.split(WINDOW):
-                guesses += self._network.logits(some, slice(None)).argmax(-1).tolist()
-            found.append(Recovery(tuple([*[None] * self._ahead, *guesses][: len(guesses)])))
-            progress(done, len(texts))
-        return found
+        queries = self._network(observations[0].sent.unsqueeze(0))[0]
+        guesses: list[int | None] = []
+        for some in queries.split(WINDOW):
+            guesses += self._network.logits(some, slice(None)).argmax(-1).tolist()
+        return Recovery(tuple([*[None] * self._ahead, *guesses][: len(guesses)]))
 
     def _trained(self, knowledge: Knowledge) -> "_Network":
         pairs = _pairs(knowledge)
         network = _Network(knowledge, [next(pairs) for _ in range(SAMPLES)])
         optimizer = torch.optim.AdamW(network.parameters(), lr=self._learning_rate, weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self._learning_rate, total_steps=self._steps + 1)
-        vocabulary: int = knowledge.checkpoint.config.vocab_size
+        vocabulary = knowledge.vocabulary
         for _ in range(self._steps):
             tokens, states = next(pairs)
             queries = network(states)[:, : WINDOW - self._ahead].flatten(0, 1)
@@ -90,19 +84,6 @@ class Decoder(Attack):
             optimizer.step()
             schedule.step()
         return network.eval()
-
-
-class PaperDecoder(Decoder):
-    """The same, trained as the paper's attack is (arXiv 2505.15683): each state for the token after it.
-
-    That is the shift of a language model's labels, and no attack: what stands there is not in the state yet. Kept to
-    compare with the paper's figures, which say little of what a decoder reads.
-    """
-
-    name = "paper-decoder"
-
-    def __init__(self, steps: int = STEPS) -> None:
-        super().__init__(steps, ahead=1, learning_rate=PAPER_LEARNING_RATE)
 
 
 class _Network(nn.Module):
@@ -170,8 +151,8 @@ def _pairs(knowledge: Knowledge) -> Iterator[tuple[Tensor, Tensor]]:
 
 def _made(knowledge: Knowledge, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Pairs that the attacker makes; every text begins as all texts do."""
-    text, start = public_text(knowledge), torch.tensor(knowledge.start[:WINDOW], dtype=torch.int64)
-    vocabulary: int = knowledge.checkpoint.config.vocab_size
+    text, start = knowledge.shared.public_text, torch.tensor(knowledge.start[:WINDOW], dtype=torch.int64)
+    vocabulary = knowledge.vocabulary
     places = torch.arange(WINDOW - len(start))
     while True:
         tokens = text[torch.randint(len(text) - WINDOW, (rows, 1)) + places]
@@ -192,10 +173,10 @@ def _seen(knowledge: Knowledge, tokens: Tensor) -> Tensor:
 
 
 def _colluders(knowledge: Knowledge) -> tuple[Tensor, Tensor]:
-    """One look at a colluder's text: `WINDOW` tokens of it, or all and -1."""
+    """One observation of a colluder's text: `WINDOW` tokens of it, or all and -1."""
     subject = knowledge.colluder[int(torch.randint(len(knowledge.colluder), ()))]
-    look = subject.looks[int(torch.randint(len(subject.looks), ()))]
-    tokens, states = torch.full((WINDOW,), -1), look.sent.new_zeros(WINDOW, look.sent.shape[1])
-    count = min(WINDOW, look.length)
-    tokens[:count], states[:count] = torch.tensor(subject.tokens[:count]), look.sent[:count]
+    seen = subject.observations[int(torch.randint(len(subject.observations), ()))]
+    tokens, states = torch.full((WINDOW,), -1), seen.sent.new_zeros(WINDOW, seen.sent.shape[1])
+    count = min(WINDOW, seen.length)
+    tokens[:count], states[:count] = torch.tensor(subject.tokens[:count]), seen.sent[:count]
     return tokens, states

@@ -6,9 +6,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from fedsea.audit.attack import Attack, Progress, Recovery, no_progress
+from fedsea.audit.attack import Attack
 from fedsea.audit.backward import OutputLayers
-from fedsea.audit.observation import Knowledge, Observation
+from fedsea.audit.knowledge import Knowledge
+from fedsea.audit.observation import Observation, Recovery
 from fedsea.errors import UsageError
 from fedsea.parts import OutputBlocks
 
@@ -30,7 +31,7 @@ class Gradient(Attack):
     Or it is none, if nothing was learnt there. s is the same for all, taken from where there is no doubt.
     Noise on h_A hides nothing of this: it has changed h_B for both sides alike.
 
-    It reads the first look at a text: there C's adapter, which the attacker may not have, has moved least.
+    It reads the first observation of a text: there C's adapter, which the attacker may not have, has moved least.
 
     The idea is the backward half of BiSR (arXiv 2409.00960), which searches by gradient matching instead. DAGER's span
     check (arXiv 2405.15586) is left out: the provider has the middle's own gradients, and their span tells which states
@@ -39,22 +40,17 @@ class Gradient(Attack):
 
     name = "gradient"
     knows = "the public weights of the output blocks, and the gradient that comes back in training"
+    reads = "gradient"
 
     def prepare(self, knowledge: Knowledge) -> None:
         _ = knowledge.output_blocks
 
-    def run(
-        self, texts: Sequence[Sequence[Observation]], knowledge: Knowledge, progress: Progress = no_progress
-    ) -> list[Recovery]:
-        found = []
-        for done, looks in enumerate(texts, 1):
-            returned, gradient = looks[0].returned, looks[0].gradient
-            if returned is None or gradient is None:
-                raise UsageError("gradient needs a training: in inference no gradient comes back")
-            learnt = (None, *_learnt(knowledge.output_blocks, returned, gradient)[:-1])
-            found.append(Recovery(learnt, learnt))
-            progress(done, len(texts))
-        return found
+    def read(self, observations: Sequence[Observation], knowledge: Knowledge) -> Recovery:
+        returned, gradient = observations[0].returned, observations[0].gradient
+        if returned is None or gradient is None:
+            raise UsageError("gradient needs a training: in inference no gradient comes back")
+        learnt = (None, *_learnt(knowledge.output_blocks, returned, gradient)[:-1])
+        return Recovery(learnt, learnt)
 
 
 def _learnt(blocks: OutputBlocks, returned: Tensor, gradient: Tensor) -> list[int | None]:
@@ -99,7 +95,6 @@ def _undo(own: Tensor, gradient: Tensor) -> Tensor:
     return found.float()
 
 
-@torch.no_grad()
 def _labels(blocks: OutputBlocks, state: Tensor, gradient: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
     """Labels `[labels]` that may explain a gradient `[hidden]` at a state; their own for s = 1, `[labels, hidden]`.
 

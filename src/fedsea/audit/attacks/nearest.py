@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 import torch
 
-from fedsea.audit.attack import Attack, Progress, Recovery, no_progress
-from fedsea.audit.observation import Knowledge, Observation
+from fedsea.audit.attack import Attack
+from fedsea.audit.knowledge import Knowledge
+from fedsea.audit.observation import Observation, Recovery
 
 POSITIONS = 64  # compared with the vocabulary at once
 
@@ -18,20 +19,13 @@ class Nearest(Attack):
 
     name = "nearest"
     knows = "the public weights of the input blocks, and the mechanism"
+    reads = "sent"
 
-    @torch.inference_mode()
     def prepare(self, knowledge: Knowledge) -> None:
         _ = knowledge.candidates.alone
 
-    @torch.inference_mode()
-    def run(
-        self, texts: Sequence[Sequence[Observation]], knowledge: Knowledge, progress: Progress = no_progress
-    ) -> list[Recovery]:
+    def read(self, observations: Sequence[Observation], knowledge: Knowledge) -> Recovery:
         table = knowledge.candidates.alone
         squares = table.square().sum(1)
-        found = []
-        for done, looks in enumerate(texts, 1):
-            guesses = [(squares - 2 * some @ table.T).argmin(1) for some in looks[0].sent.split(POSITIONS)]
-            found.append(Recovery(tuple(torch.cat(guesses).tolist())))
-            progress(done, len(texts))
-        return found
+        sent = observations[0].sent.split(POSITIONS)
+        return Recovery(tuple(torch.cat([(squares - 2 * some @ table.T).argmin(1) for some in sent]).tolist()))

@@ -5,10 +5,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fedsea.audit.attack import Attack, Progress, Recovery, no_progress
+from fedsea.audit.attack import Attack
 from fedsea.audit.attacks.nearest import Nearest
 from fedsea.audit.candidates import protected
-from fedsea.audit.observation import Knowledge, Observation
+from fedsea.audit.knowledge import Knowledge
+from fedsea.audit.observation import Observation, Recovery
 from fedsea.parts import Rows
 
 ITERATIONS = 100
@@ -34,6 +35,8 @@ class Optimise(Attack):
 
     name = "optimise"
     knows = "the public weights of the input blocks, and the mechanism"
+    reads = "sent"
+    slow = True
 
     def __init__(self, iterations: int = ITERATIONS) -> None:
         self._iterations = iterations
@@ -41,20 +44,14 @@ class Optimise(Attack):
     def prepare(self, knowledge: Knowledge) -> None:
         Nearest().prepare(knowledge)
 
-    def run(
-        self, texts: Sequence[Sequence[Observation]], knowledge: Knowledge, progress: Progress = no_progress
-    ) -> list[Recovery]:
-        found = []
-        for done, looks in enumerate(texts, 1):
-            (nearest,) = Nearest().run([looks], knowledge)
-            first = [token for token in nearest.tokens if token is not None]
-            first[: len(knowledge.start)] = knowledge.start[: len(first)]
-            observed = looks[0].sent
-            second = self._invert(observed, first, knowledge)
-            found.append(Recovery(tuple(_nearer(observed, first, second, knowledge))))
-            progress(done, len(texts))
-        return found
+    def read(self, observations: Sequence[Observation], knowledge: Knowledge) -> Recovery:
+        first = [token for token in Nearest().read(observations, knowledge).tokens if token is not None]
+        first[: len(knowledge.start)] = knowledge.start[: len(first)]
+        observed = observations[0].sent
+        second = self._invert(observed, first, knowledge)
+        return Recovery(tuple(_nearer(observed, first, second, knowledge)))
 
+    @torch.enable_grad()
     def _invert(self, observed: Tensor, tokens: list[int], knowledge: Knowledge) -> list[int]:
         blocks = knowledge.input_blocks
         table = blocks.model.embed_tokens.weight
@@ -71,7 +68,7 @@ class Optimise(Attack):
                 blocks.narrowed(blocks.run_layers(embeddings.unsqueeze(0), shape, None, blocks.layers)[0]),
                 knowledge.noise,
             )
-            apart = ((states - observed).square() * weights).sum()
+            apart: Tensor = ((states - observed).square() * weights).sum()
             apart.backward()
             return apart
 
@@ -82,7 +79,6 @@ class Optimise(Attack):
         return torch.cat(guesses).tolist()
 
 
-@torch.inference_mode()
 def _nearer(observed: Tensor, first: list[int], second: list[int], knowledge: Knowledge) -> list[int]:
     """Of two tokens at each position, the one whose state is nearer to the observed one, from left to right."""
     candidates, chosen = knowledge.candidates, list(knowledge.start[: len(first)])

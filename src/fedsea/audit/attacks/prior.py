@@ -1,10 +1,10 @@
-"""`prior`: no look at all."""
+"""`prior`: nothing is looked at."""
 
 from collections.abc import Sequence
 
-from fedsea.audit.attack import Attack, Progress, Recovery, no_progress
-from fedsea.audit.language import free_running
-from fedsea.audit.observation import Knowledge, Observation
+from fedsea.audit.attack import Attack
+from fedsea.audit.knowledge import Knowledge
+from fedsea.audit.observation import Observation, Recovery
 
 
 class Prior(Attack):
@@ -12,14 +12,10 @@ class Prior(Attack):
 
     name = "prior"
     knows = "the public model and each text's length; looks at nothing that crosses the wire"
+    reads = "nothing"
 
     def prepare(self, knowledge: Knowledge) -> None:
-        _ = knowledge.whole
+        _ = knowledge.shared.whole
 
-    def run(
-        self, texts: Sequence[Sequence[Observation]], knowledge: Knowledge, progress: Progress = no_progress
-    ) -> list[Recovery]:
-        lengths = [looks[0].length for looks in texts]
-        guess = free_running(knowledge, max(lengths, default=0))
-        progress(len(texts), len(texts))
-        return [Recovery(tuple(guess[:length])) for length in lengths]
+    def read(self, observations: Sequence[Observation], knowledge: Knowledge) -> Recovery:
+        return Recovery(tuple(knowledge.shared.written(knowledge.start, observations[0].length)))

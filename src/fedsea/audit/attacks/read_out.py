@@ -2,10 +2,9 @@
 
 from collections.abc import Sequence
 
-import torch
-
-from fedsea.audit.attack import Attack, Progress, Recovery, no_progress
-from fedsea.audit.observation import Knowledge, Observation
+from fedsea.audit.attack import Attack
+from fedsea.audit.knowledge import Knowledge
+from fedsea.audit.observation import Observation, Recovery
 from fedsea.errors import UsageError
 from fedsea.parts import Rows
 
@@ -19,21 +18,14 @@ class ReadOut(Attack):
 
     name = "read-out"
     knows = "the public weights of the output blocks"
+    reads = "returned"
 
     def prepare(self, knowledge: Knowledge) -> None:
         _ = knowledge.output_blocks
 
-    @torch.inference_mode()
-    def run(
-        self, texts: Sequence[Sequence[Observation]], knowledge: Knowledge, progress: Progress = no_progress
-    ) -> list[Recovery]:
-        blocks, found = knowledge.output_blocks, []
-        for done, looks in enumerate(texts, 1):
-            returned = looks[0].returned
-            if returned is None:
-                raise UsageError("read-out needs what the provider sent back (h_B), which is not there")
-            hidden = blocks(returned.unsqueeze(0), Rows.uniform(1, 0, len(returned)), None)
-            guesses = blocks.logits(hidden)[0, :-1].argmax(-1).tolist()
-            found.append(Recovery((None, *guesses)))
-            progress(done, len(texts))
-        return found
+    def read(self, observations: Sequence[Observation], knowledge: Knowledge) -> Recovery:
+        blocks, returned = knowledge.output_blocks, observations[0].returned
+        if returned is None:
+            raise UsageError("read-out needs what the provider sent back (h_B), which is not there")
+        hidden = blocks(returned.unsqueeze(0), Rows.uniform(1, 0, len(returned)), None)
+        return Recovery((None, *blocks.logits(hidden)[0, :-1].argmax(-1).tolist()))

@@ -1,12 +1,13 @@
-"""`search` and `average`: one position after another, each with the context that was recovered before it."""
+"""`search`: one position after another, each with the context that was recovered before it."""
 
 from collections.abc import Sequence
+from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from fedsea.audit.attack import Attack, Progress, Recovery, no_progress
-from fedsea.audit.observation import Knowledge, Observation
+from fedsea.audit.attack import Attack, Reads
+from fedsea.audit.knowledge import Knowledge
+from fedsea.audit.observation import Observation, Recovery
 from fedsea.audit.shortlist import Shortlist
 
 LIMIT = 2048
@@ -27,49 +28,27 @@ class Search(Attack):
 
     name = "search"
     knows = "the public weights of the input blocks, and the mechanism"
+    reads: ClassVar[Reads] = "sent"
 
     def __init__(self, limit: int | None = LIMIT) -> None:
         self._limit = limit
 
-    @torch.inference_mode()
     def prepare(self, knowledge: Knowledge) -> None:
         _ = knowledge.candidates.alone
         if self._limit is not None:
             _ = knowledge.candidates.squares
 
-    @torch.inference_mode()
-    def run(
-        self, texts: Sequence[Sequence[Observation]], knowledge: Knowledge, progress: Progress = no_progress
-    ) -> list[Recovery]:
-        found = []
-        for done, looks in enumerate(texts, 1):
-            observed, variance = self._observed(looks, knowledge.noise_variance)
-            shortlist = Shortlist(knowledge.candidates, self._limit, variance)
-            found.append(Recovery(tuple(_read(observed, knowledge, shortlist))))
-            progress(done, len(texts))
-        return found
+    def read(self, observations: Sequence[Observation], knowledge: Knowledge) -> Recovery:
+        return self.search(observations[0].sent, knowledge.noise_variance, knowledge)
 
-    def _observed(self, looks: Sequence[Observation], variance: float) -> tuple[Tensor, float]:
-        """What is searched with, `[tokens, hidden]`, and the variance of the noise on it."""
-        return looks[0].sent, variance
-
-
-class Average(Search):
-    """The same on the mean of all looks: what is left of noise that is drawn anew each time a text is sent."""
-
-    name = "average"
-    knows = "the public weights of the input blocks, the mechanism, and which of its looks are at one text"
-
-    def _observed(self, looks: Sequence[Observation], variance: float) -> tuple[Tensor, float]:
-        return torch.stack([look.sent for look in looks]).mean(0), variance / len(looks)
-
-
-def _read(observed: Tensor, knowledge: Knowledge, shortlist: Shortlist) -> list[int]:
-    tokens = list(knowledge.start[: len(observed)])
-    prefix = knowledge.candidates.prefix(tokens)
-    shift = None
-    for state in observed[len(tokens) :]:
-        (best,), _costs, shift = shortlist.best(prefix, state, shift)
-        prefix.extend([best])
-        tokens.append(best)
-    return tokens
+    def search(self, observed: Tensor, variance: float, knowledge: Knowledge) -> Recovery:
+        """The tokens nearest to states `[tokens, hidden]`, whose noise has this variance."""
+        shortlist = Shortlist(knowledge.candidates, self._limit, variance)
+        tokens = list(knowledge.start[: len(observed)])
+        prefix = knowledge.candidates.prefix(tokens)
+        shift = None
+        for state in observed[len(tokens) :]:
+            (best,), _costs, shift = shortlist.best(prefix, state, shift)
+            prefix.extend([best])
+            tokens.append(best)
+        return Recovery(tuple(tokens))

@@ -3,14 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from fedsea.audit.attack import Attack, Progress, Recovery, no_progress
+from fedsea.audit.attack import Attack
 from fedsea.audit.attacks.search import LIMIT
 from fedsea.audit.candidates import Prefix
+from fedsea.audit.knowledge import Knowledge
 from fedsea.audit.language import Continuation
-from fedsea.audit.observation import Knowledge, Observation
+from fedsea.audit.observation import Observation, Recovery
 from fedsea.audit.shortlist import Shortlist
 
 
@@ -39,30 +39,21 @@ class SearchMap(Attack):
 
     name = "search-map"
     knows = "all public weights, the mechanism and its strength"
+    reads = "sent"
 
     def __init__(self, beams: int = 4, limit: int | None = LIMIT) -> None:
         self._beams, self._limit = beams, limit
 
-    @torch.inference_mode()
     def prepare(self, knowledge: Knowledge) -> None:
-        _ = knowledge.candidates.alone, knowledge.whole, knowledge.noise_variance
+        _ = knowledge.candidates.alone, knowledge.shared.whole, knowledge.noise_variance
         if self._limit is not None:
             _ = knowledge.candidates.squares
 
-    @torch.inference_mode()
-    def run(
-        self, texts: Sequence[Sequence[Observation]], knowledge: Knowledge, progress: Progress = no_progress
-    ) -> list[Recovery]:
-        found = []
+    def read(self, observations: Sequence[Observation], knowledge: Knowledge) -> Recovery:
+        observed = observations[0].sent
         shortlist = Shortlist(knowledge.candidates, self._limit, knowledge.noise_variance)
-        for done, looks in enumerate(texts, 1):
-            found.append(Recovery(self._read(looks[0].sent, knowledge, shortlist)))
-            progress(done, len(texts))
-        return found
-
-    def _read(self, observed: Tensor, knowledge: Knowledge, shortlist: Shortlist) -> tuple[int, ...]:
         start = knowledge.start[: len(observed)]
-        model = Continuation(knowledge.whole)
+        model = Continuation(knowledge.shared.whole)
         unit = 2 * knowledge.noise_variance
         beams = [_Beam(start, 0.0, knowledge.candidates.prefix(start), None)]
         # Nothing is known of a text's first token: all are equally likely.
@@ -84,4 +75,4 @@ class SearchMap(Attack):
                 parents = [parent for _cost, parent, _token, _shift in grown]
                 first = place == 1  # the cache is empty: there is nothing to reorder
                 penalties = list(-unit * model.extend([beam.tokens[-1:] for beam in beams], None if first else parents))
-        return beams[0].tokens
+        return Recovery(beams[0].tokens)

@@ -7,34 +7,33 @@ interval has to be at most the target. Among the families that get there, the on
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 
-from fedsea.audit.audit import Audits
+from fedsea.audit.attacks import FLOOR
 from fedsea.audit.observe import Progress
 from fedsea.audit.plan import Plan
-from fedsea.audit.report import FLOOR, Report, share
+from fedsea.audit.report import Report, share
+from fedsea.audit.run import Auditor
 from fedsea.audit.scores import Score
 from fedsea.audit.utility import protected_model
-from fedsea.checkpoints import Checkpoint
 from fedsea.checkpoints.whole import whole_model
-from fedsea.client.dtypes import wire_dtype_for
 from fedsea.errors import UsageError
 from fedsea.parts import InputBlocks
-from fedsea.privacy import Noise
+from fedsea.privacy import Magnitude, Noise
 from fedsea.privacy.measure import measure_magnitude
 from fedsea.privacy.strength import is_relative, with_strength
 from fedsea.tasks import Example, Task, evaluate
 from fedsea.training.export import whole_with_adapter
 
 START, LEAST, MOST = 8.0, 2.0**-4, 512.0  # multiples of the mean |h_A|
-FAMILIES = ("relative", "relative-clipped-gaussian")
 
 
 @dataclass(frozen=True)
 class Goal:
-    """What is asked for.
+    """What a calibration has to reach.
 
     Parameters
     ----------
@@ -66,7 +65,7 @@ class Goal:
 
 @dataclass(frozen=True)
 class Trial:
-    """What the attack got under one mechanism.
+    """What the attack read under one mechanism.
 
     Attributes
     ----------
@@ -179,43 +178,112 @@ def calibrate(
         What the cost is measured on; None for the texts that are attacked. The model runs whole and in this process
         for it, as it would behind the mechanism.
     progress
-        Told what is done.
+        Called with what is done, how much of it, and how much there is.
     on_trial
-        Told of each strength that was tried.
+        Called with each strength that was tried.
 
     Raises
     ------
     FedSEAError
         Whatever is wrong with the model, the texts or a mechanism.
     """
-    audits = Audits(replace(plan, attacks=(goal.attack,)), progress)
-    costs = None if data is None else TaskCosts(audits.checkpoint, plan, data, progress)
-    outcomes, public = [], None
-    blind = math.log(audits.checkpoint.config.vocab_size)
-    for family in families:
-        unit = 1.0 if is_relative(family) else _magnitude(audits)
+    return _Search(plan, goal, data, progress, on_trial).calibration(families)
+
+
+class _Search:
+    """A calibration under way: one auditor for all strengths, and what the task is worth."""
+
+    def __init__(
+        self, plan: Plan, goal: Goal, data: TaskData | None, progress: Progress, on_trial: Callable[[Trial], None]
+    ) -> None:
+        self._auditor = Auditor(replace(plan, attacks=(goal.attack,)), progress)
+        self._goal, self._data, self._progress, self._on_trial = goal, data, progress, on_trial
+        self._public_loss: float | None = None
+
+    def calibration(self, families: Sequence[Noise]) -> Calibration:
+        outcomes = tuple(self._outcome(family) for family in families)
+        unprotected, metrics = self._cost(None, self._public_loss)
+        return Calibration(self._goal, outcomes, unprotected, metrics, self._blind_loss)
+
+    def _outcome(self, family: Noise) -> Outcome:
+        unit = 1.0 if is_relative(family) else self._magnitude
         trials: dict[float, Trial] = {}
 
-        def meets(strength: float, family: Noise = family, trials: dict[float, Trial] = trials) -> bool:
-            nonlocal public
-            report = audits.under(with_strength(family, strength))
-            public = report.public_loss
-            trials[strength] = _trial(report, goal.attack)
-            on_trial(trials[strength])
-            return trials[strength].recovery.high <= goal.max_recovery
+        def meets(strength: float) -> bool:
+            trials[strength] = self._trial(with_strength(family, strength))
+            return trials[strength].recovery.high <= self._goal.max_recovery
 
-        strength = weakest(meets, start=START * unit, least=LEAST * unit, most=MOST * unit, precision=goal.precision)
+        least, most = LEAST * unit, MOST * unit
+        strength = weakest(meets, start=START * unit, least=least, most=most, precision=self._goal.precision)
+        made = tuple(trials.values())
         if strength is None:
-            last = list(trials.values())[-1]
-            reason = _why_not(audits, last, goal)
-            outcomes.append(Outcome(str(family), tuple(trials.values()), None, None, {}, reason))
-            continue
+            return Outcome(str(family), made, None, None, {}, self._why_not(made[-1]))
         found = trials[strength]
-        cost, metrics = (found.loss, {}) if costs is None else costs.under(with_strength(family, strength))
-        useless = cost is not None and cost >= blind
-        outcomes.append(Outcome(str(family), tuple(trials.values()), found, cost, metrics, "", useless))
-    unprotected, metrics = (public, {}) if costs is None else costs.under(None)
-    return Calibration(goal, tuple(outcomes), unprotected, metrics, blind)
+        cost, metrics = self._cost(with_strength(family, strength), found.loss)
+        return Outcome(str(family), made, found, cost, metrics, "", cost is not None and cost >= self._blind_loss)
+
+    def _trial(self, noise: Noise) -> Trial:
+        report = self._auditor.report(noise)
+        self._public_loss = report.public_loss
+        limit = report.limits.of_text
+        accuracy = None if limit is None else limit.accuracy
+        trial = Trial(report.spec, _recovery(report), report.loss, accuracy)
+        self._on_trial(trial)
+        return trial
+
+    def _why_not(self, last: Trial) -> str:
+        """Why a target is not reached: what is still read, and what else it may be due to."""
+        recovery, attack = last.recovery, self._goal.attack
+        said = f"with {last.mechanism} {attack} still reads {share(recovery.mean)} (up to {share(recovery.high)})"
+        if attack == "read-out":
+            return (
+                said + "; the provider computes h_B itself, so noise on h_A hides no answer from public output blocks"
+            )
+        floor = Auditor(replace(self._auditor.plan, attacks=(FLOOR,))).report().guessed("prompt")
+        if floor is None or floor.high <= self._goal.max_recovery:
+            return said
+        return (
+            f"{said}; without looking, the language model alone guesses {share(floor.mean)} (up to {share(floor.high)})"
+        )
+
+    @property
+    def _blind_loss(self) -> float:
+        return math.log(self._auditor.checkpoint.config.vocab_size)
+
+    @cached_property
+    def _magnitude(self) -> Magnitude:
+        auditor = self._auditor
+        blocks = InputBlocks.from_checkpoint(auditor.checkpoint, auditor.plan.partition, dtype=torch.float32)
+        return measure_magnitude(blocks, auditor.checkpoint)
+
+    @cached_property
+    def _model(self) -> Any:
+        """The whole model with the client's adapter."""
+        adapter = self._auditor.plan.adapter
+        whole = whole_model(self._auditor.checkpoint, dtype=torch.float32, device="cpu")
+        return whole if adapter is None else whole_with_adapter(whole, adapter)
+
+    def _cost(self, noise: Noise | None, on_texts: float | None) -> tuple[float | None, dict[str, float]]:
+        """The task's cross entropy of right answers, nats a token, and all its metrics; without a task, `on_texts`."""
+        if self._data is None:
+            return on_texts, {}
+        if noise is None:
+            return self._evaluated(self._model, self._data, "the task, unprotected")
+        calibrated = noise.calibrated(lambda: self._magnitude)
+        with protected_model(self._model, self._auditor.plan.partition, calibrated, self._auditor.wire_dtype) as model:
+            return self._evaluated(model, self._data, f"the task, with {noise}")
+
+    def _evaluated(self, model: Any, data: TaskData, doing: str) -> tuple[float, dict[str, float]]:
+        result = evaluate(
+            model,
+            data.tokenizer,
+            data.task,
+            data.examples,
+            max_tokens=data.max_tokens,
+            answer_loss=True,
+            progress=lambda done, every: self._progress(doing, done, every),
+        )
+        return result.metrics["answer_loss"], result.metrics
 
 
 def weakest(
@@ -226,7 +294,7 @@ def weakest(
     It has three digits, and is one that was tried. None if `most` does not meet it; `least` if that does.
     """
     low = high = None
-    strength = start = _rounded(start)
+    strength = _rounded(start)
     while low is None or high is None:
         if meets(strength):
             high = strength
@@ -254,70 +322,10 @@ def _rounded(value: float) -> float:
     return float(f"{value:.3g}")
 
 
-def _trial(report: Report, attack: str) -> Trial:
-    (finding,) = (one for one in report.findings if one.attack == attack)
-    scores = [part["tokens"] for part in (finding.prompt, finding.answer) if "tokens" in part]
+def _recovery(report: Report) -> Score:
+    """What the only attack reads of texts or answers, whichever is more."""
+    (finding,) = report.findings
+    scores = [score for score in (finding.tokens("prompt"), finding.tokens("answer")) if score is not None]
     if not scores:
-        raise UsageError("the texts have no token that not everybody knows; give longer ones")
-    limit = report.limits.of_text
-    recovery = max(scores, key=lambda one: one.high)
-    return Trial(report.asked, recovery, report.loss, None if limit is None else limit.accuracy)
-
-
-def _why_not(audits: Audits, last: Trial, goal: Goal) -> str:
-    """Why a target is not reached: what is still read, and what else it may be due to."""
-    recovery = last.recovery
-    said = f"with {last.mechanism} {goal.attack} still reads {share(recovery.mean)} (up to {share(recovery.high)})"
-    if goal.attack == "read-out":
-        return said + "; the provider computes h_B itself, so noise on h_A hides no answer from public output blocks"
-    floor = Audits(replace(audits.plan, attacks=(FLOOR,))).under(audits.plan.noise).findings[0].prompt.get("tokens")
-    if floor is not None and floor.high > goal.max_recovery:
-        said += f"; without looking, the language model alone guesses {share(floor.mean)} (up to {share(floor.high)})"
-    return said
-
-
-def _magnitude(audits: Audits) -> float:
-    blocks = InputBlocks.from_checkpoint(audits.checkpoint, audits.plan.partition, dtype=torch.float32)
-    return measure_magnitude(blocks, audits.checkpoint)
-
-
-class TaskCosts:
-    """What a task's right answers and its metrics come to under a mechanism.
-
-    Parameters
-    ----------
-    checkpoint, plan
-        The model, and how it is cut; with the plan's adapter.
-    data
-        The task.
-    """
-
-    def __init__(self, checkpoint: Checkpoint, plan: Plan, data: TaskData, progress: Progress) -> None:
-        self._plan, self._data, self._progress = plan, data, progress
-        blocks = InputBlocks.from_checkpoint(checkpoint, plan.partition, dtype=torch.float32)
-        self._magnitude = measure_magnitude(blocks, checkpoint)
-        self._model = whole_model(checkpoint, dtype=torch.float32, device="cpu")
-        if plan.adapter is not None:
-            self._model = whole_with_adapter(self._model, plan.adapter)
-        self._wire = wire_dtype_for(plan.wire_dtype, torch.float32)
-
-    def under(self, noise: Noise | None) -> tuple[float, dict[str, float]]:
-        """The answers' cross entropy, nats a token, and all metrics; None for no mechanism."""
-        if noise is None:
-            return self._measured(self._model, "the task, unprotected")
-        calibrated = noise.calibrated(lambda: self._magnitude)
-        with protected_model(self._model, self._plan.partition, calibrated, self._wire) as model:
-            return self._measured(model, f"the task, with {noise}")
-
-    def _measured(self, model: Any, doing: str) -> tuple[float, dict[str, float]]:
-        data = self._data
-        result = evaluate(
-            model,
-            data.tokenizer,
-            data.task,
-            data.examples,
-            max_tokens=data.max_tokens,
-            answer_loss=True,
-            progress=lambda done, every: self._progress(doing, done, every),
-        )
-        return result.metrics["answer_loss"], result.metrics
+        raise UsageError("the texts have no token that is not public; give longer ones")
+    return max(scores, key=lambda one: one.high)
