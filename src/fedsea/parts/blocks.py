@@ -124,15 +124,15 @@ class Part(nn.Module):
         embedding = cache.rotary if cache is not None else copy.deepcopy(self.rotary)
         positions = rows.positions(hidden.device)
         rotary = _rotate(embedding, hidden, positions, rows)
-        masks = {
-            window: attention_mask(rows, window, hidden.device) for window in {self.windows[layer] for layer in layers}
-        }
+        masks: dict[int | None, Tensor | None] = {}
         blocks = self.model.layers
         for layer in layers:
-            block = blocks[str(layer)]
+            block, window = blocks[str(layer)], self.windows[layer]
+            if window not in masks:
+                masks[window] = attention_mask(rows, window, hidden.device)
             hidden = block(
                 hidden,
-                attention_mask=masks[self.windows[layer]],
+                attention_mask=masks[window],
                 position_embeddings=rotary,
                 position_ids=positions,
                 use_cache=cache is not None,

@@ -63,8 +63,8 @@ class RowCache(Cache):
             If a row starts behind its end, or the number of rows is another than the cache holds.
         """
         if not self.lengths:
-            self.lengths = [0] * len(rows)
-        if len(rows) != len(self.lengths):
+            self.lengths = [0] * len(rows.starts)
+        if len(rows.starts) != len(self.lengths):
             raise IndexError(f"the cache holds {len(self.lengths)} rows, the step has {len(rows)}")
         for start, length in zip(rows.starts, self.lengths, strict=True):
             if start > length:
@@ -92,8 +92,10 @@ class RowCache(Cache):
         """Write a layer's new keys and values `[rows, heads, width, head_dim]`; return all, up to the furthest end."""
         rows = self._rows
         assert rows is not None, "begin() comes first"
-        keys = self._buffer(self._keys, key_states, layer_idx)
-        values = self._buffer(self._values, value_states, layer_idx)
+        keys, values = self._keys.get(layer_idx), self._values.get(layer_idx)
+        if keys is None or values is None or keys.shape[2] != self.capacity:
+            keys = self._grown(self._keys, key_states, layer_idx)
+            values = self._grown(self._values, value_states, layer_idx)
         if rows.same_start:
             start, end = rows.starts[0], rows.starts[0] + rows.width
             keys[:, :, start:end] = key_states
@@ -108,10 +110,8 @@ class RowCache(Cache):
             values[which, :, columns] = value_states.transpose(1, 2)
         return keys[:, :, : rows.reach], values[:, :, : rows.reach]
 
-    def _buffer(self, buffers: dict[int, Tensor], states: Tensor, layer: int) -> Tensor:
+    def _grown(self, buffers: dict[int, Tensor], states: Tensor, layer: int) -> Tensor:
         buffer = buffers.get(layer)
-        if buffer is not None and buffer.shape[2] == self.capacity:
-            return buffer
         # Zeros, not whatever memory held: a masked column has weight 0, and 0 times NaN would still be NaN.
         grown = states.new_zeros(len(self.lengths), states.shape[1], self.capacity, states.shape[3])
         if buffer is not None:

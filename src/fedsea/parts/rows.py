@@ -9,6 +9,7 @@ its tokens. It is all that a peer needs to rebuild attention masks and position 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from operator import add
 
 import torch
 from torch import Tensor
@@ -54,7 +55,7 @@ class Rows:
     @cached_property
     def ends(self) -> tuple[int, ...]:
         """Each row's number of tokens after this step."""
-        return tuple(start + count for start, count in zip(self.starts, self.counts, strict=True))
+        return tuple(map(add, self.starts, self.counts))
 
     @cached_property
     def furthest(self) -> int:
@@ -97,7 +98,7 @@ class Rows:
     def unpack(self, packed: Tensor) -> Tensor:
         """`[total, hidden]` -> `[rows, width, hidden]`, zeros at the right of the shorter rows."""
         if self.same_count:
-            return packed.view(len(self), self.width, packed.shape[-1])
+            return packed.view(len(self.starts), self.width, packed.shape[-1])
         padded = packed.new_zeros(len(self), self.width, packed.shape[-1])
         padded[self.places(packed.device)] = packed
         return padded

@@ -63,8 +63,10 @@ class Scheduler:
         Cancelled while it waits, the work is not done; cancelled later, it is done to the end, unheard.
         """
         done: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        self._waiting.add(owner, (work, arguments, done))
-        self._start_next()
+        if self._busy or self._stopped:
+            self._waiting.add(owner, (work, arguments, done))
+        else:
+            self._start(work, arguments, done)
         try:
             return await done
         finally:
@@ -74,13 +76,9 @@ class Scheduler:
         """Wait until nothing that was started for the owner is still being done."""
         await self.run(owner, lambda: None)
 
-    def _start_next(self) -> None:
-        while not (self._busy or self._stopped) and (item := self._waiting.next()) is not None:
-            work, arguments, done = item
-            if done.cancelled():
-                continue
-            self._busy = True
-            self._worker.submit(self._work, work, arguments, done)
+    def _start(self, work: Callable[..., Any], arguments: tuple[Any, ...], done: "asyncio.Future[Any]") -> None:
+        self._busy = True
+        self._worker.submit(self._work, work, arguments, done)
 
     def _work(self, work: Callable[..., Any], arguments: tuple[Any, ...], done: "asyncio.Future[Any]") -> None:
         """In the worker thread. Hands the outcome straight to the loop: an executor's future takes two more turns."""
@@ -101,7 +99,9 @@ class Scheduler:
                 done.set_exception(error)
             else:
                 done.set_result(result)
-        self._start_next()
+        while not (self._busy or self._stopped) and (item := self._waiting.next()) is not None:
+            if not item[2].cancelled():
+                self._start(*item)
 
     async def shutdown(self) -> None:
         """Let the step that runs finish; start no more."""

@@ -93,6 +93,7 @@ class SessionTable(LeaseTable[Session]):
         )
         self.middle, self.limits, self.dtype = middle, limits, dtype
         self.max_tokens: int = middle.config.max_position_embeddings
+        self._device = middle.device
         self._token_bytes = middle.cache_bytes_per_token(dtype, range(1))  # of one layer
 
     @property
@@ -174,7 +175,9 @@ class SessionTable(LeaseTable[Session]):
         LimitExceededError
             If the step would make the session or the caches larger than allowed.
         """
-        cache, rows = _live(session), step.rows
+        cache, rows = session.cache, step.rows
+        if cache is None:
+            raise ProtocolError("the session has ended")
         if step.number != session.step + 1:
             raise ProtocolError(f"step {step.number} came after step {session.step}; {session.step + 1} was expected")
         if step.states.dtype != session.wire_dtype:
@@ -205,11 +208,13 @@ class SessionTable(LeaseTable[Session]):
         UsageError
             If the result cannot be said in the session's wire dtype.
         """
-        cache = _live(session)
+        cache = session.cache
+        if cache is None:
+            raise ProtocolError("the session has ended")
         if step.row_map is not None:
             cache.select(step.row_map)
         blocks = self.middle if session.trainer is None else _unchanged(session, session.trainer, step)
-        hidden = step.rows.unpack(step.states.to(device=blocks.device, dtype=self.dtype))
+        hidden = step.rows.unpack(step.states.to(device=self._device, dtype=self.dtype))
         hidden = step.rows.pack(blocks(hidden, step.rows, cache, session.layers))
         if not session.layers:
             cache.lengths = list(step.rows.ends)
@@ -252,9 +257,3 @@ def _unchanged(session: Session, trainer: Trainer, step: Step) -> MiddleBlocks:
     if trainer.blocks.training:
         trainer.blocks.eval()
     return trainer.blocks
-
-
-def _live(session: Session) -> RowCache:
-    if session.cache is None:
-        raise ProtocolError("the session has ended")
-    return session.cache

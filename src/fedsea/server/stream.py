@@ -75,9 +75,11 @@ class Stream:
             If what came is no frame, or too long.
         """
         self.held = 0
-        data = await self.read_bytes()
-        if data is None:
+        data = await self._context.read()  # as `read_bytes`, a call less for each token
+        if data is grpc.aio.EOF:
             return None
+        if self._on_frame is not None:
+            self._on_frame(True, data)
         self.held = len(data)
         if self.held <= SMALL:
             return decode(data, max_bytes=self.frame_bytes)
