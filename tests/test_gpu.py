@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 
 from fedsea.checkpoints import load_whole_model
-from fedsea.privacy import GaussianNoise, RelativeClippedGaussianNoise
+from fedsea.privacy import GaussianNoise, relative_clipped_gaussian
 from fedsea.wire.run_frames import Forward
 from tests.conftest import RunningServer, connect
 from tests.support.split_training import adamw, assert_same_adapters, batch, lora, train
@@ -68,7 +68,7 @@ def test_training_equals_peft_on_the_whole_model(server: RunningServer, tmp_path
     split.close()
 
 
-@pytest.mark.parametrize("noise", [GaussianNoise(50.0), RelativeClippedGaussianNoise(0.5, 30.0)], ids=str)
+@pytest.mark.parametrize("noise", [GaussianNoise(50.0), relative_clipped_gaussian(0.5, 30.0)], ids=str)
 def test_noise_follows_the_state_also_under_a_fused_optimizer(
     server: RunningServer, forwards: list[Forward], noise: Any
 ) -> None:

@@ -20,7 +20,7 @@ from fedsea.audit.shortlist import Shortlist
 from fedsea.checkpoints import open_checkpoint
 from fedsea.errors import UsageError
 from fedsea.parts import InputBlocks, Rows
-from fedsea.privacy import ClippedGaussianNoise, Noise
+from fedsea.privacy import Noise, clipped_gaussian
 
 NOTHING = GaussianNoise(0.0)
 
@@ -77,7 +77,7 @@ def test_without_noise_every_token_is_read(p: int, attack: Attack) -> None:
 
 
 def test_a_mechanism_that_alters_states_is_followed() -> None:
-    assert right(Search(), knowledge_of(1, ClippedGaussianNoise(clip=0.5, std=0.0)), [draw(30)]) == 30
+    assert right(Search(), knowledge_of(1, clipped_gaussian(clip=0.5, std=0.0)), [draw(30)]) == 30
 
 
 @pytest.mark.parametrize("level", [0.0, 1.5, 3.0])

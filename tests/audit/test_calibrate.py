@@ -15,8 +15,14 @@ from fedsea.checkpoints import load_tokenizer, load_whole_model, open_checkpoint
 from fedsea.cli import run as command
 from fedsea.errors import UsageError
 from fedsea.partition import Partition
-from fedsea.privacy import ClippedGaussianNoise, GaussianNoise, RelativeClippedGaussianNoise, parse_mechanism
-from fedsea.privacy.strength import is_relative, parse_family, with_strength
+from fedsea.privacy import (
+    GaussianNoise,
+    Unit,
+    clipped_gaussian,
+    parse_family,
+    parse_mechanism,
+    relative_clipped_gaussian,
+)
 from fedsea.tasks import evaluate, get_task
 
 TEXTS = ("The clinic sends Mr. Adeyemi home on 14 May.", "His account at Norwick Bank holds $12,400.")
@@ -44,13 +50,13 @@ def test_the_weakest_of_what_always_or_never_holds() -> None:
 
 
 def test_a_family_is_a_mechanism_with_its_strength_left_out() -> None:
-    assert with_strength(parse_family("relative-clipped-gaussian"), 3.0) == RelativeClippedGaussianNoise(1.0, 3.0)
-    assert with_strength(parse_family("clipped-gaussian:clip=2,std=7"), 3.0) == ClippedGaussianNoise(2.0, 3.0)
-    assert with_strength(parse_family("gaussian"), 0.0) == GaussianNoise(0.0)
-    chain = with_strength(parse_family("relative-clip:norm=0.5+relative"), 4.0)
+    assert parse_family("relative-clipped-gaussian").with_strength(3.0) == relative_clipped_gaussian(1.0, 3.0)
+    assert parse_family("clipped-gaussian:clip=2,std=7").with_strength(3.0) == clipped_gaussian(2.0, 3.0)
+    assert parse_family("gaussian").with_strength(0.0) == GaussianNoise(0.0)
+    chain = parse_family("relative-clip:norm=0.5+relative").with_strength(4.0)
     assert str(chain) == "relative-clip:norm=0.5+relative:level=4.0"
-    assert is_relative(chain)
-    assert not is_relative(parse_family("clip:norm=1e+1+gaussian"))
+    assert chain.unit is Unit.RELATIVE
+    assert parse_family("clip:norm=1e+1+gaussian").unit is Unit.ABSOLUTE
     for text, says in (("clip:norm=3", "adds no noise"), ("clap", "no mechanism 'clap'"), ("clip+relative", "norm")):
         with pytest.raises(UsageError, match=says):
             parse_family(text)

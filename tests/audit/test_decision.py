@@ -20,7 +20,7 @@ from fedsea.audit.samples import SAMPLES, TaskText, encode, read_texts
 from fedsea.checkpoints import load_tokenizer
 from fedsea.cli import run as command
 from fedsea.partition import Partition
-from fedsea.privacy import RelativeClippedGaussianNoise, RelativeGaussianNoise
+from fedsea.privacy import RelativeGaussianNoise, relative_clipped_gaussian
 from fedsea.tasks import get_task
 from fedsea.tasks.encoding import encode as encode_example
 
@@ -38,7 +38,7 @@ def reports(small: str) -> list[Report]:
     auditor = Auditor(
         Plan(small, SAMPLES[:2], Partition(0, 1), tokens=8, answer=3, attacks=("prior", "search", "read-out"))
     )
-    noises = (RelativeGaussianNoise(0.0), RelativeGaussianNoise(1e4), RelativeClippedGaussianNoise(1.0, 1e4))
+    noises = (RelativeGaussianNoise(0.0), RelativeGaussianNoise(1e4), relative_clipped_gaussian(1.0, 1e4))
     return [auditor.report(noise) for noise in noises]
 
 

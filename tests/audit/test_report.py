@@ -24,7 +24,7 @@ from fedsea.audit.run import Auditor
 from fedsea.audit.utility import protected_model, text_loss
 from fedsea.checkpoints import load_whole_model, open_checkpoint
 from fedsea.cli import run as command
-from fedsea.privacy import Chain, Clip, ClippedGaussianNoise, GaussianNoise, RelativeGaussianNoise
+from fedsea.privacy import Chain, Clip, GaussianNoise, RelativeGaussianNoise, clipped_gaussian
 from fedsea.privacy.accountant import privacy_spent
 from fedsea.privacy.bound import guaranteed_bound, uniform_source
 from tests.conftest import RunningServer, connect
@@ -125,7 +125,7 @@ def test_several_strengths_are_compared_and_drawn(reports: list[Report]) -> None
 def test_a_mechanism_without_its_strength() -> None:
     assert family("relative:level=2.0") == "relative"
     assert family("gaussian:std=2.0") == "gaussian"
-    assert family("relative-clipped-gaussian:clip=0.5,level=2.0") == "relative-clipped-gaussian:clip=0.5"
+    assert family("relative-clipped-gaussian:clip=0.5,level=2.0") == "relative-clip:norm=0.5+relative"
     assert family("clip:norm=3.0+gaussian:std=1e+3") == "clip:norm=3.0+gaussian"
     assert family("clip:norm=3.0") == "clip:norm=3.0"
 
@@ -155,7 +155,7 @@ def test_the_cost_is_in_the_report(auditor: Auditor, reports: list[Report], smal
 
 
 def test_the_limits_are_those_of_the_bound_and_the_accountant(auditor: Auditor) -> None:
-    noise = ClippedGaussianNoise(clip=0.5, std=0.3)
+    noise = clipped_gaussian(clip=0.5, std=0.3)
     limits = Auditor(dataclasses.replace(auditor.plan, attacks=("read-out",))).report(noise).limits
     vocabulary, hidden = auditor.checkpoint.config.vocab_size, auditor.checkpoint.config.hidden_size
     bound = guaranteed_bound(noise, hidden, uniform_source(vocabulary), looks=limits.observations)
@@ -176,7 +176,7 @@ def test_the_limits_are_those_of_the_bound_and_the_accountant(auditor: Auditor) 
 
 
 def test_looks_count(small: str) -> None:
-    noise = ClippedGaussianNoise(clip=0.5, std=0.3)
+    noise = clipped_gaussian(clip=0.5, std=0.3)
     found = Auditor(Plan(small, ["A few words."], PARTITION, observations=3, attacks=("read-out",))).report(noise)
     assert found.limits.limits[0].bits == guaranteed_bound(noise, 32, uniform_source(49152), looks=3).bits
     assert found.limits.observations == 3
@@ -184,7 +184,7 @@ def test_looks_count(small: str) -> None:
 
 
 def test_without_input_layers_each_place_of_a_token_is_a_look_at_its_state(small: str) -> None:
-    noise = ClippedGaussianNoise(clip=0.5, std=0.3)
+    noise = clipped_gaussian(clip=0.5, std=0.3)
     plan = Plan(small, [" no no no no", " no no"], Partition(0, 1), answer=0, attacks=("read-out",))
     found = Auditor(plan).report(noise)
     most = max(Counter(token for text in found.ids for token in text).values())
@@ -226,18 +226,18 @@ def test_json_has_numbers_only(reports: list[Report]) -> None:
 
 def test_another_strength_needs_no_new_tables_and_another_clip_does() -> None:
     shared = SharedKnowledge(open_checkpoint("random:tiny"), Partition(1, 1))
-    knowledge = Knowledge(shared, ClippedGaussianNoise(0.5, 0.1))
+    knowledge = Knowledge(shared, clipped_gaussian(0.5, 0.1))
     tables = knowledge.candidates
-    stronger = dataclasses.replace(knowledge, noise=ClippedGaussianNoise(0.5, 9.0))
+    stronger = dataclasses.replace(knowledge, noise=clipped_gaussian(0.5, 9.0))
     assert stronger.candidates is tables
     assert stronger.noise_variance > 100 * knowledge.noise_variance
     assert dataclasses.replace(knowledge, start=(1, 2)).candidates is tables
-    wider = dataclasses.replace(knowledge, noise=ClippedGaussianNoise(0.6, 0.1))
+    wider = dataclasses.replace(knowledge, noise=clipped_gaussian(0.6, 0.1))
     assert wider.candidates is not tables
     fresh = Knowledge(SharedKnowledge(shared.checkpoint, shared.partition), wider.noise)
     assert torch.equal(wider.candidates.alone, fresh.candidates.alone)
     assert not same_without_draws(Clip(3.0), GaussianNoise(1.0), 64)
-    assert same_without_draws(Chain((Clip(3.0), GaussianNoise(1.0))), ClippedGaussianNoise(3.0, 2.0), 64)
+    assert same_without_draws(Chain((Clip(3.0), GaussianNoise(1.0))), clipped_gaussian(3.0, 2.0), 64)
 
 
 def test_a_chart_is_well_formed_and_stays_within_itself() -> None:

@@ -63,7 +63,7 @@ def test_no_attack_reads_more_than_the_bound(small: str, tmp_path: Path, monkeyp
     monkeypatch.setattr("fedsea.privacy.source.secrets", SimpleNamespace(token_bytes=bytes))
     monkeypatch.setattr(privacy_bound, "QUICK_LEVELS", (privacy_search.PAPER_LEVEL,))
     found = lines(small, "bound", tmp_path)
-    assert {name.split(":")[0] for name in found} == {"relative", "relative-clipped-gaussian"}
+    assert {name.split(":")[0] for name in found} == {"relative", "relative-clip"}
     for line in found.values():
         assert line.holds, line.conditions
         assert len(line.samples) == 1

@@ -18,7 +18,7 @@ from fedsea.cli import run
 from fedsea.client.conversation import Conversation, chat_tokens
 from fedsea.errors import UsageError
 from fedsea.parts import Rows
-from fedsea.privacy import ClippedGaussianNoise, Magnitude, RelativeGaussianNoise
+from fedsea.privacy import Magnitude, RelativeGaussianNoise, clipped_gaussian
 from fedsea.privacy.warning import leak_warning
 from fedsea.wire.credentials import Credentials, create_credentials
 from tests.conftest import RunningServer, connect
@@ -108,13 +108,13 @@ def test_what_is_known_to_leak_is_told() -> None:
         return leak_warning(noise, partition, hidden, lambda: Magnitude(1.0, 24.0))  # type: ignore[arg-type]
 
     assert "without noise" in warned(GaussianNoise(0.0))
-    assert "without noise" in warned(ClippedGaussianNoise(3.0, 0.0))
+    assert "without noise" in warned(clipped_gaussian(3.0, 0.0))
     assert "no input layer" in warned(GaussianNoise(50.0), Partition(0, 1))
     assert "noise of 9 x the mean |h_A| is weak" in warned(GaussianNoise(9.0))
     assert "hides no answer" in warned(GaussianNoise(11.0))
     assert "weak" in warned(GaussianNoise(11.0), hidden=4096)  # a search has more to go by
-    assert "weak" in warned(ClippedGaussianNoise(24.0, 9.0))
-    assert "hides no answer" in warned(ClippedGaussianNoise(2.4, 9.0))  # clipped to a tenth, so ten times as strong
+    assert "weak" in warned(clipped_gaussian(24.0, 9.0))
+    assert "hides no answer" in warned(clipped_gaussian(2.4, 9.0))  # clipped to a tenth, so ten times as strong
 
 
 def test_the_warning_is_one_line_with_a_command_and_can_be_hidden(

@@ -18,10 +18,9 @@ from fedsea.parts.adapter_files import WEIGHTS, read_adapter, save_adapter
 from fedsea.parts.adapters import MAX_NARROW, AdapterSpec, adapter_parameters
 from fedsea.parts.cut_files import CUT, CUT_WEIGHTS, CutRecord, read_cut
 from fedsea.parts.narrow import principal_directions, project
-from fedsea.privacy import Chain, Clip, ClippedGaussianNoise, NarrowCut, parse_mechanism
+from fedsea.privacy import Chain, Clip, NarrowCut, clipped_gaussian, parse_mechanism, taken_up
 from fedsea.privacy.bound import estimated_bound, guaranteed_bound, power_capacity, uniform_source
 from fedsea.privacy.measure import measure_magnitude, public_states
-from fedsea.privacy.narrow import taken_up
 from fedsea.server import Limits
 from fedsea.server.rounds import RoundTable
 from fedsea.server.runs import RunTable
@@ -55,10 +54,10 @@ def test_it_is_written_first_and_says_how_wide_what_leaves_is() -> None:
     chain = parse_mechanism(text)
     assert chain == Chain((NarrowCut(16), Clip(30.0), GaussianNoise(4.0)))
     assert str(chain) == text
-    assert (chain.width, chain.alters, chain.adds_noise) == (16, True, True)
-    assert chain.channel == replace(ClippedGaussianNoise(30.0, 4.0).channel, width=16)
+    assert (chain.width, chain.alters, chain.strength) == (16, True, 4.0)
+    assert chain.channel == replace(clipped_gaussian(30.0, 4.0).channel, width=16)
     alone = parse_mechanism("narrow-cut:rank=16")
-    assert (alone, alone.width, alone.adds_noise) == (NarrowCut(16), 16, False)
+    assert (alone, alone.width, alone.strength) == (NarrowCut(16), 16, None)
     assert parse_mechanism("clip:norm=1+gaussian:std=1").width is None
 
 
@@ -93,10 +92,10 @@ def test_the_bound_counts_the_numbers_that_leave_whatever_the_model_has() -> Non
     expected = power_capacity(400.0, 4.0, 8)
     for hidden in (8, 576, 4096):
         assert guaranteed_bound(cut, hidden, source).bits == expected
-    wide = guaranteed_bound(ClippedGaussianNoise(20.0, 4.0), 576, source)
+    wide = guaranteed_bound(clipped_gaussian(20.0, 4.0), 576, source)
     assert expected < wide.bits
     sample = drawn(600, 8)
-    assert estimated_bound(cut, sample, source) == estimated_bound(ClippedGaussianNoise(20.0, 4.0), sample, source)
+    assert estimated_bound(cut, sample, source) == estimated_bound(clipped_gaussian(20.0, 4.0), sample, source)
     with pytest.raises(UsageError, match="sends 8 numbers a state; project the sample, it has 576"):
         estimated_bound(cut, drawn(600, 576), source)
 

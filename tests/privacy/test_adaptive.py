@@ -14,11 +14,19 @@ from fedsea import SplitModelForCausalLM
 from fedsea.cli import run
 from fedsea.errors import RunLostError, UsageError
 from fedsea.parts.adapters import adapter_parameters
-from fedsea.privacy import AdaptiveGaussianNoise, ClippedGaussianNoise, Magnitude, parse_mechanism
+from fedsea.privacy import (
+    AdaptiveGaussianNoise,
+    Chain,
+    Magnitude,
+    NarrowCut,
+    Unit,
+    clipped_gaussian,
+    parse_family,
+    parse_mechanism,
+)
 from fedsea.privacy.accountant import privacy_spent
-from fedsea.privacy.adaptive import FLOOR, Look, LookBudget, of_look, rounded_scale
 from fedsea.privacy.bound import guaranteed_bound, power_capacity, uniform_source
-from fedsea.privacy.strength import is_relative, parse_family, with_strength
+from fedsea.privacy.mechanisms.adaptive import FLOOR, LookBudget, rounded_scale
 from fedsea.training.batches import Batches
 from fedsea.training.folder import RunFolder
 from fedsea.training.looks import FINER, Looks
@@ -32,7 +40,7 @@ from tests.support.split_training import lora
 from tests.training.test_loop import examples, nothing, stop_after
 
 # The clip is so small that all of a state that leaves is noise.
-NOISE = AdaptiveGaussianNoise(clip=1e-4, level=2.0, looks=3)
+NOISE = AdaptiveGaussianNoise(clip=1e-4, level=2.0, epochs=3)
 STEPS = 3  # of a pass
 COUNT = 4 * STEPS  # examples
 RECIPE = Recipe(steps=3 * STEPS, batch_size=4, lr=1e-3, schedule="constant", save_every=1000)
@@ -110,7 +118,7 @@ def test_evaluation_between_steps_and_plain_loops_have_the_noise_of_the_level(
         training.run(look)
         assert float(torch.cat(sent).float().std()) == pytest.approx(model.noise.channel.std, **NEAR)
         assert looks_of(training).budget.spent[0] != pytest.approx(1, rel=0.2)
-        assert "what is left stays unspent. To use it: looks=1" in training.told[0]  # type: ignore[attr-defined]
+        assert "what is left stays unspent. To use it: epochs=1" in training.told[0]  # type: ignore[attr-defined]
         forwards.clear()
         model.train()
         model(prompt(tokens=60), labels=prompt(tokens=60)).loss.backward()
@@ -120,7 +128,7 @@ def test_evaluation_between_steps_and_plain_loops_have_the_noise_of_the_level(
 def test_a_step_of_two_passes_has_the_coarser_look_and_passes_beyond_the_plan_the_level(
     tiny_server: RunningServer, tmp_path: Path, forwards: list[Forward]
 ) -> None:
-    noise = AdaptiveGaussianNoise(1e-4, 2.0, looks=2)
+    noise = AdaptiveGaussianNoise(1e-4, 2.0, epochs=2)
     recipe = Recipe(steps=5, batch_size=8, lr=1e-3, save_every=1000)  # of 12 examples: 0, 0 and 1, 1, 2, 2 and 3
     with connect(tiny_server, noise=noise) as model:
         training = tuning(model, tmp_path / "run", recipe)
@@ -168,7 +176,7 @@ def test_clip_and_noise_follow_the_states_together(
 
 def test_a_stagnating_loss_has_the_next_look_finer(tiny_server: RunningServer) -> None:
     spent = []
-    with connect(tiny_server, noise=AdaptiveGaussianNoise(1.0, 2.0, looks=8)) as model:
+    with connect(tiny_server, noise=AdaptiveGaussianNoise(1.0, 2.0, epochs=8)) as model:
         for losses in ([3.0, 2.0], [3.0, 2.99]):
             looks = Looks.of(model)
             assert looks is not None
@@ -337,19 +345,19 @@ def test_it_is_named_like_any_other_and_its_strength_can_be_varied() -> None:
     noise = parse_mechanism("adaptive:clip=1,level=4,looks=5")
     assert noise == AdaptiveGaussianNoise(1.0, 4.0, 5)
     assert parse_mechanism(str(noise)) == noise
-    assert with_strength(noise, 2.0) == AdaptiveGaussianNoise(1.0, 2.0, 5)
+    assert noise.with_strength(2.0) == AdaptiveGaussianNoise(1.0, 2.0, 5)
     assert parse_family("adaptive") == AdaptiveGaussianNoise(1.0, 1.0, 1)
-    assert is_relative(noise)
+    assert noise.unit is Unit.RELATIVE
     chain = parse_mechanism("narrow-cut:rank=8+adaptive:clip=1,level=4,looks=5")
-    assert with_strength(chain, 2.0) == parse_mechanism("narrow-cut:rank=8+adaptive:clip=1,level=2,looks=5")
-    at = of_look(chain, chain.calibrated(lambda: Magnitude(0.5, 16.0)), Look(4.0, 0.5))
-    assert at.parts[1] == ClippedGaussianNoise(8.0, 0.5)  # type: ignore[attr-defined]
+    assert chain.with_strength(2.0) == parse_mechanism("narrow-cut:rank=8+adaptive:clip=1,level=2,looks=5")
+    at = chain.updated(4.0, 0.5).calibrated(lambda: Magnitude(0.5, 16.0))
+    assert at == Chain((NarrowCut(8), clipped_gaussian(8.0, 0.5)))
 
 
 @pytest.mark.parametrize(
     ("mechanism", "says"),
     [
-        ("adaptive:clip=1,level=4", "lacks looks; write adaptive:clip=NUMBER,level=NUMBER,looks=NUMBER"),
+        ("adaptive:clip=1,level=4", "lacks epochs; write adaptive:clip=NUMBER,level=NUMBER,epochs=NUMBER"),
         ("adaptive:clip=0,level=4,looks=3", "the norm to clip to must be a number above 0"),
         ("adaptive:clip=1,level=-1,looks=3", "the noise level must be a number, 0 or more"),
         ("adaptive:clip=1,level=4,looks=2.5", "must be a whole number, 1 or more; got 2.5"),
@@ -367,7 +375,7 @@ def test_a_wrong_option_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     command = ["generate", "smollm2-135m", "--server", NOWHERE, "--insecure", "--prompt", "x"]
     assert run([*command, "--mechanism", "adaptive:clip=1,level=4,looks=2.5"]) == 2
     [line] = capsys.readouterr().err.splitlines()
-    assert "the looks of an adaptive noise must be a whole number, 1 or more; got 2.5" in line
+    assert "the epochs of an adaptive noise must be a whole number, 1 or more; got 2.5" in line
 
 
 def test_the_schedule_is_in_the_checkpoint(tiny_server: RunningServer, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from scipy.stats import binomtest
 
 from fedsea.errors import UsageError
-from fedsea.privacy import Chain, Clip, ClippedGaussianNoise, GaussianNoise, Noise
+from fedsea.privacy import Chain, Clip, GaussianNoise, Noise, clipped_gaussian
 from fedsea.privacy.accountant import privacy_spent
 from fedsea.privacy.bound import (
     Source,
@@ -88,7 +88,7 @@ def test_an_alphabet_in_two_dimensions_never_carries_more(std: float, seed: int)
     of_covariance = covariance_capacity(np.linalg.eigvalsh(covariance), std)
     of_power = power_capacity(float(weights @ (points**2).sum(1)), std, 2)
     clip = float(np.linalg.norm(points, axis=1).max())
-    guaranteed = guaranteed_bound(ClippedGaussianNoise(clip, std), 2, uniform_source(9)).bits
+    guaranteed = guaranteed_bound(clipped_gaussian(clip, std), 2, uniform_source(9)).bits
     assert carried <= of_covariance + 1e-6
     assert of_covariance <= of_power <= guaranteed + 1e-12
 
@@ -105,13 +105,13 @@ def test_the_best_use_of_a_clipped_channel_carries_no_more(ratio: float) -> None
         weights = weights * 2**divergence
         weights /= weights.sum()
     capacity = float(weights @ divergence)
-    bound = guaranteed_bound(ClippedGaussianNoise(ratio, 1.0), 1, uniform_source(2)).bits
+    bound = guaranteed_bound(clipped_gaussian(ratio, 1.0), 1, uniform_source(2)).bits
     assert 0.6 * bound < capacity <= bound
 
 
 def test_more_looks_carry_what_they_carry_together() -> None:
     signal, std, source = np.array([[-1.0], [1.0]]), 1.3, uniform_source(2)
-    noise = ClippedGaussianNoise(1.0, std)
+    noise = clipped_gaussian(1.0, std)
     twice = information(np.repeat(signal, 2, 1), np.array([0.5, 0.5]), std)  # the same state, seen in two dimensions
     assert twice == pytest.approx(information(signal, np.array([0.5, 0.5]), std / math.sqrt(2)), abs=1e-3)
     same = guaranteed_bound(noise, 1, source, looks=2)
@@ -168,7 +168,7 @@ def best_decoder(
 @pytest.mark.parametrize("looks", [1, 5])
 def test_the_best_decoder_names_no_more_than_the_bound(std: float, looks: int) -> None:
     vocabulary, clip = 64, 1.5
-    bound = guaranteed_bound(ClippedGaussianNoise(clip, std), 8, uniform_source(vocabulary), looks)
+    bound = guaranteed_bound(clipped_gaussian(clip, std), 8, uniform_source(vocabulary), looks)
     reached = best_decoder(clip, std, np.full(vocabulary, 1 / vocabulary), looks=looks)
     assert bound.guarantee
     assert reached <= bound.accuracy + 4 * math.sqrt(0.25 / 20000)
@@ -179,7 +179,7 @@ def test_the_best_decoder_that_knows_the_language_names_no_more_either(std: floa
     weights = 1 / np.arange(1, 65)
     weights /= weights.sum()
     source = Source(float(-weights @ np.log2(weights)), float(weights.max()), 64, "Zipf's law")
-    bound = guaranteed_bound(ClippedGaussianNoise(1.5, std), 8, source)
+    bound = guaranteed_bound(clipped_gaussian(1.5, std), 8, source)
     reached = best_decoder(1.5, std, weights)
     assert reached <= bound.accuracy + 4 * math.sqrt(0.25 / 20000)
     # It is above what is guessed without looking, and the sharper of the two bounds counts.
@@ -192,15 +192,15 @@ def test_little_noise_hides_nothing_and_much_noise_leaves_the_guess() -> None:
     language = language_source(losses, 49152, torch.tensor([True, False, False]))
     likely = binomtest(1, 3).proportion_ci(method="wilson").high  # one of three says little
     for source, chance in ((uniform, 1 / 49152), (language, likely)):
-        assert guaranteed_bound(ClippedGaussianNoise(1.0, 0.0), 576, source).accuracy == 1
-        assert guaranteed_bound(ClippedGaussianNoise(1.0, 1e-3), 576, source).accuracy == 1
-        lost = guaranteed_bound(ClippedGaussianNoise(1.0, 1e9), 576, source)
+        assert guaranteed_bound(clipped_gaussian(1.0, 0.0), 576, source).accuracy == 1
+        assert guaranteed_bound(clipped_gaussian(1.0, 1e-3), 576, source).accuracy == 1
+        lost = guaranteed_bound(clipped_gaussian(1.0, 1e9), 576, source)
         assert lost.accuracy == pytest.approx(chance, rel=1e-3)
         assert lost.leaked == pytest.approx(0, abs=1e-12)
-        clear = guaranteed_bound(ClippedGaussianNoise(1.0, 1e-3), 576, source)
+        clear = guaranteed_bound(clipped_gaussian(1.0, 1e-3), 576, source)
         assert clear.leaked == source.entropy < clear.bits
     assert language.entropy == pytest.approx(2.0 / math.log(2))  # nats to bits
-    unknown = guaranteed_bound(ClippedGaussianNoise(1.0, 1e9), 576, language_source(losses, 49152))
+    unknown = guaranteed_bound(clipped_gaussian(1.0, 1e9), 576, language_source(losses, 49152))
     assert likely < unknown.accuracy < 1  # the guess is not known: Fano's inequality alone
 
 
@@ -208,9 +208,9 @@ def test_more_noise_less_clip_and_fewer_looks_leak_less() -> None:
     def accuracy(noise: Noise, looks: int = 1) -> float:
         return guaranteed_bound(noise, 64, uniform_source(1000), looks).accuracy
 
-    middle = accuracy(ClippedGaussianNoise(1.5, 1.0))
-    assert accuracy(ClippedGaussianNoise(1.5, 1.1)) < middle < accuracy(ClippedGaussianNoise(1.6, 1.0))
-    assert middle < accuracy(ClippedGaussianNoise(1.5, 1.0), 2) < accuracy(ClippedGaussianNoise(1.5, 1.0), 3)
+    middle = accuracy(clipped_gaussian(1.5, 1.0))
+    assert accuracy(clipped_gaussian(1.5, 1.1)) < middle < accuracy(clipped_gaussian(1.6, 1.0))
+    assert middle < accuracy(clipped_gaussian(1.5, 1.0), 2) < accuracy(clipped_gaussian(1.5, 1.0), 3)
 
 
 # From a sample
@@ -233,7 +233,7 @@ def test_an_estimate_is_not_too_small_however_few_states_there_are(count: int) -
 def test_an_estimate_is_of_what_leaves_and_below_the_guarantee() -> None:
     states = torch.from_numpy(draws(500, 16) * np.geomspace(5, 0.1, 16))
     source = uniform_source(1000)
-    noise = ClippedGaussianNoise(4.0, 1.0)
+    noise = clipped_gaussian(4.0, 1.0)
     clipped, free = estimated_bound(noise, states, source), estimated_bound(GaussianNoise(1.0), states, source)
     assert not clipped.guarantee
     assert clipped.bits < free.bits
@@ -241,7 +241,7 @@ def test_an_estimate_is_of_what_leaves_and_below_the_guarantee() -> None:
     assert estimated_bound(Chain((Clip(4.0), GaussianNoise(1.0))), states, source) == clipped
     assert estimated_bound(Chain((GaussianNoise(1.0), Clip(4.0))), states, source) == free  # clipping after is no help
     assert estimated_bound(noise, states, source, 4).bits == pytest.approx(
-        estimated_bound(ClippedGaussianNoise(4.0, 0.5), states, source).bits
+        estimated_bound(clipped_gaussian(4.0, 0.5), states, source).bits
     )
     assert estimated_bound(noise, states, source, 4, same_states=False).bits == pytest.approx(4 * clipped.bits)
 
@@ -250,13 +250,13 @@ def test_an_estimate_is_of_what_leaves_and_below_the_guarantee() -> None:
     ("ask", "says"),
     [
         (lambda: guaranteed_bound(GaussianNoise(1.0), 4, uniform_source(9)), "gaussian:std=1.0 guarantees nothing"),
-        (lambda: guaranteed_bound(ClippedGaussianNoise(1.0, 1.0), 4, uniform_source(9), 0), "once or more"),
+        (lambda: guaranteed_bound(clipped_gaussian(1.0, 1.0), 4, uniform_source(9), 0), "once or more"),
         (lambda: estimated_bound(GaussianNoise(1.0), torch.ones(3, 4), uniform_source(9)), "four states or more"),
         (lambda: language_source(torch.tensor([1.0, math.nan]), 9), "finite numbers"),
         (lambda: language_source(torch.tensor([]), 9), "finite numbers"),
         (lambda: privacy_spent(GaussianNoise(1.0), delta=1e-5), "gaussian:std=1.0 has no epsilon"),
-        (lambda: privacy_spent(ClippedGaussianNoise(1.0, 1.0), delta=0.0), "between 0 and 1"),
-        (lambda: privacy_spent(ClippedGaussianNoise(1.0, 1.0), delta=1e-5, releases=0), "one release or more"),
+        (lambda: privacy_spent(clipped_gaussian(1.0, 1.0), delta=0.0), "between 0 and 1"),
+        (lambda: privacy_spent(clipped_gaussian(1.0, 1.0), delta=1e-5, releases=0), "one release or more"),
     ],
 )
 def test_what_cannot_be_said_is_one_line(ask: Callable[[], object], says: str) -> None:
@@ -292,7 +292,7 @@ def test_epsilon_is_an_upper_bound_close_to_the_analytic_gaussian_mechanism(
     multiplier: float, releases: int, delta: float
 ) -> None:
     pytest.importorskip("opacus")
-    noise = ClippedGaussianNoise(clip=2.0, std=4.0 * multiplier)  # sensitivity 2 * clip
+    noise = clipped_gaussian(clip=2.0, std=4.0 * multiplier)  # sensitivity 2 * clip
     spent = privacy_spent(noise, delta=delta, releases=releases)
     # Gaussian releases compose to one whose sensitivity is larger by the root of their number.
     exact = exact_epsilon(math.sqrt(releases) / multiplier, delta)
@@ -302,14 +302,14 @@ def test_epsilon_is_an_upper_bound_close_to_the_analytic_gaussian_mechanism(
 
 def test_epsilon_is_infinite_without_noise_and_falls_with_it() -> None:
     pytest.importorskip("opacus")
-    assert privacy_spent(ClippedGaussianNoise(1.0, 0.0), delta=1e-5).epsilon == math.inf
+    assert privacy_spent(clipped_gaussian(1.0, 0.0), delta=1e-5).epsilon == math.inf
     clipped_first = Chain((Clip(1.0), GaussianNoise(2.0)))
     spent = privacy_spent(clipped_first, delta=1e-5)
-    assert spent == privacy_spent(ClippedGaussianNoise(1.0, 2.0), delta=1e-5)
-    assert privacy_spent(ClippedGaussianNoise(1.0, 4.0), delta=1e-5).epsilon < spent.epsilon
+    assert spent == privacy_spent(clipped_gaussian(1.0, 2.0), delta=1e-5)
+    assert privacy_spent(clipped_gaussian(1.0, 4.0), delta=1e-5).epsilon < spent.epsilon
 
 
 def test_a_missing_accountant_is_one_line_that_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "opacus.accountants.analysis", None)
     with pytest.raises(UsageError, match=r"pip install 'opacus>=[\d.]+'"):
-        privacy_spent(ClippedGaussianNoise(1.0, 1.0), delta=1e-5)
+        privacy_spent(clipped_gaussian(1.0, 1.0), delta=1e-5)

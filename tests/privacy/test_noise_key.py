@@ -15,7 +15,7 @@ from transformers.integrations.neftune import neftune_post_forward_hook
 from fedsea import GaussianNoise, Partition, SplitModelForCausalLM
 from fedsea.parts import InputBlocks
 from fedsea.parts.adapters import adapter_parameters
-from fedsea.privacy import ClippedGaussianNoise, parse_mechanism
+from fedsea.privacy import clipped_gaussian, parse_mechanism
 from fedsea.wire.run_frames import Forward
 from tests.conftest import RunningServer, connect
 from tests.privacy.test_noise import by_position, capture
@@ -248,7 +248,7 @@ def test_a_state_that_did_not_change_carries_the_same_noise(passes: Passes) -> N
     for change in (0.2, 0.0):
         model.set_local_adapter({name: weight + change for name, weight in weights.items()})
         assert torch.equal(passes.send(), first) == (change == 0.0)
-    model.noise = ClippedGaussianNoise(1e9, STD)
+    model.noise = clipped_gaussian(1e9, STD)
     assert not are_the_same(passes.send() / STD, first / STD)
     model.noise = GaussianNoise(STD)
     assert torch.equal(passes.send(), first)
@@ -301,7 +301,7 @@ def test_strengths_that_are_set_between_passes_share_no_draw(passes: Passes) -> 
     looks = [passes.look()[1]]
     for noise in (
         GaussianNoise(2 * STD),
-        ClippedGaussianNoise(1e9, STD),
+        clipped_gaussian(1e9, STD),
         parse_mechanism("clip:norm=1e9+gaussian:std=9"),
     ):
         passes.model.noise = noise

@@ -16,8 +16,7 @@ from fedsea.errors import ModelMismatchError, PartitionError, ProtocolError, Run
 from fedsea.partition import LIFT, PROJECT
 from fedsea.parts.adapter_files import HAS_CUT
 from fedsea.parts.cut_files import read_cut
-from fedsea.privacy import NarrowCut, Noise, parse_mechanism
-from fedsea.privacy.clipped import clip_norms
+from fedsea.privacy import NarrowCut, Noise, clip_norms, parse_mechanism
 from fedsea.privacy.measure import public_states
 from fedsea.training.batches import Batches
 from fedsea.training.examples import Encoded

@@ -15,8 +15,7 @@ from pathlib import Path
 import torch
 
 from fedsea.client.model import SplitModelForCausalLM
-from fedsea.privacy.adaptive import AdaptiveGaussianNoise
-from fedsea.privacy.clipped import RelativeClippedGaussianNoise
+from fedsea.privacy import AdaptiveGaussianNoise, relative_clipped_gaussian
 from fedsea.training.batches import Batch, Batches
 from fedsea.training.examples import Encoded
 from fedsea.training.folder import RunFolder
@@ -123,7 +122,7 @@ def train(bench: Workbench, arm: str, seed: int, size: Size) -> Curve:
     learnt, held_out = texts(bench, seed, size)
     passes = round(SHORT_SHARE * size.passes) if arm == SHORT else size.passes
     recipe = Recipe(passes * size.steps, BATCH, lr=LR, seed=seed, save_every=passes * size.steps)
-    fixed = RelativeClippedGaussianNoise(CLIP, LEVEL)
+    fixed = relative_clipped_gaussian(CLIP, LEVEL)
     adaptive = AdaptiveGaussianNoise(CLIP, LEVEL, size.passes)
     curve: Curve = []
     with (
@@ -139,7 +138,7 @@ def train(bench: Workbench, arm: str, seed: int, size: Size) -> Curve:
         if arm == LATE:
             training.looks = Looks(model, adaptive, first_over_last=1 / FIRST_OVER_LAST)
         if arm == SHORT:
-            finer = RelativeClippedGaussianNoise(CLIP, LEVEL * math.sqrt(passes / size.passes))
+            finer = relative_clipped_gaussian(CLIP, LEVEL * math.sqrt(passes / size.passes))
             model.protect_look(finer.calibrated(model.measure_states), model.noise)
 
         def measure(figures: Figures | None) -> None:

@@ -7,7 +7,7 @@ from fedsea.audit.limits import Limit
 from fedsea.audit.report import Report
 from fedsea.audit.run import Auditor
 from fedsea.errors import FedSEAError
-from fedsea.privacy import GaussianNoise, RelativeClippedGaussianNoise, RelativeGaussianNoise
+from fedsea.privacy import GaussianNoise, RelativeGaussianNoise, relative_clipped_gaussian
 from fedsea_bench.privacy_case import Case
 from fedsea_bench.results import Line
 from fedsea_bench.workbench import Workbench
@@ -24,7 +24,7 @@ def bound_holds(bench: Workbench) -> Iterator[Line]:
     points: dict[str, list[tuple[float, Report, Limit]]] = {}
     auditor = Auditor(case.plan(bench, GaussianNoise(0.0), attacks=ATTACKS))
     for level in levels:
-        for noise in (RelativeGaussianNoise(level), RelativeClippedGaussianNoise(CLIP, level)):
+        for noise in (RelativeGaussianNoise(level), relative_clipped_gaussian(CLIP, level)):
             with bench.step(f"attacks under {noise}"):
                 report = auditor.report(noise)
             points.setdefault(noise.name, []).append((level, report, _bound(report)))

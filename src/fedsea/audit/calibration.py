@@ -22,9 +22,8 @@ from fedsea.audit.utility import protected_model
 from fedsea.checkpoints.whole import whole_model
 from fedsea.errors import UsageError
 from fedsea.parts import InputBlocks
-from fedsea.privacy import Magnitude, Noise
+from fedsea.privacy import Magnitude, Noise, Unit
 from fedsea.privacy.measure import measure_magnitude
-from fedsea.privacy.strength import is_relative, with_strength
 from fedsea.tasks import Example, Task, evaluate
 from fedsea.training.export import whole_with_adapter
 
@@ -206,11 +205,11 @@ class _Search:
         return Calibration(self._goal, outcomes, unprotected, metrics, self._blind_loss)
 
     def _outcome(self, family: Noise) -> Outcome:
-        unit = 1.0 if is_relative(family) else self._magnitude
+        unit = 1.0 if family.unit is Unit.RELATIVE else self._magnitude.mean
         trials: dict[float, Trial] = {}
 
         def meets(strength: float) -> bool:
-            trials[strength] = self._trial(with_strength(family, strength))
+            trials[strength] = self._trial(family.with_strength(strength))
             return trials[strength].recovery.high <= self._goal.max_recovery
 
         least, most = LEAST * unit, MOST * unit
@@ -219,7 +218,7 @@ class _Search:
         if strength is None:
             return Outcome(str(family), made, None, None, {}, self._why_not(made[-1]))
         found = trials[strength]
-        cost, metrics = self._cost(with_strength(family, strength), found.loss)
+        cost, metrics = self._cost(family.with_strength(strength), found.loss)
         return Outcome(str(family), made, found, cost, metrics, "", cost is not None and cost >= self._blind_loss)
 
     def _trial(self, noise: Noise) -> Trial:

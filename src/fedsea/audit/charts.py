@@ -12,7 +12,6 @@ from fedsea.audit.report import Part, Report
 from fedsea.audit.scores import Score
 from fedsea.errors import UsageError
 from fedsea.privacy import parse_mechanism
-from fedsea.privacy.strength import with_strength
 
 WIDTH, HEIGHT = 640, 300
 LEFT, TOP, BOTTOM = 56, 14, 50
@@ -168,9 +167,9 @@ def _flat(name: str, values: Sequence[tuple[float, float | None]], *, bound: boo
 
 
 def family(mechanism: str) -> str:
-    """A mechanism without its strength, for a title: `relative-clipped-gaussian:clip=1.0`."""
+    """A mechanism without its strength, for a title: `relative-clip:norm=1.0+relative`."""
     try:
-        bare = str(with_strength(parse_mechanism(mechanism), 0.0))
+        bare = str(parse_mechanism(mechanism).with_strength(0.0))
     except UsageError:  # it adds no noise
         return mechanism
     for strength in (",level=0.0", ",std=0.0", ":level=0.0", ":std=0.0"):

@@ -170,7 +170,7 @@ class Auditor:
             spec=str(observed.spec),
             mechanism=str(knowledge.noise),
             noise_std=knowledge.noise_variance**0.5,
-            noise_level=knowledge.noise.channel.std / magnitude,
+            noise_level=knowledge.noise.channel.std / magnitude.mean,
             wire_dtype=str(self.wire_dtype).removeprefix("torch."),
             observations=plan.observations,
             adapter=plan.adapter is not None,

@@ -99,10 +99,10 @@ class AuditedModel:
         if self.noise_std is not None or self.noise_level is not None:
             raise UsageError("--levels says how strong the noise is; leave out --noise-std and --noise-level")
         strengths = read_levels(self.levels)
-        from fedsea.privacy.strength import parse_family, with_strength
+        from fedsea.privacy import parse_family
 
         families = [parse_family(one) for one in self.mechanism or ["relative"]]
-        return [with_strength(one, strength) for one in families for strength in strengths]
+        return [one.with_strength(strength) for one in families for strength in strengths]
 
 
 def _looks(given: object) -> int:

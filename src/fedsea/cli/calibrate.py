@@ -128,7 +128,7 @@ def calibrate(
     require_rouge()
     texts = list(SAMPLES) if attacked.audit_data is None else read_texts(attacked.audit_data)
     costs.check()
-    from fedsea.privacy.strength import parse_family
+    from fedsea.privacy import parse_family
 
     chosen = [parse_family(one) for one in mechanism_family or ("relative", "relative-clipped-gaussian")]
     data = costs.read(model)

@@ -28,9 +28,7 @@ from fedsea.partition import Partition
 from fedsea.parts import InputBlocks, OutputBlocks, Rows
 from fedsea.parts.cache import CACHE
 from fedsea.parts.families import turning_point
-from fedsea.privacy import GaussianNoise, Magnitude, Noise
-from fedsea.privacy.measure import measure_magnitude
-from fedsea.privacy.warning import leak_warning
+from fedsea.privacy import GaussianNoise, Magnitude, Noise, leak_warning, measure_magnitude
 from fedsea.text import one_line
 from fedsea.wire.credentials import Credentials
 from fedsea.wire.frames import to_wire

@@ -15,9 +15,7 @@ from fedsea.parts import InputBlocks
 from fedsea.parts.adapters import adapter_parameters
 from fedsea.parts.cut_files import CutRecord, read_cut
 from fedsea.parts.narrow import principal_directions
-from fedsea.privacy import Magnitude, Noise, NoiseSource, parse_mechanism
-from fedsea.privacy.measure import public_states
-from fedsea.privacy.narrow import taken_up
+from fedsea.privacy import Magnitude, Noise, NoiseSource, parse_mechanism, public_states, taken_up
 
 
 class NarrowMixin(PassMixin):

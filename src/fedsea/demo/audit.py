@@ -17,7 +17,7 @@ from fedsea.checkpoints import open_checkpoint
 from fedsea.checkpoints.packaged import opening
 from fedsea.demo.audience import Audience
 from fedsea.partition import Partition
-from fedsea.privacy import GaussianNoise, Noise, RelativeGaussianNoise
+from fedsea.privacy import GaussianNoise, Noise, RelativeGaussianNoise, Unit
 
 TEXTS, TOKENS, ANSWER = 2, 24, 8
 LEVELS = (0.0, 5.0, 15.0)
@@ -72,4 +72,4 @@ def run_audit_demo(
 
 def described(noise: Noise) -> str:
     """A protection in words."""
-    return f"with noise of {noise.level:g} × the mean |h_A|" if isinstance(noise, RelativeGaussianNoise) else "as it is"
+    return f"with noise of {noise.strength:g} × the mean |h_A|" if noise.unit is Unit.RELATIVE else "as it is"

@@ -1,30 +1,73 @@
-"""What happens to hidden states before they leave the client, and what that is worth."""
+"""What happens to hidden states before they leave the client, and what that is worth.
 
-from fedsea.privacy.adaptive import AdaptiveGaussianNoise
-from fedsea.privacy.clipped import Clip, ClippedGaussianNoise, RelativeClip, RelativeClippedGaussianNoise
-from fedsea.privacy.compose import Chain
-from fedsea.privacy.gaussian import GaussianNoise
+- `parse_mechanism` reads what users write. A mechanism (`Noise`) is one file in `mechanisms/`; `Chain` does several in
+  turn. A relative one is calibrated to a model first, whose states `measure_magnitude` measures.
+- `NoiseSource` gives the draws: secret, and the same again for the same state.
+- `LookLedger` counts how often a text leaves under fresh noise.
+- `guaranteed_bound` and `estimated_bound` say how much of a text any attacker can read, `privacy_spent` gives the
+  epsilon, and `leak_warning` says in one line what a configuration is known to leak.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from fedsea.privacy.accountant import PrivacySpent, privacy_spent
+from fedsea.privacy.bound import LeakageBound, estimated_bound, guaranteed_bound, language_source, uniform_source
+from fedsea.privacy.chain import Chain
 from fedsea.privacy.ledger import LookLedger
-from fedsea.privacy.mechanism import Channel, Magnitude, Noise
-from fedsea.privacy.narrow import NarrowCut
-from fedsea.privacy.parse import parse_mechanism
-from fedsea.privacy.relative import RelativeGaussianNoise
+from fedsea.privacy.mechanism import FORMS, Channel, Magnitude, Noise, Unit
+from fedsea.privacy.mechanisms.adaptive import AdaptiveGaussianNoise, adaptive_part
+from fedsea.privacy.mechanisms.clip import Clip, clip_norms, clipped_gaussian, relative_clipped_gaussian
+from fedsea.privacy.mechanisms.gaussian import GaussianNoise, RelativeGaussianNoise
+from fedsea.privacy.mechanisms.narrow_cut import NarrowCut, taken_up
+from fedsea.privacy.parse import parse_family, parse_mechanism, usage
 from fedsea.privacy.source import NoiseSource
+from fedsea.privacy.warning import leak_warning
+
+if TYPE_CHECKING:
+    from fedsea.privacy.measure import measure_magnitude as measure_magnitude
+    from fedsea.privacy.measure import public_states as public_states
+    from fedsea.privacy.measure import public_tokens as public_tokens
 
 __all__ = [
+    "FORMS",
     "AdaptiveGaussianNoise",
     "Chain",
     "Channel",
     "Clip",
-    "ClippedGaussianNoise",
     "GaussianNoise",
+    "LeakageBound",
     "LookLedger",
     "Magnitude",
     "NarrowCut",
     "Noise",
     "NoiseSource",
-    "RelativeClip",
-    "RelativeClippedGaussianNoise",
+    "PrivacySpent",
     "RelativeGaussianNoise",
+    "Unit",
+    "adaptive_part",
+    "clip_norms",
+    "clipped_gaussian",
+    "estimated_bound",
+    "guaranteed_bound",
+    "language_source",
+    "leak_warning",
+    "measure_magnitude",
+    "parse_family",
     "parse_mechanism",
+    "privacy_spent",
+    "public_states",
+    "public_tokens",
+    "relative_clipped_gaussian",
+    "taken_up",
+    "uniform_source",
+    "usage",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what measures a model when it is first used: a mechanism can be read, and found wrong, without one."""
+    if name not in ("measure_magnitude", "public_states", "public_tokens"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from fedsea.privacy import measure
+
+    return getattr(measure, name)

@@ -61,7 +61,7 @@ def privacy_spent(noise: Noise, *, delta: float, releases: int = 1) -> PrivacySp
     """
     channel = noise.channel
     if math.isinf(channel.clip):
-        raise UsageError(f"{noise} has no epsilon: states are not bounded before noise; use clipped-gaussian")
+        raise UsageError(f"{noise} has no epsilon: states are not bounded before noise; clip first")
     if not 0 < delta < 1:
         raise UsageError(f"delta must be a number between 0 and 1; got {delta}")
     if releases < 1:

@@ -44,8 +44,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedsea.errors import UsageError
-from fedsea.privacy.clipped import clip_norms
 from fedsea.privacy.mechanism import Noise
+from fedsea.privacy.mechanisms.clip import clip_norms
 
 HALVINGS = 200  # of the interval in which a root is searched: more than float64 can tell apart
 
@@ -171,7 +171,7 @@ def guaranteed_bound(
     """
     channel = noise.channel
     if math.isinf(channel.clip):
-        raise UsageError(f"{noise} guarantees nothing: states are not bounded before noise; use clipped-gaussian")
+        raise UsageError(f"{noise} guarantees nothing: states are not bounded before noise; clip first")
 
     def capacity(std: float) -> float:
         return power_capacity(channel.clip**2, std, hidden_size if channel.width is None else channel.width)

@@ -1,24 +1,52 @@
-"""What a mechanism is: what happens to hidden states on their way out of the client.
+"""What a mechanism is: what happens to hidden states on their way out of the client, and under which name.
 
-A new one is a frozen dataclass whose fields are its options, in a file of its own, and a line in `parse.py`.
+A new one is one new file in `mechanisms/`, with a frozen dataclass whose fields are its options:
+
+    @written_as("my-noise", spread=1.0)
+    @dataclass(frozen=True)
+    class MyNoise(Noise):
+        spread: float
+        ...
+
+Users write it as `my-noise:spread=2`. The numbers in `written_as` are for options that may be left out where a command
+looks for the strength by itself (`fedsea calibrate`, `fedsea audit --levels`).
 """
 
 import dataclasses
+import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from enum import Enum
+from typing import ClassVar, Self, TypeVar
 
 from torch import Tensor
 
 from fedsea.errors import UsageError
 
 
-class Magnitude(float):
-    """How large a model's hidden states `h_A` are: the mean |h_A| of an element, a number like any other.
+class Unit(Enum):
+    """What a strength is measured in.
 
-    Parameters
+    Attributes
+    ----------
+    ABSOLUTE
+        The unit of the hidden states.
+    RELATIVE
+        What the model's states measure on a public text (`Magnitude`): noise in multiples of the mean |h_A| of an
+        element, norms in multiples of the mean norm of a token's state.
+    """
+
+    ABSOLUTE = "absolute"
+    RELATIVE = "relative"
+
+
+@dataclass(frozen=True)
+class Magnitude:
+    """How large a model's hidden states `h_A` are.
+
+    Attributes
     ----------
     mean
         Mean |h_A| of an element.
@@ -26,19 +54,15 @@ class Magnitude(float):
         Mean L2 norm of a token's state, in the same unit.
     """
 
+    mean: float
     norm: float
-
-    def __new__(cls, mean: float, norm: float) -> Self:
-        self = super().__new__(cls, mean)
-        self.norm = norm
-        return self
 
 
 @dataclass(frozen=True)
 class Channel:
-    """What a mechanism is to whoever looks at its output: states of bounded norm with Gaussian noise on them.
+    """A mechanism as an observer of its output knows it: states of bounded norm with Gaussian noise on them.
 
-    Whatever a mechanism does after the noise is left out: it can take information away, never add any.
+    What a mechanism does after the noise is left out: it can take information away, never add any.
 
     Attributes
     ----------
@@ -56,21 +80,40 @@ class Channel:
 
 
 class Noise(ABC):
-    """A mechanism. Equal mechanisms have an equal `repr`, and `parse_mechanism(str(mechanism))` is `mechanism`.
+    """A mechanism. Equal mechanisms have an equal `repr`, and `parse_mechanism(str(mechanism)) == mechanism`.
 
     Attributes
     ----------
-    name
-        What users call it.
-    adds_noise
-        Whether it draws noise. A chain may do so once.
-    follows_states
-        Whether a training may change its strength as states grow or shrink.
+    adaptive
+        Whether a training may recalibrate it (`updated`).
     """
 
-    name: ClassVar[str]
-    adds_noise: bool = True
-    follows_states: bool = False
+    adaptive: ClassVar[bool] = False
+
+    @property
+    def name(self) -> str:
+        """What users call it."""
+        return next(name for name, form in FORMS.items() if form.make is type(self))
+
+    @property
+    def unit(self) -> Unit:
+        """That of its options. What is relative has to be calibrated to a model before it is of use."""
+        return Unit.ABSOLUTE
+
+    @property
+    def strength(self) -> float | None:
+        """How much noise it adds, in its unit; None if it adds none, whatever its options."""
+        return None
+
+    def with_strength(self, strength: float) -> "Noise":
+        """The same mechanism with another strength.
+
+        Raises
+        ------
+        UsageError
+            If it adds no noise, or the strength cannot be used.
+        """
+        raise UsageError(f"{self} adds no noise, so it has no strength to vary")
 
     @property
     def width(self) -> int | None:
@@ -78,23 +121,27 @@ class Noise(ABC):
         return None
 
     @property
-    @abstractmethod
     def alters(self) -> bool:
         """Whether states leave as anything else than what they are; with a noise of 0 they do not."""
+        return True
 
     @property
     @abstractmethod
     def channel(self) -> Channel:
-        """What it is to whoever looks at its output.
+        """What an observer of its output knows it as.
 
         Raises
         ------
         UsageError
-            If it is relative to a model and not calibrated.
+            If it is relative and not calibrated.
         """
 
     def calibrated(self, measure: Callable[[], Magnitude]) -> "Noise":
-        """The mechanism for a model whose states `measure()` measures; most do not depend on it."""
+        """The mechanism for a model whose states `measure()` measures, in their unit."""
+        return self
+
+    def updated(self, precision: float, scale: float) -> "Noise":
+        """With noise of `1 / precision` times its variance, and all strengths times `scale`, if it is adaptive."""
         return self
 
     @abstractmethod
@@ -112,6 +159,11 @@ class Noise(ABC):
         -------
         Tensor
             What may leave, `[tokens, hidden]`, same dtype. Gradients flow to `hidden`.
+
+        Raises
+        ------
+        UsageError
+            If the mechanism is relative and not calibrated.
         """
 
     def __str__(self) -> str:
@@ -119,46 +171,68 @@ class Noise(ABC):
         options = ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))  # type: ignore[arg-type]
         return f"{self.name}:{','.join(f'{name}={value!r}' for name, value in options)}"
 
+    def require_absolute(self) -> Self:
+        """The mechanism itself.
 
-class RelativeNoise(Noise):
-    """A mechanism whose strength is relative to the model's states: it has to be calibrated before it is of use.
+        Raises
+        ------
+        UsageError
+            If it is relative: it has to be calibrated first.
+        """
+        if self.unit is Unit.RELATIVE:
+            raise UsageError(f"{self} has to be calibrated to the model first: call .calibrated(measure)")
+        return self
 
-    The states are measured once, when the model is loaded, on a fixed public text (`measure_magnitude`), so one level
-    means one strength for one model and partition, whatever is said later.
+
+@dataclass(frozen=True)
+class Form:
+    """How a mechanism is written: `NAME:OPTION=NUMBER,...`.
+
+    Attributes
+    ----------
+    make
+        Takes the options, by their names, as float.
+    options
+        Their names.
+    defaults
+        Of options that may be left out where the strength is still to be found.
     """
 
-    @property
-    def channel(self) -> Channel:
-        """Not known before `calibrated`."""
-        raise self._not_calibrated()
+    make: Callable[..., Noise]
+    options: tuple[str, ...]
+    defaults: Mapping[str, float]
 
-    def apply(self, hidden: Tensor, normals: Callable[[], Tensor]) -> Tensor:
-        """Not possible before `calibrated`."""
-        raise self._not_calibrated()
 
-    def _not_calibrated(self) -> UsageError:
-        return UsageError(f"{self} has to be calibrated to the model first: call .calibrated(measure)")
+FORMS: dict[str, Form] = {}
+"""All names by which users write mechanisms."""
+
+Maker = TypeVar("Maker", bound=Callable[..., Noise])
+
+
+def written_as(name: str, **defaults: float) -> Callable[[Maker], Maker]:
+    """Register what makes a mechanism of the options that are written behind a name: a class, or a function."""
+
+    def register(make: Maker) -> Maker:
+        FORMS[name] = Form(make, tuple(inspect.signature(make).parameters), defaults)
+        return make
+
+    return register
 
 
 def require_not_negative(value: float, what: str) -> None:
-    """Check a strength.
-
-    Raises
-    ------
-    UsageError
-        If it is negative or not finite.
-    """
+    """Raise UsageError unless a strength is finite and 0 or more."""
     if not (math.isfinite(value) and value >= 0):
         raise UsageError(f"{what} must be a number, 0 or more; got {value}")
 
 
 def require_positive(value: float, what: str) -> None:
-    """Check a bound.
-
-    Raises
-    ------
-    UsageError
-        If it is not finite, 0 or negative.
-    """
+    """Raise UsageError unless a bound is finite and above 0."""
     if not (math.isfinite(value) and value > 0):
         raise UsageError(f"{what} must be a number above 0; got {value}")
+
+
+def whole_number(value: float, what: str) -> int:
+    """A whole number from 1; raises UsageError for any other."""
+    if not (math.isfinite(value) and value >= 1 and value == int(value)):
+        raise UsageError(f"{what} must be a whole number, 1 or more; got {value}")
+    return int(value)

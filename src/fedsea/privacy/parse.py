@@ -1,37 +1,18 @@
-"""From what a user writes to a mechanism: `gaussian:std=0.5`, `clip:norm=30+gaussian:std=4`."""
+"""From what a user writes to a mechanism: `0.5`, `gaussian:std=0.5`, `clip:norm=30+gaussian:std=4`."""
 
-import dataclasses
 import re
-from collections.abc import Mapping
-from typing import Any
 
+import fedsea.privacy.mechanisms  # noqa: F401  # registers all forms
 from fedsea.errors import UsageError
-from fedsea.privacy.adaptive import AdaptiveGaussianNoise
-from fedsea.privacy.clipped import Clip, ClippedGaussianNoise, RelativeClip, RelativeClippedGaussianNoise
-from fedsea.privacy.compose import Chain
-from fedsea.privacy.gaussian import GaussianNoise
-from fedsea.privacy.mechanism import Noise
-from fedsea.privacy.narrow import NarrowCut
-from fedsea.privacy.relative import RelativeGaussianNoise
-
-MECHANISMS: Mapping[str, type[Any]] = {
-    kind.name: kind
-    for kind in (
-        GaussianNoise,
-        RelativeGaussianNoise,
-        ClippedGaussianNoise,
-        RelativeClippedGaussianNoise,
-        AdaptiveGaussianNoise,
-        Clip,
-        RelativeClip,
-        NarrowCut,
-    )
-}
-
-GONE = {"shaped": "the mechanism shaped is gone, as it gained little; FedSEA 0.2.0 had it; write relative:level=NUMBER"}
+from fedsea.privacy.chain import Chain
+from fedsea.privacy.mechanism import FORMS, Noise
 
 # A + before a letter: one before a digit belongs to a number such as 1e+3.
 PLUS = re.compile(r"\+(?=\s*[A-Za-z]|\s*$)")
+
+# What earlier versions wrote.
+RENAMED = {("adaptive", "looks"): "epochs"}
+GONE = {"shaped": "the mechanism shaped is gone, as it gained little; FedSEA 0.2.0 had it; write relative:level=NUMBER"}
 
 
 def parse_mechanism(text: str) -> Noise:
@@ -40,9 +21,9 @@ def parse_mechanism(text: str) -> Noise:
     Parameters
     ----------
     text
-        A name of `MECHANISMS` and all its options, `NAME:OPTION=NUMBER,...`; several with `+` between them are done
-        from left to right. A mechanism with one option takes its value alone, `relative:0.5`, and a number alone is
-        the standard deviation of Gaussian noise, `0.5`.
+        A name of `FORMS` and all its options, `NAME:OPTION=NUMBER,...`; several with `+` between them are done from
+        left to right. A mechanism with one option takes its value alone (`relative:0.5`), and a number alone is the
+        standard deviation of Gaussian noise.
 
     Returns
     -------
@@ -54,42 +35,74 @@ def parse_mechanism(text: str) -> Noise:
     UsageError
         If there is no such mechanism or option, an option is missing or given twice, or its value cannot be used.
     """
-    parts = [_parse_one(part.strip()) for part in re.split(PLUS, text)]
-    return parts[0] if len(parts) == 1 else Chain(tuple(parts))
+    return _parse(text, family=False)
+
+
+def parse_family(text: str) -> Noise:
+    """A mechanism whose strength is still to be found, as users name it: `relative`, `relative-clip:norm=1+gaussian`.
+
+    Parameters
+    ----------
+    text
+        As `parse_mechanism` takes it, where the strength may be left out, and so may the clip of
+        `relative-clipped-gaussian` and `adaptive` (once the mean norm of a state), and the epochs of the latter (one).
+
+    Returns
+    -------
+    Noise
+        The mechanism with strength 1, for `with_strength`.
+
+    Raises
+    ------
+    UsageError
+        If `parse_mechanism` refuses the rest, or nothing adds noise.
+    """
+    return _parse(text, family=True).with_strength(1.0)
 
 
 def usage(name: str) -> str:
     """How a mechanism is written: `clipped-gaussian:clip=NUMBER,std=NUMBER`."""
-    return f"{name}:{','.join(f'{field.name}=NUMBER' for field in dataclasses.fields(MECHANISMS[name]))}"
+    return f"{name}:{','.join(f'{option}=NUMBER' for option in FORMS[name].options)}"
 
 
-def _parse_one(text: str) -> Noise:
+def _parse(text: str, *, family: bool) -> Noise:
+    parts = [_parse_one(part.strip(), family=family) for part in re.split(PLUS, text)]
+    return parts[0] if len(parts) == 1 else Chain(tuple(parts))
+
+
+def _parse_one(text: str, *, family: bool) -> Noise:
     name, _, rest = (piece.strip() for piece in text.partition(":"))
     if _is_number(text):
-        name, rest = GaussianNoise.name, text
+        name, rest = "gaussian", text
     if name in GONE:
         raise UsageError(GONE[name])
-    if name not in MECHANISMS:
-        raise UsageError(f"there is no mechanism {name!r}; there are {', '.join(map(usage, MECHANISMS))}")
-    known = {field.name for field in dataclasses.fields(MECHANISMS[name])}
-    if len(known) == 1 and _is_number(rest):
-        rest = f"{min(known)}={rest}"
+    if name not in FORMS:
+        raise UsageError(f"there is no mechanism {name!r}; there are {', '.join(map(usage, FORMS))}")
+    form = FORMS[name]
+    if len(form.options) == 1 and _is_number(rest):
+        rest = f"{form.options[0]}={rest}"
     options: dict[str, float] = {}
     for piece in rest.split(",") if rest else []:
-        option, _, value = (word.strip() for word in piece.partition("="))
-        if option not in known:
-            raise UsageError(f"the mechanism {name} has no option {option!r}; write {usage(name)}")
+        option, value = _option(name, piece)
         if option in options:
             raise UsageError(f"the mechanism {text!r} has {option} twice; write {usage(name)}")
-        try:
-            options[option] = float(value)
-        except ValueError:
-            raise UsageError(f"{option} of the mechanism {name} must be a number; got {value!r}") from None
-    if options.keys() != known:
-        missing = ", ".join(sorted(known - options.keys()))
+        options[option] = value
+    options = {**(form.defaults if family else {}), **options}
+    missing = ", ".join(option for option in form.options if option not in options)
+    if missing:
         raise UsageError(f"the mechanism {text!r} lacks {missing}; write {usage(name)}")
-    noise: Noise = MECHANISMS[name](**options)
-    return noise
+    return form.make(**options)
+
+
+def _option(name: str, piece: str) -> tuple[str, float]:
+    """One option and its value of the mechanism `name`."""
+    option, _, value = (word.strip() for word in piece.partition("="))
+    option = RENAMED.get((name, option), option)
+    if option not in FORMS[name].options:
+        raise UsageError(f"the mechanism {name} has no option {option!r}; write {usage(name)}")
+    if not _is_number(value):
+        raise UsageError(f"{option} of the mechanism {name} must be a number; got {value!r}")
+    return option, float(value)
 
 
 def _is_number(text: str) -> bool:

@@ -8,16 +8,33 @@ whoever goes on after a crash does not spend it again.
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Self
 
 from fedsea.client.model import SplitModelForCausalLM
 from fedsea.errors import UsageError
-from fedsea.privacy import Noise
-from fedsea.privacy.adaptive import AdaptiveGaussianNoise, Look, LookBudget, adaptive_part, of_look, rounded_scale
+from fedsea.privacy import AdaptiveGaussianNoise, Magnitude, Noise, adaptive_part
+from fedsea.privacy.mechanisms.adaptive import LookBudget, rounded_scale
 
 FIRST_OVER_LAST = 4.0  # late precision costs: `fedsea bench privacy --only adaptive`
 PROGRESS = 0.01  # by which share the loss has to be lower than a pass before, or else it stagnates
 FINER = 2.0  # the next look's share, relative to those after it, is so many times as large then
+
+
+@dataclass(frozen=True)
+class Look:
+    """How states are protected in a pass over the texts.
+
+    Attributes
+    ----------
+    precision
+        The noise's standard deviation is divided by its square root. 1 for that of the level.
+    scale
+        What clip and noise are multiplied by, as the states have become larger or smaller.
+    """
+
+    precision: float
+    scale: float
 
 
 class Looks:
@@ -50,11 +67,10 @@ class Looks:
         *,
         first_over_last: float = FIRST_OVER_LAST,
     ) -> None:
-        self._model, self._asked, self._calibrated = model, model.asked, model.noise
-        self._norm = (
-            model.noise.channel.clip / mechanism.clip
-        )  # what the states' mean norm was when the model was loaded
-        self.planned, self._first_over_last = mechanism.looks, first_over_last
+        self._model, self._spec, channel = model, model.asked, model.noise.channel
+        # What the states were measured to be when the model was loaded.
+        self._loaded = Magnitude(channel.std / (mechanism.level or 1.0), channel.clip / mechanism.clip)
+        self.planned, self._first_over_last = mechanism.epochs, first_over_last
         self.budget = LookBudget(self.planned)
         self.decided: list[Look] = []
         self.begun = 0
@@ -70,7 +86,7 @@ class Looks:
         """Decide the looks of all passes up to the last of these; returns whether there were any to decide."""
         new = len(self.decided) < passes.stop
         while len(self.decided) < passes.stop:
-            scale = rounded_scale(self._model.measure_states().norm / self._norm)
+            scale = rounded_scale(self._model.measure_states().norm / self._loaded.norm)
             precision = self.budget.spend(self._share()) if self.budget.later else 1.0
             self.decided.append(Look(precision, scale))
         return new
@@ -86,8 +102,7 @@ class Looks:
             precisions.append(1.0)
         self.begun = max(self.begun, step + 1)
         scale = self.decided[passes[-1]].scale
-        look = of_look(self._asked, self._calibrated, Look(min(precisions), scale))
-        self._model.protect_look(look, self._lasting(scale))
+        self._model.protect_look(self._noise(Look(min(precisions), scale)), self._lasting(scale))
 
     def end(self) -> None:
         """All that leaves from now on has the strength of the level."""
@@ -102,7 +117,10 @@ class Looks:
 
     def _lasting(self, scale: float) -> Noise:
         """What protects all that is no planned look: the level, where the states are now."""
-        return of_look(self._asked, self._calibrated, Look(1.0, scale))
+        return self._noise(Look(1.0, scale))
+
+    def _noise(self, look: Look) -> Noise:
+        return self._spec.updated(look.precision, look.scale).calibrated(lambda: self._loaded)
 
     def _share(self) -> float:
         """Of what is left, for the next planned look."""

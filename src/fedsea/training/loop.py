@@ -283,10 +283,10 @@ class FineTuning:
         if passes > looks.planned:
             self._notice(
                 f"{self.recipe.steps} steps are {passes} looks at the texts, the mechanism plans for {looks.planned}; "
-                f"those beyond have the noise of its level. To divide it over all: looks={passes}"
+                f"those beyond have the noise of its level. To divide it over all: epochs={passes}"
             )
         elif passes < looks.planned:
             self._notice(
                 f"{self.recipe.steps} steps are {passes} looks at the texts, the mechanism plans for {looks.planned}; "
-                f"what is left stays unspent. To use it: looks={passes}"
+                f"what is left stays unspent. To use it: epochs={passes}"
             )

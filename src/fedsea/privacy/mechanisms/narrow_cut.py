@@ -3,15 +3,15 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
 from fedsea.errors import ModelMismatchError, UsageError
-from fedsea.privacy.compose import Chain
-from fedsea.privacy.mechanism import Channel, Noise
+from fedsea.privacy.chain import Chain
+from fedsea.privacy.mechanism import Channel, Noise, whole_number, written_as
 
 
+@written_as("narrow-cut")
 @dataclass(frozen=True)
 class NarrowCut(Noise):
     """`h_A` projected to `rank` numbers by a learned map, before anything else; the block server lifts it again.
@@ -25,24 +25,15 @@ class NarrowCut(Noise):
         If `rank` is not a whole number, 1 or more.
     """
 
-    name: ClassVar[str] = "narrow-cut"
-    adds_noise = False
     rank: int
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.rank) and self.rank >= 1 and self.rank == int(self.rank)):
-            raise UsageError(f"the rank of a narrow cut must be a whole number, 1 or more; got {self.rank}")
-        object.__setattr__(self, "rank", int(self.rank))
+        object.__setattr__(self, "rank", whole_number(self.rank, "the rank of a narrow cut"))
 
     @property
     def width(self) -> int:
         """The rank."""
         return self.rank
-
-    @property
-    def alters(self) -> bool:
-        """Always."""
-        return True
 
     @property
     def channel(self) -> Channel:
@@ -64,16 +55,16 @@ class NarrowCut(Noise):
         return hidden
 
 
-def taken_up(asked: Noise, own: Noise, source: object) -> Noise:
+def taken_up(spec: Noise, own: Noise, source: object) -> Noise:
     """How states are to be protected by a model that takes up an adapter with a narrow cut.
 
-    Nothing that somebody has asked for is dropped: a mechanism of the user's is done on what the cut leaves; who names
-    none gets the one that the adapter was trained with, its noise included. To go without, a user names the cut alone.
+    No mechanism of the user's is dropped: it is done on what the cut leaves. Without one, the model gets the one that
+    the adapter was trained with, its noise included. To go without noise, a user names the cut alone.
 
     Parameters
     ----------
-    asked
-        The user's.
+    spec
+        The user's mechanism.
     own
         The adapter's.
     source
@@ -85,13 +76,13 @@ def taken_up(asked: Noise, own: Noise, source: object) -> Noise:
         If the user names a cut of another rank.
     """
     assert own.width is not None
-    if asked.width is not None:
-        if asked.width != own.width:
+    if spec.width is not None:
+        if spec.width != own.width:
             raise ModelMismatchError(
                 f"the adapter in {source} has a narrow cut of rank {own.width}, the mechanism asks for rank "
-                f"{asked.width}; leave narrow-cut out, or write narrow-cut:rank={own.width}"
+                f"{spec.width}; leave narrow-cut out, or write narrow-cut:rank={own.width}"
             )
-        return asked
-    if not asked.alters:
+        return spec
+    if not spec.alters:
         return own
-    return Chain((NarrowCut(own.width), *(asked.parts if isinstance(asked, Chain) else (asked,))))
+    return Chain((NarrowCut(own.width), spec))

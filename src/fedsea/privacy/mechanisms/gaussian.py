@@ -5,15 +5,16 @@ The paper (FedSEA-LLaMA, section on privacy) reports noise by its mean absolute 
 beside the signal: 0.05 on LLaMA2-7B, whose mean |h_A| after one layer is about 0.022, is `RelativeGaussianNoise(2.85)`.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fedsea.privacy.mechanism import Channel, Noise, require_not_negative
+from fedsea.privacy.mechanism import Channel, Magnitude, Noise, Unit, require_not_negative, written_as
 
 GRID_BITS = 10  # noise is at least 2^9 steps of its grid
 DROPPED = 13  # of a float32's 24 significant bits: float16 has 11
@@ -26,7 +27,9 @@ class GaussianNoise(Noise):
     Parameters
     ----------
     std
-        Standard deviation, in the unit of the hidden states. 0 sends them as they are.
+        Standard deviation; 0 sends states as they are.
+    unit
+        Of `std`: that of the hidden states, or the mean |h_A| of the model at hand.
 
     Raises
     ------
@@ -34,11 +37,21 @@ class GaussianNoise(Noise):
         If `std` is negative or not finite.
     """
 
-    name: ClassVar[str] = "gaussian"
     std: float = 0.0
+    unit: Unit = Unit.ABSOLUTE
 
     def __post_init__(self) -> None:
-        require_not_negative(self.std, "the noise's standard deviation")
+        relative = self.unit is Unit.RELATIVE
+        require_not_negative(self.std, "the noise level" if relative else "the noise's standard deviation")
+
+    @property
+    def strength(self) -> float:
+        """`std`."""
+        return self.std
+
+    def with_strength(self, strength: float) -> Noise:
+        """With another `std`."""
+        return dataclasses.replace(self, std=strength)
 
     @property
     def alters(self) -> bool:
@@ -48,19 +61,40 @@ class GaussianNoise(Noise):
     @property
     def channel(self) -> Channel:
         """Nothing bounds the states."""
-        return Channel(math.inf, self.std)
+        return Channel(math.inf, self.require_absolute().std)
+
+    def calibrated(self, measure: Callable[[], Magnitude]) -> Noise:
+        """With the standard deviation in the unit of the states."""
+        return GaussianNoise(self.std * measure().mean) if self.unit is Unit.RELATIVE else self
 
     def apply(self, hidden: Tensor, normals: Callable[[], Tensor]) -> Tensor:
         """`hidden + std * normals`, computed in float32, on a grid (`on_grid`)."""
-        if self.std == 0:
+        std = self.require_absolute().std
+        if std == 0:
             return hidden
-        return add_noise(hidden, self.std, normals).to(hidden.dtype)
+        exact = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+        return on_grid(exact + std * normals().to(hidden.device), std).to(hidden.dtype)
+
+    def __str__(self) -> str:
+        """`gaussian:std=0.5` or `relative:level=0.5`."""
+        return f"relative:level={self.std!r}" if self.unit is Unit.RELATIVE else f"gaussian:std={self.std!r}"
 
 
-def add_noise(hidden: Tensor, std: float, normals: Callable[[], Tensor]) -> Tensor:
-    """`hidden + std * normals` in float32, `[tokens, hidden]`, `on_grid`; with `std` 0 nothing is drawn."""
-    exact = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
-    return on_grid(exact + std * normals().to(hidden.device), std) if std else exact
+@written_as("gaussian", std=1.0)
+def _gaussian(std: float) -> GaussianNoise:
+    return GaussianNoise(std)
+
+
+@written_as("relative", level=1.0)
+def RelativeGaussianNoise(level: float = 0.0) -> GaussianNoise:  # noqa: N802
+    """Gaussian noise whose standard deviation is `level` times the mean |h_A| of the model at hand.
+
+    Raises
+    ------
+    UsageError
+        If `level` is negative or not finite.
+    """
+    return GaussianNoise(level, Unit.RELATIVE)
 
 
 def on_grid(noised: Tensor, std: float) -> Tensor:
@@ -73,17 +107,8 @@ def on_grid(noised: Tensor, std: float) -> Tensor:
     the 11 significant bits of float16, as the gaps of large states are large. Both are far coarser than what was added,
     whatever dtype is computed in or sent; together they move a state by less than a float16 wire does anyhow.
 
-    Parameters
-    ----------
-    noised
-        Float32. Float64 stays as it is: nothing leaves in it, and what is measured in it is to be exact.
-    std
-        Standard deviation of the noise.
-
-    Returns
-    -------
-    Tensor
-        The same shape and dtype. The gradient is as if nothing had been rounded.
+    Float64 stays as it is: nothing leaves in it, and what is measured in it is to be exact. The gradient is as if
+    nothing had been rounded.
     """
     if noised.dtype is torch.float64:
         return noised

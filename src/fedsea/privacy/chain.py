@@ -4,13 +4,12 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from fedsea.errors import UsageError
-from fedsea.privacy.mechanism import Channel, Magnitude, Noise
+from fedsea.privacy.mechanism import Channel, Magnitude, Noise, Unit
 
 
 @dataclass(frozen=True)
@@ -22,8 +21,8 @@ class Chain(Noise):
     Parameters
     ----------
     parts
-        Two or more mechanisms. Only one of them may add noise: there is one draw for a state, and noise that is added
-        twice from one draw would not be what its strengths say.
+        Two or more mechanisms; a chain among them stands for its parts. Only one of them may add noise: there is one
+        draw for a state, and noise that is added twice from one draw would not be what its strengths say.
 
     Raises
     ------
@@ -32,29 +31,46 @@ class Chain(Noise):
         comes after something else than one.
     """
 
-    name: ClassVar[str] = "chain"
     parts: tuple[Noise, ...]
 
     def __post_init__(self) -> None:
+        flat = [one for part in self.parts for one in (part.parts if isinstance(part, Chain) else (part,))]
+        object.__setattr__(self, "parts", tuple(flat))
         if len(self.parts) < 2:
             raise UsageError("a chain of mechanisms has two or more")
-        if sum(part.adds_noise for part in self.parts) > 1:
+        if sum(part.strength is not None for part in self.parts) > 1:
             raise UsageError(f"{self} adds noise more than once; give it once, with the standard deviation of the sum")
         if any(part.width is not None for part in self.parts[1:]):
             raise UsageError(f"{self} narrows states that were protected already; write narrow-cut first, and once")
-        if any(part.follows_states and before.width is None for before, part in pairwise(self.parts)):
+        if any(part.adaptive and before.width is None for before, part in pairwise(self.parts)):
             # A bound that stays, before one that moves: the ratio of clip to noise would no longer be what it was.
             raise UsageError(f"{self} bounds states before adaptive does; leave that out, adaptive clips by itself")
+
+    @property
+    def _noisy(self) -> Noise | None:
+        return next((part for part in self.parts if part.strength is not None), None)
+
+    @property
+    def unit(self) -> Unit:
+        """That of the part that adds noise; without one relative, if a part is."""
+        relative = any(part.unit is Unit.RELATIVE for part in ([self._noisy] if self._noisy else self.parts))
+        return Unit.RELATIVE if relative else Unit.ABSOLUTE
+
+    @property
+    def strength(self) -> float | None:
+        """That of the part that adds noise."""
+        return self._noisy.strength if self._noisy else None
+
+    def with_strength(self, strength: float) -> Noise:
+        """With another strength of the part that adds noise."""
+        if self._noisy is None:
+            return super().with_strength(strength)
+        return Chain(tuple(part.with_strength(strength) if part is self._noisy else part for part in self.parts))
 
     @property
     def width(self) -> int | None:
         """That of the first part, if it is a narrow cut."""
         return self.parts[0].width
-
-    @property
-    def adds_noise(self) -> bool:  # type: ignore[override]
-        """If one of its parts does."""
-        return any(part.adds_noise for part in self.parts)
 
     @property
     def alters(self) -> bool:
@@ -75,6 +91,10 @@ class Chain(Noise):
     def calibrated(self, measure: Callable[[], Magnitude]) -> Noise:
         """The chain of the calibrated parts."""
         return Chain(tuple(part.calibrated(measure) for part in self.parts))
+
+    def updated(self, precision: float, scale: float) -> Noise:
+        """The chain of the updated parts."""
+        return Chain(tuple(part.updated(precision, scale) for part in self.parts))
 
     def apply(self, hidden: Tensor, normals: Callable[[], Tensor]) -> Tensor:
         """One part after the other, in float32, rounded once."""

@@ -14,15 +14,26 @@ by steps would tell more of those texts that come in the precise steps. And clip
 they follow the size of states.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+
+from torch import Tensor
 
 from fedsea.errors import UsageError
-from fedsea.privacy.clipped import ClippedGaussianNoise
-from fedsea.privacy.compose import Chain
-from fedsea.privacy.mechanism import Magnitude, Noise, RelativeNoise, require_not_negative, require_positive
+from fedsea.privacy.chain import Chain
+from fedsea.privacy.mechanism import (
+    Channel,
+    Magnitude,
+    Noise,
+    Unit,
+    require_not_negative,
+    require_positive,
+    whole_number,
+    written_as,
+)
+from fedsea.privacy.mechanisms.clip import relative_clipped_gaussian
 
 FLOOR = 0.25  # each look's `p` at least, so that none is wasted behind noise that nothing is learnt through
 GRAIN = 2**20  # `p` is a multiple of 1 / GRAIN, so that sums are exact
@@ -30,11 +41,13 @@ SCALE_STEP = 0.25  # scales are powers of two, in such steps of the exponent
 SCALE_STEPS = 32  # in either direction: all that a scale can tell of what it was measured on is one of 65 values
 
 
+@written_as("adaptive", clip=1.0, level=1.0, epochs=1)
 @dataclass(frozen=True)
-class AdaptiveGaussianNoise(RelativeNoise):
-    """`RelativeClippedGaussianNoise` that a training may make finer in one pass over the texts and coarser in another.
+class AdaptiveGaussianNoise(Noise):
+    """`relative_clipped_gaussian` that a training may make finer in one epoch and coarser in another.
 
-    What does not drive it (`fedsea.training.looks`), chat and evaluation among it, has the strength of `level`.
+    What does not recalibrate it (`fedsea.training.recalibration`), chat and evaluation among it, has the strength of
+    `level`.
 
     Parameters
     ----------
@@ -42,79 +55,62 @@ class AdaptiveGaussianNoise(RelativeNoise):
         Multiple of the mean L2 norm of a token's state.
     level
         The noise's standard deviation, as a multiple of the mean |h_A| of states that are not clipped: that at which
-        `looks` looks would tell as much as those that the training takes.
-    looks
-        Passes over the texts that are planned. Those beyond have the strength of `level`, and count as further looks.
+        `epochs` epochs would tell as much as those that the training takes.
+    epochs
+        That are planned, each with noise of its own. Those beyond have the strength of `level`.
 
     Raises
     ------
     UsageError
-        If `clip` is not a number above 0, `level` is negative or not finite, or `looks` is not a whole number from 1.
+        If `clip` is not a number above 0, `level` is negative or not finite, or `epochs` is not a whole number from 1.
     """
 
-    name: ClassVar[str] = "adaptive"
-    follows_states = True
+    adaptive = True
     clip: float
     level: float
-    looks: int
+    epochs: int
 
     def __post_init__(self) -> None:
         require_positive(self.clip, "the norm to clip to")
         require_not_negative(self.level, "the noise level")
-        if not (math.isfinite(self.looks) and self.looks >= 1 and self.looks == int(self.looks)):
-            raise UsageError(f"the looks of an adaptive noise must be a whole number, 1 or more; got {self.looks}")
-        object.__setattr__(self, "looks", int(self.looks))
+        object.__setattr__(self, "epochs", whole_number(self.epochs, "the epochs of an adaptive noise"))
 
     @property
-    def alters(self) -> bool:
-        """Always: without noise too, states are clipped."""
-        return True
+    def unit(self) -> Unit:
+        """Always relative."""
+        return Unit.RELATIVE
+
+    @property
+    def strength(self) -> float:
+        """The level."""
+        return self.level
+
+    def with_strength(self, strength: float) -> Noise:
+        """With another level."""
+        return dataclasses.replace(self, level=strength)
+
+    @property
+    def channel(self) -> Channel:
+        """Not known before it is calibrated."""
+        return self.require_absolute().channel
 
     def calibrated(self, measure: Callable[[], Magnitude]) -> Noise:
-        """`ClippedGaussianNoise` as `clip` and `level` mean it here."""
-        magnitude = measure()
-        return ClippedGaussianNoise(self.clip * magnitude.norm, self.level * magnitude)
+        """The clip and the Gaussian noise that `clip` and `level` mean here."""
+        return relative_clipped_gaussian(self.clip, self.level).calibrated(measure)
 
+    def updated(self, precision: float, scale: float) -> Noise:
+        """With noise of `1 / precision` times its variance, and clip and noise times `scale`."""
+        return dataclasses.replace(self, clip=scale * self.clip, level=scale * self.level / math.sqrt(precision))
 
-@dataclass(frozen=True)
-class Look:
-    """How states are protected in a pass over the texts.
-
-    Attributes
-    ----------
-    precision
-        `p`: the noise's standard deviation is divided by its square root. 1 for that of the level.
-    scale
-        What clip and noise are multiplied by, as the states have become larger or smaller.
-    """
-
-    precision: float
-    scale: float
+    def apply(self, hidden: Tensor, normals: Callable[[], Tensor]) -> Tensor:
+        """Not possible before it is calibrated."""
+        return self.require_absolute().apply(hidden, normals)
 
 
 def adaptive_part(noise: Noise) -> AdaptiveGaussianNoise | None:
     """The adaptive noise that a mechanism, not calibrated, is or has in it; None without one."""
     parts = noise.parts if isinstance(noise, Chain) else (noise,)
     return next((part for part in parts if isinstance(part, AdaptiveGaussianNoise)), None)
-
-
-def of_look(asked: Noise, calibrated: Noise, look: Look) -> Noise:
-    """A mechanism as a look has it.
-
-    Parameters
-    ----------
-    asked
-        The mechanism as a user has named it.
-    calibrated
-        The same, calibrated.
-    """
-    if isinstance(asked, Chain):
-        assert isinstance(calibrated, Chain)
-        return Chain(tuple(of_look(*pair, look) for pair in zip(asked.parts, calibrated.parts, strict=True)))
-    if not isinstance(asked, AdaptiveGaussianNoise):
-        return calibrated
-    assert isinstance(calibrated, ClippedGaussianNoise)
-    return ClippedGaussianNoise(look.scale * calibrated.clip, look.scale * calibrated.std / math.sqrt(look.precision))
 
 
 def rounded_scale(ratio: float) -> float:
