@@ -72,7 +72,7 @@ def precisions(forwards: list[Forward], std: float) -> list[float]:
     return [(std / one) ** 2 for one in stds(forwards)]
 
 
-NEAR = {"rel": 0.1}  # some thousand draws a step
+NEAR = {"rel": 0.25}  # 1,280 draws a step at least: more than 6 standard deviations of a measured variance
 
 
 def test_each_pass_has_noise_of_its_own_and_all_of_it_the_same(
@@ -92,7 +92,7 @@ def test_each_pass_has_noise_of_its_own_and_all_of_it_the_same(
         sent = torch.cat([one.states.float() / one.states.float().std() for one in forwards]).double()
         flat, _ = sent.flatten().sort()
         expected = 0.5 * (1 + torch.erf(flat / math.sqrt(2)))
-        assert (expected - torch.arange(1, len(flat) + 1) / len(flat)).abs().max() < 2.5 / math.sqrt(len(flat))
+        assert (expected - torch.arange(1, len(flat) + 1) / len(flat)).abs().max() < 3.5 / math.sqrt(len(flat))
         alike = torch.corrcoef(sent).fill_diagonal_(0).abs().max()
         assert alike < 7 / math.sqrt(sent.shape[1])
         # After training, and for all that is no training pass in it, the level's.

@@ -8,7 +8,7 @@ every step of the input blocks' adapter) is `n` more: they compose. The composit
 
 The numbers are printed as they come out, however large: at noise that leaves a language model of use, they are large.
 They hold in exact arithmetic. What is noised is rounded so that its last bits tell nothing of how it came about
-(`fedsea.privacy.gaussian.on_grid`); draws of this package end at 6.66 standard deviations, or at 7.5
+(`fedsea.privacy.mechanisms.gaussian.on_grid`); draws of this package end at 6.66 standard deviations, or at 7.5
 (see `NoiseSource.normals`), which `delta` does not count.
 """
 
