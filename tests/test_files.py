@@ -17,10 +17,10 @@ from safetensors.torch import save_file
 
 from fedsea.checkpoints.tensorfile import TensorFile
 from fedsea.errors import FedSEAError, ModelNotFoundError, UsageError
-from fedsea.federation.coordinator.deployment import FEDERATION, read_object
 from fedsea.federation.coordinator.folder import FederationFolder
+from fedsea.federation.invitation import FEDERATION
 from fedsea.federation.owner.private_adapter import PrivateAdapter
-from fedsea.files import append_json, read_lines, replace_folder, replacing, write_file, write_json
+from fedsea.files import append_json, read_lines, read_object, replace_folder, replacing, write_file, write_json
 from fedsea.parts.adapter_files import CONFIG, WEIGHTS, read_adapter, save_adapter
 from fedsea.parts.cut_files import CUT, CUT_WEIGHTS, read_cut
 from fedsea.training.checkpoints import CheckpointFolder, TrainingState

@@ -11,10 +11,11 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 
 from fedsea.errors import LimitExceededError
-from fedsea.federation.coordinator.deployment import Deployment, Invitation
+from fedsea.federation.coordinator.deployment import Deployment
 from fedsea.federation.coordinator.folder import FederationFolder
 from fedsea.federation.coordinator.status import read_status
 from fedsea.federation.coordinator.up import UpOptions
+from fedsea.federation.invitation import Invitation
 from fedsea.federation.settings import Settings
 from fedsea.parts.adapter_files import read_adapter
 from fedsea.privacy import parse_mechanism

@@ -116,6 +116,27 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
+def read_object(file: Path, otherwise: str) -> dict[str, Any]:
+    """Read a file with one JSON object.
+
+    Raises
+    ------
+    UsageError
+        With `otherwise` if there is no such file; if it cannot be read.
+    """
+    try:
+        body = parse_json(file.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        raise UsageError(otherwise) from None
+    except OSError as error:
+        raise UsageError(f"cannot read {file}: {error.strerror}") from None
+    except ValueError:
+        body = None
+    if not isinstance(body, dict):
+        raise UsageError(f"{file} is damaged: it holds no JSON object")
+    return body
+
+
 def read_lines(path: Path) -> list[Any]:
     """The JSON values of a file that `append_json` wrote; one that was being written in a crash is left out."""
     found: list[Any] = []

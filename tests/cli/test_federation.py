@@ -25,12 +25,13 @@ from flwr.supercore.fab import Fab
 
 from fedsea.cli import run
 from fedsea.errors import FedSEAError, UsageError
-from fedsea.federation.coordinator.deployment import SUPERNODE_KEY, Deployment, Invitation, federation_name
+from fedsea.federation.coordinator.deployment import Deployment
 from fedsea.federation.coordinator.status import read_status
 from fedsea.federation.coordinator.up import Federation, UpOptions, run_config
-from fedsea.federation.flower import supernode
 from fedsea.federation.flower.app import COMPONENTS, bundle, check_bundle, project_file
-from fedsea.federation.flower.superlink import may_call
+from fedsea.federation.flower.gate import is_for_data_owners, is_local
+from fedsea.federation.flower.patches import connector
+from fedsea.federation.invitation import SUPERNODE_KEY, Invitation, federation_name
 from fedsea.federation.owner.join import OwnerProcess
 from fedsea.federation.process import Child
 from fedsea.federation.settings import Settings
@@ -91,7 +92,8 @@ def test_commands_and_help_need_neither_torch_nor_flower() -> None:
 def test_each_data_owner_gets_its_own_keys_and_where_to_connect(tmp_path: Path) -> None:
     here = Deployment(tmp_path / "fed")
     here.prepare(["gpu.example.org"], ["alice", "bob"])
-    here.invite(Invitation("fed", "alice", "m", "cb", "gpu.example.org:7071", ("gpu.example.org:7070",)))
+    invitation = Invitation("fed", "alice", "m", "cb", "gpu.example.org:7071", ("gpu.example.org:7070",))
+    invitation.write(here.client("alice"))
     assert Invitation.read(here.client("alice")).servers == ("gpu.example.org:7070",)
     for path in (tmp_path / "fed").rglob("*"):
         if path.name != "federation.json":
@@ -118,7 +120,7 @@ def test_a_data_owners_folder_must_be_whole_and_its_own(tmp_path: Path) -> None:
     here = Deployment(tmp_path / "fed")
     here.prepare([], ["alice", "bob"])
     for name in ("alice", "bob"):
-        here.invite(Invitation("fed", name, "random:tiny", "", "127.0.0.1:1", ("127.0.0.1:2",)))
+        Invitation("fed", name, "random:tiny", "", "127.0.0.1:1", ("127.0.0.1:2",)).write(here.client(name))
     with pytest.raises(UsageError, match="leaves the task open"):
         OwnerProcess(here.client("alice"), own("x", ""), print)
     for file in ("certificate.pem", "key.pem"):
@@ -210,7 +212,7 @@ def test_the_supernode_runs_nothing_for_a_run_that_is_no_federation(monkeypatch:
         yield 1, None, None, get_run, get_fab
 
     told: list[dict[str, Any]] = []
-    with supernode._connector(connect, lambda **body: told.append(body))() as (*_others, get_run, get_fab):
+    with connector(connect, lambda **body: told.append(body))() as (*_others, get_run, get_fab):
         for number in range(3):
             get_run(number)
         licensed = [bool(get_fab("x", number).verifications.get("valid_license")) for number in range(4)]
@@ -237,8 +239,9 @@ def test_the_supernode_runs_nothing_for_a_run_that_is_no_federation(monkeypatch:
 def test_other_machines_reach_the_interface_for_data_owners_only(
     path: str, client: str, server: str, allowed: bool
 ) -> None:
-    assert may_call({"type": "http", "path": path, "client": (client, 9), "server": (server, 7071)}) is allowed
-    assert not may_call({"type": "http", "path": "/v1/control/x", "client": None, "server": None})
+    scope = {"type": "http", "path": path, "client": (client, 9), "server": (server, 7071)}
+    assert (is_for_data_owners(scope) or is_local(scope)) is allowed
+    assert not is_local({"type": "http", "path": "/v1/control/x", "client": None, "server": None})
 
 
 # How it stands

@@ -13,9 +13,9 @@ from flwr.app import Context, Error, Message, RecordDict
 from fedsea.errors import FedSEAError, ModelMismatchError, NonFiniteError, TermsError, UsageError
 from fedsea.federation.coordinator.block_server_admin import BlockServerAdmin
 from fedsea.federation.coordinator.up import Federation, UpOptions
-from fedsea.federation.flower import client_app
 from fedsea.federation.owner.local_dp import GRID_BITS, deviation_of, normals, protected
-from fedsea.federation.owner.participant import Participant, ParticipantOptions
+from fedsea.federation.owner.participant import Participant
+from fedsea.federation.owner.participant_options import ParticipantOptions
 from fedsea.federation.owner.worker import FINISH
 from fedsea.federation.settings import Settings
 from fedsea.parts.adapter_files import read_adapter
@@ -143,7 +143,7 @@ def participant(tmp_path: Path, **more: Any) -> Participant:
 
 def test_a_data_owner_keeps_the_adapter_of_its_model_and_no_other(tmp_path: Path) -> None:
     run = Run(tmp_path, World(clients((1, 1, 10)), [FakeServer("127.0.0.1:1")]))
-    whole = client_app._tensors(run.start())
+    whole = run.start()
     body = {"lora": run.settings.lora()}
     owner = participant(tmp_path)
     (tmp_path / "mine").mkdir()
@@ -152,7 +152,7 @@ def test_a_data_owner_keeps_the_adapter_of_its_model_and_no_other(tmp_path: Path
     lora, weights = read_adapter(tmp_path / "mine" / "adapter")
     assert lora.r == 2
     assert weights.keys() == whole.keys()
-    assert all(bool((weights[name] == whole[name]).all()) for name in whole)
+    assert all(np.array_equal(weights[name], whole[name]) for name in whole)
 
     name = min(whole)
     with pytest.raises(ModelMismatchError, match="one side only"):
@@ -160,7 +160,7 @@ def test_a_data_owner_keeps_the_adapter_of_its_model_and_no_other(tmp_path: Path
     with pytest.raises(ModelMismatchError, match="has shape"):
         owner.finish(body, whole | {name: whole[name][:1]})
     with pytest.raises(NonFiniteError, match="not finite"):
-        owner.finish(body, whole | {name: whole[name] * float("nan")})
+        owner.finish(body, whole | {name: whole[name] * np.nan})
     assert read_adapter(tmp_path / "mine" / "adapter")[1].keys() == whole.keys()
     with pytest.raises(TermsError, match="no place"):
         participant(tmp_path, output="").finish(body, whole)

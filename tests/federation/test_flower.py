@@ -56,10 +56,7 @@ def server(start_server: Callable[..., RunningServer]) -> RunningServer:
 def cold() -> Iterator[None]:
     """Participants of one test are not another's."""
     yield
-    client_app._warm.clear()
-    if client_app._shelf is not None:
-        client_app._shelf.close()
-        client_app._shelf = None
+    client_app.simulated.close()
 
 
 class AllApart:
@@ -73,16 +70,17 @@ class AllApart:
 
     def worker_of(self, context: Context) -> Any:
         if context.node_id not in self._halves:
-            from fedsea.federation.owner.participant import Participant, ParticipantOptions
+            from fedsea.federation.owner.participant import Participant
+            from fedsea.federation.owner.participant_options import ParticipantOptions
 
             settings = Settings.from_run_config(context.run_config)
             options = client_app.simulated_options(settings, context.node_config) | {"wire_dtype": "float32"}
-            self._halves[context.node_id] = client_app._InProcess(Participant(ParticipantOptions.from_body(options)))
+            self._halves[context.node_id] = Participant(ParticipantOptions.from_body(options))
         return self._halves[context.node_id]
 
     def close(self) -> None:
         while self._halves:
-            self._halves.popitem()[1].participant.close()
+            self._halves.popitem()[1].close()
 
 
 @pytest.fixture
@@ -256,8 +254,9 @@ def test_partitions_differ_and_two_block_servers_share_the_middle(
 def test_simulated_clients_share_a_process_and_its_model(server: RunningServer, data: str, tmp_path: Path) -> None:
     given = config(server.address, data, tmp_path / "out", clients=6, clients_at_once=1, rounds=1)
     run(client_app.app, given, 6, at_once=1)
-    assert len(client_app._warm) == 6
-    assert len(client_app._shelf._models) == 1
+    assert len(client_app.simulated.participants) == 6
+    assert client_app.simulated.models is not None
+    assert len(client_app.simulated.models) == 1
     assert len(rounds(given)[0]["clients"]) == 6
 
 
@@ -449,7 +448,7 @@ def test_a_client_that_hangs_costs_the_others_one_deadline_and_may_come_back(
     def worker_of(context: Context) -> Any:
         half = usual(context)
         if context.node_id == 2:
-            half.participant.on_step = hang
+            half.on_step = hang
         return half
 
     monkeypatch.setattr(client_app, "worker_of", worker_of)

@@ -20,7 +20,7 @@ from flwr.supercore.object_store import ObjectStoreFactory
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
 from flwr.supernode.nodestate import NodeStateFactory
 
-from fedsea.federation.flower import peers, superlink, supernode
+from fedsea.federation.flower import gate, patches
 
 LONG = 1 << 20
 SETTINGS = {"log_level": "error", "ws": "none", "proxy_headers": False, "lifespan": "off"}
@@ -90,11 +90,11 @@ def link(flower_home: Path) -> Iterator[Link]:
 
     app = create_app()
     app.state.enable_supernode_auth = True
-    app.add_middleware(superlink.Gate)
+    app.add_middleware(gate.Gate)
     key = ec.generate_private_key(ec.SECP384R1())
     state = app.state.linkstate_factory.state()
     state.create_node("", "", public_key_to_bytes(key.public_key()), 10.0, name="ward-a")
-    with served(app, http=superlink.patient_protocol()) as port:
+    with served(app, http=gate.patient_protocol()) as port:
         yield Link(port, key)
 
 
@@ -132,17 +132,17 @@ def test_a_signature_is_looked_at_before_the_body(link: Link, kind: str) -> None
 
 def test_a_registered_data_owner_sends_what_it_needs_and_no_more(link: Link) -> None:
     assert link.post(PULL, link.signed() | length(LONG), bytes(LONG)) not in (413, 408)
-    assert link.post(PULL, link.signed() | length(superlink.KNOWN_BYTES + 1)) == 413
+    assert link.post(PULL, link.signed() | length(gate.KNOWN_BYTES + 1)) == 413
 
 
 def test_a_body_of_no_stated_length_is_counted(link: Link) -> None:
     chunk = b"10000\r\n" + bytes(0x10000) + b"\r\n"
-    for headers, count in (({}, 2), (link.signed(), superlink.KNOWN_BYTES // 0x10000 + 1)):
+    for headers, count in (({}, 2), (link.signed(), gate.KNOWN_BYTES // 0x10000 + 1)):
         assert link.post(PULL, headers | {"Transfer-Encoding": "chunked"}, chunk * count) == 413
 
 
 def test_who_sends_too_much_sees_the_answer_and_is_cut_off(link: Link, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(superlink, "LINGER_SECONDS", 0.2)
+    monkeypatch.setattr(gate, "LINGER_SECONDS", 0.2)
     with link.connect() as connection:
         connection.sendall(b"POST " + PULL.encode() + b" HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999\r\n\r\n")
         answer = b""
@@ -153,10 +153,10 @@ def test_who_sends_too_much_sees_the_answer_and_is_cut_off(link: Link, monkeypat
 
 
 def test_a_slow_sender_is_not_waited_for(link: Link, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(superlink, "UNKNOWN_SECONDS", 0.2)
+    monkeypatch.setattr(gate, "UNKNOWN_SECONDS", 0.2)
     assert link.post(REGISTER, length(1000), b"abc") == 408
     # Nor one that sends no request, or half of one: the connection ends, whenever that is.
-    monkeypatch.setattr(superlink, "SILENT_SECONDS", 0.3)
+    monkeypatch.setattr(gate, "SILENT_SECONDS", 0.3)
     for sent in (b"", b"POST /v1/fl", b"POST /v1/fleet/pull-messages HTTP/1.1\r\nHost: x\r\n"):
         with link.connect() as connection, contextlib.suppress(ConnectionError):
             connection.sendall(sent)
@@ -172,11 +172,11 @@ def strange_socket(monkeypatch: pytest.MonkeyPatch) -> socket.socket:
         finally:
             os.seteuid(0)
     mine = os.geteuid()
-    monkeypatch.setattr(peers.os, "geteuid", lambda: mine + 1)
+    monkeypatch.setattr(gate.os, "geteuid", lambda: mine + 1)
     return socket.socket()
 
 
-needs_tables = pytest.mark.skipif(not peers.TABLES[0].exists(), reason="this system does not list sockets")
+needs_tables = pytest.mark.skipif(not gate.TABLES[0].exists(), reason="this system does not list sockets")
 CONTROL = "/v1/control/list-nodes"
 
 
@@ -203,7 +203,7 @@ def test_another_user_of_a_data_owners_machine_gets_no_task(flower_home: Path, m
 
     factory = NodeStateFactory(objectstore_factory=ObjectStoreFactory())
     assert factory.state().create_task(task_type=TaskType.CLIENT_APP, run_id=7, fab_hash="0" * 64)
-    app = supernode._guarded(create_app(state_factory=factory, superexec_auth_secret=None))
+    app = patches.guarded(create_app(state_factory=factory, superexec_auth_secret=None))
     request = AcquireTaskRequest(supported_task_types=["flwr-clientapp"]).SerializeToString()
     lines = [
         f"{name}: {value}"
@@ -251,15 +251,15 @@ def test_a_socket_that_nobody_holds_any_longer_is_nobodys(family: socket.Address
         accepted, _ = listener.accept()
         with accepted:
             scope = {"client": accepted.getpeername()[:2], "server": accepted.getsockname()[:2]}
-            assert peers.of_own_process(scope)
+            assert gate.of_own_process(scope)
             mine = os.geteuid()
             if mine:
-                assert not peers.of_own_process(scope, mine + 1)
+                assert not gate.of_own_process(scope, mine + 1)
             client.sendall(b"order")
             client.close()
-            until(lambda: not peers.of_own_process(scope))
-            assert not peers.of_own_process({**scope, "client": None})
-            assert not peers.of_own_process({**scope, "client": ("unix", 0)})
+            until(lambda: not gate.of_own_process(scope))
+            assert not gate.of_own_process({**scope, "client": None})
+            assert not gate.of_own_process({**scope, "client": ("unix", 0)})
 
 
 def until(holds: Callable[[], bool]) -> None:

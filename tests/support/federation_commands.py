@@ -26,7 +26,7 @@ def write_cb(folder: Path) -> Path:
 
 def own(data: Path | str, task: str = "cb") -> ParticipantOptions:
     """What a data owner decides."""
-    return ParticipantOptions(name="", model="", task=task, data=str(data), threads=1)
+    return ParticipantOptions(str(data), task=task, threads=1)
 
 
 def until(condition: Callable[[], Any], seconds: float = 60.0) -> Any:

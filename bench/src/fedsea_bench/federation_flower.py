@@ -129,7 +129,7 @@ def _deployed(folder: Path, data: Path, settings: Settings, threads: int) -> lis
         running.start()
         members = []
         for number, name in enumerate(names):
-            own = ParticipantOptions("", "", "", str(data), shard=f"iid:{number}/{CLIENTS}", threads=1)
+            own = ParticipantOptions(str(data), shard=f"iid:{number}/{CLIENTS}", threads=1)
             members.append(things.enter_context(OwnerProcess(running.deployment.client(name), own, _unheard)))
         with ThreadPoolExecutor(CLIENTS) as pool:
             list(pool.map(OwnerProcess.start, members))

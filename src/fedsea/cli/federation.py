@@ -193,7 +193,6 @@ def join(
     from fedsea.federation.owner.participant_options import ParticipantOptions
 
     options = ParticipantOptions(
-        name="",
         model=model,
         task=task,
         data=data if data.startswith("hub:") else str(Path(data).expanduser().absolute()),
@@ -274,8 +273,9 @@ def status(
 def _what_and_where(
     directory: Path, federation: FederationOptions, place: PlaceOptions
 ) -> "tuple[Settings, UpOptions]":
-    from fedsea.federation.coordinator.deployment import Deployment, federation_name
+    from fedsea.federation.coordinator.deployment import Deployment
     from fedsea.federation.coordinator.up import UpOptions
+    from fedsea.federation.invitation import federation_name
     from fedsea.federation.settings import Settings
 
     before = Deployment(directory.expanduser()).before()

@@ -172,7 +172,7 @@ def _temporary() -> Iterator[str]:
 
 
 def _own(data: Path) -> ParticipantOptions:
-    return ParticipantOptions("", "", "", str(data), threads=1, max_tokens=128)
+    return ParticipantOptions(str(data), threads=1, max_tokens=128)
 
 
 def _conversation(ask: str, say: str) -> dict[str, object]:

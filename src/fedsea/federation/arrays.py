@@ -1,7 +1,7 @@
 """Adapters as Flower carries them: named numpy arrays, float32, by names of the whole model. Without torch."""
 
 import io
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -23,18 +23,7 @@ def from_record(record: ArrayRecord) -> Arrays:
 
 
 def read_arrays(record: ArrayRecord, shapes: Shapes) -> Arrays | str:
-    """Check and read a record that came from a peer.
-
-    Parameters
-    ----------
-    shapes
-        What must be in it, no more and no less.
-
-    Returns
-    -------
-    dict or str
-        The arrays; or what is wrong with them, in words.
-    """
+    """Check and read a record that came from a peer: arrays of these shapes, or what is wrong with them, in words."""
     strange = sorted(record.keys() ^ shapes.keys())
     if strange:
         return f"its adapter {'lacks' if strange[0] in shapes else 'also has'} {strange[0]}"
@@ -63,14 +52,9 @@ def _read_npy(data: bytes, shape: tuple[int, ...]) -> NDArray[np.float32] | str:
 
 
 def cut_to_reach(arrays: Arrays, start: Arrays, most: tuple[float, float]) -> tuple[Arrays, bool]:
-    """Put every weight within the reach of an honest training; gives the arrays, and whether any was out of it.
+    """Put every weight within the reach of an honest training; returns the arrays, and whether any was out of it.
 
-    Parameters
-    ----------
-    start
-        Where the training began.
-    most
-        As `Settings.most_moved` gives it.
+    `start` is where the training began, `most` is what `Settings.most_moved` gives.
     """
     moved, decay = most
     found: Arrays = {}
@@ -84,24 +68,11 @@ def cut_to_reach(arrays: Arrays, start: Arrays, most: tuple[float, float]) -> tu
     return found, outside
 
 
-class WeightedMean:
-    """A mean of arrays by name, each over whoever gives it: sum(weight * value) / sum(weight). In float64 meanwhile."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, NDArray[np.float64]] = {}
-        self._weights: dict[str, float] = {}
-
-    def add(self, name: str, value: NDArray[Any], weight: float) -> None:
-        """One more value of a name."""
-        part = value.astype(np.float64) * weight
-        self._sums[name] = self._sums[name] + part if name in self._sums else part
-        self._weights[name] = self._weights.get(name, 0.0) + weight
-
-    @property
-    def names(self) -> list[str]:
-        """That have a value."""
-        return list(self._sums)
-
-    def of(self, names: Iterable[str]) -> Arrays:
-        """The means of some names."""
-        return {name: (self._sums[name] / self._weights[name]).astype(np.float32) for name in names}
+def misfit(weights: Mapping[str, Any], shapes: Shapes) -> str | None:
+    """Where an adapter (arrays or tensors) differs first from what a model needs, in words; None if it fits."""
+    for name in sorted(weights.keys() ^ shapes.keys()):
+        return f"{name} is on one side only"
+    for name, shape in shapes.items():
+        if tuple(weights[name].shape) != tuple(shape):
+            return f"{name} has shape {list(weights[name].shape)}, the model's {list(shape)}"
+    return None

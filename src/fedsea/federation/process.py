@@ -1,21 +1,26 @@
-"""The processes of a federation: started on a leash, watched, and stopped with all that they have started."""
+"""The processes of a federation: started, watched, started again, and stopped with all that they have started."""
 
 import contextlib
 import json
+import math
 import os
 import queue
 import re
 import signal
+import socket
 import subprocess
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+from fedsea.errors import FedSEAError, UsageError
 from fedsea.process import TOOLS, child_environment, module_command
+from fedsea.wire.address import format_address
 
 STOP_SECONDS = 10.0
+RESTARTS = 3
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _ERROR = re.compile(r"error", re.IGNORECASE)
 # What Flower does by itself is turned off, unless its user has turned it on.
@@ -35,8 +40,8 @@ def flower_environment(home: Path) -> dict[str, str]:
 class Child:
     """A Python module as a process of its own, in a process group of its own; a context manager.
 
-    An interrupt typed at the terminal does not reach it: whoever started it stops it. If that process is killed, the
-    child ends, too.
+    An interrupt typed at the terminal does not reach it, only the process that started it. If that process is killed,
+    the child ends, too.
 
     Parameters
     ----------
@@ -47,7 +52,7 @@ class Child:
     environment
         Replaces parts of this process's.
     stdin
-        A first line for it; the module then puts itself on the leash.
+        A first line for it; the module then calls `put_on_leash` itself.
     """
 
     def __init__(
@@ -72,7 +77,7 @@ class Child:
             )
         if stdin is not None:
             assert self._process.stdin is not None
-            with contextlib.suppress(BrokenPipeError):  # it has died: whoever waits for it will find out
+            with contextlib.suppress(BrokenPipeError):  # it has died: the process that waits for it will find out
                 self._process.stdin.write(stdin + "\n")
                 self._process.stdin.flush()
         self._lines: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
@@ -95,7 +100,7 @@ class Child:
     @property
     def running(self) -> bool:
         """Whether it has not ended."""
-        return self._process.poll() is None
+        return self.exit_code is None
 
     @property
     def exit_code(self) -> int | None:
@@ -122,24 +127,22 @@ class Child:
 
     def last_words(self) -> str:
         """The last line of its log that tells of an error; else its last line."""
-        try:
-            text = self.log.read_text(errors="replace")
-        except OSError:
-            text = ""
-        lines = [" ".join(line.split()) for line in _COLOURS.sub("", text).splitlines() if line.strip()]
+        lines = [" ".join(line.split()) for line in self._logged() if line.strip()]
         errors = [line for line in lines if _ERROR.search(line)]
         return next(iter([*errors[-1:], *lines[-1:]]), "it said nothing").removeprefix("fedsea: error: ")
 
     def last_line_with(self, text: str) -> str:
         """What follows this text in the last line of its log that has it; empty if none does."""
+        return next((line.partition(text)[2].strip() for line in reversed(self._logged()) if text in line), "")
+
+    def _logged(self) -> list[str]:
         try:
-            lines = _COLOURS.sub("", self.log.read_text(errors="replace")).splitlines()
+            return _COLOURS.sub("", self.log.read_text(errors="replace")).splitlines()
         except OSError:
-            lines = []
-        return next((line.partition(text)[2].strip() for line in reversed(lines) if text in line), "")
+            return []
 
     def stop(self, seconds: float = STOP_SECONDS) -> None:
-        """Ask it to end, wait, and kill its group. Safe to call twice."""
+        """Send it SIGTERM, wait, and kill its group. Safe to call twice."""
         if self.running:
             self._process.send_signal(signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -161,3 +164,55 @@ class Child:
 
     def __exit__(self, *_what: object) -> None:
         self.stop()
+
+
+class Supervised:
+    """A child that is started again when it dies, until it has died more than `RESTARTS` times in a row.
+
+    One that dies later than `young_seconds` after its start does not count with those before it.
+    """
+
+    def __init__(
+        self, name: str, start: Callable[[], Child], tell: Callable[[str], None], young_seconds: float = math.inf
+    ) -> None:
+        self._name, self._start, self._tell, self._young_seconds = name, start, tell, young_seconds
+        self._deaths = 0
+        self.restart()
+
+    def restart(self) -> None:
+        """Start it, whatever became of the one before."""
+        self.child, self.began = self._start(), time.monotonic()
+
+    def check(self) -> None:
+        """Start it again if it has died; FedSEAError if it dies again and again."""
+        if self.child.running:
+            return
+        end = self.child.end()
+        self.child.kill()  # its group
+        young = time.monotonic() - self.began < self._young_seconds
+        self._deaths = self._deaths + 1 if young else 1
+        if self._deaths > RESTARTS:
+            raise FedSEAError(f"the {self._name} died {self._deaths} times in a row: {end}; see {self.child.log}")
+        self._tell(f"the {self._name} died ({end}); starting it again")
+        self.restart()
+
+
+def require_port(host: str, port: int, option: str) -> int:
+    """Check that a port can be listened on, and return it; 0 takes a free one.
+
+    Raises
+    ------
+    UsageError
+        If it is taken, or the host is not this machine's; `option` is where the user has it from.
+    """
+    where = format_address(host, port)
+    try:
+        family, kind, protocol, _name, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+            return int(probe.getsockname()[1])
+    except socket.gaierror:
+        raise UsageError(f"cannot listen on {where}: no machine is known by the name {host!r}") from None
+    except OSError as error:
+        raise UsageError(f"cannot listen on {where}: {(error.strerror or str(error)).lower()}; see {option}") from None

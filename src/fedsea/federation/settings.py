@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedsea.errors import UsageError
+from fedsea.federation.recipe import RECIPE_BOUNDS, bounds_problem
 
 MODES = ("sequential", "client-batch", "server-hierarchical")
 LORA_KINDS = ("lora", "rslora", "dora")
@@ -20,19 +21,6 @@ _POSITIVE = {"rounds", "clients", "min_clients", "lora_rank", "local_steps", "ba
 _POSITIVE |= {"eval_batch_size", "join_seconds", "straggler_seconds", "round_seconds", "lr", "max_grad_norm"}
 _POSITIVE |= {"fraction_train", "fraction_evaluate", "max_examples"}
 NOISE_DEVIATIONS = 8.0  # farther than this a Gaussian does not go in practice
-# What clients do in a round at most and at least. Whoever trains needs no more. One that moves nothing or never ends
-# is a way to have a text sent again and again; `fedsea.privacy.ledger` says more of that.
-RECIPE_BOUNDS: dict[str, tuple[float, float]] = {
-    "local_steps": (1, 10_000),
-    "batch_size": (1, 1024),
-    "eval_batch_size": (1, 1024),
-    "accumulation": (1, 1024),
-    "lr": (1e-8, 10.0),
-    "weight_decay": (0.0, 10.0),
-    "max_grad_norm": (1e-4, 1e9),
-    "seed": (0, 1 << 63),
-    "proximal_mu": (0.0, 1e4),
-}
 _SHARES = ("fraction_train", "fraction_evaluate")
 _BELOW_ONE = ("lora_dropout", "dp_delta")
 
@@ -182,12 +170,11 @@ class Settings:
                     raise UsageError(f"{key} must be {lowest}; got {value}")
             if (field.name in _SHARES and value > 1) or (field.name in _BELOW_ONE and value >= 1):
                 raise UsageError(f"{key} must be {'at most' if field.name in _SHARES else 'below'} 1; got {value}")
-        for name, (low, high) in RECIPE_BOUNDS.items():
-            if not low <= getattr(self, name, low) <= high:
-                raise UsageError(f"{_key(name)} must be from {low:g} to {high:g}; got {getattr(self, name)}")
-        _one_of("mode", self.mode, MODES)
-        _one_of("lora-kind", self.lora_kind, LORA_KINDS)
-        _one_of("dtype", self.dtype, DTYPES)
+            if field.name in RECIPE_BOUNDS and (problem := bounds_problem(field.name, value)):
+                raise UsageError(f"{key} {problem}")
+        for name, choices in (("mode", MODES), ("lora_kind", LORA_KINDS), ("dtype", DTYPES)):
+            if getattr(self, name) not in choices:
+                raise UsageError(f"{_key(name)} must be one of {', '.join(choices)}; got {getattr(self, name)!r}")
         if not self.addresses:
             raise UsageError("servers must name a block server, HOST:PORT")
         if len(set(self.addresses)) < len(self.addresses):
@@ -203,13 +190,7 @@ class Settings:
 
     @classmethod
     def from_run_config(cls, config: Mapping[str, Any]) -> "Settings":
-        """Read a Flower run configuration.
-
-        Raises
-        ------
-        UsageError
-            If a key is unknown, or a value cannot be used.
-        """
+        """Read a Flower run configuration; UsageError if a key is unknown, or a value cannot be used."""
         fields = {_key(field.name): field for field in dataclasses.fields(cls)}
         values = {}
         for key, value in config.items():
@@ -223,24 +204,18 @@ class Settings:
     @property
     def addresses(self) -> tuple[str, ...]:
         """The block servers' addresses."""
-        return tuple(address.strip() for address in self.servers.split(",") if address.strip())
+        return tuple(_parts(self.servers))
 
     @property
     def dialled(self) -> tuple[str, ...]:
         """Where the coordinator connects to for each of `addresses`."""
-        return tuple(address.strip() for address in self.dial.split(",") if address.strip()) or self.addresses
+        return tuple(_parts(self.dial)) or self.addresses
 
     @property
     def options(self) -> dict[str, float | int]:
-        """What `strategy-options` says.
-
-        Raises
-        ------
-        UsageError
-            If it cannot be read.
-        """
+        """What `strategy-options` says; UsageError if it cannot be read."""
         found: dict[str, float | int] = {}
-        for part in filter(None, (part.strip() for part in self.strategy_options.split(","))):
+        for part in _parts(self.strategy_options):
             name, _, text = part.partition("=")
             try:
                 number = float(text)
@@ -251,15 +226,9 @@ class Settings:
 
     @property
     def registered(self) -> dict[int, str]:
-        """What `members` says: the client's name, by node.
-
-        Raises
-        ------
-        UsageError
-            If it cannot be read.
-        """
+        """What `members` says: the client's name, by node; UsageError if it cannot be read."""
         found = {}
-        for part in filter(None, (part.strip() for part in self.members.split(","))):
+        for part in _parts(self.members):
             name, _, node = part.partition("=")
             if not (name and node.isascii() and node.isdecimal()):
                 raise UsageError(f"members are NAME=NODE, with commas between them; got {part!r}")
@@ -275,15 +244,16 @@ class Settings:
             return None
         deviation = 0.0
         if self.dp_clip:
-            sensitivity = self.dp_sensitivity or 2 * self.dp_clip
-            deviation = sensitivity * math.sqrt(2 * math.log(1.25 / self.dp_delta)) / self.dp_epsilon
+            from fedsea.federation.owner.local_dp import deviation_of
+
+            deviation = deviation_of(self.dp_sensitivity or 2 * self.dp_clip, self.dp_epsilon, self.dp_delta)
         moved = self.reach * self.lr * self.local_steps + self.dp_clip + NOISE_DEVIATIONS * deviation
         decay = self.lr * self.weight_decay * self.local_steps
         return moved * (1 + decay), decay
 
     def lora(self) -> dict[str, Any]:
         """The adapter, as `fedsea.federation.recipe.lora_config` takes it: JSON."""
-        names = [name.strip() for name in self.lora_targets.split(",") if name.strip()]
+        names = _parts(self.lora_targets)
         return {
             "r": self.lora_rank,
             "lora_alpha": self.lora_alpha or 2 * self.lora_rank,
@@ -309,13 +279,13 @@ class Settings:
         return {**{_key(name): getattr(self, name) for name in names}, "lora": self.lora(), **private}
 
 
+def _parts(text: str) -> list[str]:
+    """What stands between commas."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
 def _key(name: str) -> str:
     return name.replace("_", "-")
-
-
-def _one_of(key: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise UsageError(f"{key} must be one of {', '.join(choices)}; got {value!r}")
 
 
 def _typed(key: str, value: Any, kind: type) -> Any:

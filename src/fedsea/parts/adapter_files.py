@@ -1,6 +1,8 @@
 """Adapters on disk: standard PEFT folders of the whole model, whatever the partition they were trained in."""
 
 import copy
+import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from fedsea.checkpoints.names import ADAPTER_FILES, check_adapter
 from fedsea.errors import ModelNotFoundError, UsageError
-from fedsea.files import make_private, parse_json
+from fedsea.files import make_private, parse_json, replace_folder
 from fedsea.partition import LIFT, PROJECT
 from fedsea.parts.cut_files import CutRecord, read_cut, save_cut
 
@@ -62,6 +64,17 @@ def save_adapter(
         make_private(Path(folder))
     except (OSError, SafetensorError) as error:
         raise UsageError(f"cannot write the adapter to {folder}: {error}") from None
+
+
+def replace_adapter(folder: Path, lora: LoraConfig, weights: Mapping[str, Tensor], base_model: str | None) -> None:
+    """`save_adapter` in place of the adapter that is there, which stays if that fails."""
+    partial = folder.with_name(f".{folder.name}-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    save_adapter(partial, lora, weights, base_model)
+    try:
+        replace_folder(partial, folder)
+    except OSError as error:
+        raise UsageError(f"cannot write {folder}: {error.strerror}") from None
 
 
 def write_card(

@@ -32,6 +32,7 @@ from fedsea.errors import (
     StragglerError,
 )
 from fedsea.partition import layer_of
+from fedsea.parts.averaging import WeightedMean
 from fedsea.server.adapter import MAX_NORM
 from fedsea.server.ledger import Kept, Pool, nbytes
 from fedsea.server.runs import Run, RunTable
@@ -339,9 +340,7 @@ class ServerRound:
         NonFiniteError
             If a client's weights are not finite; it names them all.
         """
-        total: dict[str, Tensor] = {}
-        share: dict[str, float] = {}
-        nonfinite = []
+        mean, nonfinite = WeightedMean(), []
         for client, weight in weights.items():
             member = self.members.get(client)
             trainer = member.run.built if member is not None and member.run is not None else None
@@ -353,12 +352,10 @@ class ServerRound:
                 nonfinite.append(client)
                 continue
             for name, value in trainer.parameters.items():
-                part = value.detach().double() * weight
-                total[name] = total[name] + part if name in total else part
-                share[name] = share.get(name, 0.0) + weight
+                mean.add(name, value, weight)
         if nonfinite:
             raise NonFiniteError(f"the middle's weights are not finite: {', '.join(sorted(nonfinite))}")
-        self.average = {name: (value / share[name]).float().cpu() for name, value in total.items()}
+        self.average = mean.of(mean.names)
 
     # What its coordinator asks
 

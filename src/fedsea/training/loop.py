@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -10,7 +10,7 @@ from transformers import get_scheduler
 
 from fedsea.client.model import SplitModelForCausalLM
 from fedsea.errors import RunLostError, UsageError
-from fedsea.training.batches import Batches
+from fedsea.training.batches import Batch, Batches
 from fedsea.training.checkpoints import TrainingState, random_state, set_random_state
 from fedsea.training.folder import RunFolder
 from fedsea.training.looks import Looks
@@ -94,6 +94,17 @@ class Figures:
     bytes_up: int
     bytes_down: int
     seconds: float
+
+
+def backpropagate(model: SplitModelForCausalLM, batches: Sequence[Batch]) -> float:
+    """Add the gradients of one optimizer step's batches; returns the mean loss over their learnt tokens."""
+    items, total = sum(batch.learnt for batch in batches), 0.0
+    for batch in batches:
+        here = batch.to(model.device)
+        loss = model.answer_loss(here.input_ids, here.attention_mask, here.labels, items)
+        loss.backward()
+        total += float(loss.detach())
+    return total
 
 
 class FineTuning:
@@ -243,21 +254,15 @@ class FineTuning:
 
     def _one_step(self) -> Figures:
         began, before = time.perf_counter(), self.model.traffic.copy()
-        recipe, device = self.recipe, self.model.device
+        recipe = self.recipe
         batches = [self.batches[number] for number in self._numbers()]
         passes = self._passes()
         if self.looks is not None:
             self.looks.begin(self.step, passes)
-        items = sum(batch.learnt for batch in batches)
         lr = recipe.lr * self._factor(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        total = 0.0
-        for batch in batches:
-            here = batch.to(device)
-            loss = self.model.answer_loss(here.input_ids, here.attention_mask, here.labels, items)
-            loss.backward()
-            total += float(loss.detach())
+        total = backpropagate(self.model, batches)
         norm = float(self.model.clip_grad_norm_(recipe.max_grad_norm))
         self.optimizer.step()
         self.optimizer.zero_grad()

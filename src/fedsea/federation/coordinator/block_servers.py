@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from fedsea.errors import FedSEAError, NonFiniteError, ProtocolError, ServerUnavailableError
-from fedsea.federation.arrays import Arrays, WeightedMean
+from fedsea.federation.arrays import Arrays
 from fedsea.federation.coordinator.members import Member
 from fedsea.partition import layer_of
 from fedsea.parts.adapters import AdapterSpec
+from fedsea.parts.averaging import WeightedMean
 from fedsea.wire.rounds import MemberStatus, RoundPlan, RoundStatus, Seat, ServerDescription, Strategy, Ticket, new_seat
 from fedsea.wire.runs import OptimizerStep
 
@@ -261,7 +262,7 @@ class BlockServers:
                 stage.failed |= dict.fromkeys(counted, f"its block server's average of {wrong} cannot be used")
                 continue
             for name, weight in shares.items():
-                mean.add(name, found[name].numpy(), weight)
+                mean.add(name, found[name], weight)
 
     def _fits(self, name: str, value: Tensor | None) -> bool:
         return (

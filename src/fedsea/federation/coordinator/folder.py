@@ -8,7 +8,6 @@ OUTPUT/adapter/          the adapter after the last round: a standard PEFT adapt
 """
 
 import os
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,24 +19,17 @@ from torch import Tensor
 
 from fedsea.errors import UsageError
 from fedsea.federation.arrays import Arrays
-from fedsea.files import append_json, parse_json, read_lines, replace_folder, write_json, write_lines
-from fedsea.parts.adapter_files import save_adapter
+from fedsea.federation.coordinator.status import NOW, ROUNDS
+from fedsea.federation.invitation import FEDERATION
+from fedsea.files import append_json, read_lines, read_object, write_json, write_lines
+from fedsea.parts.adapter_files import replace_adapter
 from fedsea.training.checkpoints import CheckpointFolder, TrainingState
-
-FEDERATION, ROUNDS, NOW = "federation.json", "rounds.jsonl", "now.json"
 
 
 class FederationFolder:
-    """An output folder.
+    """An output folder; `lora` and `base_model` are what the adapter's files say of it.
 
-    Parameters
-    ----------
-    path
-        Where it is, or will be.
-    lora, base_model
-        What the adapter's files say of it.
-    notice
-        Told one line about what is unusual.
+    What it writes raises UsageError where it cannot, and what was there before is untouched.
     """
 
     def __init__(self, path: Path, lora: LoraConfig, base_model: str | None, notice: Callable[[str], None]) -> None:
@@ -52,16 +44,17 @@ class FederationFolder:
         UsageError
             If it holds something else, or cannot be written.
         """
-        held = self._held()
-        if held is None:
-            if self.path.exists() and any(self.path.iterdir()):
-                raise UsageError(f"{self.path} is not empty and holds no federation; choose another output")
+        file = self.path / FEDERATION
+        if not file.exists():
             try:
+                if self.path.exists() and any(self.path.iterdir()):
+                    raise UsageError(f"{self.path} is not empty and holds no federation; choose another output")
                 self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-                write_json(self.path / FEDERATION, dict(identity))
             except OSError as error:
                 raise UsageError(f"cannot write to {self.path}: {error.strerror}") from None
+            write_json(file, dict(identity))
             return None
+        held = read_object(file, "")
         if not resume:
             raise UsageError(f"{self.path} holds a federation; go on with resume=true, or choose another output")
         different = [
@@ -77,35 +70,16 @@ class FederationFolder:
         lines = [line for line in self.rounds() if line["round"] <= done]
         if state is not None and all(line["round"] < done for line in lines):
             lines.append(state.state["report"])
-        self._write_rounds(lines)
+        write_lines(self.path / ROUNDS, lines)
         return state
-
-    def _held(self) -> dict[str, Any] | None:
-        try:
-            held = parse_json((self.path / FEDERATION).read_bytes())
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError):
-            held = None
-        if not isinstance(held, dict):
-            raise UsageError(f"{self.path / FEDERATION} is damaged")
-        return held
 
     def rounds(self) -> list[dict[str, Any]]:
         """The lines of `rounds.jsonl`; one that was being written in a crash is left out."""
         return read_lines(self.path / ROUNDS)
 
     def save(self, number: int, arrays: Arrays, strategy: Arrays, report: Mapping[str, Any]) -> None:
-        """Write the adapter and the strategy's state after a round, then the round's line.
-
-        Raises
-        ------
-        UsageError
-            If it cannot be written; the round before is untouched.
-        """
-        tensors = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
-        states = {name: torch.from_numpy(array.copy()) for name, array in strategy.items()}
-        state = TrainingState(number, tensors, states, {}, {"report": dict(report)})
+        """Write the adapter and the strategy's state after a round, then the round's line."""
+        state = TrainingState(number, _tensors(arrays), _tensors(strategy), {}, {"report": dict(report)})
         self._checkpoints.save(state, self._lora, self._base_model)
         append_json(self.path / ROUNDS, report)
 
@@ -115,40 +89,17 @@ class FederationFolder:
         for line in lines:
             if line["round"] == number:
                 line["evaluation"] = dict(evaluation)
-        self._write_rounds(lines)
+        write_lines(self.path / ROUNDS, lines)
 
     def show(self, **now: Any) -> None:
-        """Write what is going on, for whoever looks (`fedsea federation status`)."""
+        """Write what is going on, for `fedsea federation status`."""
         write_json(self.path / NOW, {"time": round(time.time(), 1), "pid": os.getpid(), **now})
 
     def finish(self, arrays: Arrays) -> Path:
-        """Write the adapter; returns its folder.
-
-        Raises
-        ------
-        UsageError
-            If it cannot be written.
-        """
-        tensors = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
-        write_adapter(self.path / "adapter", self._lora, tensors, self._base_model)
+        """Write the adapter; returns its folder."""
+        replace_adapter(self.path / "adapter", self._lora, _tensors(arrays), self._base_model)
         return self.path / "adapter"
 
-    def _write_rounds(self, lines: list[dict[str, Any]]) -> None:
-        write_lines(self.path / ROUNDS, lines)
 
-
-def write_adapter(folder: Path, lora: LoraConfig, weights: Mapping[str, Tensor], base_model: str | None) -> None:
-    """Write a PEFT adapter in place of the one that is there.
-
-    Raises
-    ------
-    UsageError
-        If it cannot be written; the one that was there stays.
-    """
-    partial = folder.with_name(f".{folder.name}-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    save_adapter(partial, lora, weights, base_model)
-    try:
-        replace_folder(partial, folder)
-    except OSError as error:
-        raise UsageError(f"cannot write {folder}: {error.strerror}") from None
+def _tensors(arrays: Arrays) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}

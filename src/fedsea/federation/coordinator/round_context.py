@@ -7,12 +7,13 @@ from typing import Any
 
 from flwr.app import ConfigRecord
 
-from fedsea.federation.arrays import Arrays, WeightedMean
+from fedsea.federation.arrays import Arrays
 from fedsea.federation.coordinator.block_servers import BlockServers, Seats
 from fedsea.federation.coordinator.folder import FederationFolder
 from fedsea.federation.coordinator.members import Directory, Member
 from fedsea.federation.flower.grid import lateness
 from fedsea.federation.settings import Settings
+from fedsea.parts.averaging import WeightedMean
 
 
 @dataclass

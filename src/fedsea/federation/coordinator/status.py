@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from fedsea.errors import UsageError
-from fedsea.federation.coordinator.deployment import FEDERATION, Deployment, read_object
-from fedsea.files import parse_json
+from fedsea.federation.coordinator.deployment import Deployment
+from fedsea.federation.invitation import FEDERATION
+from fedsea.files import read_lines, read_object
 
-ROUNDS, NOW = "rounds.jsonl", "now.json"
-NAMES = ("name", "model", "mode", "rounds")
+ROUNDS, NOW = "rounds.jsonl", "now.json"  # of an output folder: see folder.py
 
 
 @dataclass
@@ -23,10 +23,8 @@ class ClientStatus:
     ----------
     state
         `training`, `waiting` and so on: in the round that is under way, or what became of it in the last one.
-    rounds
-        In how many its training counted.
-    loss
-        Of the last of them.
+    rounds, loss
+        In how many its training counted, and the loss of the last of them.
     examples
         That it has.
     steps
@@ -104,12 +102,11 @@ def read_status(path: Path) -> FederationStatus:
     output = path
     there: list[str] = []
     if "version" in what:  # the folder of a deployment
-        output = Deployment(path).output
-        online = Deployment(path).online
-        there = read_object(online, "").get("clients", []) if online.exists() else []
+        here = Deployment(path)
+        output, there = here.output, _read(here.online).get("clients", [])
     elif not (path / NOW).exists() and not (path / ROUNDS).exists():
         raise UsageError(f"{path} holds no federation that has begun")
-    reports, now = _read_rounds(output / ROUNDS), _read_now(output / NOW)
+    reports, now = _read_rounds(output / ROUNDS), _read(output / NOW)
     told: dict[str, Any] = {**what, **{key: now[key] for key in ("mode", "rounds", "name") if key in now}}
     status = FederationStatus(
         name=str(told.get("name", "")),
@@ -148,9 +145,7 @@ def _add_report(status: FederationStatus, report: Mapping[str, Any]) -> None:
     for name, why in report.get("dropped", {}).items():
         client = _client(status, name)
         client.state, client.note = f"left out in round {report['round']}", str(why)
-    for name, why in report.get("refused", {}).items():
-        client = _client(status, name)
-        client.state, client.note = "refused", str(why)
+    _add_refused(status, report)
     for name in report.get("stragglers", ()):
         _client(status, name).straggled += 1
 
@@ -162,14 +157,18 @@ def _add_now(status: FederationStatus, now: Mapping[str, Any]) -> None:
         client.steps = member.get("steps")
         if member.get("straggled"):
             client.state = "straggler"
-    for name, why in now.get("refused", {}).items():
+    _add_refused(status, now)
+
+
+def _add_refused(status: FederationStatus, body: Mapping[str, Any]) -> None:
+    for name, why in body.get("refused", {}).items():
         client = _client(status, name)
         client.state, client.note = "refused", str(why)
 
 
 def app_is_gone(output: Path, since: float) -> bool:
     """Whether a coordinator's app that has written to this folder since then has ended without being done."""
-    now = _read_now(output / NOW)
+    now = _read(output / NOW)
     return float(now.get("time", 0.0)) >= since and now.get("doing") != "done" and not _runs(now)
 
 
@@ -190,24 +189,13 @@ def _runs(now: Mapping[str, Any]) -> bool:
         return True  # there is no /proc
 
 
-def _read_now(file: Path) -> dict[str, Any]:
+def _read(file: Path) -> dict[str, Any]:
     return read_object(file, "") if file.exists() else {}
 
 
 def _read_rounds(file: Path) -> list[dict[str, Any]]:
     """The rounds' lines; one that is just being written is left out."""
-    found = []
     try:
-        lines = file.read_text().splitlines()
-    except FileNotFoundError:
-        return []
+        return [line for line in read_lines(file) if isinstance(line, dict) and "round" in line]
     except OSError as error:
         raise UsageError(f"cannot read {file}: {error.strerror}") from None
-    for line in lines:
-        try:
-            report = parse_json(line)
-        except ValueError:
-            break
-        if isinstance(report, dict) and "round" in report:
-            found.append(report)
-    return found

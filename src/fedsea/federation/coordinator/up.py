@@ -1,7 +1,7 @@
-"""The coordinator's side on one machine: block server, SuperLink, credentials for everybody, and the run."""
+"""The coordinator's side on one machine: block server, SuperLink, credentials for all, and the run."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from shlex import quote
@@ -10,9 +10,11 @@ from typing import Any, Self
 
 from fedsea.errors import FedSEAError, ServerUnavailableError, UsageError
 from fedsea.federation.coordinator.control import Control, FlowerRun
-from fedsea.federation.coordinator.deployment import Deployment, Invitation, check_name, require_flower, require_port
+from fedsea.federation.coordinator.deployment import Deployment
 from fedsea.federation.coordinator.status import app_is_gone
-from fedsea.federation.process import Child, flower_environment
+from fedsea.federation.flower.patches import require_flower
+from fedsea.federation.invitation import Invitation, check_name
+from fedsea.federation.process import Child, Supervised, flower_environment, require_port
 from fedsea.federation.settings import Settings
 from fedsea.files import write_json
 from fedsea.wire.address import format_address, is_loopback, parse_address
@@ -20,8 +22,8 @@ from fedsea.wire.address import format_address, is_loopback, parse_address
 START_SECONDS = 600.0  # a large model is read first
 SUPERLINK_SECONDS = 60.0
 GONE_SECONDS = 3.0
-LOOK_SECONDS = 0.5
-RESTARTS = 3  # of the block server
+POLL_SECONDS = 0.5
+_EVERYWHERE = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}  # and how this machine reaches itself there
 
 
 @dataclass(frozen=True)
@@ -35,12 +37,17 @@ class UpOptions:
     listen
         The address of this machine that is listened on; `0.0.0.0` for all.
     hosts
-        Under which names or addresses data owners reach this machine; the first is what they are told. Empty for
+        Under which names or addresses data owners reach this machine; the first stands in their folders. Empty for
         `listen`.
     port, superlink_port
         Of the block server and of Flower's SuperLink; 0 for a free one.
     servers
         Block servers that run elsewhere, with certificates of this federation's authority; then none is started here.
+
+    Raises
+    ------
+    UsageError
+        If a name or address cannot be used.
     """
 
     clients: tuple[str, ...]
@@ -59,18 +66,12 @@ class UpOptions:
             raise UsageError("a client is named twice")
         for server in self.servers:
             parse_address(server)
-        if self.listen in ("0.0.0.0", "::", "") and not self.hosts:
+        if self.listen in _EVERYWHERE and not self.hosts:
             raise UsageError("data owners must know how to reach this machine: give --host NAME with --listen 0.0.0.0")
 
     @classmethod
     def from_body(cls, body: Mapping[str, Any]) -> "UpOptions":
-        """Read what `vars` of one gave, as JSON.
-
-        Raises
-        ------
-        UsageError
-            If an option is unknown or cannot be used.
-        """
+        """Read what `vars` of one gave, as JSON; UsageError if an option is unknown or cannot be used."""
         names = {field.name for field in fields(cls)}
         if not body.keys() <= names:
             raise UsageError(f"the federation's folder names unknown options: {', '.join(body.keys() - names)}")
@@ -79,13 +80,13 @@ class UpOptions:
 
     @property
     def host(self) -> str:
-        """What data owners are told."""
+        """How data owners reach this machine."""
         return self.hosts[0] if self.hosts else self.listen
 
     @property
     def certified(self) -> tuple[str, ...]:
         """What the server's certificate must be good for, beside the loopback names."""
-        here = () if self.listen in ("0.0.0.0", "::", "") or is_loopback(self.listen) else (self.listen,)
+        here = () if self.listen in _EVERYWHERE or is_loopback(self.listen) else (self.listen,)
         return (*self.hosts, *here, *(parse_address(server)[0] for server in self.servers))
 
 
@@ -101,7 +102,7 @@ class Federation:
     options
         Where the servers run and who may take part.
     tell
-        Told one line about each thing that happens.
+        Gets one line about each thing that happens.
     server_options
         Further options of `fedsea serve`.
 
@@ -124,8 +125,7 @@ class Federation:
         self.deployment, self._tell = Deployment(path.expanduser().resolve()), tell
         self._server_options = server_options
         self._superlink_child: Child | None = None
-        self._block_server: Child | None = None
-        self._restarts = 0
+        self._block_server: Supervised | None = None
         self._there: set[str] = set()
         self._control: Control | None = None
         port = 0 if options.servers else require_port(options.listen, options.port, "--port")
@@ -138,7 +138,7 @@ class Federation:
         self._chosen = settings
         self.settings = replace(
             settings,
-            wait_seconds=0.0,  # data owners come when they come; who is there is told
+            wait_seconds=0.0,  # data owners come when they come, and `tell` says who is there
             servers=",".join(servers),
             credentials=str(self.deployment.coordinator),
             insecure=False,
@@ -153,38 +153,32 @@ class Federation:
         FedSEAError
             If a server does not start; the message has what it said.
         """
-        here = self.deployment
+        here, settings = self.deployment, self.settings
         here.prepare(self.options.certified, self.options.clients)
         if not self.options.servers:
-            self._block_server = self._start_block_server()
+            self._block_server = Supervised("block server", self._start_block_server, self._tell)
         self._superlink_child = self._start_superlink()
         for client in self.options.clients:
-            here.invite(
-                Invitation(
-                    self.settings.name,
-                    client,
-                    self.settings.model,
-                    self.settings.task,
-                    self.superlink,
-                    self.settings.addresses,
-                )
+            invitation = Invitation(
+                settings.name, client, settings.model, settings.task, self.superlink, settings.addresses
             )
+            invitation.write(here.client(client))
         if self._block_server is not None:
-            self._tell(f"loading {self.settings.model} for the block server at {self._block_listen}")
-            if self._block_server.says(START_SECONDS) is None:
-                raise FedSEAError(f"the block server did not start: {self._block_server.last_words()}")
+            self._tell(f"loading {settings.model} for the block server at {self._block_listen}")
+            if self._block_server.child.says(START_SECONDS) is None:
+                raise FedSEAError(f"the block server did not start: {self._block_server.child.last_words()}")
         self._control = Control(format_address(self._local, self.options.superlink_port), here.authority)
         self._await_superlink()
         for client in self.options.clients:
             self.control.register(client, here.public_key(client))
         here.describe(
-            name=self.settings.name,
-            model=self.settings.model,
-            mode=self.settings.mode,
-            rounds=self.settings.rounds,
+            name=settings.name,
+            model=settings.model,
+            mode=settings.mode,
+            rounds=settings.rounds,
             clients=list(self.options.clients),
             superlink=self.superlink,
-            servers=list(self.settings.addresses),
+            servers=list(settings.addresses),
             settings=run_config(self._chosen),
             options=vars(self.options),
         )
@@ -192,8 +186,7 @@ class Federation:
     @property
     def _local(self) -> str:
         """Where this machine reaches what it listens on."""
-        everywhere = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}
-        return everywhere.get(self.options.listen, self.options.listen)
+        return _EVERYWHERE.get(self.options.listen, self.options.listen)
 
     @property
     def control(self) -> Control:
@@ -216,7 +209,7 @@ class Federation:
     def run(self, on_look: Callable[[], None] | None = None) -> FlowerRun:
         """Start the run and wait for its end; `on_look` is called twice a second.
 
-        The run itself waits for the clients: what is wrong with the settings is told at once, not when all are there.
+        The run itself waits for the clients: what is wrong with the settings shows at once, not when all are there.
 
         Raises
         ------
@@ -224,7 +217,7 @@ class Federation:
             If the run fails, or a server dies.
         """
         began, gone = time.time(), 0
-        # Flower tells a coordinator's app numbers of nodes; here is known whose keys are theirs.
+        # A coordinator's app gets numbers of nodes from Flower; their keys are known here.
         keys = {self.deployment.public_key(client): client for client in self.options.clients}
         members = [f"{keys[node.public_key]}={node.number}" for node in self.control.nodes() if node.public_key in keys]
         # The public name of this machine may not lead here from here: it is reached as it is listened on.
@@ -241,10 +234,10 @@ class Federation:
                     break
                 # Flower itself notices after a minute. One that ends by itself may take a moment to be reported.
                 gone = gone + 1 if app_is_gone(self.deployment.output, began) else 0
-                if gone * LOOK_SECONDS > GONE_SECONDS:
+                if gone * POLL_SECONDS > GONE_SECONDS:
                     self.control.stop(number)
                     raise FedSEAError("the coordinator's app has died; the same command goes on after the last round")
-                time.sleep(LOOK_SECONDS)
+                time.sleep(POLL_SECONDS)
         except KeyboardInterrupt:
             self.control.stop(number)
             raise
@@ -272,22 +265,17 @@ class Federation:
             raise FedSEAError(
                 f"Flower's SuperLink has ended ({self._superlink.end()}); the same command goes on after the last round"
             )
-        server = self._block_server
-        if server is not None and not server.running:
-            end, self._restarts = server.end(), self._restarts + 1
-            server.kill()
-            if self._restarts > RESTARTS:
-                raise FedSEAError(f"the block server has ended {self._restarts} times ({end}); see {server.log}")
-            self._tell(f"the block server has ended ({end}); starting it again")
-            self._block_server = self._start_block_server()
+        if self._block_server is not None:
+            self._block_server.check()
 
     def close(self) -> None:
         """Stop the servers, and all that they have started."""
         if self._control is not None:
             self._control.close()
-        for child in (self._superlink_child, self._block_server):
-            if child is not None:
-                child.stop()
+        if self._superlink_child is not None:
+            self._superlink_child.stop()
+        if self._block_server is not None:
+            self._block_server.child.stop()
         self.deployment.online.unlink(missing_ok=True)
 
     def __enter__(self) -> Self:
@@ -299,28 +287,24 @@ class Federation:
         self.close()
 
     def _start_block_server(self) -> Child:
-        arguments = [
-            "serve",
-            self.settings.model,
-            "--listen",
-            self._block_listen,
-            "--json",
-            *self._server_options,
-        ]
-        arguments += ["--credentials", str(self.deployment.credentials)]
-        return self._start("fedsea", arguments, "block-server", {})
+        credentials = ("--credentials", str(self.deployment.credentials))
+        arguments = ("--listen", self._block_listen, "--json", *self._server_options, *credentials)
+        log = self.deployment.logs / "block-server.log"
+        return Child("fedsea", ("serve", self.settings.model, *arguments), log)
 
     def _start_superlink(self) -> Child:
-        server = self.deployment.credentials / "server"
-        arguments = ["--host", self.options.listen, "--port", str(self.options.superlink_port)]
-        arguments += ["--ssl-certfile", str(server / "certificate.pem"), "--ssl-keyfile", str(server / "key.pem")]
-        arguments += ["--ssl-ca-certfile", str(self.deployment.authority), "--enable-supernode-auth"]
-        arguments += ["--disable-runtime-dependency-installation"]
-        environment = flower_environment(self.deployment.flower)
-        return self._start("fedsea.federation.flower.superlink", arguments, "superlink", environment)
-
-    def _start(self, module: str, arguments: Sequence[str], name: str, environment: Mapping[str, str]) -> Child:
-        return Child(module, arguments, self.deployment.logs / f"{name}.log", environment)
+        certificate = self.deployment.credentials / "server"
+        options = {
+            "host": self.options.listen,
+            "port": self.options.superlink_port,
+            "ssl-certfile": certificate / "certificate.pem",
+            "ssl-keyfile": certificate / "key.pem",
+            "ssl-ca-certfile": self.deployment.authority,
+        }
+        arguments = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+        arguments += ["--enable-supernode-auth", "--disable-runtime-dependency-installation"]
+        log, environment = self.deployment.logs / "superlink.log", flower_environment(self.deployment.flower)
+        return Child("fedsea.federation.flower.superlink", arguments, log, environment)
 
     @property
     def _superlink(self) -> Child:

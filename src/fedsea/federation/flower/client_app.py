@@ -1,4 +1,4 @@
-"""A data owner's side for Flower: the ClientApp. It passes on what comes, to a warm worker or a participant here.
+"""A data owner's side for Flower: the ClientApp. It passes on what comes, to a worker or a participant in this process.
 
 Deployed, Flower starts a process for each message, and this one is thin: neither torch nor transformers is imported,
 and the worker that `fedsea federation join` runs does the work (its socket is named by the environment variable
@@ -8,7 +8,7 @@ process, their data and models between messages.
 Local differential privacy
 --------------------------
 With `dp-clip` (in the run configuration, or in the node configuration, which then decides) a client's update is clipped
-to that norm and gets Gaussian noise for `dp-epsilon` and `dp-delta`, in each round anew (`local_dp.py`). What
+to that norm and gets Gaussian noise for `dp-epsilon` and `dp-delta`, in each round anew (`owner/local_dp.py`). What
 it protects is the adapter of the client's input and output blocks, on its way to the coordinator. What it does not
 protect: the middle's adapter, which the block server trains from the hidden states and gradients that it sees in any
 case; the metrics (loss, number of examples); and the sum over many rounds, as the budgets of rounds add up. The noise's
@@ -21,53 +21,38 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedsea.errors import FedSEAError, ProtocolError, TermsError, UsageError
 from fedsea.federation.arrays import Arrays, from_record, to_record
 from fedsea.federation.owner.local_dp import deviation_of, protected
-from fedsea.federation.owner.worker import FINISH, WorkerClient, write_error
+from fedsea.federation.owner.worker import FINISH, Worker, WorkerClient, write_error
 from fedsea.federation.settings import Settings
 from fedsea.files import parse_json
 
+if TYPE_CHECKING:  # they import torch
+    from fedsea.federation.owner.participant import Participant
+    from fedsea.federation.owner.prepared_models import PreparedModels
+
 FAILED = 2  # Flower's code for a ClientApp that has failed
-WARM_CLIENTS = 64  # simulated clients whose data a process keeps
 STATE, NEXT_BATCH = "fedsea", "next-batch"
-_DP = ("dp-clip", "dp-epsilon", "dp-delta", "dp-sensitivity")
 
 log = logging.getLogger("flwr")
 app = ClientApp()
 
 
-class Worker(Protocol):
-    """A worker, or a participant in this process."""
-
-    def describe(self) -> dict[str, Any]:
-        """What the client brings."""
-
-    def train(self, body: dict[str, Any], weights: Arrays) -> tuple[dict[str, Any], Arrays]:
-        """Take part in a round."""
-
-    def evaluate(self, body: dict[str, Any], weights: Arrays) -> dict[str, Any]:
-        """Evaluate an adapter."""
-
-    def finish(self, body: dict[str, Any], weights: Arrays) -> dict[str, Any]:
-        """Keep the federation's adapter."""
-
-
 def protect(message: Message, context: Context, call_next: Callable[[Message, Context], Message]) -> Message:
-    """Local differential privacy of what the coordinator gets, if it is asked for; see above for what it protects."""
+    """A mod of Flower's: local differential privacy of what the coordinator gets, where it is set; see above."""
     chosen = context.node_config if "dp-clip" in context.node_config else context.run_config
     clip = float(chosen.get("dp-clip", 0.0))
     if not clip:
         return call_next(message, context)
     epsilon, delta = float(chosen.get("dp-epsilon", 0.0)), float(chosen.get("dp-delta", 1e-5))
     if not (clip > 0 and epsilon > 0 and 0 < delta < 1):
-        return _failure(message, TermsError("dp-clip needs dp-epsilon above 0 and dp-delta between 0 and 1"))
+        return failure(message, TermsError("dp-clip needs dp-epsilon above 0 and dp-delta between 0 and 1"))
     # Any two updates of a norm up to the clip are at most twice the clip apart.
     sensitivity = float(chosen.get("dp-sensitivity", 0.0)) or 2 * clip
     reply = call_next(message, context)
@@ -83,49 +68,48 @@ def protect(message: Message, context: Context, call_next: Callable[[Message, Co
 @app.query()
 def query(message: Message, context: Context) -> Message:
     """Say what this client brings."""
-    return _answer(message, lambda: _describe(context))
+
+    def describe() -> RecordDict:
+        return RecordDict({"config": ConfigRecord({"description": json.dumps(worker_of(context).describe())})})
+
+    return _answer(message, describe)
 
 
 @app.train(mods=[protect])
 def train(message: Message, context: Context) -> Message:
     """Take part in a round of training."""
-    return _answer(message, lambda: _train(message, context))
+
+    def work() -> RecordDict:
+        body, weights = _read(message)
+        state = context.state.config_records.get(STATE, ConfigRecord())
+        if NEXT_BATCH in state:
+            body["first-batch"] = state[NEXT_BATCH]
+        metrics, trained = worker_of(context).train(body, weights)
+        context.state[STATE] = ConfigRecord({NEXT_BATCH: metrics.pop(NEXT_BATCH)})
+        return RecordDict({"arrays": to_record(trained), "metrics": MetricRecord(metrics)})
+
+    return _answer(message, work)
 
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     """Evaluate the global adapter on this client's validation split."""
-    return _answer(message, lambda: _evaluate(message, context))
+
+    def work() -> RecordDict:
+        return RecordDict({"metrics": MetricRecord(worker_of(context).evaluate(*_read(message)))})
+
+    return _answer(message, work)
 
 
 @app.query(FINISH)
 def finish(message: Message, context: Context) -> Message:
     """The federation is over: keep its adapter."""
-    return _answer(message, lambda: _finish(message, context))
 
+    def keep() -> RecordDict:
+        worker_of(context).finish(*_read(message))
+        return RecordDict({"config": ConfigRecord({"kept": True})})
 
-def _finish(message: Message, context: Context) -> RecordDict:
-    worker_of(context).finish(*_read(message))
-    return RecordDict({"config": ConfigRecord({"kept": True})})
-
-
-def _describe(context: Context) -> RecordDict:
-    description = json.dumps(worker_of(context).describe())
-    return RecordDict({"config": ConfigRecord({"description": description})})
-
-
-def _train(message: Message, context: Context) -> RecordDict:
-    body, weights = _read(message)
-    state = context.state.config_records.get(STATE, ConfigRecord())
-    if NEXT_BATCH in state:
-        body["first-batch"] = state[NEXT_BATCH]
-    metrics, trained = worker_of(context).train(body, weights)
-    context.state[STATE] = ConfigRecord({NEXT_BATCH: metrics.pop(NEXT_BATCH)})
-    return RecordDict({"arrays": to_record(trained), "metrics": MetricRecord(metrics)})
-
-
-def _evaluate(message: Message, context: Context) -> RecordDict:
-    return RecordDict({"metrics": MetricRecord(worker_of(context).evaluate(*_read(message)))})
+    return _answer(message, keep)
 
 
 def _read(message: Message) -> tuple[dict[str, Any], Arrays]:
@@ -147,10 +131,10 @@ def _answer(message: Message, work: Callable[[], RecordDict]) -> Message:
     try:
         return Message(work(), reply_to=message)
     except Exception as error:
-        return _failure(message, error)
+        return failure(message, error)
 
 
-def _failure(message: Message, error: Exception) -> Message:
+def failure(message: Message, error: Exception) -> Message:
     """An error as one line for the coordinator: code, and as much of the message as it may read (`write_error`)."""
     trace = None if isinstance(error, FedSEAError) else error
     log.warning("fedsea: the client failed: %s", write_error(error, to_owner=True)["message"], exc_info=trace)
@@ -158,75 +142,51 @@ def _failure(message: Message, error: Exception) -> Message:
     return Message(Error(FAILED, f"{written['code']}: {written['message']}"), reply_to=message)
 
 
-# Which half this is
-
-
 def worker_of(context: Context) -> Worker:
-    """The worker that is named, else this simulated client's participant.
-
-    Raises
-    ------
-    FedSEAError
-        If there is neither.
-    """
+    """The worker that is named, else this simulated client's participant; TermsError if there is neither."""
     named = context.node_config.get("worker")
     worker = WorkerClient(str(named)) if named else WorkerClient.from_environment()
     if worker is not None:
         return worker
     if "partition-id" not in context.node_config:
         raise TermsError("this SuperNode has no worker: start it with `fedsea federation join`")
-    return _simulated(context)
+    return simulated.participant(Settings.from_run_config(context.run_config), context.node_config)
 
 
-class _InProcess:
-    """A participant of this process, that takes and gives numpy arrays."""
+class SimulatedClients:
+    """The participants of this process; the least used of more than `size` is read anew when it is used again."""
 
-    def __init__(self, participant: Any) -> None:
-        self.participant = participant
+    def __init__(self, size: int = 64) -> None:
+        self._size, self._lock = size, threading.Lock()
+        self.participants: OrderedDict[tuple[Any, ...], Participant] = OrderedDict()
+        self.models: PreparedModels | None = None
 
-    def describe(self) -> dict[str, Any]:
-        described: dict[str, Any] = self.participant.describe()
-        return described
+    def participant(self, settings: Settings, node_config: Mapping[str, Any]) -> "Participant":
+        """The participant of a node."""
+        from fedsea.federation.owner.participant import Participant
+        from fedsea.federation.owner.participant_options import ParticipantOptions
+        from fedsea.federation.owner.prepared_models import PreparedModels
 
-    def train(self, body: dict[str, Any], weights: Arrays) -> tuple[dict[str, Any], Arrays]:
-        metrics, trained = self.participant.train(body, _tensors(weights))
-        return metrics, {name: tensor.numpy() for name, tensor in trained.items()}
+        options = simulated_options(settings, node_config)
+        key = tuple(sorted(options.items()))
+        with self._lock:
+            if self.models is None:
+                self.models = PreparedModels()
+            if key not in self.participants:
+                while len(self.participants) >= self._size:
+                    self.participants.popitem(last=False)
+                self.participants[key] = Participant(ParticipantOptions.from_body(options), self.models)
+            self.participants.move_to_end(key)
+            return self.participants[key]
 
-    def evaluate(self, body: dict[str, Any], weights: Arrays) -> dict[str, Any]:
-        metrics: dict[str, Any] = self.participant.evaluate(body, _tensors(weights))
-        return metrics
-
-    def finish(self, body: dict[str, Any], weights: Arrays) -> dict[str, Any]:
-        kept: dict[str, Any] = self.participant.finish(body, _tensors(weights))
-        return kept
-
-
-def _tensors(weights: Arrays) -> dict[str, Any]:
-    import torch
-
-    return {name: torch.from_numpy(np.array(array, dtype=np.float32)) for name, array in weights.items()}
-
-
-_warm: OrderedDict[tuple[Any, ...], _InProcess] = OrderedDict()
-_warm_lock = threading.Lock()
-_shelf: Any = None
+    def close(self) -> None:
+        """Give all up."""
+        self.participants.clear()
+        if self.models is not None:
+            self.models.close()
 
 
-def _simulated(context: Context) -> _InProcess:
-    options = simulated_options(Settings.from_run_config(context.run_config), context.node_config)
-    key = tuple(sorted(options.items()))
-    global _shelf
-    with _warm_lock:
-        if key not in _warm:
-            from fedsea.federation.owner.participant import Participant, ParticipantOptions, PreparedModels
-
-            if _shelf is None:
-                _shelf = PreparedModels()
-            while len(_warm) >= WARM_CLIENTS:
-                _warm.popitem(last=False)
-            _warm[key] = _InProcess(Participant(ParticipantOptions.from_body(options), _shelf))
-        _warm.move_to_end(key)
-        return _warm[key]
+simulated = SimulatedClients()
 
 
 def simulated_options(settings: Settings, node_config: Mapping[str, Any]) -> dict[str, Any]:
@@ -236,21 +196,12 @@ def simulated_options(settings: Settings, node_config: Mapping[str, Any]) -> dic
     if not settings.task or not settings.data:
         raise UsageError("a simulation needs task and data: where its clients' examples are")
     credentials = f"{settings.client_credentials}/{name}" if settings.client_credentials else None
-    return {
+    same = ("model", "task", "data", "input_layers", "output_layers", "noise_level", "mechanism", "dtype", "threads")
+    return {key: getattr(settings, key) for key in (*same, "max_tokens")} | {
         "name": name,
-        "model": settings.model,
-        "task": settings.task,
-        "data": settings.data,
-        "input_layers": settings.input_layers,
-        "output_layers": settings.output_layers,
         "servers": settings.addresses,
         "credentials": credentials,
         "insecure": credentials is None,
-        "noise_level": settings.noise_level,
-        "mechanism": settings.mechanism,
-        "dtype": settings.dtype,
-        "threads": settings.threads,
-        "max_tokens": settings.max_tokens,
         "private_ends": f"{settings.output}/own-ends/{name}.safetensors" if settings.private_ends else "",
         "shard": settings.shards if settings.shards == "folders" else f"{settings.shards}:{index}/{count}",
         "shard_seed": settings.seed,

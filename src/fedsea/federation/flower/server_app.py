@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 from fedsea.checkpoints import Fingerprint, open_checkpoint
 from fedsea.checkpoints.fingerprint import config_digest
 from fedsea.errors import FedSEAError, ModelMismatchError, UsageError
-from fedsea.federation.arrays import Arrays, Shapes
+from fedsea.federation.arrays import Arrays, Shapes, misfit
 from fedsea.federation.coordinator.block_server_admin import BlockServerAdmin
 from fedsea.federation.coordinator.block_servers import Admin, BlockServers, RoundTerms
 from fedsea.federation.coordinator.folder import FederationFolder
@@ -82,7 +82,9 @@ def run_federation(
         notice(f"going on after round {state.step} of {settings.rounds}")
     else:
         weights = _first_adapter(settings, spec, config, shapes)
-    _check_shapes(weights, shapes, settings.output if state is not None else settings.adapter)
+    if problem := misfit(weights, shapes):
+        source = settings.output if state is not None else settings.adapter
+        raise ModelMismatchError(f"the adapter in {source} does not fit the model: {problem}")
     opened: list[BlockServerAdmin] = []
     if admins is None:
         credentials = Path(settings.credentials) if settings.credentials else None
@@ -156,14 +158,3 @@ def _first_adapter(settings: Settings, spec: AdapterSpec, config: PreTrainedConf
         name: spec.start(name, shape).numpy() if ".lora_A." in name else np.zeros(shape, np.float32)
         for name, shape in shapes.items()
     }
-
-
-def _check_shapes(weights: Arrays, shapes: Shapes, source: str) -> None:
-    for name in sorted(weights.keys() ^ shapes.keys()):
-        raise ModelMismatchError(f"the adapter in {source} does not fit the model: {name} is on one side only")
-    for name, shape in shapes.items():
-        if weights[name].shape != shape:
-            raise ModelMismatchError(
-                f"the adapter in {source} does not fit the model: {name} has shape {list(weights[name].shape)}, "
-                f"the model's {list(shape)}"
-            )

@@ -20,13 +20,14 @@ from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MessageType, Met
 from flwr.serverapp import Grid
 
 from fedsea.errors import ProtocolError, UsageError
-from fedsea.federation.arrays import Arrays, Shapes, WeightedMean, cut_to_reach, from_record, to_record
+from fedsea.federation.arrays import Arrays, Shapes, cut_to_reach, from_record, to_record
 from fedsea.federation.coordinator import replies as checked
 from fedsea.federation.coordinator.block_servers import Seats
 from fedsea.federation.coordinator.members import Directory, Member
 from fedsea.federation.coordinator.round_context import FederationContext, LatenessCheck, RoundContext
 from fedsea.federation.flower.grid import FederationGrid, exchange
 from fedsea.federation.flower.strategy_state import strategy_state
+from fedsea.parts.averaging import WeightedMean
 from fedsea.wire.rounds import Strategy
 
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
@@ -290,9 +291,9 @@ class FedSEAMixin(stock.FedAvg):
         Where clients keep their ends, these are as they were at the start, and every layer that was in anybody's middle
         is the average over those in whose it was.
         """
-        if self.federation.settings.private_ends:
-            return this.weights | this.mean.of(this.mean.names)
-        return reply.arrays | this.mean.of(self.federation.servers.terms.middle_of(member))
+        private, terms = self.federation.settings.private_ends, self.federation.servers.terms
+        means = this.mean.of(this.mean.names if private else terms.middle_of(member))
+        return (this.weights if private else reply.arrays) | {name: mean.numpy() for name, mean in means.items()}
 
     # What is told
 

@@ -15,7 +15,7 @@ from fedsea.training.examples import Encoded
 
 
 class ByteTokenizer:
-    """UTF-8 bytes as tokens: for the random models, which have no tokenizer and no use but tests and timing."""
+    """UTF-8 bytes as tokens: for the random models of tests and timing, which have no tokenizer."""
 
     chat_template = eos_token = pad_token_id = eos_token_id = None
     is_fast = False
@@ -35,13 +35,7 @@ class ByteTokenizer:
 
 @lru_cache(maxsize=4)
 def tokenizer_of(model: str) -> Any:
-    """A model's tokenizer; bytes for a random model.
-
-    Raises
-    ------
-    ModelNotFoundError
-        If it has none.
-    """
+    """A model's tokenizer; bytes for a random model. ModelNotFoundError if it has none."""
     checkpoint = open_checkpoint(model)
     try:
         return checkpoint.tokenizer()
@@ -52,23 +46,9 @@ def tokenizer_of(model: str) -> Any:
 
 
 class Texts:
-    """A client's examples of one task, as training and evaluation take them.
+    """A client's examples of one task, tokenised by the model's tokenizer and cut to `max_tokens`.
 
-    Parameters
-    ----------
-    task
-        Of the client.
-    path, sharding, client
-        As `read_shard` takes them.
-    model
-        Whose tokenizer is used.
-    max_tokens
-        The longest text.
-
-    Raises
-    ------
-    UsageError
-        If there are no examples to train on, or they cannot be read.
+    `path`, `sharding` and `client` are those of `read_shard`. UsageError if nothing to train on can be read.
     """
 
     def __init__(self, task: Task, path: str, sharding: Sharding | None, client: str, model: str, max_tokens: int):
@@ -77,13 +57,7 @@ class Texts:
         self.train: list[Encoded] = [self._encoded(example) for example in self._examples("train")]
 
     def validation(self, limit: int = 0) -> list[Example]:
-        """The first examples of the validation split, `limit` of them; 0 for all.
-
-        Raises
-        ------
-        UsageError
-            If there is none.
-        """
+        """The first examples of the validation split, `limit` of them; 0 for all. UsageError if there is none."""
         return self._examples("validation")[: limit or None]
 
     def _examples(self, split: Split) -> list[Example]:
@@ -95,12 +69,12 @@ class Texts:
 
 
 def task_schema(task: Task) -> str:
-    """A digest of what clients of one federation must agree on: what a task asks, its labels, its metrics."""
-    asked = {
+    """A digest of what clients of one federation must agree on: what a task asks for, its labels, its metrics."""
+    compared = {
         "name": task.name,
         "needs": task.needs,
         "metrics": task.metrics,
         "cue": task.cue,
         "labels": dict(task.verbalisers) if isinstance(task, LabelTask) else None,
     }
-    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(compared, sort_keys=True).encode()).hexdigest()[:16]

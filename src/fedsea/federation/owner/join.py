@@ -1,4 +1,4 @@
-"""A data owner's side: a warm worker and a SuperNode, kept running until they are told to stop."""
+"""A data owner's side: a worker and a SuperNode, kept running until the federation is over or they are stopped."""
 
 import contextlib
 import json
@@ -14,18 +14,18 @@ from types import TracebackType
 from typing import Any, Self
 
 from fedsea.errors import CredentialsError, FedSEAError, UsageError
-from fedsea.federation.coordinator.deployment import SUPERNODE_KEY, Invitation, require_flower, require_port
+from fedsea.federation.flower.patches import require_flower
+from fedsea.federation.invitation import SUPERNODE_KEY, Invitation
 from fedsea.federation.owner.participant_options import ParticipantOptions
 from fedsea.federation.owner.worker import FINISH, WORKER, read_error
-from fedsea.federation.process import Child, flower_environment
+from fedsea.federation.process import Child, Supervised, flower_environment, require_port
 from fedsea.federation.settings import Settings
 from fedsea.wire.address import parse_address
 from fedsea.wire.credentials import Credentials
 
 READY_SECONDS = 600.0  # a large model's files and data are read first
-LOOK_SECONDS = 0.5
-PATIENCE = 3  # that so often in a row a process dies young
-YOUNG_SECONDS = 20.0
+POLL_SECONDS = 0.5
+YOUNG_SECONDS = 20.0  # a process that dies later does not count with those that died before
 # After its SuperNode was killed, a data owner counts as connected for a while, and Flower lets nobody in twice.
 LET_IN_SECONDS = 90.0
 TRY_AGAIN_SECONDS = 3.0
@@ -42,15 +42,14 @@ class OwnerProcess:
     Parameters
     ----------
     folder
-        What the coordinator gave to this data owner.
+        What the coordinator gave to this data owner: its name, credentials and addresses.
     options
-        What it decides itself. Its name and credentials are the folder's; a model or task that is empty is the
-        federation's.
+        What the data owner decides itself.
+    tell
+        Gets one line about each thing that happens.
     privacy
         Local differential privacy of what the coordinator gets: `dp-clip`, `dp-epsilon`, `dp-delta`, as `Settings` has
         them. Without, what the coordinator asks for.
-    tell
-        Told one line about each thing that happens.
 
     Attributes
     ----------
@@ -73,18 +72,10 @@ class OwnerProcess:
         require_flower()
         self._folder, self._tell = folder.expanduser().resolve(), tell
         self.invitation = Invitation.read(self._folder)
-        credentials = Credentials.load(self._folder, "client")
-        name = credentials.name
-        if name != self.invitation.client:
-            raise CredentialsError(f"{self._folder} has the certificate of {name}, but is for {self.invitation.client}")
-        if (warning := credentials.ends_soon()) is not None:
-            tell(warning)
-        if not (self._folder / SUPERNODE_KEY).is_file():
-            raise CredentialsError(f"{self._folder / SUPERNODE_KEY} is missing: ask for the folder again")
-        self.name = name
+        self.name = self._checked_name()
         self._options = replace(
             options,
-            name=name,
+            name=self.name,
             model=options.model or self.invitation.model,
             task=options.task or self.invitation.task,
             servers=self.invitation.servers,
@@ -105,27 +96,46 @@ class OwnerProcess:
         # A Unix socket's path is short, and its folder nobody else's.
         self._private = tempfile.TemporaryDirectory(prefix="fedsea-")
         self._socket = Path(self._private.name) / "worker"
-        self._worker: Child | None = None
-        self._node: Child | None = None
-        self._begun: dict[str, float] = {}
-        self._deaths: dict[str, int] = {}
+        self._worker: Supervised | None = None
+        self._node: Supervised | None = None
         self._connected = False
         self._shut_out: float | None = None  # since when
-        self._looked = False
+        self._why_told = False
         self.adapter: Path | None = None
 
+    def _checked_name(self) -> str:
+        credentials = Credentials.load(self._folder, "client")
+        if credentials.name != self.invitation.client:
+            raise CredentialsError(
+                f"{self._folder} has the certificate of {credentials.name}, but is for {self.invitation.client}"
+            )
+        if (warning := credentials.ends_soon()) is not None:
+            self._tell(warning)
+        if not (self._folder / SUPERNODE_KEY).is_file():
+            raise CredentialsError(f"{self._folder / SUPERNODE_KEY} is missing: ask for the folder again")
+        return credentials.name
+
     def start(self) -> dict[str, Any]:
-        """Start the worker and wait until it has read its data, then the SuperNode. Returns what the worker brings.
+        """Start the worker and wait until it has read its data, then the SuperNode.
+
+        Returns
+        -------
+        dict
+            What the worker brings, as `Participant.describe` says it.
 
         Raises
         ------
         FedSEAError
             If the worker cannot work: the model, the task, the data.
         """
-        self._worker = self._start_worker()
-        ready = self._await_worker(self._worker)
-        self._node = self._start_node()
-        return ready
+        self._worker = Supervised("worker", self._start_worker, self._tell, YOUNG_SECONDS)
+        said = self._worker.child.says(READY_SECONDS) or {}
+        if "error" in said:
+            raise read_error(said["error"])
+        if "ready" not in said:
+            raise FedSEAError(f"the worker did not start: {self._worker.child.last_words()}")
+        self._node = Supervised("supernode", self._start_node, self._tell, YOUNG_SECONDS)
+        return dict(said["ready"])
 
     def watch(self, seconds: float | None = None) -> None:
         """Tell of each round; start again what dies; until the federation is over, an exception, or for some seconds.
@@ -139,32 +149,29 @@ class OwnerProcess:
         while self.adapter is None and (end is None or time.monotonic() < end):
             assert self._worker is not None
             assert self._node is not None
-            while (said := self._worker.says(0.05)) is not None:
-                self._tell_of(said)
-            while (said := self._node.says(0.05)) is not None:
+            while (said := self._worker.child.says(0.05)) is not None:
+                self._hear_worker(said)
+            while (said := self._node.child.says(0.05)) is not None:
                 self._hear_node(said)
-            if not self._worker.running:
-                self._died("worker", self._worker)
-                self._worker = self._start_worker()
-            if not self._node.running:
+            self._worker.check()
+            if not self._node.child.running:
                 self._node_died(self._node)
-                self._node = self._start_node()
-            if not self._connected and not self._looked and time.monotonic() - self._begun["supernode"] > QUIET_SECONDS:
-                self._looked = True
+            if not (self._connected or self._why_told) and time.monotonic() - self._node.began > QUIET_SECONDS:
+                self._why_told = True
                 self._tell(f"not connected yet: {why_no_connection(self.invitation.superlink, self._folder)}")
-            time.sleep(LOOK_SECONDS)
+            time.sleep(POLL_SECONDS)
 
     def say_goodbye(self) -> None:
         """Once the federation is over: give the SuperNode time to tell the coordinator that the adapter has come."""
         end = time.monotonic() + GOODBYE_SECONDS
-        while self._node is not None and self._node.running and time.monotonic() < end:
-            time.sleep(LOOK_SECONDS)
+        while self._node is not None and self._node.child.running and time.monotonic() < end:
+            time.sleep(POLL_SECONDS)
 
     def close(self) -> None:
         """Stop both processes."""
-        for child in (self._node, self._worker):
-            if child is not None:
-                child.stop()
+        for one in (self._node, self._worker):
+            if one is not None:
+                one.child.stop()
         self._private.cleanup()
 
     def __enter__(self) -> Self:
@@ -177,41 +184,43 @@ class OwnerProcess:
 
     def _start_worker(self) -> Child:
         threads = self._options.threads
-        return self._start(
-            "worker",
+        return Child(
             "fedsea.federation.owner.worker_process",
             [str(self._socket)],
+            self._folder / "logs" / "worker.log",
             {} if threads is None else {"OMP_NUM_THREADS": str(threads)},
-            stdin=json.dumps(self._options.to_body()),
+            json.dumps(self._options.to_body()),
         )
 
     def _start_node(self) -> Child:
-        port = require_port("127.0.0.1", 0, "")
-        arguments = [
-            "--superlink",
-            self.invitation.superlink,
-            "--root-certificates",
-            str(self._folder / "authority.pem"),
-        ]
-        arguments += ["--auth-supernode-private-key", str(self._folder / SUPERNODE_KEY), "--port", str(port)]
         config = [f'name="{self.name}"', *(f"{key}={float(value)}" for key, value in self._privacy.items())]
-        arguments += ["--node-config", " ".join(config)]
-        environment = flower_environment(self._folder / "flower") | {WORKER: str(self._socket)}
-        return self._start("supernode", "fedsea.federation.flower.supernode", arguments, environment)
+        options = {
+            "superlink": self.invitation.superlink,
+            "root-certificates": self._folder / "authority.pem",
+            "auth-supernode-private-key": self._folder / SUPERNODE_KEY,
+            "port": require_port("127.0.0.1", 0, ""),
+            "node-config": " ".join(config),
+        }
+        return Child(
+            "fedsea.federation.flower.supernode",
+            [word for name, value in options.items() for word in (f"--{name}", str(value))],
+            self._folder / "logs" / "supernode.log",
+            flower_environment(self._folder / "flower") | {WORKER: str(self._socket)},
+        )
 
-    def _start(
-        self, name: str, module: str, arguments: list[str], environment: dict[str, str], stdin: str | None = None
-    ) -> Child:
-        self._begun[name] = time.monotonic()
-        return Child(module, arguments, self._folder / "logs" / f"{name}.log", environment, stdin)
-
-    def _await_worker(self, worker: Child) -> dict[str, Any]:
-        said = worker.says(READY_SECONDS) or {}
+    def _hear_worker(self, said: dict[str, Any]) -> None:
+        if "did" not in said:
+            if "error" in said:  # it ends: what it needs is not there any more
+                raise read_error(said["error"])
+            return
+        number = said.get("round")
+        what = f"{said['did']}, round {number}" if number is not None else str(said["did"])
         if "error" in said:
-            raise read_error(said["error"])
-        if "ready" not in said:
-            raise FedSEAError(f"the worker did not start: {worker.last_words()}")
-        return dict(said["ready"])
+            self._tell(f"{what}: {said['error'].get('message')}")
+        elif said["did"] == FINISH:
+            self.adapter = Path(self._options.output)
+        else:
+            self._tell(f"{what}: {_figures(said.get('metrics', {}))}{said.get('seconds', 0):.1f} s")
 
     def _hear_node(self, said: dict[str, Any]) -> None:
         if "connected" in said:
@@ -220,16 +229,19 @@ class OwnerProcess:
         elif "refused" in said:
             self._tell(str(said["refused"]))
 
-    def _node_died(self, node: Child) -> None:
-        connected, self._connected, self._looked = self._connected, False, False
-        if not node.last_line_with(NOT_LET_IN):
-            if connected and node.exit_code == 0:
-                node.kill()  # what it has left
-                self._tell("the connection to the coordinator is lost; connecting again")
-            else:
-                self._died("supernode", node)
+    def _node_died(self, node: Supervised) -> None:
+        connected, self._connected, self._why_told = self._connected, False, False
+        if node.child.last_line_with(NOT_LET_IN):
+            self._wait_to_be_let_in()
+        elif connected and node.child.exit_code == 0:
+            self._tell("the connection to the coordinator is lost; connecting again")
+        else:
+            node.check()
             return
-        node.kill()
+        node.child.kill()  # what it has left
+        node.restart()
+
+    def _wait_to_be_let_in(self) -> None:
         now = time.monotonic()
         if self._shut_out is None:
             self._shut_out = now
@@ -237,45 +249,14 @@ class OwnerProcess:
         if now - self._shut_out > LET_IN_SECONDS:
             raise FedSEAError(
                 f"the coordinator at {self.invitation.superlink} does not let {self.name} in: its folder is of another "
-                "federation or of an earlier start, or somebody else is connected with it; ask for the folder again"
+                "federation or of an earlier start, or another process is connected with it; ask for the folder again"
             )
         time.sleep(TRY_AGAIN_SECONDS)
 
-    def _died(self, name: str, child: Child) -> None:
-        end = child.end()
-        child.kill()  # its group
-        if "error" in (said := self._last_of(child)):
-            raise read_error(said["error"])
-        young = time.monotonic() - self._begun[name] < YOUNG_SECONDS
-        self._deaths[name] = self._deaths.get(name, 0) + 1 if young else 1
-        if self._deaths[name] > PATIENCE:
-            raise FedSEAError(f"the {name} died {self._deaths[name]} times in a row: {end}; see {child.log}")
-        self._tell(f"the {name} died ({end}); starting it again")
-
-    @staticmethod
-    def _last_of(child: Child) -> dict[str, Any]:
-        last: dict[str, Any] = {}
-        while (said := child.says(0)) is not None:
-            last = said
-        return last
-
-    def _tell_of(self, said: dict[str, Any]) -> None:
-        if "did" not in said:
-            return
-        number = said.get("round")
-        what = f"{said['did']}, round {number}" if number is not None else str(said["did"])
-        if "error" in said:
-            self._tell(f"{what}: {said['error'].get('message')}")
-            return
-        if said["did"] == FINISH:
-            self.adapter = Path(self._options.output)
-            return
-        self._tell(f"{what}: {_figures(said.get('metrics', {}))}{said.get('seconds', 0):.1f} s")
-
 
 @contextlib.contextmanager
-def kept_running(members: Sequence[OwnerProcess]) -> Iterator[None]:
-    """Watch started members, each in a thread, as `fedsea federation join` does in a process.
+def kept_running(owners: Sequence[OwnerProcess]) -> Iterator[None]:
+    """Watch started data owners, each in a thread, as `fedsea federation join` does in a process.
 
     Raises
     ------
@@ -284,14 +265,14 @@ def kept_running(members: Sequence[OwnerProcess]) -> Iterator[None]:
     """
     over, ended = threading.Event(), list[BaseException]()
 
-    def watch(member: OwnerProcess) -> None:
+    def watch(owner: OwnerProcess) -> None:
         try:
-            while not over.is_set() and member.adapter is None:
-                member.watch(LOOK_SECONDS)
+            while not over.is_set() and owner.adapter is None:
+                owner.watch(POLL_SECONDS)
         except FedSEAError as error:
             ended.append(error)
 
-    threads = [threading.Thread(target=watch, args=(member,), daemon=True) for member in members]
+    threads = [threading.Thread(target=watch, args=(owner,), daemon=True) for owner in owners]
     for thread in threads:
         thread.start()
     try:
@@ -319,7 +300,7 @@ def why_no_connection(superlink: str, folder: Path) -> str:
     except ssl.SSLError as error:
         return f"{superlink} does not speak TLS as it should ({error.reason}); trying on"
     except OSError as error:
-        return f"nobody answers at {superlink} ({error.strerror or error}); trying on until the coordinator is there"
+        return f"{superlink} does not answer ({error.strerror or error}); trying on until the coordinator is there"
 
 
 def _figures(metrics: dict[str, Any]) -> str:

@@ -1,9 +1,10 @@
 """Local differential privacy of a client's update: clip it, add Gaussian noise, send it on a coarse grid.
 
 The Gaussian mechanism (Dwork and Roth 2014, appendix A): noise of a standard deviation of
-`sensitivity * sqrt(2 ln(1.25 / delta)) / epsilon`, for an epsilon below 1. The draws come from the operating system, as
-whoever can work out a generator's state can subtract them. What is sent is rounded to a grid far coarser than float64,
-in which update and noise are added: else the last bits of a sum tell which update it can have come from (Mironov 2012).
+`sensitivity * sqrt(2 ln(1.25 / delta)) / epsilon`, for an epsilon below 1. The draws come from the operating system:
+those of a generator whose state is found out can be subtracted. What is sent is rounded to a grid far coarser than
+float64, in which update and noise are added: else the last bits of a sum tell which update it can have come from
+(Mironov 2012).
 """
 
 import math
@@ -23,16 +24,10 @@ def deviation_of(sensitivity: float, epsilon: float, delta: float) -> float:
 
 
 def protected(before: Arrays, after: Arrays, clip: float, deviation: float) -> Arrays:
-    """What may be sent of a training: `before`, and its update clipped to a norm, with noise, float32.
+    """What may be sent of a training: `before` and its update, clipped, with noise, float32.
 
-    Parameters
-    ----------
-    before, after
-        The same arrays, as they came and as they were trained.
-    clip
-        Largest L2 norm of the update, over all arrays together.
-    deviation
-        Standard deviation of the noise on each number; above 0.
+    `clip` is the largest L2 norm of the update, over all arrays together; `deviation`, above 0, is the standard
+    deviation of the noise on each number.
     """
     updates = {name: value.astype(np.float64) - before[name] for name, value in after.items()}
     norm = math.sqrt(sum(float(np.square(update).sum()) for update in updates.values()))

@@ -1,14 +1,16 @@
-"""One data owner's half of a federation: its model and data, warm between rounds."""
+"""One data owner's part in a federation: its model and data, kept ready between rounds."""
 
 import hashlib
 import math
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from peft import LoraConfig
 from torch import Tensor
@@ -16,38 +18,27 @@ from torch import Tensor
 from fedsea.checkpoints import Fingerprint, open_checkpoint
 from fedsea.client.model import SplitModelForCausalLM
 from fedsea.errors import FedSEAError, ModelMismatchError, NonFiniteError, ProtocolError, TermsError
-from fedsea.federation.coordinator.folder import write_adapter
+from fedsea.federation.arrays import Arrays, misfit
 from fedsea.federation.owner.data import Texts, task_schema, tokenizer_of
 from fedsea.federation.owner.participant_options import ParticipantOptions
 from fedsea.federation.owner.prepared_models import PreparedModels, protection
 from fedsea.federation.owner.private_adapter import PrivateAdapter
 from fedsea.federation.owner.shards import Sharding
-from fedsea.federation.recipe import LocalRecipe, lora_config
-from fedsea.federation.settings import RECIPE_BOUNDS
+from fedsea.federation.recipe import RECIPE_BOUNDS, LocalRecipe, lora_config
+from fedsea.parts.adapter_files import replace_adapter
 from fedsea.parts.adapters import AdapterSpec, adapter_parameters
 from fedsea.privacy import LookLedger
 from fedsea.tasks import evaluate, get_task
 from fedsea.training.batches import Batches
+from fedsea.training.loop import backpropagate
 from fedsea.wire.rounds import Ticket
-
-__all__ = ["Participant", "ParticipantOptions", "PreparedModels"]
 
 
 class Participant:
-    """A data owner's half: reads its data once, loads its model at its first ticket, keeps both. One thing at a time.
+    """Reads its data once, loads its model at its first ticket, keeps both. One request at a time.
 
-    Parameters
-    ----------
-    options
-        What its owner has decided.
-    shelf
-        Where its model stands; one of its own by default.
-
-    Attributes
-    ----------
-    on_step
-        Told of each optimizer step: its number in the round, from 1, and its loss. What it raises ends the round's
-        training.
+    Whatever a request holds is a coordinator's word, and checked. `on_step` gets each optimizer step's number in the
+    round, from 1, and its loss; what it raises ends the round's training. Simulated clients share prepared `models`.
 
     Raises
     ------
@@ -55,12 +46,14 @@ class Participant:
         If the data, the task or the model's files are not what they should be.
     """
 
-    def __init__(self, options: ParticipantOptions, shelf: PreparedModels | None = None) -> None:
+    on_step: Callable[[int, float], None] | None = None
+
+    def __init__(self, options: ParticipantOptions, models: PreparedModels | None = None) -> None:
         if options.threads is not None:
             torch.set_num_threads(options.threads)
-        self.options, self.on_step = options, None
+        self.options = options
         self._ledger = LookLedger(options.looks, options.max_looks) if options.looks else None
-        self._shelf = shelf if shelf is not None else PreparedModels(1)
+        self._models = models if models is not None else PreparedModels(1)
         self._lock = threading.Lock()
         self._next_batch = 0
         protection(options)  # what is wrong with it shows before anything is loaded
@@ -71,8 +64,6 @@ class Participant:
         tokens = min(options.max_tokens, config.max_position_embeddings)
         self._texts = Texts(self._task, options.data, sharding, options.name, options.model, tokens)
         Batches(self._texts.train, 1, 0)  # something to learn is there
-
-    on_step: Callable[[int, float], None] | None
 
     def describe(self) -> dict[str, Any]:
         """What the coordinator compares clients by: JSON. No text and no label is in it."""
@@ -86,9 +77,7 @@ class Participant:
             "lora": dict(self.options.lora) if self.options.lora is not None else None,
         }
 
-    def train(
-        self, body: dict[str, Any], weights: Mapping[str, Tensor]
-    ) -> tuple[dict[str, float | int], dict[str, Tensor]]:
+    def train(self, body: Mapping[str, Any], weights: Arrays) -> tuple[dict[str, Any], Arrays]:
         """Take part in a round.
 
         Parameters
@@ -97,7 +86,7 @@ class Participant:
             `ticket`, `lora`, `recipe`; `proximal-mu`, and `first-batch`, where the last round ended, if given. With
             `private-ends`, the federation's name, A's and C's adapter stays here; `round` 1 begins it.
         weights
-            A's and C's adapter at the start, by names of the whole model.
+            A's and C's adapter at the start, by names of the whole model, float32.
 
         Returns
         -------
@@ -120,16 +109,12 @@ class Participant:
             if not isinstance(first, int) or first < 0:
                 raise ProtocolError("the round's first batch must be a number, 0 or more")
             began = time.perf_counter()
-            own = self._own_ends(body)
-            model = self._join(body, _start(own, body, weights))
-            before = model.traffic.copy()
-            try:
+            own = self._private_adapter(body)
+            with self._joined(body, _start(own, body, _tensors(weights))) as model:
+                before = model.traffic.copy()
                 figures = self._steps(model, recipe, first)
                 model.finish_round()
                 trained = model.local_adapter_state()
-            except BaseException as error:
-                self._leave(model, error)
-                raise
             if not all(bool(torch.isfinite(weight).all()) for weight in trained.values()):
                 raise NonFiniteError("the adapter is not finite after the round; a lower learning rate may help")
             if own is not None:
@@ -144,27 +129,13 @@ class Participant:
                 "bytes-down": moved.bytes_down,
                 "seconds": round(time.perf_counter() - began, 3),
                 "next-batch": self._next_batch,
-            }, trained
+            }, {name: weight.numpy() for name, weight in trained.items()}
 
-    def evaluate(self, body: dict[str, Any], weights: Mapping[str, Tensor]) -> dict[str, float | int]:
-        """Evaluate a round's adapter on the client's validation split.
+    def evaluate(self, body: Mapping[str, Any], weights: Arrays) -> dict[str, Any]:
+        """Evaluate a round's adapter on the client's validation split (UsageError if there is none).
 
-        Parameters
-        ----------
-        body
-            `ticket`, `lora`, `evaluation`.
-        weights
-            As for `train`.
-
-        Returns
-        -------
-        dict
-            The task's metrics and `answer_loss`, those that are finite; `num-examples`, of how many.
-
-        Raises
-        ------
-        FedSEAError
-            As for `train`; UsageError if there is no validation split.
+        `body` has `ticket`, `lora` and `evaluation`; weights and errors are those of `train`. Returns the task's
+        metrics and `answer_loss`, those that are finite, and `num-examples`: of how many.
         """
         with self._lock:
             match body.get("evaluation"):
@@ -174,8 +145,7 @@ class Participant:
                     examples = self._texts.validation(limit)
                 case _:
                     raise ProtocolError("how to evaluate cannot be read")
-            model = self._join(body, _start(self._own_ends(body), {}, weights))
-            try:
+            with self._joined(body, _start(self._private_adapter(body), {}, _tensors(weights))) as model:
                 result = evaluate(
                     model,
                     tokenizer_of(self.options.model),
@@ -186,26 +156,14 @@ class Participant:
                     answer_loss=True,
                 )
                 model.finish_round()
-            except BaseException as error:
-                self._leave(model, error)
-                raise
             metrics = {name: value for name, value in result.metrics.items() if math.isfinite(value)}
             return {"num-examples": result.count, **metrics}
 
-    def finish(self, body: dict[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    def finish(self, body: Mapping[str, Any], weights: Arrays) -> dict[str, Any]:
         """The federation is over: keep its adapter, with the ends that this client has kept to itself, as PEFT's.
 
-        Parameters
-        ----------
-        body
-            `lora`; `private-ends` as for `train`.
-        weights
-            The whole adapter, by names of the whole model.
-
-        Returns
-        -------
-        dict
-            Nothing; where it is kept is its owner's matter.
+        `body` has `lora`, and `private-ends` as for `train`; `weights` is the whole adapter. Returns nothing: where it
+        is kept is its owner's matter.
 
         Raises
         ------
@@ -219,28 +177,19 @@ class Participant:
                 raise TermsError("this client has no place to keep the adapter")
             config, lora = open_checkpoint(self.options.model).config, self._agreed(body.get("lora"))
             shapes = AdapterSpec.from_config(lora, config).shapes_in(config, range(config.num_hidden_layers))
-            kept = self._own_ends(body)
-            whole = {**weights, **(kept.load() or {} if kept is not None else {})}
-            for name in sorted(shapes.keys() ^ whole.keys()):
-                raise ModelMismatchError(
-                    f"the federation's adapter does not fit this model: {name} is on one side only"
-                )
-            for name, weight in whole.items():
-                if tuple(weight.shape) != shapes[name]:
-                    raise ModelMismatchError(
-                        f"the federation's adapter does not fit this model: {name} has shape {list(weight.shape)}, "
-                        f"the model's {list(shapes[name])}"
-                    )
-                if not bool(torch.isfinite(weight).all()):
-                    raise NonFiniteError(f"the federation's adapter is not finite: {name}")
-            write_adapter(Path(self.options.output), lora, whole, config.name_or_path or self.options.model)
+            kept = self._private_adapter(body)
+            whole = _tensors(weights) | ((kept.load() if kept is not None else None) or {})
+            if wrong := misfit(whole, shapes):
+                raise ModelMismatchError(f"the federation's adapter does not fit this model: {wrong}")
+            _check_finite(whole, "the federation's adapter is not finite")
+            replace_adapter(Path(self.options.output), lora, whole, config.name_or_path or self.options.model)
             return {}
 
     def close(self) -> None:
         """Leave the block server."""
-        self._shelf.close()
+        self._models.close()
 
-    def _own_ends(self, body: Mapping[str, Any]) -> PrivateAdapter | None:
+    def _private_adapter(self, body: Mapping[str, Any]) -> PrivateAdapter | None:
         federation = body.get("private-ends", "")
         if not isinstance(federation, str):
             raise ProtocolError("whose ends these are cannot be read")
@@ -262,16 +211,16 @@ class Participant:
                 )
         return config
 
-    def _join(self, body: Mapping[str, Any], weights: Mapping[str, Tensor]) -> SplitModelForCausalLM:
+    @contextmanager
+    def _joined(self, body: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Iterator[SplitModelForCausalLM]:
+        """The model with its seat in the round and the adapter that came; the seat is given up at an exception."""
         ticket, lora = Ticket.from_body(body.get("ticket")), body.get("lora")
         config = self._agreed(lora)
         assert isinstance(lora, dict)
         if self.options.servers and ticket.server not in self.options.servers:
             raise TermsError(f"the ticket is for {ticket.server}, which is none of this federation's block servers")
-        for name, weight in weights.items():
-            if not bool(torch.isfinite(weight).all()):
-                raise NonFiniteError(f"the adapter that came is not finite: {name}")
-        model = self._shelf.get(self.options, ticket.server, lora)
+        _check_finite(weights, "the adapter that came is not finite")
+        model = self._models.get(self.options, ticket.server, lora)
         model.look_ledger = self._ledger
         if self._ledger is not None and model.max_tokens < self._texts.max_tokens:
             # Or else a server decides where texts are cut, and one that is cut elsewhere is another one to the ledger.
@@ -285,15 +234,12 @@ class Participant:
             if extra:
                 raise ModelMismatchError(f"the adapter that came has {min(extra)}, which this client does not train")
             model.set_local_adapter(weights)
+            yield model
         except BaseException as error:
-            self._leave(model, error)
+            model.leave_round()
+            if not isinstance(error, FedSEAError):
+                self._models.forget(model)  # whatever has happened to it, the next round gets a new one
             raise
-        return model
-
-    def _leave(self, model: SplitModelForCausalLM, error: BaseException) -> None:
-        model.leave_round()
-        if not isinstance(error, FedSEAError):
-            self._shelf.forget(model)  # whatever has happened to it, the next round gets a new one
 
     def _steps(self, model: SplitModelForCausalLM, recipe: LocalRecipe, first: int) -> dict[str, float | int]:
         batches = Batches(self._texts.train, recipe.batch_size, recipe.seed)
@@ -305,13 +251,7 @@ class Participant:
         for step in range(1, recipe.local_steps + 1):
             chosen = [batches[first + index] for index in range(recipe.accumulation)]
             first += recipe.accumulation
-            items = sum(batch.learnt for batch in chosen)
-            loss = 0.0
-            for batch in chosen:
-                here = batch.to(model.device)
-                part = model.answer_loss(here.input_ids, here.attention_mask, here.labels, items)
-                part.backward()
-                loss += float(part.detach())
+            loss, items = backpropagate(model, chosen), sum(batch.learnt for batch in chosen)
             if recipe.proximal_mu:
                 for name, weight in adapter_parameters(model).items():
                     if weight.grad is not None:
@@ -328,12 +268,22 @@ class Participant:
         return {"train-loss": losses / max(1.0, learnt), "steps": recipe.local_steps, "tokens": int(tokens)}
 
 
+def _tensors(weights: Arrays) -> dict[str, Tensor]:
+    return {name: torch.as_tensor(np.array(array, dtype=np.float32)) for name, array in weights.items()}
+
+
+def _check_finite(weights: Mapping[str, Tensor], problem: str) -> None:
+    for name, weight in weights.items():
+        if not bool(torch.isfinite(weight).all()):
+            raise NonFiniteError(f"{problem}: {name}")
+
+
 def _draws_of(seed: int, name: str, first: int) -> int:
-    """What a round's dropout is drawn from: the same for a client that was restarted since the round before."""
+    """The seed of a round's dropout: the same for a client that was restarted since the round before."""
     return int.from_bytes(hashlib.blake2b(f"{seed} {first} {name}".encode(), digest_size=7).digest())
 
 
-def _start(own: PrivateAdapter | None, body: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+def _start(own: PrivateAdapter | None, body: Mapping[str, Any], weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """What A's and C's adapter is at the start of a round: what came, or what this client has kept since the first."""
     if own is None or (kept := own.load()) is None:
         return weights

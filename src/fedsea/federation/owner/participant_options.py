@@ -8,7 +8,7 @@ from typing import Any
 from fedsea.errors import UsageError
 from fedsea.partition import Partition
 
-MAX_LOOKS = 64  # noise of so many looks at one state is worth an eighth; a federation rarely evaluates more often
+MAX_LOOKS = 64  # the noise of 64 looks at one state is worth an eighth; a federation rarely evaluates more often
 
 
 @dataclass(frozen=True)
@@ -17,13 +17,13 @@ class ParticipantOptions:
 
     Attributes
     ----------
-    name
-        Of the client: its certificate's common name, where there are certificates.
+    data, task, shard
+        What it learns, an empty task for the federation's; `shard` as `Sharding.parse` reads it, empty for all of the
+        data. `shard_seed` is the same for all clients.
     model, input_layers, output_layers, dtype, device, threads
-        As `fedsea finetune` has them; None for torch's own number of threads.
-    task, data, shard
-        What it learns; `shard` as `Sharding.parse` reads it, empty for all of the data. `shard_seed` is the same for
-        all clients.
+        As `fedsea finetune` has them; an empty model for the federation's, None for torch's own number of threads.
+    name
+        Of the client. `OwnerProcess` takes it, `servers`, `credentials`, `private_ends` and `output` from its folder.
     servers
         Addresses of the block servers that it may be sent to; empty for any.
     credentials, insecure
@@ -49,10 +49,10 @@ class ParticipantOptions:
         How long to try again after the connection to the block server is lost.
     """
 
-    name: str
-    model: str
-    task: str
     data: str
+    name: str = ""
+    model: str = ""
+    task: str = ""
     input_layers: int = 1
     output_layers: int = 1
     servers: tuple[str, ...] = ()
@@ -86,13 +86,7 @@ class ParticipantOptions:
 
     @classmethod
     def from_body(cls, body: Mapping[str, Any]) -> "ParticipantOptions":
-        """Read what `to_body` made.
-
-        Raises
-        ------
-        UsageError
-            If an option is unknown or missing.
-        """
+        """Read what `to_body` made; UsageError if an option is unknown or missing."""
         try:
             return cls(**{**body, "servers": tuple(body.get("servers", ()))})
         except TypeError as error:

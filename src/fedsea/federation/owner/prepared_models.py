@@ -1,7 +1,7 @@
-"""Split models that stay warm between rounds."""
+"""Split models that stay loaded between rounds."""
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,34 +10,29 @@ from fedsea.errors import UsageError
 from fedsea.federation.owner.participant_options import ParticipantOptions
 from fedsea.privacy import GaussianNoise, Noise, RelativeGaussianNoise, parse_mechanism
 
-DECIDES = ("model", "partition", "credentials", "insecure", "noise_level", "mechanism", "dtype", "wire_dtype", "device")
-WARM_MODELS = 2  # in one process; simulated clients that differ in partition or noise share a process
+_SAME = ("model", "partition", "credentials", "insecure", "noise_level", "mechanism", "dtype", "wire_dtype", "device")
+PREPARED_MODELS = 2  # in one process; simulated clients that differ in partition or noise share a process
 
 
 class PreparedModels:
-    """Split models that are warm, the least used given up first.
+    """At most `size` loaded split models, the least used given up first.
 
     A model is all but stateless between rounds, so simulated clients that would load the same one share it.
-
-    Parameters
-    ----------
-    size
-        Models at most.
     """
 
-    def __init__(self, size: int = WARM_MODELS) -> None:
+    def __init__(self, size: int = PREPARED_MODELS) -> None:
         self._models: OrderedDict[tuple[Any, ...], SplitModelForCausalLM] = OrderedDict()
         self._size = size
 
-    def get(self, options: ParticipantOptions, server: str, lora: Mapping[str, Any]) -> SplitModelForCausalLM:
-        """The model of these options, which may be used with another block server than before.
+    def __iter__(self) -> Iterator[SplitModelForCausalLM]:
+        return iter(list(self._models.values()))
 
-        Raises
-        ------
-        FedSEAError
-            Whatever keeps it from being loaded.
-        """
-        key = (*(getattr(options, name) for name in DECIDES), repr(sorted(lora.items())))
+    def __len__(self) -> int:
+        return len(self._models)
+
+    def get(self, options: ParticipantOptions, server: str, lora: Mapping[str, Any]) -> SplitModelForCausalLM:
+        """The model of these options, which may be used with another block server than before."""
+        key = (*(getattr(options, name) for name in _SAME), repr(sorted(lora.items())))
         if key not in self._models:
             while len(self._models) >= self._size:
                 self._models.popitem(last=False)[1].close()
@@ -73,13 +68,7 @@ def _load(options: ParticipantOptions, server: str) -> SplitModelForCausalLM:
 
 
 def protection(options: ParticipantOptions) -> Noise:
-    """How a data owner's hidden states are protected, not calibrated.
-
-    Raises
-    ------
-    UsageError
-        If its options say so twice, or cannot be read.
-    """
+    """How a data owner's hidden states are protected, not calibrated; UsageError if its options do not say."""
     if not options.mechanism:
         return RelativeGaussianNoise(options.noise_level) if options.noise_level else GaussianNoise(0.0)
     if options.noise_level:

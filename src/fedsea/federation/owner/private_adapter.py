@@ -16,19 +16,11 @@ from torch import Tensor
 from fedsea.errors import UsageError
 from fedsea.files import replacing
 
-OF = "federation"
+_FEDERATION = "federation"  # in the file's metadata
 
 
 class PrivateAdapter:
-    """A file with a data owner's own ends.
-
-    Parameters
-    ----------
-    path
-        Of the file; made with its folder when there is something to keep.
-    federation
-        Name of the federation that they belong to.
-    """
+    """The file of one data owner in one federation; made with its folder when there is something to keep."""
 
     def __init__(self, path: Path, federation: str) -> None:
         self.path, self._federation = path, federation
@@ -52,13 +44,7 @@ class PrivateAdapter:
         return weights
 
     def set_aside(self) -> None:
-        """Keep the file beside where it is, under a name of its own, so that nothing takes its place.
-
-        Raises
-        ------
-        UsageError
-            If it cannot be renamed.
-        """
+        """Keep the file beside where it is, under a name of its own; UsageError if it cannot be renamed."""
         number = next(n for n in count(1) if not self.path.with_name(f"{self.path.name}.{n}").exists())
         try:
             self.path.rename(self.path.with_name(f"{self.path.name}.{number}"))
@@ -66,24 +52,18 @@ class PrivateAdapter:
             raise UsageError(f"cannot keep your own adapter beside {self.path}: {error.strerror}") from None
 
     def save(self, weights: Mapping[str, Tensor]) -> None:
-        """Keep the weights, in place of those that were kept.
-
-        Raises
-        ------
-        UsageError
-            If the file cannot be written. The old one stays.
-        """
+        """Write the weights in place of those before; UsageError if that fails, and the old file stays."""
         tensors = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(self.path) as partial:
-                save_file(tensors, partial, metadata={OF: self._federation})
+                save_file(tensors, partial, metadata={_FEDERATION: self._federation})
         except (OSError, SafetensorError) as error:
             raise UsageError(f"cannot keep your own adapter in {self.path}: {error}") from None
 
 
 def read_private_adapter(path: Path) -> tuple[dict[str, Tensor], str]:
-    """The weights of a file of own ends, by names of the whole model, and the federation that they belong to.
+    """The weights of a data owner's private adapter, by names of the whole model, and its federation's name.
 
     Raises
     ------
@@ -92,7 +72,7 @@ def read_private_adapter(path: Path) -> tuple[dict[str, Tensor], str]:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            federation = (file.metadata() or {}).get(OF)
+            federation = (file.metadata() or {}).get(_FEDERATION)
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
     except (OSError, SafetensorError) as error:
         raise UsageError(f"the ends in {path} cannot be read: {error}") from None

@@ -9,7 +9,7 @@ import re
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, cast
 
 from fedsea.errors import UsageError
 from fedsea.tasks.base import Example, LabelTask, Split, Task
@@ -18,7 +18,6 @@ from fedsea.tasks.reading import Row, read_rows
 Scheme = Literal["iid", "dirichlet", "source", "folders"]
 SCHEMES: tuple[Scheme, ...] = ("iid", "dirichlet", "source", "folders")
 
-Item = TypeVar("Item")
 _PLACE = re.compile(r"(\d{1,6})/(\d{1,6})")
 
 
@@ -62,10 +61,7 @@ class Sharding:
     def parse(cls, text: str, seed: int = 0) -> "Sharding":
         """Read what a person writes: `iid:0/4`, `dirichlet:0/4`, `dirichlet=0.1:0/4`, `source=domain:0/4`, `folders`.
 
-        Raises
-        ------
-        UsageError
-            If it is none of these.
+        UsageError if it is none of these.
         """
         how, _, place = text.partition(":")
         scheme, _, value = how.partition("=")
@@ -124,13 +120,7 @@ def read_shard(
 
 
 def client_folder(path: str, client: str) -> Path:
-    """The folder of one client among the clients' folders.
-
-    Raises
-    ------
-    UsageError
-        If there is none.
-    """
+    """The folder of one client among the clients' folders; UsageError if there is none."""
     folder = Path(path).expanduser()
     if not folder.is_dir():
         raise UsageError(f"there is no folder {folder} with a folder for each client")
@@ -152,12 +142,8 @@ def shard(
 ) -> list[Example]:
     """One of `count` shards, disjoint and together complete, none empty. Examples keep their order.
 
-    Examples of one group (`Example.group`) stay together. For `sources` give as many as examples.
-
-    Raises
-    ------
-    UsageError
-        If there are fewer groups, examples or sources than shards, or examples have no labels for `dirichlet`.
+    Examples of one group (`Example.group`) stay together; `sources` has one value for each example. UsageError if there
+    are fewer groups, examples or sources than shards, or examples have no labels for `dirichlet`.
     """
     Sharding(scheme, index, count, seed, alpha)
     if scheme == "source":
@@ -226,13 +212,7 @@ def _dirichlet(draw: random.Random, alpha: float, count: int) -> list[float]:
 
 
 def by_key(keys: Sequence[Hashable], count: int) -> list[int]:
-    """Give each key's items to one shard whole, so that the shards are about equally large: for each item its shard.
-
-    Raises
-    ------
-    UsageError
-        If there are fewer keys than shards.
-    """
+    """Give each key's items to one shard whole, so that the shards are about equally large: for each item its shard."""
     sizes: dict[Hashable, int] = {}
     for key in keys:
         sizes[key] = sizes.get(key, 0) + 1

@@ -1,20 +1,19 @@
-"""A data owner's warm half, seen from the process that Flower starts for each message.
+"""A data owner's worker, as the process that Flower starts for each message sees it.
 
 Importing torch and loading a model takes seconds, so this is done once, by the worker (`worker_process.py`); a
-ClientApp only passes on what came to it. The two speak over a Unix socket in a folder that no other user may enter. A
-request is one connection: a frame there, a frame back. A frame is two lengths, a JSON object, and safetensors.
+ClientApp passes on what came to it. The two speak over a Unix socket in a folder that no other user may enter. Each
+request is a connection of its own: JSON and safetensors there, the same back, sent as bytes; nothing is pickled.
 
 This module imports neither torch nor transformers.
 """
 
 import json
 import os
-import socket
-import struct
 import time
 from collections.abc import Mapping
+from multiprocessing.connection import Client, Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from fedsea.errors import (
     BY_CODE,
@@ -26,40 +25,47 @@ from fedsea.errors import (
     TermsError,
     UsageError,
 )
+from fedsea.files import parse_json
 from fedsea.text import one_line
 
 if TYPE_CHECKING:  # a refused request needs no arrays
-    import numpy as np
-    import numpy.typing as npt
-
-    Arrays = Mapping[str, npt.NDArray[np.float32]]
+    from fedsea.federation.arrays import Arrays
 
 WORKER = "FEDSEA_WORKER"
 """The environment variable that names the worker's socket."""
 
 FINISH = "finish"
-"""What a worker, and the query to its ClientApp, is asked for when the federation is over."""
+"""The request, and the query to a ClientApp, that ends the federation."""
 
-LENGTHS = struct.Struct("<IQ")  # of the JSON text and of the tensors, in bytes
-MAX_TEXT = 16 << 20
-MAX_TENSORS = 8 << 30
+MAX_TEXT, MAX_TENSORS = 16 << 20, 8 << 30  # bytes
 CONNECT_SECONDS = 60.0  # a worker that died is started again meanwhile
 
 
-class WorkerClient:
-    """Calls the worker at a socket. Each call is a connection of its own; it waits while the worker is busy.
+class Worker(Protocol):
+    """A data owner's part in a federation: `Participant`, or `WorkerClient` for one in another process."""
 
-    Parameters
-    ----------
-    path
-        The worker's socket.
-    connect_seconds
-        How long to wait for a worker that is not there (yet).
+    def describe(self) -> dict[str, Any]:
+        """What this data owner brings; see `Participant.describe`."""
+
+    def train(self, body: dict[str, Any], weights: "Arrays") -> "tuple[dict[str, Any], Arrays]":
+        """Take part in a round; see `Participant.train`."""
+
+    def evaluate(self, body: dict[str, Any], weights: "Arrays") -> dict[str, Any]:
+        """Evaluate an adapter; see `Participant.evaluate`."""
+
+    def finish(self, body: dict[str, Any], weights: "Arrays") -> dict[str, Any]:
+        """Keep the federation's adapter; see `Participant.finish`."""
+
+
+class WorkerClient:
+    """Calls the worker at a socket; waits while it is busy, and up to `connect_seconds` while it is not there.
+
+    Every request raises an error of the class that the worker raised, or ServerUnavailableError if there is no worker
+    or it dies meanwhile.
     """
 
     def __init__(self, path: str | Path, connect_seconds: float = CONNECT_SECONDS) -> None:
-        self.path = Path(path)
-        self.connect_seconds = connect_seconds
+        self.path, self.connect_seconds = Path(path), connect_seconds
 
     @classmethod
     def from_environment(cls) -> "WorkerClient | None":
@@ -69,40 +75,31 @@ class WorkerClient:
 
     def ping(self) -> dict[str, Any]:
         """What the worker is doing; answered at once, even while it trains."""
-        return self._call("ping")[0]
+        return self.request("ping")[0]
 
     def describe(self) -> dict[str, Any]:
-        """What this data owner brings; see `Participant.describe`."""
-        return self._call("describe")[0]
+        """See `Worker`."""
+        return self.request("describe")[0]
 
-    def train(
-        self, body: dict[str, Any], weights: "Arrays"
-    ) -> "tuple[dict[str, Any], dict[str, npt.NDArray[np.float32]]]":
-        """Take part in a round; see `Participant.train`.
-
-        Raises
-        ------
-        FedSEAError
-            Of the class that the worker raised.
-        ServerUnavailableError
-            If there is no worker, or it died meanwhile.
-        """
+    def train(self, body: dict[str, Any], weights: "Arrays") -> "tuple[dict[str, Any], Arrays]":
+        """See `Worker`."""
         from safetensors.numpy import load
 
-        metrics, tensors = self._call("train", body, weights)
+        metrics, tensors = self.request("train", body, weights)
         return metrics, load(tensors)
 
     def evaluate(self, body: dict[str, Any], weights: "Arrays") -> dict[str, Any]:
-        """Evaluate an adapter; see `Participant.evaluate`. Raises as `train` does."""
-        return self._call("evaluate", body, weights)[0]
+        """See `Worker`."""
+        return self.request("evaluate", body, weights)[0]
 
     def finish(self, body: dict[str, Any], weights: "Arrays") -> dict[str, Any]:
-        """Keep the federation's adapter; see `Participant.finish`. Raises as `train` does."""
-        return self._call(FINISH, body, weights)[0]
+        """See `Worker`."""
+        return self.request(FINISH, body, weights)[0]
 
-    def _call(
+    def request(
         self, what: str, body: dict[str, Any] | None = None, weights: "Arrays | None" = None
     ) -> tuple[dict[str, Any], bytes]:
+        """Send a request and wait for its answer: a JSON object, and safetensors."""
         tensors = b""
         if weights is not None:
             from safetensors.numpy import save
@@ -110,26 +107,20 @@ class WorkerClient:
             tensors = save(dict(weights))
         with self._connect() as connection:
             try:
-                send_frame(connection, {"do": what, "body": body or {}}, tensors)
-                received = receive_frame(connection)
-            except OSError:
-                received = None
-        if received is None:
-            raise ServerUnavailableError(f"the worker at {self.path} went away before it answered")
-        answer, content = received
+                send(connection, {"do": what, "body": body or {}}, tensors)
+                answer, content = receive(connection)
+            except (OSError, EOFError):
+                raise ServerUnavailableError(f"the worker at {self.path} went away before it answered") from None
         if "error" in answer:
             raise read_error(answer["error"])
         return answer.get("value", {}), content
 
-    def _connect(self) -> socket.socket:
+    def _connect(self) -> Connection:
         end = time.monotonic() + self.connect_seconds
         while True:
-            connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             try:
-                connection.connect(str(self.path))
-                return connection
+                return Client(str(self.path), "AF_UNIX")
             except OSError as error:
-                connection.close()
                 if time.monotonic() >= end:
                     raise ServerUnavailableError(
                         f"there is no worker at {self.path} ({error.strerror or error}): it runs while "
@@ -138,73 +129,43 @@ class WorkerClient:
             time.sleep(0.05)
 
 
-def send_frame(connection: socket.socket, body: Mapping[str, Any], tensors: bytes = b"") -> None:
-    """Send one frame.
-
-    Raises
-    ------
-    OSError
-        If the other side is gone.
-    """
-    text = json.dumps(body).encode()
-    connection.sendall(LENGTHS.pack(len(text), len(tensors)) + text)
-    if tensors:  # to send nothing fails as well, where the other side has answered and gone meanwhile
-        connection.sendall(tensors)
+def send(connection: Connection, body: Mapping[str, Any], tensors: bytes = b"") -> None:
+    """Send a request or an answer: a JSON object, and safetensors."""
+    connection.send_bytes(json.dumps(body).encode())
+    connection.send_bytes(tensors)
 
 
-def receive_frame(connection: socket.socket) -> tuple[dict[str, Any], bytes] | None:
-    """Receive one frame: its JSON object and its safetensors; None if the other side is gone.
+def receive(connection: Connection) -> tuple[dict[str, Any], bytes]:
+    """Receive what `send` sent.
 
     Raises
     ------
     ProtocolError
-        If what came is no frame.
-    OSError
-        If the connection is lost.
+        If it is anything else.
+    OSError, EOFError
+        If the other side is gone, or sends more than `MAX_TEXT` or `MAX_TENSORS`.
     """
-    lengths = _receive(connection, LENGTHS.size)
-    if lengths is None:
-        return None
-    text_length, tensors_length = LENGTHS.unpack(lengths)
-    if text_length > MAX_TEXT or tensors_length > MAX_TENSORS:
-        raise ProtocolError(f"a frame between client app and worker is too long ({text_length} + {tensors_length})")
-    text, tensors = _receive(connection, text_length), _receive(connection, tensors_length)
-    if text is None or tensors is None:
-        return None
+    text, tensors = connection.recv_bytes(MAX_TEXT), connection.recv_bytes(MAX_TENSORS)
     try:
-        body = json.loads(text)
-    except (ValueError, RecursionError):
+        body = parse_json(text)
+    except ValueError:
         body = None
     if not isinstance(body, dict):
-        raise ProtocolError("a frame between client app and worker cannot be read")
-    return body, bytes(tensors)
-
-
-def _receive(connection: socket.socket, length: int) -> bytearray | None:
-    content = bytearray()
-    while len(content) < length:
-        part = connection.recv(min(length - len(content), 1 << 20))
-        if not part:
-            return None
-        content += part
-    return content
+        raise ProtocolError("what came between client app and worker cannot be read")
+    return body, tensors
 
 
 def write_error(error: Exception, *, to_owner: bool = False) -> dict[str, str]:
-    """An error as a frame carries it: its code and its one line.
+    """An error as JSON: its code and its one line.
 
-    The coordinator is told what concerns it: of its round, the block server, the adapter. What is wrong with the data
-    owner's files, data or options may quote them, and an error that nobody has foreseen may quote anything: of these it
-    is told the kind.
-
-    Parameters
-    ----------
-    to_owner
-        Whether its data owner is told, who may read all of it.
+    The coordinator reads what concerns it: of its round, the block server, the adapter. What is wrong with the data
+    owner's files, data or options may quote them, and an unexpected error may quote anything: of these it reads the
+    kind only, and their data owner (`to_owner`) reads all.
     """
-    told = isinstance(error, FedSEAError) and (isinstance(error, TermsError) or not isinstance(error, _PRIVATE))
+    expected = isinstance(error, FedSEAError)
     code = error.code if isinstance(error, FedSEAError) else FedSEAError.code
-    if told or (to_owner and isinstance(error, FedSEAError)):
+    public = expected and (isinstance(error, TermsError) or not isinstance(error, _PRIVATE))
+    if public or (to_owner and expected):
         return {"code": code, "message": str(error)}
     if to_owner:
         return {"code": code, "message": f"unexpected {type(error).__name__}: {' '.join(str(error).split())}"}

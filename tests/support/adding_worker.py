@@ -1,4 +1,4 @@
-"""A worker in its own process whose half adds one to what it gets: `python -m tests.support.worker_half SOCKET`."""
+"""A worker in a process of its own that adds one to what it gets: `python -m tests.support.adding_worker SOCKET`."""
 
 import os
 import sys
@@ -7,9 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fedsea.errors import StragglerError
+from fedsea.federation.arrays import Arrays
 from fedsea.federation.owner.worker_process import run_worker
 from fedsea.process import put_on_leash
 
@@ -25,16 +24,15 @@ class AddOne:
     def describe(self) -> dict[str, Any]:
         return {"name": "adder", "trainings": self.trainings, "pid": os.getpid()}
 
-    def train(
-        self, body: dict[str, Any], weights: dict[str, torch.Tensor]
-    ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    def train(self, body: dict[str, Any], weights: Arrays) -> tuple[dict[str, Any], Arrays]:
         print("what a library prints does not disturb")
-        if body.get("fail") == "straggler":
-            raise StragglerError("the others went on")
-        if body.get("fail") == "bug":
-            raise ZeroDivisionError("a\nbug")
-        if body.get("fail") == "die":
-            os._exit(3)
+        match body.get("fail"):
+            case "straggler":
+                raise StragglerError("the others went on")
+            case "bug":
+                raise ZeroDivisionError("a\nbug")
+            case "die":
+                os._exit(3)
         for step in range(1, body.get("steps", 1) + 1):
             time.sleep(body.get("seconds", 0.0))
             assert self.on_step is not None
@@ -42,8 +40,11 @@ class AddOne:
         self.trainings += 1
         return {"num-examples": 3, "train-loss": 0.5}, {name: weight + 1 for name, weight in weights.items()}
 
-    def evaluate(self, body: dict[str, Any], weights: dict[str, torch.Tensor]) -> dict[str, Any]:
+    def evaluate(self, body: dict[str, Any], weights: Arrays) -> dict[str, Any]:
         return {"sum": float(sum(weight.sum() for weight in weights.values()))}
+
+    def finish(self, body: dict[str, Any], weights: Arrays) -> dict[str, Any]:
+        return {}
 
     def close(self) -> None:
         Path(sys.argv[1]).with_name("closed").touch()
