@@ -1,5 +1,6 @@
 """Files: whole or as they were, their owner's alone, and one line where the disk is full."""
 
+import contextlib
 import errno
 import os
 import resource
@@ -37,15 +38,17 @@ def open_umask() -> Iterator[None]:
     os.umask(before)
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def short_files() -> Iterator[None]:
-    """No file may be longer than 100 bytes, as if the disk were full."""
+    """No file may be longer than 100 bytes, as if the disk were full; neither may pytest's own output meanwhile."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, handler)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 def write_all(folder: Path) -> None:
@@ -104,7 +107,6 @@ def test_what_is_written_is_on_the_disk_before_it_takes_its_place(
     assert len(synced) > 15
 
 
-@pytest.mark.usefixtures("short_files")
 def test_a_full_disk_is_one_line_and_what_was_there_stays(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     run = RunFolder(tmp_path / "run", print)
@@ -120,7 +122,7 @@ def test_a_full_disk_is_one_line_and_what_was_there_stays(tmp_path: Path) -> Non
         lambda: write_json(tmp_path / "x.json", ["x" * 200]),
     ]
     for write in full:
-        with pytest.raises(UsageError, match=r"(?i)cannot (write|keep).*file too large") as raised:
+        with pytest.raises(UsageError, match=r"(?i)cannot (write|keep).*file too large") as raised, short_files():
             write()
         assert "\n" not in str(raised.value)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
