@@ -30,30 +30,14 @@ class Share:
 
 
 class TrainedAdapter:
-    """An adapter and all that an optimizer step is made of.
-
-    Parameters
-    ----------
-    parameters
-        Float32 weights by their names in the whole model.
-
-    Attributes
-    ----------
-    version
-        Optimizer steps done.
-    changes
-        Counts up whenever the weights change.
-    shared
-        Whether several contributors train it.
-    gradients
-        What was added up, by names; None before the first after a step or a restore.
-    """
+    """An adapter and all that an optimizer step is made of: float32 weights by their names in the whole model."""
 
     def __init__(self, parameters: dict[str, nn.Parameter]) -> None:
         self.parameters = parameters
-        self.version = self.changes = 0
-        self.shared = False
-        self.gradients: dict[str, Tensor] | None = None
+        self.version = 0  # optimizer steps done
+        self.changes = 0  # counts up whenever the weights change
+        self.shared = False  # several contributors train it
+        self.gradients: dict[str, Tensor] | None = None  # added up, by names; None before the first
         self._layers = {name: layer_of(name) for name in parameters}
         self._shares: dict[object, Share] = {}
         self._given: dict[object, float] = {}  # by contributor: the norms of what it has given, together
@@ -74,10 +58,7 @@ class TrainedAdapter:
     def check(self, contributor: object, *, fresh: bool) -> None:
         """Refuse a contribution before it is computed.
 
-        Raises
-        ------
-        ProtocolError
-            If it is to replace one that was added to those of others: that cannot be removed.
+        ProtocolError if it is to replace one that was added to those of others: that cannot be removed.
         """
         if self.shared and fresh and contributor in self._shares:
             raise ProtocolError(
@@ -143,10 +124,7 @@ class TrainedAdapter:
     def update(self, step: OptimizerStep) -> None:
         """Move the weights along the gradient that was added up (a shared adapter's: along the mean).
 
-        Raises
-        ------
-        ProtocolError
-            If the step is not the next one, there is no gradient, or the optimizer is another.
+        ProtocolError if the step is not the next one, there is no gradient, or the optimizer is another.
         """
         if step.step != self.version + 1:
             raise ProtocolError(f"optimizer step {step.step} came after step {self.version}")
@@ -190,10 +168,7 @@ class TrainedAdapter:
     def load(self, tensors: dict[str, Tensor], layers: range) -> None:
         """Set weights (`adapter/NAME`) and optimizer states (`exp_avg/NAME`, ...) of some layers.
 
-        Raises
-        ------
-        ProtocolError
-            If these layers have no weight of that name, or of another shape. Nothing is set then.
+        ProtocolError if these layers have no weight of that name, or of another shape. Nothing is set then.
         """
         for full, tensor in tensors.items():
             kind, _, name = full.partition("/")

@@ -30,7 +30,6 @@ class CoordinatorStream(ServedStream):
         self._names: set[str] = set()
 
     async def serve(self) -> None:
-        """As every stream."""
         state, stream = self.state, self.stream
         if not stream.coordinator:
             raise CredentialsError(

@@ -16,13 +16,7 @@ from fedsea.wire import contract
 
 
 class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
-    """Serving from the start, until `stop`.
-
-    Parameters
-    ----------
-    streams
-        Counts those that watch.
-    """
+    """Serving from the start, until `stop`. Those that watch are counted with their client's streams."""
 
     def __init__(self, streams: StreamCounter) -> None:
         self._streams = streams

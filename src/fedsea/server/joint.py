@@ -26,15 +26,8 @@ Answer = States | FedSEAError
 def forward_together(jobs: Sequence[tuple[Trainer, Forward, torch.dtype]]) -> list[Answer]:
     """Run micro-batches through the middle; what their backward passes need is kept, where there is room for it.
 
-    Parameters
-    ----------
-    jobs
-        Trainer, operation and wire dtype of each. All on the same base blocks, or on several.
-
-    Returns
-    -------
-    list
-        For each job, in order, its answer, or the error that is its alone.
+    Takes trainer, operation and wire dtype of each, on the same base blocks or on several. Gives for each, in order,
+    its answer, or the error that is its alone.
     """
     answers: dict[int, Answer] = {}
     groups: dict[tuple[object, ...], list[int]] = {}
@@ -53,19 +46,10 @@ def forward_together(jobs: Sequence[tuple[Trainer, Forward, torch.dtype]]) -> li
 
 
 def backward_together(jobs: Sequence[tuple[Trainer, Backward, torch.dtype]]) -> list[Answer]:
-    """Backpropagate gradients of one run or several through the middle, and add up those of their adapters.
+    """Backpropagate gradients through the middle, and add up those of the adapters; as `forward_together`.
 
-    Runs that share an adapter are all told the norm of the mean that has then come together.
-
-    Parameters
-    ----------
-    jobs
-        Trainer, operation and wire dtype of each; those of one trainer are done in order.
-
-    Returns
-    -------
-    list
-        For each job, in order, its answer, or the error that is its alone.
+    Those of one trainer are done in order. Runs that share an adapter are all told the norm of the mean that has then
+    come together.
     """
     answers: dict[int, Answer] = {}
     waiting = list(range(len(jobs)))

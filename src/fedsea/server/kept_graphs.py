@@ -53,28 +53,16 @@ class KeptGraph:
 
 @dataclass(eq=False)
 class MicroBatch:
-    """A micro-batch that waits for its gradient.
-
-    Attributes
-    ----------
-    hidden
-        `h_A`, `[rows, width, hidden]`.
-    output
-        `h_B`, with the graph behind it; None if its activations are not kept.
-    leaves
-        The adapter's weights in that graph.
-    cost
-        What its pass computed for it, in padded tokens times layers.
-    """
+    """A micro-batch that waits for its gradient."""
 
     rows: Rows
-    hidden: Tensor
+    hidden: Tensor  # `h_A`, `[rows, width, hidden]`
     training: bool
-    seed: int
-    output: Tensor | None = None
-    leaves: dict[str, Tensor] = field(default_factory=dict)
+    seed: int  # of dropout's draws
+    output: Tensor | None = None  # `h_B`, with the graph behind it; None if its activations are not kept
+    leaves: dict[str, Tensor] = field(default_factory=dict)  # the adapter's weights in that graph
     graph: KeptGraph | None = None
-    cost: float = 1.0
+    cost: float = 1.0  # what its pass computed for it, in padded tokens times layers
 
     @property
     def usable(self) -> bool:
@@ -99,28 +87,16 @@ class MicroBatch:
 
 @dataclass(eq=False)
 class Gradient:
-    """A gradient on its way through the middle.
-
-    Attributes
-    ----------
-    gradient
-        `2**exponent` times that at `h_B`, `[rows, width, hidden]`, in the compute dtype.
-    at_input, at_weights
-        What came of it: the same at `h_A` (None if the client does not want it), and by names of the adapter's weights.
-    packed
-        That at `h_A`, `[tokens, hidden]`.
-    nonfinite
-        Whether its client is told that it is not finite.
-    """
+    """A gradient on its way through the middle."""
 
     operation: Backward
     micro: MicroBatch
-    gradient: Tensor
+    gradient: Tensor  # `2**exponent` times that at `h_B`, `[rows, width, hidden]`, in the compute dtype
     exponent: int
-    at_input: Tensor | None = None
-    at_weights: dict[str, Tensor] = field(default_factory=dict)
-    packed: Tensor | None = None
-    nonfinite: bool = False
+    at_input: Tensor | None = None  # what came of it at `h_A`; None if the client does not want it
+    at_weights: dict[str, Tensor] = field(default_factory=dict)  # and at the adapter's weights, by name
+    packed: Tensor | None = None  # that at `h_A`, `[tokens, hidden]`
+    nonfinite: bool = False  # the client is told so
 
 
 def backpropagate(gradients: list[Gradient]) -> None:

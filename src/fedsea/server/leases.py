@@ -36,24 +36,14 @@ class State(Enum):
 
 @dataclass(eq=False, kw_only=True)
 class Lease:
-    """What is kept for a client under a name.
-
-    Attributes
-    ----------
-    changed
-        When it was last used or its state last changed, in the table's clock.
-    end
-        Ends the connection that serves it, with a reason for the client.
-    reserved
-        Whether somebody else than its client decides when it ends: it has no place of its client's, and waits for ever.
-    """
+    """What is kept for a client under a name."""
 
     name: str
     client: str
-    changed: float
-    end: Callable[[FedSEAError], None]
+    changed: float  # when it was last used or its state last changed, in the table's clock
+    end: Callable[[FedSEAError], None]  # ends the connection that serves it, with a reason for the client
     state: State = State.ATTACHED
-    reserved: bool = False
+    reserved: bool = False  # it ends with something else (a round): it has no place of its client's, and never expires
 
     def give_up(self) -> None:
         """Drop what it holds; it has ended."""
@@ -62,20 +52,7 @@ class Lease:
 class LeaseTable(Generic[L]):
     """All leases of a kind, and the limits on them. Belongs to the thread of the event loop.
 
-    Parameters
-    ----------
-    kind
-        What errors call one, and with an "s" the flags of `fedsea serve`.
-    closed_by
-        What a client can do to end one, for the error at its limit.
-    most, most_of_client
-        How many there may be, in all and of one client.
-    away_seconds
-        How long a detached one is kept.
-    clock
-        Seconds, monotonic.
-    ledger
-        What all tables of the server keep.
+    Errors call one `kind`, and say that `closed_by` ends one; with an "s" it is in the flags of `fedsea serve`.
     """
 
     def __init__(
@@ -106,10 +83,7 @@ class LeaseTable(Generic[L]):
     def make_room(self, client: str) -> None:
         """See that a client may begin another one; its own that was left first gives way.
 
-        Raises
-        ------
-        LimitExceededError
-            If there are too many, in all or of this client, and none of its own is detached.
+        LimitExceededError if there are too many, in all or of this client, and none of its own is detached.
         """
         own = [lease for lease in self if lease.client == client and not lease.reserved]
         if len(own) < self._most_of_client and len(self) < self._most:

@@ -28,13 +28,7 @@ class Pool(Enum):
 
 @dataclass(eq=False)
 class Kept:
-    """Something that is kept for a client.
-
-    Attributes
-    ----------
-    size
-        Gives its bytes as they are now; any thread may ask.
-    """
+    """Something that is kept for a client; `size` gives its bytes as they are now, to any thread."""
 
     pool: Pool
     client: str
@@ -42,14 +36,9 @@ class Kept:
 
 
 class Ledger:
-    """What is kept, and how much more may be.
+    """What is kept, and how much more may be: an amount of None is not limited, a share of None is all of it.
 
     Written by the thread of the event loop, and read by the worker's as well.
-
-    Parameters
-    ----------
-    limits
-        An amount that is None is not limited; a share that is None is all of it.
     """
 
     def __init__(self, limits: Limits) -> None:
@@ -87,13 +76,7 @@ class Ledger:
         return min(limit - self.used(pool), self._share * limit - self.used(pool, client))
 
     def require(self, pool: Pool, client: str, more: int, what: str) -> None:
-        """Refuse something that would be too much.
-
-        Raises
-        ------
-        LimitExceededError
-            If `more` bytes for `client` are above the limit in all, or above the part of it that one client may have.
-        """
+        """LimitExceededError if `more` bytes are above the limit in all, or the part of it that one client may have."""
         limit = self._limits[pool]
         if limit is None or more <= self.room(pool, client):
             return

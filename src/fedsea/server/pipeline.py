@@ -23,18 +23,9 @@ READ_AHEAD = 4  # frames that wait for their turn; more stay with gRPC, which ho
 class Pipeline:
     """The two directions of a run's stream, each in a task of its own. A context manager: leaving it flushes answers.
 
-    To be used by the task that made `stream`.
-
-    Parameters
-    ----------
-    received
-        The last answer that the client has.
-    room
-        Bytes that may still be kept for the client.
-    knows
-        Whether the run has a tensor of a name.
-    count
-        Takes the bytes of each frame, up and down.
+    To be used by the task that made `stream`. `received` is the last answer that the client has, `room` says how many
+    bytes may still be kept for it, `knows` whether the run has a tensor of a name, and `count` takes each frame's
+    bytes, up and down.
     """
 
     def __init__(
@@ -75,10 +66,7 @@ class Pipeline:
     async def read(self) -> tuple[RunFrame, int] | None:
         """The next frame and the last reply that the client has; None if the stream is over. The one before is done.
 
-        Raises
-        ------
-        FedSEAError
-            If what came is no frame, too long, or says that an answer has come that was not sent.
+        FedSEAError if what came is no frame, too long, or says that an answer has come that was not sent.
         """
         self._done_with(self._taken)
         self._taken = 0

@@ -26,19 +26,9 @@ class RoundTable:
     def open(self, plan: RoundPlan, weights: dict[str, Tensor], opener: str = COORDINATOR) -> None:
         """Open a round; one of the same name is given up.
 
-        Parameters
-        ----------
-        weights
-            The adapter's at the start, of this server's layers, by whole-model names; others start as the plan says.
-        opener
-            The coordinator, as its certificate calls it.
-
-        Raises
-        ------
-        ProtocolError, PartitionError
-            If the adapter does not fit the model.
-        LimitExceededError
-            If there is no room for its members.
+        `weights` are the adapter's at the start, of this server's layers, by whole-model names; others start as the
+        plan says. `opener` is the coordinator, as its certificate calls it. ProtocolError or PartitionError if the
+        adapter does not fit the model; LimitExceededError if there is no room for its members.
         """
         runs, middle = self.runs, self.runs.middle
         if plan.adapter.narrow:
@@ -65,13 +55,7 @@ class RoundTable:
         )
 
     def find(self, label: str) -> ServerRound:
-        """A round.
-
-        Raises
-        ------
-        ProtocolError
-            If there is none of this name.
-        """
+        """A round; ProtocolError if there is none of this name."""
         found = self.rounds.get(label)
         if found is None:
             raise ProtocolError(f"there is no round {label!r} at this block server")
@@ -80,12 +64,8 @@ class RoundTable:
     def attach(self, request: Attach, client: str, end: Callable[[FedSEAError], None]) -> tuple[Run, bool]:
         """Begin the run of a ticket's holder.
 
-        Raises
-        ------
-        RefusedTicketError
-            If the ticket is no good: unknown, used, another client's, or the round is over.
-        ModelMismatchError, PartitionError, StragglerError
-            If the client cannot take part.
+        RefusedTicketError if the ticket is no good: unknown, used, another client's, or the round is over.
+        ModelMismatchError, PartitionError or StragglerError if the client cannot take part.
         """
         for opened in self.rounds.values():
             if opened.has_seat(request.run):
@@ -97,13 +77,7 @@ class RoundTable:
         return next((one for one in self.rounds.values() if one.owner == run.owner), None)
 
     async def aggregate(self, label: str, weights: Mapping[str, float]) -> None:
-        """Compute the average of the members' weights, which the round has then.
-
-        Raises
-        ------
-        ProtocolError, NonFiniteError
-            What `ServerRound.compute_average` raises.
-        """
+        """Have a round compute the average of its members' weights (`ServerRound.compute_average`)."""
         opened = self.find(label)
         await self.scheduler.run(opened.owner, opened.compute_average, weights)
 

@@ -28,7 +28,6 @@ class RunStream(ServedStream):
         self.run: Run | None = None
 
     async def serve(self) -> None:
-        """As every stream."""
         request = await self.open_request(Attach.from_body)
         if request is None:
             return

@@ -41,44 +41,22 @@ REPLIES = 256  # that a client may leave unread
 
 @dataclass(eq=False, kw_only=True)
 class Run(Lease):
-    """One training of a set of adapters, at the server.
+    """One training of a set of adapters, at the server."""
 
-    Attributes
-    ----------
-    request
-        What its client asked for when it began.
-    make
-        Builds the middle's half of it. That takes a while: `trainer` does it once, in the worker.
-    adapter
-        Its adapter in the ledger.
-    number
-        The last operation done.
-    replies
-        Frames of the answers that the client may not have yet, by number; None for one that it must have.
-    page
-        The last operation that was answered with a page of an export.
-    on_end
-        Called when it ends.
-    owner
-        Whose work its operations are, for the scheduler: its own, or a federated round's.
-    bytes_up, bytes_down
-        Of its frames.
-    built
-        The middle's half, if it is there.
-    """
-
-    request: Attach
-    make: Callable[[], Trainer]
-    adapter: Kept
-    number: int = 0
+    request: Attach  # what its client asked for when it began
+    make: Callable[[], Trainer]  # builds the middle's half of it; that takes a while
+    adapter: Kept  # in the ledger
+    number: int = 0  # the last operation done
+    # Frames of the answers that the client may not have yet, by number; None for one that it must have.
     replies: OrderedDict[int, bytes | None] = field(default_factory=OrderedDict)
-    page: int = 0
+    page: int = 0  # the last operation that was answered with a page of an export
     on_end: Callable[[], None] = lambda: None
-    bytes_up: int = 0
+    bytes_up: int = 0  # of its frames
     bytes_down: int = 0
-    built: Trainer | None = field(default=None, repr=False)
+    built: Trainer | None = field(default=None, repr=False)  # the middle's half, if it is there
 
     def __post_init__(self) -> None:
+        # Whose work its operations are, for the scheduler; a federated round's are the round's.
         self.owner = Owner(self.client, f"run {self.name}")
         self.wire_dtype = wire_dtype(self.request.wire_dtype)
 
@@ -86,10 +64,7 @@ class Run(Lease):
     def trainer(self) -> Trainer:
         """The middle's half of it; built if it is not there yet, so the first to ask must be the worker.
 
-        Raises
-        ------
-        RunLostError
-            If the run has ended before it was built.
+        RunLostError if the run has ended before it was built.
         """
         if self.built is None:
             self.check_lives()
@@ -117,18 +92,12 @@ class Run(Lease):
         self.bytes_down += down
 
     def check_lives(self) -> None:
-        """Raises RunLostError if it has ended."""
+        """RunLostError if it has ended."""
         if self.state is State.ENDED:
             raise RunLostError(f"the run {self.name!r} has ended")
 
     def check_turn(self, operation: Operation) -> None:
-        """Refuse an operation whose run has ended since it was admitted, or that has been done since.
-
-        Raises
-        ------
-        RunLostError, ProtocolError
-            Why.
-        """
+        """RunLostError or ProtocolError if the run has ended since an operation was admitted, or has done it since."""
         self.check_lives()
         if operation.number != self.number + 1:
             raise ProtocolError(f"operation {operation.number} has been done already")
@@ -191,13 +160,7 @@ class RunTable(LeaseTable[Run]):
         return [run.built for run in self if run.built is not None and client in (None, run.client)]
 
     def find(self, name: str, client: str) -> Run:
-        """A client's run.
-
-        Raises
-        ------
-        RunLostError
-            If the server does not have it.
-        """
+        """A client's run; RunLostError if the server does not have it."""
         run = self.get(name, client)
         if run is None:
             raise RunLostError(
@@ -211,16 +174,9 @@ class RunTable(LeaseTable[Run]):
     def attach(self, request: Attach, client: str, end: Callable[[FedSEAError], None]) -> tuple[Run, bool]:
         """Take up a client's run, or begin it; returns it and whether it is new.
 
-        Raises
-        ------
-        RunLostError
-            If it is not there and is not to be begun.
-        UsageError
-            If it is there and is to be begun.
-        ProtocolError
-            If the run is of another partition, wire dtype or adapter.
-        PartitionError, LimitExceededError
-            If a new run does not fit.
+        RunLostError if it is not there and is not to be begun, UsageError if it is there and is to be begun,
+        ProtocolError if it is of another partition, wire dtype or adapter; what `check` and the limits refuse of a new
+        one.
         """
         run = self.get(request.run, client)
         if run is None:
@@ -254,13 +210,7 @@ class RunTable(LeaseTable[Run]):
         return self.begin(request, client, partial(self.build, request.adapter, layers, client), adapter, end)
 
     def check(self, request: Attach) -> range:
-        """The layers of a run; refuses one that this server's model cannot have.
-
-        Raises
-        ------
-        PartitionError, ProtocolError
-            Why.
-        """
+        """The layers of a run; PartitionError or ProtocolError if this server's model cannot have it."""
         layers, adapter = request.partition.middle(self.num_layers), request.adapter
         check_layers(self.middle, layers)
         if any(int(name.split(".")[2]) >= self.num_layers for name in adapter.targets):
@@ -273,12 +223,7 @@ class RunTable(LeaseTable[Run]):
     def reserve(self, spec: AdapterSpec, layers: range, client: str) -> Kept:
         """An adapter with its gradient and its optimizer, for the ledger; nothing is built yet.
 
-        Raises
-        ------
-        LimitExceededError
-            If there is no memory for it.
-        ProtocolError
-            If a target of the adapter is not a linear module of the model.
+        LimitExceededError if there is no memory for it; ProtocolError if a target is not a linear module of the model.
         """
         shapes = spec.weight_shapes(self.modules, layers)
         numbers = sum(math.prod(shape) for shape in shapes.values()) + spec.narrow * self.middle.config.hidden_size
@@ -348,12 +293,8 @@ class RunTable(LeaseTable[Run]):
     def admit(self, run: Run, operation: Operation, received: int) -> None:
         """Check that an operation may be done now; forget the answers that the client has.
 
-        Raises
-        ------
-        ProtocolError
-            If it is not the next one, or does not fit the run or the model.
-        LimitExceededError
-            If a row is longer than the model allows, or too many answers were left unread.
+        ProtocolError if it is not the next one, or does not fit the run or the model; LimitExceededError if a row is
+        longer than the model allows, or too many answers were left unread.
         """
         while run.replies and next(iter(run.replies)) <= received:
             run.replies.popitem(last=False)
@@ -385,12 +326,9 @@ class RunTable(LeaseTable[Run]):
             check_states(operation.gradient.shape[1], 0, hidden_size)
 
     def do(self, run: Run, operation: Operation) -> bytes:
-        """Do an operation that was admitted; returns the answer's frame. Runs in the worker thread.
+        """Do an operation that was admitted, in the worker thread; returns the answer's frame.
 
-        Raises
-        ------
-        FedSEAError
-            Why it was not done; the run is as it was before.
+        FedSEAError says why it was not done; the run is as it was before.
         """
         [answer] = self.do_all([(run, operation)])
         if isinstance(answer, FedSEAError):

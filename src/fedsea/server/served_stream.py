@@ -23,13 +23,7 @@ class ServedStream:
         self.state, self.stream = state, stream
 
     async def serve(self) -> None:
-        """Serve the client until it says CLOSE, or its stream is over.
-
-        Raises
-        ------
-        FedSEAError
-            Why it is refused.
-        """
+        """Serve the client until it says CLOSE, or its stream is over; FedSEAError says why it is refused."""
         raise NotImplementedError
 
     def lose(self) -> None:
@@ -42,12 +36,7 @@ class ServedStream:
     async def open_body(self) -> dict[str, Any] | None:
         """The body of the OPEN that a stream begins with; None if it is over before.
 
-        Raises
-        ------
-        ProtocolError
-            If something else comes, or nothing in time.
-        ServerUnavailableError
-            If the server is stopping.
+        ProtocolError if something else comes, or nothing in time; ServerUnavailableError if the server is stopping.
         """
         try:
             async with asyncio.timeout(OPEN_SECONDS):
@@ -65,14 +54,8 @@ class ServedStream:
     async def open_request(self, read: Callable[[dict[str, Any]], Request]) -> Request | None:
         """What a client's OPEN asks for, of this model; None if the stream is over before.
 
-        Raises
-        ------
-        CredentialsError
-            If the client is a coordinator.
-        ModelMismatchError
-            If the client holds another model.
-        FedSEAError
-            As `open_body` and `read` do.
+        CredentialsError if the client is a coordinator, ModelMismatchError if it holds another model; what `read`
+        raises.
         """
         body = await self.open_body()
         if body is None:

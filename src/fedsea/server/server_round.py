@@ -124,13 +124,7 @@ class ServerRound:
         return any(run_name(self.plan.label, client) == run for client in self.members)
 
     def join(self, request: Attach, client: str, end: Callable[[FedSEAError], None]) -> Run:
-        """A client shows its ticket and begins its run.
-
-        Raises
-        ------
-        FedSEAError
-            As `RoundTable.attach`.
-        """
+        """A client shows its ticket and begins its run; FedSEAError as `RoundTable.attach`."""
         member, plan, runs = self._seat_of(request, client), self.plan, self._runs
         different = request.adapter.difference(plan.adapter)
         if different is not None:
@@ -197,10 +191,7 @@ class ServerRound:
     async def do(self, run: Run, operation: Operation) -> bytes:
         """Do a member's operation, together with the others' where that is possible; returns the answer's frame.
 
-        Raises
-        ------
-        FedSEAError
-            Why it was not done.
+        FedSEAError says why it was not done.
         """
         member = self._member_of(run)
         self._heard_of(member)
@@ -333,12 +324,8 @@ class ServerRound:
     def compute_average(self, weights: Mapping[str, float]) -> None:
         """Average the members' weights of each layer over those whose middle has it.
 
-        Raises
-        ------
-        ProtocolError
-            If a client has no run in this round, or a weight is not above 0.
-        NonFiniteError
-            If a client's weights are not finite; it names them all.
+        ProtocolError if a client has no run in this round, or a weight is not above 0; NonFiniteError if clients'
+        weights are not finite: it names them all.
         """
         mean, nonfinite = WeightedMean(), []
         for client, weight in weights.items():

@@ -23,7 +23,6 @@ class SessionStream(ServedStream):
         self.session: Session | None = None
 
     async def serve(self) -> None:
-        """As every stream."""
         session = self.session = await self.open()
         if session is None:
             return

@@ -27,35 +27,16 @@ from fedsea.wire.frames import Result, Step, encode, to_wire
 
 @dataclass(eq=False, kw_only=True)
 class Session(Lease):
-    """One client's KV-cached conversation with the middle.
-
-    Attributes
-    ----------
-    layers
-        The middle layers of its partition.
-    step
-        The last step done.
-    cache
-        Keys and values; None once the session has ended. A step that is being computed then keeps its own reference.
-    cache_bytes
-        What is set aside for the cache.
-    computing
-        Whether a step is waiting for its turn or being computed; such a session is not idle.
-    trainer
-        The middle's half of the run whose adapter it goes through; None for the base model.
-    changes
-        The adapter's `changes` when the session's cache was begun: keys and values of older weights do not mix with
-        newer.
-    """
+    """One client's KV-cached conversation with the middle."""
 
     layers: range
     wire_dtype: torch.dtype
-    cache: RowCache | None
-    trainer: Trainer | None = None
-    step: int = 0
-    changes: int = 0
-    cache_bytes: int = 0
-    computing: bool = False
+    cache: RowCache | None  # None once it has ended; a step that is being computed then keeps its own reference
+    trainer: Trainer | None = None  # of the run whose adapter it goes through; None for the base model
+    step: int = 0  # the last one done
+    changes: int = 0  # the adapter's, as the cache was begun: keys of older weights do not mix with newer
+    cache_bytes: int = 0  # set aside for the cache
+    computing: bool = False  # a step waits for its turn or is being computed: the session is not idle
 
     def __post_init__(self) -> None:
         self.owner = Owner(self.client, f"session {self.name}")
@@ -111,12 +92,7 @@ class SessionTable(LeaseTable[Session]):
     ) -> Session:
         """A new session, ATTACHED to the connection that `end` ends; through a run's adapter if it is given.
 
-        Raises
-        ------
-        PartitionError
-            If the server does not hold the layers.
-        LimitExceededError
-            If there are too many sessions, in all or of this client.
+        PartitionError if the server does not hold the layers; LimitExceededError if there are too many sessions.
         """
         check_layers(self.middle, layers)
         self.make_room(client)
@@ -138,10 +114,7 @@ class SessionTable(LeaseTable[Session]):
     ) -> Session | None:
         """Take a session up again; None if it has ended, or is another client's. Its last step may be under way still.
 
-        Raises
-        ------
-        ProtocolError
-            If the session is of other layers or another wire dtype.
+        ProtocolError if it is of other layers or another wire dtype.
         """
         session = self.get(name, client)
         if session is None:
@@ -168,12 +141,8 @@ class SessionTable(LeaseTable[Session]):
     def admit(self, session: Session, step: Step) -> None:
         """Check that a step may be done now, and set memory aside for it.
 
-        Raises
-        ------
-        ProtocolError
-            If the step does not follow from the session's state.
-        LimitExceededError
-            If the step would make the session or the caches larger than allowed.
+        ProtocolError if it does not follow from the session's state; LimitExceededError if it would make the session or
+        the caches larger than allowed.
         """
         cache, rows = session.cache, step.rows
         if cache is None:
@@ -199,14 +168,10 @@ class SessionTable(LeaseTable[Session]):
 
     @torch.inference_mode()
     def do(self, session: Session, step: Step) -> bytes:
-        """Do a step that was admitted; returns the result's frame. Runs in the worker thread.
+        """Do a step that was admitted, in the worker thread; returns the result's frame.
 
-        Raises
-        ------
-        ProtocolError
-            If the session has ended meanwhile, or its adapter was trained.
-        UsageError
-            If the result cannot be said in the session's wire dtype.
+        ProtocolError if the session has ended meanwhile, or its adapter was trained; UsageError if the result cannot be
+        said in the session's wire dtype.
         """
         cache = session.cache
         if cache is None:
@@ -223,13 +188,7 @@ class SessionTable(LeaseTable[Session]):
 
 
 def check_cut(narrow: int, trainer: Trainer | None) -> None:
-    """Check that a session is cut as narrow as the run is whose adapter it goes through.
-
-    Raises
-    ------
-    ProtocolError
-        If it is not: client and server would mean different states.
-    """
+    """ProtocolError if a session is not cut as narrow as the run: client and server would mean different states."""
     held = trainer.spec.narrow if trainer is not None else 0
     if narrow != held:
         here = f"the run's narrow cut has rank {held}" if held else "there is no narrow cut at the server"

@@ -23,31 +23,10 @@ SAID = 1000  # characters of an error that its client is told: it may quote what
 
 
 class Stream:
-    """A stream, to be used by the task that was current when it was made.
+    """One call's frames; to be used by the task that was current when it was made.
 
-    Parameters
-    ----------
-    context
-        gRPC's context of the call.
-    frame_bytes
-        Longest frame that may come.
-    codec
-        Where long frames are read.
-    on_frame
-        Takes each frame that passes, as bytes: whether it came from the client, and the frame.
-
-    Attributes
-    ----------
-    client
-        The name in the client's certificate, empty if it has none; without TLS all clients are one, `anonymous`.
-    peer
-        Where the client is, `HOST:PORT`.
-    coordinator
-        Whether the certificate is a coordinator's; without certificates anybody's is.
-    reason
-        Why `end` was called; None if it was not.
-    held
-        Bytes of the frames that came and are not done with.
+    What it is given: gRPC's context of the call, the longest frame that may come (bytes), where long frames are read,
+    and what takes each frame that passes, as bytes (whether it came from the client, and the frame).
     """
 
     def __init__(
@@ -61,18 +40,15 @@ class Stream:
         assert task is not None
         self._context, self.frame_bytes, self._codec, self._task = context, frame_bytes, codec, task
         self._writing, self._on_frame = False, on_frame
-        self.reason: FedSEAError | None = None
-        self.held = 0
+        self.reason: FedSEAError | None = None  # why `end` was called
+        self.held = 0  # bytes of the frames that came and are not done with
         self.client, self.coordinator = identity_of(context)
         self.peer = peer_of(context)
 
     async def read(self) -> Frame | None:
         """The next frame; None if the stream is over, with or without a killed client.
 
-        Raises
-        ------
-        FedSEAError
-            If what came is no frame, or too long.
+        FedSEAError if what came is no frame, or too long.
         """
         self.held = 0
         data = await self._context.read()  # as `read_bytes`, a call less for each token
@@ -101,12 +77,7 @@ class Stream:
     async def write(self, data: bytes) -> None:
         """Send a frame; waits while the client does not read.
 
-        Raises
-        ------
-        FedSEAError
-            The reason, if `end` was called meanwhile.
-        grpc.aio.InternalError
-            If the connection is lost.
+        FedSEAError, the reason, if `end` was called meanwhile; grpc.aio.InternalError if the connection is lost.
         """
         if self._on_frame is not None:
             self._on_frame(False, data)
@@ -130,10 +101,7 @@ class Stream:
     async def refuse(self, error: FedSEAError) -> None:
         """End the stream with a typed error for the client.
 
-        Raises
-        ------
-        grpc.aio.AbortError
-            For gRPC to see; not if the client is gone already.
+        AbortError, for gRPC to see; not if the client is gone already.
         """
         with contextlib.suppress(grpc.aio.InternalError):
             await self._context.abort(
@@ -152,12 +120,7 @@ class StreamCounter:
     def counted(self, client: str) -> Iterator[None]:
         """Count a stream while it is open.
 
-        Raises
-        ------
-        LimitExceededError
-            If its client has too many.
-        CredentialsError
-            If its client has no name.
+        LimitExceededError if its client has too many; CredentialsError if its client has no name.
         """
         if not client:
             raise CredentialsError("the client's certificate has no name: get one from `fedsea credentials init DIR`")
@@ -173,7 +136,10 @@ class StreamCounter:
 
 
 def identity_of(context: Any) -> tuple[str, bool]:
-    """The name of a call's client, and whether it is a coordinator."""
+    """The name in the certificate of a call's client (empty if it has none), and whether it is a coordinator's.
+
+    Without TLS all clients are one, `anonymous`, and may be a coordinator.
+    """
     shown = context.auth_context()
     secure = b"ssl" in shown.get("transport_security_type", ())
     names = shown.get("x509_common_name") or [b""]

@@ -26,46 +26,11 @@ EVICTED = 1024  # micro-batches that were given up, and are remembered for the e
 
 
 class Trainer:
-    """The middle's half of a run.
+    """The middle's half of a run: the adapter's targets in `layers` are put on modules of its own.
 
-    Parameters
-    ----------
-    spec
-        The adapter of the whole model; its targets in `layers` are put on.
-    layers
-        The middle layers of the run's partition.
-    dtype
-        Compute dtype.
-    room
-        Whether there is memory for the activations of one more micro-batch, of so many bytes.
-    max_micros
-        Micro-batches that may wait.
-    share
-        Another trainer, whose adapter and modules this one trains as well; its layers have those of this one.
-    relieve
-        Called when the micro-batches that wait take more memory than there is: gives up activations.
-
-    Attributes
-    ----------
-    adapter
-        Its weights, their gradient and their optimizer.
-    parameters
-        The adapter's weights in `layers`, by their names in the whole model.
-    scalings
-        What the output of each LoRA is multiplied by, by the names of the modules it is on.
-    waiting
-        The micro-batches that wait for their gradient, by number, the oldest first.
-    bytes_per_place
-        Memory that the activations of a padded token take; None until a first pass.
-    trouble
-        Where a gradient was last not finite, in words.
-    weight
-        How much its gradients count beside those of others; None for what each gradient says.
-
-    Raises
-    ------
-    PartitionError, ProtocolError
-        If the adapter to be shared has not all these layers, or is another one.
+    With `share`, another trainer, it trains that one's adapter and modules instead; PartitionError or ProtocolError if
+    those have not all its layers, or are of another adapter. `room` says whether there is memory for so many bytes of
+    activations more, and `relieve` gives up activations where what waits takes more than there is.
     """
 
     def __init__(
@@ -100,16 +65,18 @@ class Trainer:
                 raise PartitionError(f"the shared adapter has the layers {held}, not {layers.start}:{layers.stop}")
             self.blocks, self._draws, self.adapter = share.blocks, share._draws, share.adapter
             self.adapter.share()
+        # The adapter's weights in `layers`, by their names in the whole model.
         self.parameters = {
             name: parameter for name, parameter in self.adapter.parameters.items() if in_middle(name, layers)
         }
+        # What the output of each LoRA is multiplied by, by the names of the modules it is on.
         adapted: dict[str, Any] = {name: self.blocks.get_submodule(name) for name in spec.within(layers)}
         self.scalings: dict[str, float] = {name: module.scaling["default"] for name, module in adapted.items()}
-        self.bytes_per_place: float | None = None
-        self.trouble: str | None = None
-        self.weight: float | None = None
+        self.bytes_per_place: float | None = None  # that a padded token's activations take; None until a first pass
+        self.trouble: str | None = None  # where a gradient was last not finite, in words
+        self.weight: float | None = None  # of its gradients beside others'; None for what each of them says
         self.max_norm = MAX_NORM
-        self.waiting: OrderedDict[int, MicroBatch] = OrderedDict()
+        self.waiting: OrderedDict[int, MicroBatch] = OrderedDict()  # for their gradients, by number, the oldest first
         self._evicted: OrderedDict[int, None] = OrderedDict()
         self._closed = False
         self._contributor = object()  # what the adapter knows it by: itself, it would live on there
@@ -144,13 +111,7 @@ class Trainer:
         return self.blocks.forward(micro.hidden, micro.rows, None, self.layers)
 
     def answer_forward(self, operation: Forward, micro: MicroBatch, output: Tensor, wire_dtype: torch.dtype) -> States:
-        """Have a micro-batch wait for its gradient; gives its answer.
-
-        Raises
-        ------
-        NonFiniteError
-            If its output is not finite. It does not wait then.
-        """
+        """Have a micro-batch wait for its gradient; gives its answer. NonFiniteError if its output is not finite."""
         packed = micro.rows.pack(output.detach())
         if not bool(torch.isfinite(packed).all()):
             raise NonFiniteError(self._explain_forward(micro))
@@ -183,10 +144,7 @@ class Trainer:
     def gradient(self, operation: Backward) -> Gradient:
         """A gradient beside its micro-batch.
 
-        Raises
-        ------
-        ProtocolError
-            If there is no such micro-batch, the gradient does not fit it, or it cannot begin a new sum.
+        ProtocolError if there is no such micro-batch, the gradient does not fit it, or it cannot begin a new sum.
         """
         micro = self.waiting.get(operation.micro)
         if micro is None:
@@ -250,10 +208,7 @@ class Trainer:
         self.waiting.clear()
 
     def restore(self, version: int, *, clear: bool) -> None:
-        """Set the optimizer steps done, and forget the optimizer's states.
-
-        With `clear`, the gradient and the micro-batches that wait are forgotten as well.
-        """
+        """Set the optimizer steps done, forget the optimizer's states; with `clear`, gradient and micro-batches too."""
         if clear:
             self.waiting.clear()
             self._evicted.clear()
