@@ -15,7 +15,7 @@ from fedsea import SplitModelForCausalLM
 from fedsea.checkpoints import load_tokenizer, load_whole_model, open_checkpoint
 from fedsea.client.channel import RunChannel
 from fedsea.server import BlockServer, ServerOptions
-from fedsea.wire.run_frames import Forward, Operation
+from fedsea.wire.frames import Forward, Operation
 from tests.support.ports import held_address
 
 # Several test processes share the cores, a thread each; a test that is run alone has two.

@@ -10,7 +10,7 @@ from peft import PeftModel
 
 from fedsea.checkpoints import load_whole_model
 from fedsea.privacy import GaussianNoise, relative_clipped_gaussian
-from fedsea.wire.run_frames import Forward
+from fedsea.wire.frames import Forward
 from tests.conftest import RunningServer, connect
 from tests.support.split_training import adamw, assert_same_adapters, batch, lora, train
 

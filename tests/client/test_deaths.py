@@ -19,7 +19,8 @@ import torch
 from fedsea import SplitModelForCausalLM
 from fedsea.errors import LimitExceededError, ProtocolError, UsageError
 from fedsea.server import Limits
-from fedsea.wire.frames import Kind, Message, encode
+from fedsea.wire.codec import encode
+from fedsea.wire.frames import Kind, Message
 from tests.conftest import RunningServer, connect
 from tests.support.link import Link
 from tests.support.ports import held_address

@@ -10,14 +10,13 @@ import torch
 
 from fedsea import SplitModelForCausalLM
 from fedsea.checkpoints import open_checkpoint
-from fedsea.client import channel
+from fedsea.client.connection import Connection
 from fedsea.errors import ProtocolError
-from fedsea.federation.coordinator import block_server_admin as blockserver
 from fedsea.federation.coordinator.block_server_admin import BlockServerAdmin
 from fedsea.parts.adapter_files import read_adapter
 from fedsea.parts.adapters import AdapterSpec
+from fedsea.wire.frames import Frame, Tensors
 from fedsea.wire.rounds import RoundStatus
-from fedsea.wire.run_frames import Tensors
 from tests.conftest import RunningServer
 from tests.server.test_rounds import invite, seated
 from tests.support.split_training import adamw, adapted, batch, lora, train
@@ -85,18 +84,18 @@ def model(server: RunningServer) -> Iterator[SplitModelForCausalLM]:
     made.close()
 
 
-def arriving(monkeypatch: pytest.MonkeyPatch, module: Any, change: Change) -> None:
-    """Have what comes over the wire to a module be something else: tensors as `change` makes them."""
-    honest, last = module.decode_run, [""]
+def arriving(monkeypatch: pytest.MonkeyPatch, change: Change) -> None:
+    """Have what comes over the wire be something else: tensors as `change` makes them."""
+    honest, last = Connection.receive, [""]
 
-    def decode_run(data: bytes) -> Any:
-        frame, received = honest(data)
+    def receive(self: Connection, **limits: Any) -> Frame:
+        frame = honest(self, **limits)
         if isinstance(frame, Tensors):
             frame = change(frame, last[0])
             last[0] = max(frame.tensors, default=last[0])
-        return frame, received
+        return frame
 
-    monkeypatch.setattr(module, "decode_run", decode_run)
+    monkeypatch.setattr(Connection, "receive", receive)
 
 
 @pytest.mark.parametrize("kind", CHANGES)
@@ -107,7 +106,7 @@ def test_a_server_that_exports_anything_else_is_told_and_nothing_is_saved(
     before = model.training_state(optimizer)[0]
     for take in (lambda: model.save_adapter(tmp_path / "a"), lambda: model.training_state(optimizer), model.state_dict):
         with monkeypatch.context() as patch:
-            arriving(patch, channel, CHANGES[kind])
+            arriving(patch, CHANGES[kind])
             with pytest.raises(ProtocolError, match="export"):
                 take()
     assert not (tmp_path / "a").exists()
@@ -129,7 +128,7 @@ def test_the_coordinator_takes_no_average_of_anything_else(
         member = seated(server, ticket, start)
         member.finish_round()
         with monkeypatch.context() as patch:
-            arriving(patch, blockserver, CHANGES[kind])
+            arriving(patch, CHANGES[kind])
             with pytest.raises(ProtocolError, match="export"):
                 admin.aggregate("hostile.1", {"a": 1.0})
         average = admin.aggregate("hostile.1", {"a": 1.0})

@@ -11,7 +11,9 @@ from fedsea import GaussianNoise, SplitModelForCausalLM
 from fedsea.client.places import OPEN_SESSIONS
 from fedsea.errors import LimitExceededError, ProtocolError
 from fedsea.server import Limits
-from fedsea.wire.frames import Kind, Step, decode, tensor_bytes
+from fedsea.wire.codec import decode
+from fedsea.wire.frames import Kind, Step
+from fedsea.wire.tensors import tensor_bytes
 from tests.conftest import RunningServer, connect
 from tests.support.raw_stream import eventually, prompt
 from tests.support.split_training import adapted, batches, train, whole_twin

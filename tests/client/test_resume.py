@@ -12,7 +12,8 @@ from fedsea.client.connection import Connection
 from fedsea.errors import FedSEAError, ServerUnavailableError
 from fedsea.server import Limits
 from fedsea.server.leases import State
-from fedsea.wire.frames import Frame, Result, Step, tensor_bytes
+from fedsea.wire.frames import Frame, Result, Step
+from fedsea.wire.tensors import tensor_bytes
 from tests.conftest import RunningServer, connect
 from tests.support.link import Link
 from tests.support.raw_stream import RawStream, assert_same_tokens, eventually, prompt, step

@@ -18,8 +18,8 @@ from fedsea.errors import ProtocolError, RunLostError, ServerUnavailableError, U
 from fedsea.server import Limits
 from fedsea.server.leases import State
 from fedsea.server.trainer import Trainer
-from fedsea.wire.frames import tensor_bytes
-from fedsea.wire.run_frames import Forward, Operation
+from fedsea.wire.frames import Forward, Frame, Operation
+from fedsea.wire.tensors import tensor_bytes
 from tests.client.test_deaths import Child, spawn  # noqa: F401 - a fixture
 from tests.conftest import RunningServer, connect
 from tests.support.link import Link
@@ -107,9 +107,9 @@ def test_a_link_cut_before_any_answer_is_read_leaves_the_numbers_as_they_are(
     undisturbed: tuple[Any, dict[str, torch.Tensor]],
     at: int,
 ) -> None:
-    receive, asked = Connection.receive_bytes, [0]
+    receive, asked = Connection.receive, [0]
 
-    def cutting(self: Connection) -> bytes:
+    def cutting(self: Connection, **limits: Any) -> Frame:
         asked[0] += 1
         if asked[0] == at:
             # What was done is done by now, and its answers are lost on their way.
@@ -117,10 +117,10 @@ def test_a_link_cut_before_any_answer_is_read_leaves_the_numbers_as_they_are(
             done = run.number
             eventually(lambda: run.number > done, seconds=0.05)
             link.cut()
-        return receive(self)
+        return receive(self, **limits)
 
     with through(link) as model:
-        monkeypatch.setattr(Connection, "receive_bytes", cutting)
+        monkeypatch.setattr(Connection, "receive", cutting)
         found = learn(model)
     assert_same(found, undisturbed)
 

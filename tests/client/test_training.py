@@ -20,8 +20,8 @@ from fedsea.errors import (
     UsageError,
 )
 from fedsea.server import Limits
-from fedsea.wire.frames import tensor_bytes
-from fedsea.wire.run_frames import Backward, Forward, Operation
+from fedsea.wire.frames import Backward, Forward, Operation
+from fedsea.wire.tensors import tensor_bytes
 from tests.conftest import RunningServer, connect
 from tests.support.raw_stream import eventually, prompt
 from tests.support.split_training import (

@@ -17,8 +17,8 @@ from fedsea.federation.coordinator.block_server_admin import BlockServerAdmin
 from fedsea.federation.settings import Settings
 from fedsea.parts.adapters import AdapterSpec
 from fedsea.server.adapter import Share, TrainedAdapter
+from fedsea.wire.codec import MAX_WEIGHT
 from fedsea.wire.rounds import RoundPlan, new_seat
-from fedsea.wire.run_frames import MAX_WEIGHT
 from fedsea.wire.runs import OptimizerStep
 from tests.conftest import RunningServer
 from tests.server.test_rounds import invite, seated, together

@@ -26,10 +26,9 @@ from fedsea.server.rounds import RoundTable
 from fedsea.server.runs import RunTable
 from fedsea.server.scheduler import Scheduler
 from fedsea.server.sessions import SessionTable, check_cut
-from fedsea.wire.frames import Step
+from fedsea.wire.frames import Backward, Forward, Step
 from fedsea.wire.handshake import Open
 from fedsea.wire.rounds import RoundPlan, Seat
-from fedsea.wire.run_frames import Backward, Forward
 from fedsea.wire.runs import Attach
 from tests.support.split_training import lora
 
@@ -303,12 +302,12 @@ def test_a_run_takes_states_of_its_ranks_width_and_gradients_of_the_models(runs:
     run = begin(runs)
     assert run.trainer.parameters[LIFT].shape == (HIDDEN, RANK)
     assert not MIDDLE.narrow_cut  # the base model has none
-    runs.admit(run, Forward(1, 1, ROWS, drawn(3, RANK)), 0)
+    runs.admit(run, Forward(1, 1, ROWS, drawn(3, RANK)))
     with pytest.raises(ProtocolError, match="the run's narrow cut has rank 8, the states that came have 64 numbers"):
-        runs.admit(run, Forward(1, 1, ROWS, drawn(3, HIDDEN)), 0)
-    runs.admit(run, Backward(1, 1, drawn(3, HIDDEN)), 0)
+        runs.admit(run, Forward(1, 1, ROWS, drawn(3, HIDDEN)))
+    runs.admit(run, Backward(1, 1, drawn(3, HIDDEN)))
     with pytest.raises(ProtocolError, match="the model's hidden size is 64, the states that came have 8 numbers"):
-        runs.admit(run, Backward(1, 1, drawn(3, RANK)), 0)
+        runs.admit(run, Backward(1, 1, drawn(3, RANK)))
 
 
 def test_a_run_is_taken_up_with_its_own_rank_only(runs: RunTable) -> None:
@@ -362,7 +361,7 @@ def test_states_that_are_not_finite_after_the_lift_name_the_layer(runs: RunTable
     run = begin(runs)
     run.trainer.adapter.load({f"adapter/{LIFT}": torch.full((HIDDEN, RANK), 1e38)}, LAYERS)
     operation = Forward(1, 1, ROWS, drawn(3, RANK).abs())
-    runs.admit(run, operation, 0)
+    runs.admit(run, operation)
     with pytest.raises(FedSEAError, match="first after layer 1, in the middle blocks"):
         runs.do(run, operation)
 

@@ -31,7 +31,7 @@ from fedsea.training.batches import Batches
 from fedsea.training.folder import RunFolder
 from fedsea.training.looks import FINER, Looks
 from fedsea.training.loop import Figures, FineTuning, Recipe
-from fedsea.wire.run_frames import Forward
+from fedsea.wire.frames import Forward
 from tests.conftest import RunningServer, connect
 from tests.privacy.test_noise import capture
 from tests.support.ports import NOWHERE

@@ -33,8 +33,8 @@ from fedsea.privacy import (
 )
 from fedsea.tasks import Example, evaluate, get_task
 from fedsea.tasks.base import Question
-from fedsea.wire.frames import tensor_bytes
-from fedsea.wire.run_frames import Forward, Operation
+from fedsea.wire.frames import Forward, Operation
+from fedsea.wire.tensors import tensor_bytes
 from tests.conftest import RunningServer, connect
 from tests.privacy.test_noise import by_position, capture
 from tests.support.link import Link

@@ -7,7 +7,7 @@ import torch
 
 from fedsea import GaussianNoise
 from fedsea.privacy import NoiseSource, parse_mechanism
-from fedsea.wire.run_frames import Forward
+from fedsea.wire.frames import Forward
 from tests.conftest import RunningServer, connect
 from tests.privacy.test_noise import capture
 from tests.privacy.test_noise_key import TEXT, adapted

@@ -16,7 +16,7 @@ from fedsea import GaussianNoise, Partition, SplitModelForCausalLM
 from fedsea.parts import InputBlocks
 from fedsea.parts.adapters import adapter_parameters
 from fedsea.privacy import clipped_gaussian, parse_mechanism
-from fedsea.wire.run_frames import Forward
+from fedsea.wire.frames import Forward
 from tests.conftest import RunningServer, connect
 from tests.privacy.test_noise import by_position, capture
 

@@ -17,7 +17,7 @@ from fedsea.parts.adapters import AdapterSpec
 from fedsea.server.joint import backward_together, forward_together
 from fedsea.server.lanes import twin_of
 from fedsea.server.trainer import Trainer
-from fedsea.wire.run_frames import Backward, Forward, States
+from fedsea.wire.frames import Backward, Forward, States
 from fedsea.wire.runs import OptimizerStep
 from tests.conftest import save_small_model
 from tests.server.test_runs import CHECKPOINT, HIDDEN, MIDDLE, SPEC, spec_of

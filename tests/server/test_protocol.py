@@ -22,7 +22,8 @@ from fedsea.errors import (
 from fedsea.parts import Rows
 from fedsea.server import Limits
 from fedsea.wire import contract
-from fedsea.wire.frames import HEADER, VERSION, Kind, Message, Result, encode
+from fedsea.wire.codec import HEADER, VERSION, encode
+from fedsea.wire.frames import Kind, Message, Result
 from tests.conftest import RunningServer, connect
 from tests.support.raw_stream import HIDDEN, RawStream, assert_same_tokens, eventually, prompt, step, wish
 
@@ -62,7 +63,7 @@ def not_finite(value: float) -> bytes:
 
 OPEN = encode(Message(Kind.OPEN, wish()))
 FIRST_FRAMES: dict[str, tuple[bytes, type[FedSEAError], str]] = {
-    "wrong version": (changed(OPEN, 0, 9), ProtocolError, "version 9"),
+    "wrong version": (changed(OPEN, 0, 9), ProtocolError, "different versions of the protocol (9 and 2)"),
     "a step first": (encode(step()), ProtocolError, "begins with OPEN"),
     "a result first": (encode(Result(1, None)), ProtocolError, "begins with OPEN"),
     "CLOSE first": (encode(Message(Kind.CLOSE, {})), ProtocolError, "begins with OPEN"),
@@ -90,7 +91,7 @@ FIRST_FRAMES: dict[str, tuple[bytes, type[FedSEAError], str]] = {
 LATER_FRAMES: dict[str, tuple[bytes, type[FedSEAError], str]] = {
     "OPEN again": (OPEN, ProtocolError, "a step or CLOSE was expected"),
     "a result": (encode(Result(2, None)), ProtocolError, "a step or CLOSE was expected"),
-    "wrong version": (changed(encode(step(2, 3)), 0, 2), ProtocolError, "version 2"),
+    "wrong version": (changed(encode(step(2, 3)), 0, 1), ProtocolError, "versions of the protocol (1 and 2)"),
     "unknown kind": (changed(encode(step(2, 3)), 1, 77), ProtocolError, "kind 77"),
     "unknown dtype": (changed(encode(step(2, 3)), 2, 9), ProtocolError, "unknown dtype"),
     "unknown flags": (changed(encode(step(2, 3)), 3, 128), ProtocolError, "unknown flags"),

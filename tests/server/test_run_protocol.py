@@ -26,9 +26,9 @@ from fedsea.parts.adapters import AdapterSpec
 from fedsea.server import Limits
 from fedsea.server.stream import Stream
 from fedsea.wire import contract
+from fedsea.wire.codec import VERSION, encode
 from fedsea.wire.credentials import Credentials, create_credentials
-from fedsea.wire.frames import VERSION, Kind, Message, encode
-from fedsea.wire.run_frames import Backward, Command, Forward, Outcome, RunFrame, States, decode_run, encode_run
+from fedsea.wire.frames import Backward, Command, Forward, Frame, Kind, Message, Operation, Outcome, States
 from fedsea.wire.runs import Attach, Attached, OptimizerStep
 from tests.conftest import RunningServer, connect
 from tests.server.test_protocol import changed, is_serving, message
@@ -69,24 +69,14 @@ class RawRun(RawStream):
     def __init__(self, address: str, credentials: Credentials | None = None) -> None:
         super().__init__(address, credentials, contract.RUN_PATH)
 
-    def put(self, *frames: bytes | RunFrame, received: int = 0) -> None:
+    def put(self, *frames: bytes | Frame, received: int = 0) -> None:
         for frame in frames:
-            self.outgoing.put(frame if isinstance(frame, bytes) else encode_run(frame, received=received))
-
-    def receive(self) -> Any:
-        import grpc
-
-        try:
-            return decode_run(next(self.call))[0]
-        except grpc.RpcError:
-            error = contract.error_from(self.call.details(), self.call.trailing_metadata())
-            if error is None:
-                raise
-            raise error from None
+            self.send(replace(frame, received=received) if isinstance(frame, Operation) else frame)
 
     def attach(self, run: str = "raw", **more: Any) -> Attached:
         self.put(Message(Kind.OPEN, attach(run, **more)))
         answer = self.receive()
+        assert isinstance(answer, Message)
         assert answer.kind is Kind.OPENED
         return Attached.from_body(answer.body)
 
@@ -133,8 +123,8 @@ def opening(**more: Any) -> bytes:
 
 
 FIRST_FRAMES: dict[str, tuple[bytes, type[FedSEAError], str]] = {
-    "wrong version": (changed(OPEN, 0, VERSION + 8), ProtocolError, "version 9"),
-    "an operation first": (encode_run(forward()), ProtocolError, "no frame of kind 6"),
+    "wrong version": (changed(OPEN, 0, VERSION + 8), ProtocolError, "different versions of the protocol (10 and 2)"),
+    "an operation first": (encode(forward()), ProtocolError, "begins with OPEN"),
     "a step first": (encode(step()), ProtocolError, "begins with OPEN"),
     "no bytes": (b"", ProtocolError, "shorter than its header"),
     "deep nesting": (message(b'{"a":' * 13_000), ProtocolError, "not JSON"),
@@ -190,34 +180,34 @@ def test_a_wrong_first_frame_is_refused_and_begins_nothing(
 def not_finite(frame: Forward | Backward, value: float) -> bytes:
     tensor = torch.zeros(ROWS.total, HIDDEN)
     tensor[1, 5] = value
-    return encode_run(replace(frame, **{"states" if isinstance(frame, Forward) else "gradient": tensor}))
+    return encode(replace(frame, **{"states" if isinstance(frame, Forward) else "gradient": tensor}))
 
 
 # After FORWARD 1 (of micro-batch 1) and 2 (of micro-batch 2), and BACKWARD 3 (of micro-batch 1).
 LATER_FRAMES: dict[str, tuple[bytes, type[FedSEAError], str]] = {
     "OPEN again": (OPEN, ProtocolError, "an operation or CLOSE was expected"),
-    "an answer": (encode_run(States(4, states())), ProtocolError, "an operation or CLOSE was expected"),
-    "a session's step": (encode(step()), ProtocolError, "a frame of a session came in a run"),
-    "unknown kind": (changed(encode_run(forward(4, 4)), 1, 77), ProtocolError, "kind 77"),
-    "unknown dtype": (changed(encode_run(forward(4, 4)), 2, 9), ProtocolError, "unknown dtype"),
-    "unknown flags": (changed(encode_run(forward(4, 4)), 3, 128), ProtocolError, "unknown flags"),
-    "too short": (encode_run(forward(4, 4))[:-1], ProtocolError, "bytes"),
-    "too long": (encode_run(forward(4, 4)) + b"x", ProtocolError, "bytes"),
+    "an answer": (encode(States(4, states())), ProtocolError, "an operation or CLOSE was expected"),
+    "a session's step": (encode(step()), ProtocolError, "an operation or CLOSE was expected"),
+    "unknown kind": (changed(encode(forward(4, 4)), 1, 77), ProtocolError, "kind 77"),
+    "unknown dtype": (changed(encode(forward(4, 4)), 2, 9), ProtocolError, "unknown dtype"),
+    "unknown flags": (changed(encode(forward(4, 4)), 3, 1), ProtocolError, "unknown flags"),
+    "too short": (encode(forward(4, 4))[:-1], ProtocolError, "bytes"),
+    "too long": (encode(forward(4, 4)) + b"x", ProtocolError, "bytes"),
     "NaN forward": (not_finite(forward(4, 4), float("nan")), ProtocolError, "not finite"),
     "infinity backward": (not_finite(backward(4, 2), float("inf")), ProtocolError, "not finite"),
-    "an operation left out": (encode_run(forward(5, 4)), ProtocolError, "5 came after operation 3; 4 was expected"),
-    "an operation again": (encode_run(backward(3, 1)), ProtocolError, "operation 3 came after operation 3"),
-    "a gradient for nothing": (encode_run(backward(4, 9)), ProtocolError, "is not waiting for one"),
-    "a gradient again": (encode_run(backward(4, 1)), ProtocolError, "is not waiting for one"),
+    "an operation left out": (encode(forward(5, 4)), ProtocolError, "5 came after operation 3; 4 was expected"),
+    "an operation again": (encode(backward(3, 1)), ProtocolError, "operation 3 came after operation 3"),
+    "a gradient for nothing": (encode(backward(4, 9)), ProtocolError, "is not waiting for one"),
+    "a gradient again": (encode(backward(4, 1)), ProtocolError, "is not waiting for one"),
     "a gradient of another shape": (
-        encode_run(backward(4, 2, gradient=states(1, 7))),
+        encode(backward(4, 2, gradient=states(1, 7))),
         ProtocolError,
         "has 8 tokens, its gradient 7",
     ),
-    "another hidden size": (encode_run(forward(4, 4, states=torch.zeros(8, 63))), ProtocolError, "hidden size is 64"),
-    "another dtype": (encode_run(backward(4, 2, gradient=states().half())), ProtocolError, "the tensor has"),
-    "a step too far": (encode_run(update(4, 2)), ProtocolError, "optimizer step 2 came after step 0"),
-    "an unknown command": (encode_run(Command(4, {"do": "x"})), ProtocolError, "no command 'x'"),
+    "another hidden size": (encode(forward(4, 4, states=torch.zeros(8, 63))), ProtocolError, "hidden size is 64"),
+    "another dtype": (encode(backward(4, 2, gradient=states().half())), ProtocolError, "the tensor has"),
+    "a step too far": (encode(update(4, 2)), ProtocolError, "optimizer step 2 came after step 0"),
+    "an unknown command": (encode(Command(4, {"do": "x"})), ProtocolError, "no command 'x'"),
     "over the server's limit": (bytes(FRAME_BYTES + 1), LimitExceededError, f"limit of {FRAME_BYTES} bytes a frame"),
 }
 
@@ -263,7 +253,7 @@ def test_random_and_damaged_frames_leave_the_server_up(server: RunningServer, by
             damaged[source.randrange(min(60, len(damaged)))] = source.randrange(256)
         return bytes(damaged)
 
-    frames = [encode_run(one) for one in (forward(), backward(), update(), Command(1, {"do": "export", "after": ""}))]
+    frames = [encode(one) for one in (forward(), backward(), update(), Command(1, {"do": "export", "after": ""}))]
 
     def misbehave() -> None:
         for number in range(50):

@@ -26,7 +26,8 @@ from fedsea.parts.adapters import AdapterSpec
 from fedsea.server import Limits
 from fedsea.server.runs import REPLIES, Run, RunTable
 from fedsea.server.trainer import Trainer
-from fedsea.wire.run_frames import Backward, Command, Forward, Outcome, States, Tensors, decode_run
+from fedsea.wire.codec import decode
+from fedsea.wire.frames import Backward, Command, Forward, Outcome, States, Tensors
 from fedsea.wire.runs import Attach, OptimizerStep
 from tests.support.split_training import lora
 
@@ -101,8 +102,8 @@ def begin(table: RunTable, run: str = "one", client: str = "a", **more: Any) -> 
 def do(table: RunTable, run: Run, *operations: Any) -> list[Any]:
     answers = []
     for operation in operations:
-        table.admit(run, operation, run.number)
-        answers.append(decode_run(table.do(run, operation))[0])
+        table.admit(run, replace(operation, received=run.number))
+        answers.append(decode(table.do(run, operation), knows=lambda _name: True))
     return answers
 
 
@@ -283,7 +284,7 @@ def test_what_is_refused_is_not_done_and_the_run_goes_on_as_if_nothing_had_been(
 def test_an_operation_that_reaches_the_worker_twice_is_done_once(table: RunTable) -> None:
     run = begin(table)
     do(table, run, forward(1), backward(2))
-    table.admit(run, update(3), 2)
+    table.admit(run, replace(update(3), received=2))
     table.do(run, update(3))
     after = weights(run)
     with pytest.raises(ProtocolError, match="done already"):
@@ -431,17 +432,17 @@ def test_a_run_that_is_not_there_is_begun_only_if_asked(table: RunTable) -> None
 def test_answers_are_kept_until_the_client_has_them(table: RunTable) -> None:
     run = begin(table)
     for number in range(1, 4):
-        table.admit(run, forward(number), 0)
+        table.admit(run, forward(number))
         table.do(run, forward(number))
     assert list(run.replies) == [1, 2, 3]
-    table.admit(run, forward(4), 2)
+    table.admit(run, replace(forward(4), received=2))
     assert list(run.replies) == [3]
     for number in range(4, REPLIES + 3):
         command = Command(number, {"do": "explain"})
-        table.admit(run, command, 2)
+        table.admit(run, replace(command, received=2))
         table.do(run, command)
     with pytest.raises(LimitExceededError, match=f"{REPLIES} answers were left unread"):
-        table.admit(run, Command(REPLIES + 3, {"do": "explain"}), 2)
+        table.admit(run, Command(REPLIES + 3, {"do": "explain"}, received=2))
 
 
 def test_a_run_whose_client_stays_away_ends_and_one_that_is_attached_never_does(table: RunTable, clock: Clock) -> None:

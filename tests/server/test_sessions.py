@@ -11,7 +11,8 @@ from fedsea.parts import MiddleBlocks, Rows
 from fedsea.server import Limits
 from fedsea.server.leases import State
 from fedsea.server.sessions import Session, SessionTable
-from fedsea.wire.frames import Result, Step, decode
+from fedsea.wire.codec import decode
+from fedsea.wire.frames import Result, Step
 
 LAYERS = range(1, 5)
 LIMITS = Limits(

@@ -11,20 +11,20 @@ import pytest
 import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-import fedsea.wire.frames
-import fedsea.wire.run_frames
 from fedsea.errors import FedSEAError, LimitExceededError, ProtocolError, RunLostError
 from fedsea.parts import MiddleBlocks, Rows
 from fedsea.parts.adapters import AdapterSpec
 from fedsea.server import Limits
 from fedsea.server.ledger import Pool
 from fedsea.server.scheduler import Owner, Turns
-from fedsea.wire import contract
+from fedsea.wire import contract, tensors
+from fedsea.wire.codec import decode, encode
 from fedsea.wire.credentials import Credentials, create_credentials
-from fedsea.wire.frames import Kind, Message, Result, Step, encode
+from fedsea.wire.frames import Command, Forward, Kind, Message, Result, States, Step, Tensors
 from fedsea.wire.handshake import Open
-from fedsea.wire.run_frames import MAX_TENSORS, Command, Forward, States, Tensors, decode_run, encode_run
+from fedsea.wire.pages import pages
 from fedsea.wire.runs import Attached
+from fedsea.wire.tensors import MAX_TENSORS
 from tests.conftest import RunningServer
 from tests.server.test_run_protocol import RawRun, attach, backward, forward
 from tests.server.test_runs import MIDDLE, Clock, RunTable, begin, do
@@ -269,7 +269,7 @@ def test_long_frames_are_read_and_modules_built_beside_the_event_loop(
 
     watch(AdapterSpec, "put_on")
     watch(MiddleBlocks, "twin")
-    watch(fedsea.wire.frames, "is_finite", lambda tensor: tensor.nbytes >= MIB)
+    watch(tensors, "_all_finite", lambda bits, _exponent: bits.nbytes >= MIB)
     rows = Rows.uniform(8, 0, 512)
     with RawRun(server.address) as run, RawStream(server.address) as session:
         run.attach("long")
@@ -279,7 +279,7 @@ def test_long_frames_are_read_and_modules_built_beside_the_event_loop(
         session.send(Step(1, Rows.uniform(16, 0, 256), torch.zeros(4096, 64)))
         session.receive()
         run.put(Message(Kind.CLOSE, {}))
-    assert {name for name, _ in seen} == {"put_on", "twin", "is_finite"}
+    assert {name for name, _ in seen} == {"put_on", "twin", "_all_finite"}
     assert not [name for name, on_the_loop in seen if on_the_loop]
     server.stop()
 
@@ -310,7 +310,7 @@ def test_one_long_text_of_a_few_bytes_is_bounded(shared: RunningServer, of: Call
 
 def frame_of(header: bytes) -> bytes:
     """A TENSORS frame with a header of safetensors of a test's own."""
-    whole = encode_run(Tensors(1, {"x": torch.zeros(1)}))
+    whole = encode(Tensors(1, {"x": torch.zeros(1)}))
     body = len(header).to_bytes(8, "little") + header
     start = len(whole) - int.from_bytes(whole[8:12], "little")
     return whole[:8] + len(body).to_bytes(4, "little") + whole[12:start] + body
@@ -320,7 +320,7 @@ def test_tensors_are_checked_by_their_names_before_any_is_made(monkeypatch: pyte
     def never(_data: bytes) -> Any:
         raise AssertionError("made")
 
-    monkeypatch.setattr(fedsea.wire.run_frames, "load", never)
+    monkeypatch.setattr(tensors, "load", never)
     entry = '{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
     many = "{" + ",".join(f'"n{number}":{entry}' for number in range(MAX_TENSORS + 1)) + "}"
     for header, says in (
@@ -332,14 +332,14 @@ def test_tensors_are_checked_by_their_names_before_any_is_made(monkeypatch: pyte
         (b"[]", "not in the safetensors format"),
     ):
         with pytest.raises(ProtocolError, match=says):
-            decode_run(frame_of(header), knows=lambda name: name == "x")
+            decode(frame_of(header), knows=lambda name: name == "x")
 
 
 def test_an_adapter_of_more_tensors_than_a_frame_may_have_goes_in_pages() -> None:
     some = {f"n{number:05}": torch.tensor([float(number)]) for number in range(MAX_TENSORS + 5)}
     found: dict[str, torch.Tensor] = {}
-    for page in fedsea.wire.run_frames.pages(some, 1 << 30):
-        frame, _ = decode_run(encode_run(Tensors(1, page)))
+    for page in pages(some, 1 << 30):
+        frame = decode(encode(Tensors(1, page)), knows=some.__contains__)
         assert isinstance(frame, Tensors)
         found |= frame.tensors
     assert found.keys() == some.keys()
@@ -381,13 +381,13 @@ def test_what_a_peer_counts_fits_the_fields_that_it_goes_on_in(count: int) -> No
         Open.from_body(wish(narrow=count))
     for frame in (
         lambda: encode(step(1 << 32)),
-        lambda: encode_run(forward(1, 1 << 33)),
-        lambda: encode_run(Command(count << 2, {})),
+        lambda: encode(forward(1, 1 << 33)),
+        lambda: encode(Command(count << 2, {})),
     ):
         with pytest.raises(ProtocolError, match="does not fit"):
             frame()
     with pytest.raises(ProtocolError, match="does not fit"):
-        encode_run(forward(), received=1 << 32)
+        encode(replace(forward(), received=1 << 32))
 
 
 def test_what_a_client_is_told_is_short_and_shows_no_control_characters(

@@ -16,8 +16,9 @@ from fedsea.checkpoints import open_checkpoint
 from fedsea.errors import FedSEAError
 from fedsea.parts import Rows
 from fedsea.wire import contract
+from fedsea.wire.codec import decode, encode
 from fedsea.wire.credentials import Credentials, channel_credentials
-from fedsea.wire.frames import Frame, Kind, Message, Step, decode, encode
+from fedsea.wire.frames import Frame, Kind, Message, Step
 from fedsea.wire.handshake import Open, Opened
 
 HIDDEN = 64
@@ -60,7 +61,7 @@ class RawStream:
     def receive(self) -> Frame:
         """The next frame; raises the server's typed error, or gRPC's if it sent none."""
         try:
-            return decode(next(self.call))
+            return decode(next(self.call), knows=lambda _name: True)
         except grpc.RpcError:
             error = contract.error_from(self.call.details(), self.call.trailing_metadata())
             if error is None:

@@ -23,9 +23,9 @@ from fedsea.training.examples import Encoded
 from fedsea.training.export import export_adapter, merge_adapter
 from fedsea.training.folder import RunFolder
 from fedsea.training.loop import FineTuning, Recipe
-from fedsea.wire.frames import tensor_bytes
+from fedsea.wire.frames import Forward
 from fedsea.wire.rounds import Ticket
-from fedsea.wire.run_frames import Forward
+from fedsea.wire.tensors import tensor_bytes
 from tests.conftest import RunningServer, connect
 from tests.privacy.test_mechanisms import assert_all_noise
 from tests.privacy.test_noise import by_position, capture

@@ -14,7 +14,7 @@ from fedsea.errors import ModelMismatchError
 from fedsea.federation.coordinator.block_server_admin import BlockServerAdmin
 from fedsea.parts.adapters import AdapterSpec
 from fedsea.training.loop import Figures, Recipe
-from fedsea.wire.run_frames import Operation
+from fedsea.wire.frames import Operation
 from tests.client.test_trainers import logged, trainer
 from tests.conftest import RunningServer, connect
 from tests.server.test_rounds import invite, seated, take_part

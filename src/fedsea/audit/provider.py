@@ -11,11 +11,10 @@ from torch import Tensor
 
 from fedsea.audit.observation import Observation
 from fedsea.checkpoints import Checkpoint
-from fedsea.errors import ProtocolError
 from fedsea.parts import Rows
 from fedsea.server import BlockServer, ServerOptions
-from fedsea.wire.frames import Result, Step, decode
-from fedsea.wire.run_frames import Backward, Forward, States, decode_run
+from fedsea.wire.codec import decode
+from fedsea.wire.frames import Backward, Forward, Result, States, Step
 
 START_SECONDS = 600.0
 
@@ -114,11 +113,7 @@ class _Record:
 
     def keep(self, inbound: bool, data: bytes) -> None:
         """Take note of a frame; OPEN, OPENED and CLOSE say nothing of a text."""
-        try:
-            frame = decode(data)
-        except ProtocolError:
-            frame, _ = decode_run(data)  # type: ignore[assignment]
-        match frame:
+        match frame := decode(data, knows=lambda _name: True):
             case Step():
                 self.steps[frame.number] = (frame, None)
             case Result() if frame.number in self.steps and frame.states is not None:

@@ -9,6 +9,7 @@ import contextlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 
 from torch import Tensor
@@ -20,23 +21,8 @@ from fedsea.client.traffic import Traffic
 from fedsea.errors import FedSEAError, ProtocolError, RunLostError, ServerUnavailableError
 from fedsea.parts.adapters import AdapterSpec
 from fedsea.wire import contract
-from fedsea.wire.frames import Kind, Message
-from fedsea.wire.run_frames import (
-    ADAPTER,
-    Backward,
-    Command,
-    Forward,
-    Operation,
-    Outcome,
-    Reply,
-    States,
-    Tensors,
-    decode_run,
-    encode_run,
-    export_shapes,
-    pages,
-    read_pages,
-)
+from fedsea.wire.frames import Command, Kind, Message, Operation, Outcome, Reply, States, Tensors
+from fedsea.wire.pages import ADAPTER, export_shapes, pages, read_pages
 from fedsea.wire.runs import Attach, Attached
 
 
@@ -165,8 +151,8 @@ class RunChannel:
             begin,
             token,
         )
-        connection.send_bytes(encode_run(Message(Kind.OPEN, wish.to_body())), 0)
-        frame, _ = decode_run(connection.receive_bytes())
+        connection.send(Message(Kind.OPEN, wish.to_body()))
+        frame = connection.receive()
         if not isinstance(frame, Message) or frame.kind is not Kind.OPENED:
             raise ProtocolError("the block server did not answer OPEN with OPENED")
         attached = Attached.from_body(frame.body)
@@ -182,23 +168,18 @@ class RunChannel:
 
     def _put(self, operation: Operation) -> None:
         assert self._connection is not None
-        tensor = operation.states if isinstance(operation, Forward) else None
-        tensor = operation.gradient if isinstance(operation, Backward) else tensor
-        data = encode_run(operation, received=self._received)
-        self._connection.send_bytes(data, tensor.nbytes if tensor is not None else 0)
+        self._connection.send(replace(operation, received=self._received))
 
     def _read_until(self, number: int) -> None:
         assert self._connection is not None
         while self._received < number:
-            frame, _ = decode_run(self._connection.receive_bytes())
+            frame = self._connection.receive(knows=lambda _name: True)  # `read_pages` checks the names
             if not isinstance(frame, States | Outcome | Tensors):
                 raise ProtocolError("the block server sent something that is no answer")
             if frame.number <= self._received:
                 continue  # sent again, and not needed
             if frame.number != self._received + 1:
                 raise ProtocolError(f"answer {frame.number} came after answer {self._received}")
-            if isinstance(frame, States) and frame.states is not None:
-                self._traffic.tensor_bytes_down += frame.states.nbytes
             self._received = frame.number
             self._pending.pop(frame.number, None)
             if frame.number in self._unasked:

@@ -16,9 +16,10 @@ from fedsea.errors import FedSEAError, LimitExceededError, ServerUnavailableErro
 from fedsea.text import one_line
 from fedsea.wire import contract
 from fedsea.wire.address import check_server, parse_address
+from fedsea.wire.codec import MAX_PLACES, decode, encode
 from fedsea.wire.credentials import Credentials, open_channel
 from fedsea.wire.diagnose import explain_unreachable
-from fedsea.wire.frames import MAX_PLACES, Frame, Message, Result, Step, decode, encode
+from fedsea.wire.frames import Backward, Frame, Message
 
 # The longest result that is accepted: a full step of a hidden size of 16,384 in float32.
 FRAME_BYTES = MAX_PLACES * 16_384 * 4
@@ -155,31 +156,26 @@ class Connection:
         self._over = threading.Event()
 
     def send(self, frame: Frame) -> None:
-        """Put a session's frame on its way."""
-        self.send_bytes(encode(frame), frame.states.nbytes if isinstance(frame, Step) else 0)
-
-    def send_bytes(self, data: bytes, tensor_bytes: int) -> None:
-        """Put an encoded frame on its way, of which `tensor_bytes` are hidden states or gradients."""
+        """Put a frame on its way."""
+        data = encode(frame)
         self._traffic.bytes_up += len(data)
-        self._traffic.tensor_bytes_up += tensor_bytes
+        self._traffic.tensor_bytes_up += _state_bytes(frame)
         self._outgoing.put(data)
 
-    def receive(self) -> Frame:
-        """Wait for a session's next frame; raises what `receive_bytes` does."""
-        frame = decode(self.receive_bytes())
-        if isinstance(frame, Result) and frame.states is not None:
-            self._traffic.tensor_bytes_down += frame.states.nbytes
-        return frame
-
-    def receive_bytes(self) -> bytes:
+    def receive(self, **limits: Any) -> Frame:
         """Wait for the next frame, as long as the peer's keepalive answers (a long prompt may take minutes).
+
+        Parameters
+        ----------
+        limits
+            As `fedsea.wire.codec.decode` takes them.
 
         Raises
         ------
         ConnectionLost
             If the stream ended.
         FedSEAError
-            What the server refused.
+            What the server refused, or why what it sent is no frame.
         """
         try:
             data = next(self._responses)
@@ -187,8 +183,10 @@ class Connection:
             raise ConnectionLost("the server ended the stream") from None
         except grpc.RpcError:
             raise self._reason() from None
+        frame = decode(data, **limits)
         self._traffic.bytes_down += len(data)
-        return data
+        self._traffic.tensor_bytes_down += _state_bytes(frame)
+        return frame
 
     def _reason(self) -> Exception:
         """What ended the stream: a refusal is a FedSEAError, anything else a loss."""
@@ -230,6 +228,12 @@ class Connection:
     def _finished(self) -> None:
         _closing.discard(self)
         self._over.set()
+
+
+def _state_bytes(frame: Frame) -> int:
+    """Bytes of a frame's hidden states or gradients."""
+    states = frame.gradient if isinstance(frame, Backward) else getattr(frame, "states", None)
+    return states.nbytes if states is not None else 0
 
 
 _closing: set[Connection] = set()

@@ -3,7 +3,7 @@
 import torch
 
 from fedsea.errors import UsageError
-from fedsea.wire.frames import wire_dtype
+from fedsea.wire.tensors import wire_dtype
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -31,7 +31,7 @@ from fedsea.parts.families import turning_point
 from fedsea.privacy import GaussianNoise, Magnitude, Noise, leak_warning, measure_magnitude
 from fedsea.text import one_line
 from fedsea.wire.credentials import Credentials
-from fedsea.wire.frames import to_wire
+from fedsea.wire.tensors import to_wire
 
 
 def tell(message: str) -> None:

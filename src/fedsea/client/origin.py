@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from fedsea.partition import PROJECT
 from fedsea.parts import InputBlocks
-from fedsea.wire.frames import tensor_bytes
+from fedsea.wire.tensors import tensor_bytes
 
 PARTS = 16  # of a large weight, each with a sum of its own
 SMALL = 1 << 16  # bytes of a weight that is hashed as it is

@@ -22,7 +22,7 @@ from fedsea.parts.blocks import Part
 from fedsea.parts.families import turning_point
 from fedsea.privacy import LookLedger, Noise, NoiseSource
 from fedsea.privacy.source import DIGEST_BYTES
-from fedsea.wire.frames import MAX_PLACES
+from fedsea.wire.codec import MAX_PLACES
 
 WINDOW = 32  # micro-batches that are under way at most
 

@@ -25,9 +25,11 @@ from fedsea.client.graph import Exchange, Receive, Send
 from fedsea.errors import NonFiniteError, ProtocolError, UsageError
 from fedsea.partition import layer_of
 from fedsea.parts import Rows
-from fedsea.wire.frames import to_wire
-from fedsea.wire.run_frames import ADAPTER, START, Backward, Command, Forward, Outcome, States, gradient_to_wire
+from fedsea.wire.codec import overhead
+from fedsea.wire.frames import Backward, Command, Forward, Kind, Outcome, States
+from fedsea.wire.pages import ADAPTER
 from fedsea.wire.runs import OptimizerStep
+from fedsea.wire.tensors import gradient_to_wire, to_wire
 
 STATE = "middle"  # under which an optimizer's state_dict has the middle's part of it
 INITIAL_EXPONENT, GROWTH_STEPS, MAX_EXPONENT = 16, 1000, 24
@@ -154,7 +156,8 @@ class MiddleRun:
 
     def tokens_of_frame(self, rows: int) -> int:
         """How many tokens a frame of the server's may have, with so many rows."""
-        return (self.channel.frame_bytes - START - 8 * rows) // (self.hidden_size * self._wire_dtype.itemsize)
+        room = self.channel.frame_bytes - overhead(Kind.FORWARD, rows)
+        return room // (self.hidden_size * self._wire_dtype.itemsize)
 
     def states_of(self, number: int) -> States:
         """The answer to a FORWARD or BACKWARD."""

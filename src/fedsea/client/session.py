@@ -25,7 +25,8 @@ from fedsea.client.traffic import Traffic
 from fedsea.errors import LimitExceededError, ProtocolError, ServerUnavailableError
 from fedsea.partition import Partition
 from fedsea.parts import Rows
-from fedsea.wire.frames import HEADER, MAX_PLACES, Kind, Message, Result, Step
+from fedsea.wire.codec import MAX_PLACES, overhead
+from fedsea.wire.frames import Kind, Message, Result, Step
 from fedsea.wire.handshake import Open, Opened
 
 _USES = itertools.count(1)
@@ -302,7 +303,7 @@ class Session:
         tokens, limit = CHUNK_TOKENS, self._endpoint.frame_bytes
         if limit is not None:
             a_token = self._settings.hidden_size * self._settings.wire_dtype.itemsize
-            tokens = max(1, min(tokens, (limit - HEADER.size - 12 * len(rows)) // a_token))
+            tokens = max(1, min(tokens, (limit - overhead(Kind.STEP, len(rows))) // a_token))
         return rows.chunks(tokens, MAX_PLACES)
 
     def _send(self, rows: Rows, row_map: Sequence[int] | None, *, want_result: bool = True) -> int:

@@ -28,7 +28,7 @@ from fedsea.parts.adapter_files import read_adapter, save_adapter, write_card
 from fedsea.parts.adapters import AdapterSpec, adapter_parameters
 from fedsea.parts.held import ANOTHER, NAME, hold
 from fedsea.wire.address import is_loopback, parse_address
-from fedsea.wire.run_frames import ADAPTER
+from fedsea.wire.pages import ADAPTER
 from fedsea.wire.runs import check_run_name
 
 HANDLE = "lora_middle"

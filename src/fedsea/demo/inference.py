@@ -28,8 +28,9 @@ from fedsea.errors import ServerUnavailableError
 from fedsea.partition import Partition
 from fedsea.server.process import ServerProcess
 from fedsea.wire import contract
+from fedsea.wire.codec import decode, encode
 from fedsea.wire.credentials import Credentials, open_channel
-from fedsea.wire.frames import Frame, Result, Step, decode, encode
+from fedsea.wire.frames import Frame, Result, Step
 
 QUESTION = "In one or two sentences: why do leaves change colour in autumn?"
 MAX_NEW_TOKENS = 64

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from fedsea.errors import ProtocolError
 from fedsea.partition import in_middle, layer_of
-from fedsea.wire.run_frames import ADAPTER, STATES, Tensors, page
+from fedsea.wire.frames import Tensors
+from fedsea.wire.pages import ADAPTER, STATES, page
 from fedsea.wire.runs import OptimizerStep
 
 MAX_NORM = 1e6  # with the largest weight, the sum over all members is still far from the end of float32

@@ -15,9 +15,10 @@ from fedsea.server.ledger import Kept, Pool, nbytes
 from fedsea.server.served_stream import ServedStream
 from fedsea.server.state import ServerState
 from fedsea.server.stream import Stream
-from fedsea.wire.frames import Kind, Message, encode
+from fedsea.wire.codec import decode, encode
+from fedsea.wire.frames import Command, Frame, Kind, Message, Outcome, Tensors
+from fedsea.wire.pages import page
 from fedsea.wire.rounds import RoundPlan, ServerDescription
-from fedsea.wire.run_frames import Command, Outcome, RunFrame, Tensors, decode_run, encode_run, page
 
 
 class CoordinatorStream(ServedStream):
@@ -44,13 +45,13 @@ class CoordinatorStream(ServedStream):
         state.ledger.keep(stream, Kept(Pool.ADAPTERS, stream.client, lambda: nbytes(self._weights)))
         while (data := await stream.read_bytes()) is not None:
             stream.held = len(data)
-            read = partial(decode_run, data, max_bytes=stream.frame_bytes, knows=self._knows)
-            frame, _ = await stream.apart(read, len(data))
+            read = partial(decode, data, max_bytes=stream.frame_bytes, knows=self._knows)
+            frame = await stream.apart(read, len(data))
             if isinstance(frame, Message) and frame.kind is Kind.CLOSE:
                 return
             reply = await self._do(frame)
             size = nbytes(reply.tensors) if isinstance(reply, Tensors) else 0
-            await stream.write(await stream.apart(partial(encode_run, reply), size))
+            await stream.write(await stream.apart(partial(encode, reply), size))
             stream.held = 0
 
     def end(self, error: FedSEAError) -> None:
@@ -62,7 +63,7 @@ class CoordinatorStream(ServedStream):
             raise ProtocolError("weights came, and no round is being opened")
         return name in self._names
 
-    async def _do(self, frame: RunFrame) -> Outcome | Tensors:
+    async def _do(self, frame: Frame) -> Outcome | Tensors:
         rounds = self.state.rounds
         if isinstance(frame, Tensors):
             self.state.ledger.require(Pool.ADAPTERS, self.stream.client, nbytes(frame.tensors), "the round's adapter")

@@ -18,7 +18,7 @@ from fedsea.server.adapter import TrainedAdapter
 from fedsea.server.kept_graphs import Gradient, KeptGraph, backpropagate
 from fedsea.server.lanes import compute
 from fedsea.server.trainer import Trainer
-from fedsea.wire.run_frames import Backward, Forward, States
+from fedsea.wire.frames import Backward, Forward, States
 
 Answer = States | FedSEAError
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedsea.parts import Rows
 from fedsea.server.adapter import TrainedAdapter
-from fedsea.wire.run_frames import Backward
+from fedsea.wire.frames import Backward
 
 
 class KeptGraph:

@@ -15,7 +15,8 @@ import grpc
 
 from fedsea.errors import FedSEAError, ProtocolError
 from fedsea.server.stream import Stream
-from fedsea.wire.run_frames import RunFrame, decode_run
+from fedsea.wire.codec import decode
+from fedsea.wire.frames import Frame, Operation
 
 READ_AHEAD = 4  # frames that wait for their turn; more stay with gRPC, which holds the client back
 
@@ -38,7 +39,7 @@ class Pipeline:
         count: Callable[[int, int], None],
     ) -> None:
         self._stream, self._room, self._knows, self._bytes = stream, room, knows, count
-        self._incoming: asyncio.Queue[tuple[RunFrame, int, int] | FedSEAError | None] = asyncio.Queue(READ_AHEAD)
+        self._incoming: asyncio.Queue[tuple[Frame, int] | FedSEAError | None] = asyncio.Queue(READ_AHEAD)
         self._outgoing: asyncio.Queue[bytes | None] = asyncio.Queue()
         self._moved = asyncio.Event()  # a frame was taken, or has left
         self._taken = self._queued = 0  # bytes of the frame that was taken last, and of those to be written
@@ -63,8 +64,8 @@ class Pipeline:
         # A task holds its error, that its frame, and that this: the run's memory would wait for the collector.
         del self._reader, self._writer
 
-    async def read(self) -> tuple[RunFrame, int] | None:
-        """The next frame and the last reply that the client has; None if the stream is over. The one before is done.
+    async def read(self) -> Frame | None:
+        """The next frame; None if the stream is over. The one before is done.
 
         FedSEAError if what came is no frame, too long, or says that an answer has come that was not sent.
         """
@@ -75,12 +76,12 @@ class Pipeline:
             if item is not None:
                 raise item
             return None
-        frame, received, self._taken = item
-        if received > self._sent:
+        frame, self._taken = item
+        if isinstance(frame, Operation) and frame.received > self._sent:
             raise ProtocolError(
-                f"the client says that it has answer {received}; the last that was sent is {self._sent}"
+                f"the client says that it has answer {frame.received}; the last that was sent is {self._sent}"
             )
-        return frame, received
+        return frame
 
     async def write(self, number: int, data: bytes) -> None:
         """Have an answer sent after those before it; waits while they are more than a frame may have."""
@@ -105,11 +106,11 @@ class Pipeline:
                     size = len(data)
                     self._bytes(size, 0)
                     self._stream.held += size
-                    read = partial(decode_run, data, max_bytes=self._stream.frame_bytes, knows=self._knows)
+                    read = partial(decode, data, max_bytes=self._stream.frame_bytes, knows=self._knows)
                     del data
-                    frame, received = await self._stream.apart(read, size)
+                    frame = await self._stream.apart(read, size)
                     del read
-                    await self._incoming.put((frame, received, size))
+                    await self._incoming.put((frame, size))
                     del frame
             except FedSEAError as error:
                 await self._incoming.put(error.with_traceback(None))

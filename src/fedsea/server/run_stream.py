@@ -13,8 +13,8 @@ from fedsea.server.served_stream import ServedStream
 from fedsea.server.server_round import ServerRound
 from fedsea.server.state import ServerState
 from fedsea.server.stream import Stream
-from fedsea.wire.frames import Kind, Message, encode
-from fedsea.wire.run_frames import Backward, Command, Forward, Tensors
+from fedsea.wire.codec import encode
+from fedsea.wire.frames import Kind, Message, Operation
 from fedsea.wire.runs import Attach, Attached
 
 log = logging.getLogger("fedsea.server")
@@ -42,23 +42,22 @@ class RunStream(ServedStream):
             for number, answer in list(run.replies.items()):
                 if number > request.received and answer is not None:
                     await frames.write(number, answer)
-            while (item := await frames.read()) is not None:
-                frame, received = item
+            while (frame := await frames.read()) is not None:
                 if self.stream.reason is not None:
                     raise self.stream.reason  # another stream has the run now, and does what is to be done
                 if isinstance(frame, Message) and frame.kind is Kind.CLOSE:
                     self.state.runs.close(run)
                     log.info("run ended run=%s client=%s reason=closed", run.name, run.client)
                     return
-                if not isinstance(frame, Forward | Backward | Command | Tensors):
+                if not isinstance(frame, Operation):
                     raise ProtocolError("an operation or CLOSE was expected")
-                self.state.runs.admit(run, frame, received)
+                self.state.runs.admit(run, frame)
                 if a_round is not None:
                     answer = await a_round.do(run, frame)
                 else:
                     answer = await self.state.scheduler.run(run.owner, self.state.runs.do, run, frame)
                 await frames.write(frame.number, answer)
-                del frame, item, answer  # a frame is long, and the next one may be long in coming
+                del frame, answer  # a frame is long, and the next one may be long in coming
         self.lose()
 
     async def open(self, request: Attach) -> tuple[Run, ServerRound | None]:

@@ -31,10 +31,11 @@ from fedsea.server.ledger import Kept, Ledger, Pool
 from fedsea.server.limits import MIB, Limits
 from fedsea.server.scheduler import Owner
 from fedsea.server.trainer import Trainer
-from fedsea.wire.frames import wire_dtype
+from fedsea.wire.codec import encode
+from fedsea.wire.frames import Backward, Command, Forward, Operation, Outcome, Reply, Tensors
 from fedsea.wire.handshake import MAX_COUNT
-from fedsea.wire.run_frames import Backward, Command, Forward, Operation, Outcome, Reply, Tensors, encode_run
 from fedsea.wire.runs import MAX_SETTING, Attach, OptimizerStep
+from fedsea.wire.tensors import wire_dtype
 
 REPLIES = 256  # that a client may leave unread
 
@@ -104,7 +105,7 @@ class Run(Lease):
 
     def settle(self, reply: Reply) -> bytes:
         """An operation is done: keep its answer, and give the frame."""
-        answer = encode_run(reply)
+        answer = encode(reply)
         self.number = reply.number
         if self.state is not State.ENDED:
             self.replies[reply.number] = answer
@@ -290,13 +291,13 @@ class RunTable(LeaseTable[Run]):
 
     # What runs do
 
-    def admit(self, run: Run, operation: Operation, received: int) -> None:
+    def admit(self, run: Run, operation: Operation) -> None:
         """Check that an operation may be done now; forget the answers that the client has.
 
         ProtocolError if it is not the next one, or does not fit the run or the model; LimitExceededError if a row is
         longer than the model allows, or too many answers were left unread.
         """
-        while run.replies and next(iter(run.replies)) <= received:
+        while run.replies and next(iter(run.replies)) <= operation.received:
             run.replies.popitem(last=False)
         if operation.number != run.number + 1:
             raise ProtocolError(

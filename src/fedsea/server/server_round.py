@@ -38,9 +38,10 @@ from fedsea.server.ledger import Kept, Pool, nbytes
 from fedsea.server.runs import Run, RunTable
 from fedsea.server.scheduler import Owner, Scheduler
 from fedsea.server.trainer import Trainer
+from fedsea.wire.frames import Backward, Command, Forward, Operation, Outcome, Tensors
+from fedsea.wire.pages import ADAPTER
 from fedsea.wire.roles import COORDINATOR
 from fedsea.wire.rounds import MemberState, MemberStatus, RoundPlan, RoundStatus, Seat, run_name
-from fedsea.wire.run_frames import ADAPTER, Backward, Command, Forward, Operation, Outcome, Tensors
 from fedsea.wire.runs import Attach, OptimizerStep
 
 log = logging.getLogger("fedsea.server")

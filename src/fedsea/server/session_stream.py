@@ -9,8 +9,10 @@ from fedsea.server.served_stream import ServedStream
 from fedsea.server.sessions import Session, check_cut
 from fedsea.server.state import ServerState
 from fedsea.server.stream import Stream
-from fedsea.wire.frames import Kind, Message, Step, encode, wire_dtype
+from fedsea.wire.codec import encode
+from fedsea.wire.frames import Kind, Message, Step
 from fedsea.wire.handshake import Open, Opened
+from fedsea.wire.tensors import wire_dtype
 
 log = logging.getLogger("fedsea.server")
 

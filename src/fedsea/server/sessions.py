@@ -22,7 +22,9 @@ from fedsea.server.ledger import Kept, Ledger, Pool
 from fedsea.server.limits import Limits
 from fedsea.server.scheduler import Owner
 from fedsea.server.trainer import Trainer
-from fedsea.wire.frames import Result, Step, encode, to_wire
+from fedsea.wire.codec import encode
+from fedsea.wire.frames import Result, Step
+from fedsea.wire.tensors import to_wire
 
 
 @dataclass(eq=False, kw_only=True)

@@ -14,7 +14,8 @@ from fedsea.server.connections import peer_of
 from fedsea.server.scheduler import Owner, Scheduler
 from fedsea.text import one_line
 from fedsea.wire import contract
-from fedsea.wire.frames import Frame, decode
+from fedsea.wire.codec import decode
+from fedsea.wire.frames import Frame
 from fedsea.wire.roles import is_coordinator
 
 T = TypeVar("T")

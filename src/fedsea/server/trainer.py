@@ -17,8 +17,9 @@ from fedsea.parts import MiddleBlocks
 from fedsea.parts.adapters import AdapterSpec, adapter_parameters
 from fedsea.server.adapter import MAX_NORM, Share, TrainedAdapter, explain
 from fedsea.server.kept_graphs import Gradient, MicroBatch
-from fedsea.wire.frames import to_wire
-from fedsea.wire.run_frames import ADAPTER, STATES, Backward, Forward, States, gradient_to_wire
+from fedsea.wire.frames import Backward, Forward, States
+from fedsea.wire.pages import ADAPTER, STATES
+from fedsea.wire.tensors import gradient_to_wire, to_wire
 
 SPARE = 16 << 20  # bytes beyond the limit that inputs may take: where no activations are kept, several still wait
 FLOAT16_ROOM = 12  # powers of two between a gradient's largest value and what float16 can hold, about

@@ -28,6 +28,7 @@ from fedsea.errors import (
     ServerUnavailableError,
 )
 from fedsea.text import one_line
+from fedsea.wire.codec import other_version
 
 SERVICE = "fedsea.BlockServer"
 SESSION, RUN, COORDINATE = "Session", "Run", "Coordinate"
@@ -74,7 +75,10 @@ def error_from(details: str | None, metadata: Iterable[tuple[str, Any]] | None) 
     """The error that a server sent with a stream's status; None if the status is not one of FedSEA's."""
     for key, value in metadata or ():
         if key == ERROR_KEY:
-            return BY_CODE.get(str(value), ServerError)(one_line(details or "") or "the server gave no reason")
+            said = one_line(details or "") or "the server gave no reason"
+            if said.startswith("this side speaks version 1 of the protocol"):  # a server of version 1, of itself
+                said = other_version(1)
+            return BY_CODE.get(str(value), ServerError)(said)
     return None
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from fedsea.checkpoints.fingerprint import Fingerprint
 from fedsea.errors import ProtocolError
 from fedsea.partition import Partition
-from fedsea.wire.frames import WIRE_DTYPES
+from fedsea.wire.tensors import WIRE_DTYPES
 
 MAX_COUNT = 1 << 31  # below it is what a peer may count: it goes into fields of 32 bits, and is counted on from there
 

@@ -15,8 +15,8 @@ from typing import Any, Literal, cast, get_args
 from fedsea.checkpoints.fingerprint import Fingerprint
 from fedsea.errors import ProtocolError, UsageError
 from fedsea.parts.adapters import AdapterSpec
+from fedsea.wire.codec import MAX_WEIGHT
 from fedsea.wire.handshake import read_count
-from fedsea.wire.run_frames import MAX_WEIGHT
 from fedsea.wire.runs import NAME, OptimizerStep
 
 Strategy = Literal["sequential", "client-batch", "server-hierarchical"]

@@ -9,8 +9,8 @@ from fedsea.checkpoints.fingerprint import Fingerprint
 from fedsea.errors import ProtocolError, UsageError
 from fedsea.partition import Partition
 from fedsea.parts.adapters import AdapterSpec
-from fedsea.wire.frames import WIRE_DTYPES
 from fedsea.wire.handshake import read_count, read_model
+from fedsea.wire.tensors import WIRE_DTYPES
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 TOKEN = re.compile(r"[A-Za-z0-9_-]{16,128}")

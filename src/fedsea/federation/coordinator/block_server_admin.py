@@ -14,20 +14,10 @@ from fedsea.errors import ProtocolError
 from fedsea.partition import layer_of
 from fedsea.wire import contract
 from fedsea.wire.credentials import Credentials
-from fedsea.wire.frames import Kind, Message
+from fedsea.wire.frames import Command, Kind, Message, Operation, Outcome, Reply, Tensors
 from fedsea.wire.handshake import read_count
+from fedsea.wire.pages import pages, read_pages
 from fedsea.wire.rounds import RoundPlan, RoundStatus, ServerDescription
-from fedsea.wire.run_frames import (
-    Command,
-    Operation,
-    Outcome,
-    Reply,
-    Tensors,
-    decode_run,
-    encode_run,
-    pages,
-    read_pages,
-)
 
 T = TypeVar("T")
 
@@ -186,8 +176,8 @@ class _Call:
 
     def __init__(self, connection: Connection) -> None:
         self._connection, self._number = connection, 0
-        connection.send_bytes(encode_run(Message(Kind.OPEN, {})), 0)
-        frame, _ = decode_run(connection.receive_bytes())
+        connection.send(Message(Kind.OPEN, {}))
+        frame = connection.receive()
         if not isinstance(frame, Message) or frame.kind is not Kind.OPENED:
             raise ProtocolError("the block server did not answer OPEN with OPENED")
         self.description = ServerDescription.from_body(frame.body)
@@ -196,8 +186,8 @@ class _Call:
     def ask(self, make: Callable[[int], Operation]) -> Reply:
         """Send an operation and wait for its answer."""
         self._number += 1
-        self._connection.send_bytes(encode_run(make(self._number)), 0)
-        frame, _ = decode_run(self._connection.receive_bytes())
+        self._connection.send(make(self._number))
+        frame = self._connection.receive(knows=lambda _name: True)  # `read_pages` checks the names
         if not isinstance(frame, Outcome | Tensors) or frame.number != self._number:
             raise ProtocolError("the block server sent something that is no answer")
         return frame
