@@ -13,20 +13,7 @@ COPIES = 256  # of a position that are run at once
 
 
 class OutputLayers:
-    """C's layers at one text.
-
-    Parameters
-    ----------
-    blocks
-        C, float32.
-    returned
-        `h_B`, `[tokens, hidden]`.
-
-    Attributes
-    ----------
-    states
-        What the layers make of it, before the final norm, `[tokens, hidden]`.
-    """
+    """C's layers (float32) at one text, whose `h_B` is `returned`, `[tokens, hidden]`."""
 
     def __init__(self, blocks: OutputBlocks, returned: Tensor) -> None:
         self._blocks, self._given = blocks, returned
@@ -34,7 +21,7 @@ class OutputLayers:
         with torch.enable_grad():
             self._hidden = returned.clone().requires_grad_()
             self._states = blocks(self._hidden.unsqueeze(0), Rows.uniform(1, 0, len(returned)), None)[0]
-        self.states = self._states.detach()
+        self.states = self._states.detach()  # before the final norm, [tokens, hidden]
         self._past = _Past({})
         if blocks.layers:
             with torch.no_grad():

@@ -64,78 +64,36 @@ class Goal:
 
 @dataclass(frozen=True)
 class Trial:
-    """What the attack read under one mechanism.
+    """What the attack read under one mechanism."""
 
-    Attributes
-    ----------
-    mechanism
-        As users write it.
-    recovery
-        Share of tokens that it read: of the texts or of their answers, whichever it reads more of.
-    loss
-        The client's cross entropy of the same texts, nats a token.
-    any_attacker
-        The estimated bound on what any attack reads.
-    """
-
-    mechanism: str
-    recovery: Score
-    loss: float | None
-    any_attacker: float | None
+    mechanism: str  # as users write it
+    recovery: Score  # share of tokens that it read: of the texts or of their answers, whichever is more
+    loss: float | None  # the client's cross entropy of the same texts, nats a token
+    any_attacker: float | None  # the estimated bound on what any attack reads
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one family.
+    """What became of one family."""
 
-    Attributes
-    ----------
-    family
-        The mechanism, with some strength.
-    trials
-        In the order in which they were made.
-    found
-        The weakest that meets the target; None if none does.
-    cost
-        Cross entropy under it, nats a token: of the task's right answers, else of the texts.
-    metrics
-        The task's, under it; empty without a task.
-    reason
-        Why there is none; empty if there is.
-    useless
-        Whether it takes the model to blind guessing, or beyond.
-    """
-
-    family: str
-    trials: tuple[Trial, ...]
-    found: Trial | None
-    cost: float | None
-    metrics: dict[str, float]
-    reason: str
-    useless: bool = False
+    family: str  # the mechanism, with some strength
+    trials: tuple[Trial, ...]  # in the order in which they were made
+    found: Trial | None  # the weakest that meets the target; None if none does
+    cost: float | None  # cross entropy under it, nats a token: of the task's right answers, else of the texts
+    metrics: dict[str, float]  # the task's, under it; empty without a task
+    reason: str  # why none meets the target
+    useless: bool = False  # whether it takes the model to blind guessing, or beyond
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What a calibration found.
-
-    Attributes
-    ----------
-    outcomes
-        Of each family.
-    unprotected
-        The cost without any mechanism; None if there is nothing to measure it on.
-    unprotected_metrics
-        The task's.
-    blind_loss
-        The loss of blind guessing, nats a token: whose cost is no better is of no use.
-    """
+    """What a calibration found."""
 
     goal: Goal
-    outcomes: tuple[Outcome, ...]
-    unprotected: float | None
+    outcomes: tuple[Outcome, ...]  # of each family
+    unprotected: float | None  # the cost without any mechanism; None if there is nothing to measure it on
     unprotected_metrics: dict[str, float]
-    blind_loss: float
+    blind_loss: float  # of blind guessing, nats a token: what costs no less is of no use
 
     @property
     def best(self) -> Outcome | None:

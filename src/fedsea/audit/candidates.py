@@ -20,13 +20,7 @@ TYPICAL_TOKENS = 16
 
 
 class Prefix:
-    """A text as far as it has been recovered, held in A's KV cache; its next position is where candidates stand.
-
-    Parameters
-    ----------
-    blocks
-        A, float32.
-    """
+    """A text as far as it has been recovered, held in A's KV cache; its next position is where candidates stand."""
 
     def __init__(self, blocks: InputBlocks) -> None:
         self._blocks = blocks
@@ -54,18 +48,7 @@ class Prefix:
 
     @torch.no_grad()
     def states(self, tokens: Tensor) -> Tensor:
-        """`h_A` of each candidate at the next position, without noise.
-
-        Parameters
-        ----------
-        tokens
-            Candidates, int64, `[candidates]`.
-
-        Returns
-        -------
-        Tensor
-            `[candidates, hidden]`, float32.
-        """
+        """`h_A` of candidates (int64, `[candidates]`) at the next position, without noise: `[candidates, hidden]`."""
         return torch.cat([self._siblings(some) for some in tokens.split(SIBLINGS)])
 
     def _siblings(self, tokens: Tensor) -> Tensor:
@@ -100,16 +83,9 @@ def _sibling_mask(place: int, count: int, window: int | None) -> Tensor:
 
 
 class Candidates:
-    """Every token of the vocabulary, as A and the mechanism make it.
+    """Every token of the vocabulary, as A (float32) and a calibrated mechanism make it where its draws are 0.
 
-    Parameters
-    ----------
-    blocks
-        A, float32.
-    noise
-        The mechanism, calibrated. What it does to a state beside adding draws, candidates undergo as well.
-    context
-        Public text, at least `TYPICAL_TOKENS` tokens: what precedes the candidates in `typical`.
+    `context` is public text, at least `TYPICAL_TOKENS` tokens: what precedes the candidates in `typical`.
     """
 
     def __init__(self, blocks: InputBlocks, noise: Noise, context: Sequence[int]) -> None:

@@ -37,21 +37,11 @@ PARTS: dict[Part, str] = {
 
 @dataclass(frozen=True)
 class Curve:
-    """A line of a chart.
+    """A line of a chart."""
 
-    Attributes
-    ----------
-    name
-        What stands at its end.
-    points
-        (strength, low, value, high), by rising strength; low and high are the ends of the error bar.
-    bound
-        Whether it is drawn as a bound: grey, without markers.
-    """
-
-    name: str
-    points: Sequence[tuple[float, float, float, float]]
-    bound: bool = False
+    name: str  # stands at its end
+    points: Sequence[tuple[float, float, float, float]]  # (strength, low, value, high), by rising strength
+    bound: bool = False  # drawn grey, without markers
 
 
 @dataclass(frozen=True)

@@ -54,22 +54,9 @@ class KnownAdapter:
 class SharedKnowledge:
     """What attackers know whatever the mechanism is: the public weights, and how the model is cut.
 
-    What is computed from it is computed once, when it is first needed.
-
-    Parameters
-    ----------
-    checkpoint
-        The public base model.
-    partition
-        Where it is cut.
-    tokenizer
-        The model's; None if it has none (random weights).
-    adapter
-        That the client runs with, for an attacker who has it (because the coordinator of a federation, or a client,
-        colludes); None for one who has not.
-    projection
-        Of a narrow cut, `[rank, hidden]`; None without one. It starts from public weights and is trained with its other
-        half, which the provider has, so it is taken to be known.
+    What is computed from it is computed once, when it is first needed. An attacker may have the client's `adapter`
+    (because the coordinator of a federation, or a client, colludes). They have the `projection` of a narrow cut,
+    `[rank, hidden]`: it starts from public weights and is trained with its other half, which the provider has.
     """
 
     def __init__(
@@ -154,13 +141,8 @@ class SharedKnowledge:
     def predicted_by_context(self, text: tuple[int, ...]) -> tuple[Recovery, Tensor]:
         """What the language model predicts at each position from the true tokens before it. No attack: it needs those.
 
-        A generous reference: an attack that does not do better has learnt nothing from what crosses the wire.
-
-        Returns
-        -------
-        tuple
-            The likeliest token at each position but the first, and the cross entropy of the true one, nats,
-            `[tokens - 1]`.
+        A generous reference: an attack that does not do better has learnt nothing from what crosses the wire. With it,
+        the cross entropy of each true token but the first, nats, `[tokens - 1]`.
         """
         if text not in self._predicted:
             ids = torch.tensor([text])
@@ -172,27 +154,13 @@ class SharedKnowledge:
 
 @dataclass(frozen=True)
 class Knowledge:
-    """What the attackers of one mechanism know. By Kerckhoffs's principle that is all but the mechanism's draws.
-
-    Parameters
-    ----------
-    shared
-        What does not depend on the mechanism.
-    noise
-        The mechanism, calibrated.
-    colluder
-        Texts of a colluding client and what the provider saw of them, in the same configuration.
-    wire_dtype
-        What states are rounded to.
-    start
-        What every text begins with, as is public: a begin-of-text token, a chat template's first tokens.
-    """
+    """What the attackers of one mechanism know. By Kerckhoffs's principle that is all but the mechanism's draws."""
 
     shared: SharedKnowledge
-    noise: Noise
-    colluder: Sequence[Subject] = ()
+    noise: Noise  # calibrated
+    colluder: Sequence[Subject] = ()  # texts of a colluding client, in the same configuration
     wire_dtype: torch.dtype = torch.float16
-    start: tuple[int, ...] = ()
+    start: tuple[int, ...] = ()  # what every text publicly begins with: a begin-of-text token, a chat template's tokens
 
     @property
     def vocabulary(self) -> int:

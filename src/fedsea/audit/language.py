@@ -11,32 +11,16 @@ from fedsea.parts.cache import CACHE
 
 
 class Continuation:
-    """Log probabilities of the next token after several texts of one length, as they grow.
-
-    Parameters
-    ----------
-    model
-        A causal language model of transformers.
-    """
+    """Log probabilities of the next token after several texts of one length, as they grow."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
         self._cache = DynamicCache(config=model.config)
 
     def extend(self, tokens: Sequence[Sequence[int]], parents: Sequence[int] | None = None) -> Tensor:
-        """Go on with tokens, and give what may come then.
+        """Go on with tokens, as many for each text: float32 log probabilities of the next, `[texts, vocabulary]`.
 
-        Parameters
-        ----------
-        tokens
-            New tokens of each text, as many for one as for another.
-        parents
-            Of each text, which of those before it continues; None for each itself.
-
-        Returns
-        -------
-        Tensor
-            Log probabilities, float32, `[texts, vocabulary]`.
+        `parents` says of each text which of those before it continues; None for each itself.
         """
         if parents is not None:
             self._cache.reorder_cache(torch.LongTensor(list(parents)))

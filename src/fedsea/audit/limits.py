@@ -26,54 +26,25 @@ FEWEST_STATES = 4
 
 @dataclass(frozen=True)
 class Limit:
-    """The most that anybody can read, whatever the attack, of one kind of text.
+    """The most that anybody can read, whatever the attack, of one kind of text."""
 
-    Attributes
-    ----------
-    source
-        What kind of text.
-    guessable
-        Whether it is text as a language model sees it, or tokens that nobody can guess.
-    bits
-        That the states of a token carry at most; infinite without noise.
-    bits_guaranteed
-        True if that holds for every text, as states are clipped; False if it is an estimate from the audited ones.
-    accuracy
-        Largest share of tokens that can be named, in [0, 1]; 1 rules nothing out.
-    accuracy_guaranteed
-        Whether that is a guarantee as well: for tokens that nobody can guess only.
-    """
-
-    source: str
-    guessable: bool
-    bits: float
-    bits_guaranteed: bool
-    accuracy: float
-    accuracy_guaranteed: bool
+    source: str  # what kind of text
+    guessable: bool  # whether it is text as a language model sees it, or tokens that nobody can guess
+    bits: float  # that the states of a token carry at most; infinite without noise
+    bits_guaranteed: bool  # whether that holds for every text, as states are clipped; else it is an estimate
+    accuracy: float  # largest share of tokens that can be named, in [0, 1]; 1 rules nothing out
+    accuracy_guaranteed: bool  # for tokens that nobody can guess only
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits on what attackers can read, the widest sense first.
+    """Limits on what attackers can read, the widest sense first."""
 
-    Attributes
-    ----------
-    limits
-        For each kind of text, guarantees before estimates.
-    observations
-        How often each state was observed, with fresh noise each time.
-    state, text
-        Local differential privacy of one token's state, and of the longest of the texts as a whole; None if there is
-        none.
-    no_epsilon
-        Why there is none; empty if there is.
-    """
-
-    limits: tuple[Limit, ...]
-    observations: int
-    state: PrivacySpent | None
-    text: PrivacySpent | None
-    no_epsilon: str
+    limits: tuple[Limit, ...]  # for each kind of text, guarantees before estimates
+    observations: int  # of each state, with fresh noise each time
+    state: PrivacySpent | None  # local differential privacy of one token's state
+    text: PrivacySpent | None  # and of the longest text as a whole
+    no_epsilon: str  # why there is neither; empty if there is
 
     @property
     def of_text(self) -> Limit | None:
@@ -89,19 +60,10 @@ def find_limits(
     observations: int = 1,
     same_states: bool = True,
 ) -> Limits:
-    """The limits for texts like these.
+    """The limits for texts like these, whose first `known` tokens (one at least) are not to be guessed.
 
-    Parameters
-    ----------
-    texts
-        Tokens of each, with its answer. The estimate is made from their states, without a client's adapter.
-    known
-        How many tokens each begins with that are not to be guessed, at least one.
-    observations
-        How often each text was observed, at most. With no input layers a token's state was observed as often as it
-        stands in the texts, times this.
-    same_states
-        Whether observations are of the same states, from several processes; else (training) states change in between.
+    The estimate is made from their states, without a client's adapter. Each was observed `observations` times at most:
+    at the same states, from several processes, or else (training) at states that change in between.
     """
     of_state = observations
     if not knowledge.shared.partition.input_layers:

@@ -45,25 +45,13 @@ class Tap:
 
 @dataclass(frozen=True)
 class Reading:
-    """What one attack got of a part of a turn.
+    """What one attack got of a part of a turn."""
 
-    Attributes
-    ----------
-    part
-        `question` or `answer`.
-    attack
-        Its name.
-    right, tokens
-        How many of the part's tokens it named, and how many there are.
-    text
-        What it read.
-    """
-
-    part: str
+    part: str  # question or answer
     attack: str
-    right: int
+    right: int  # how many of the part's tokens it named
     tokens: int
-    text: str
+    text: str  # what it read
 
 
 class LiveLeakage:

@@ -7,21 +7,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Observation:
-    """What the provider has of one text that was sent once, in float32 on the CPU. The text itself is not in it.
+    """What the provider has of one text that was sent once, in float32 on the CPU. The text itself is not in it."""
 
-    Attributes
-    ----------
-    sent
-        `h_A` as it came over the wire, `[tokens, hidden]`.
-    returned
-        `h_B` as it went back, `[tokens, hidden]`; None if it did not (a replay).
-    gradient
-        At `h_B`, `[tokens, hidden]`; None in inference.
-    """
-
-    sent: Tensor
-    returned: Tensor | None = None
-    gradient: Tensor | None = None
+    sent: Tensor  # h_A as it came over the wire, [tokens, hidden]
+    returned: Tensor | None = None  # h_B as it went back, [tokens, hidden]; None if it did not (a replay)
+    gradient: Tensor | None = None  # at h_B, [tokens, hidden]; None in inference
 
     @property
     def length(self) -> int:
@@ -31,39 +21,17 @@ class Observation:
 
 @dataclass(frozen=True)
 class Subject:
-    """A text under attack: every observation of it, and the truth, which attacks are not given.
+    """A text under attack: every observation of it, and the truth, which attacks are not given."""
 
-    Attributes
-    ----------
-    observations
-        One for each time that the whole text was sent, the first one first. More than one in training (epochs), or
-        where a text is sent again.
-    tokens
-        The text.
-    prompt
-        How many of its tokens were given to the model; what comes after is the answer.
-    labels
-        The tokens again where they were learnt, -100 elsewhere; None in inference.
-    """
-
-    observations: tuple[Observation, ...]
+    observations: tuple[Observation, ...]  # each time that it was sent; several in training (epochs), or if repeated
     tokens: tuple[int, ...]
-    prompt: int
-    labels: tuple[int, ...] | None = None
+    prompt: int  # how many of the tokens were given to the model; what comes after is the answer
+    labels: tuple[int, ...] | None = None  # the tokens where they were learnt, -100 elsewhere; None in inference
 
 
 @dataclass(frozen=True)
 class Recovery:
-    """What an attack makes of one text.
+    """What an attack makes of one text."""
 
-    Attributes
-    ----------
-    tokens
-        Its guess for each position; None where it has none (`read-out` does not say what the first token was).
-    labels
-        For attacks on gradients: which tokens it believes were learnt, each at its own position (the one after that
-        where it was predicted), None elsewhere; else empty.
-    """
-
-    tokens: tuple[int | None, ...]
-    labels: tuple[int | None, ...] = ()
+    tokens: tuple[int | None, ...]  # a guess for each position; None where there is none
+    labels: tuple[int | None, ...] = ()  # of attacks on gradients: which tokens were learnt, each at its own position

@@ -53,10 +53,7 @@ def observe_training(
 ) -> tuple[list[Subject], Noise]:
     """Train a LoRA adapter on texts, in turn, and give what the provider saw of each text that was reached.
 
-    Parameters
-    ----------
-    texts
-        Each with the number of its tokens that are its prompt.
+    Each text comes with the number of its tokens that are its prompt.
     """
     size = min(plan.batch_size, len(texts))
     turns = [[(step * size + row) % len(texts) for row in range(size)] for step in range(plan.train_steps)]

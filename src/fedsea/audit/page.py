@@ -54,26 +54,12 @@ class Table:
 
 
 def write_page(reports: Sequence[Report], command: str, file: Path) -> None:
-    """Write `page` to a file.
-
-    Raises
-    ------
-    UsageError
-        If it cannot be written.
-    """
+    """Write `page` to a file; a UsageError if it cannot be written."""
     write_text(file, page(reports, command))
 
 
 def page(reports: Sequence[Report], command: str) -> str:
-    """A report as HTML.
-
-    Parameters
-    ----------
-    reports
-        Of one model and the same texts; several if mechanisms or strengths are compared.
-    command
-        What made it, as it is typed.
-    """
+    """Reports of one model and the same texts as HTML, with the command that made them as it is typed."""
     return (
         environment()
         .get_template("page.html.j2")

@@ -23,18 +23,6 @@ class CuriousProvider:
     """A block server in a thread of its own, and a record of every frame; a context manager.
 
     Clients reach it at `address`. What it has seen of their sessions is in `sessions`, of their training in `runs`.
-
-    Parameters
-    ----------
-    checkpoint
-        What it serves.
-    options
-        Where and how.
-
-    Raises
-    ------
-    FedSEAError
-        If the server cannot start.
     """
 
     def __init__(self, checkpoint: Checkpoint, options: ServerOptions | None = None) -> None:

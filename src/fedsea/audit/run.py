@@ -31,15 +31,9 @@ from fedsea.training.examples import Encoded
 
 @dataclass(frozen=True)
 class Observed:
-    """What a provider has seen under one mechanism, and what its attackers know.
+    """What a provider has seen under one mechanism, and what its attackers know."""
 
-    Attributes
-    ----------
-    spec
-        The mechanism as it was given; `knowledge.noise` is calibrated.
-    """
-
-    spec: Noise
+    spec: Noise  # as it was given; knowledge.noise is calibrated
     subjects: Sequence[Subject]
     knowledge: Knowledge
 

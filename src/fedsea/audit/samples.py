@@ -92,19 +92,9 @@ def _texts_of(row: Row) -> list[Text]:
 
 
 def encode(text: Text, tokenizer: Any, tokens: int, *, answers: bool) -> tuple[Encoded, int]:
-    """A text in tokens, and how many of them are its prompt.
+    """A text in tokens, at most so many, and how many of them are its prompt; a UsageError if nothing is left of it.
 
-    Parameters
-    ----------
-    tokens
-        At most; what is more is cut off.
-    answers
-        Whether a question goes with its answer, which alone is learnt then; of other texts, everything is.
-
-    Raises
-    ------
-    UsageError
-        If nothing is left of the text, or of its answer.
+    With `answers` a question goes with its answer, which alone is learnt then; of other texts, everything is.
     """
     if isinstance(text, TaskText):
         return _encode_example(text, tokenizer, tokens, answers=answers)

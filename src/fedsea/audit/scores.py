@@ -23,22 +23,12 @@ _SENTENCE_ENDS = set('.!?:\n"“”')
 
 @dataclass(frozen=True)
 class Score:
-    """A score over texts.
-
-    Attributes
-    ----------
-    mean
-        Over texts that have the score.
-    low, high
-        95 % interval of the mean, by resampling texts (percentile bootstrap); the mean itself for one text.
-    values
-        Of each text; None where the text has nothing to score (no names and numbers in it).
-    """
+    """A score over texts: its mean, and the 95 % interval of the mean by resampling texts (percentile bootstrap)."""
 
     mean: float
     low: float
     high: float
-    values: tuple[float | None, ...]
+    values: tuple[float | None, ...]  # of each text; None where it has nothing to score (no names and numbers in it)
 
     @classmethod
     def of(cls, values: Sequence[float | None]) -> Self | None:
@@ -58,30 +48,11 @@ def score(
     tokenizer: Any = None,
     masks: Sequence[Sequence[bool]] | None = None,
 ) -> dict[str, Score]:
-    """Compare what was recovered with the texts.
+    """Compare what was recovered with the texts' tokens: scores by name, each 0 to 1; one that no text has is left out.
 
-    Parameters
-    ----------
-    truths
-        The texts' tokens.
-    recoveries
-        Of each text; a position without a guess is wrong.
-    tokenizer
-        Turns tokens into words. None leaves out what is counted in words.
-    masks
-        Of each text, which positions count: not what everybody knows, such as a chat template. None counts all.
-
-    Returns
-    -------
-    dict
-        `tokens`: share of right tokens. `exact`: whether all are right. With a tokenizer also `rouge1`, `rouge2`,
-        `rougeL`, `bleu4`, `details` (`details_recall`), and `similarity` of sentence embeddings, if the package with
-        the embedding model is installed. A score that no text has is left out.
-
-    Raises
-    ------
-    UsageError
-        If a text and what was recovered of it differ in length, or the package rouge-score is missing.
+    `tokens` is the share of right tokens, `exact` whether all are right. With a tokenizer also `rouge1`, `rouge2`,
+    `rougeL`, `bleu4`, `details` (`details_recall`), and `similarity` if the package with the embedding model is
+    installed. Only positions whose mask is true count: not what is public, such as a chat template.
     """
     rows: dict[str, list[float | None]] = {}
     for place, (truth, recovery) in enumerate(zip(truths, recoveries, strict=True)):
@@ -96,22 +67,11 @@ def score(
 
 
 def label_scores(truths: Sequence[Sequence[int]], recoveries: Sequence[Recovery]) -> dict[str, Score]:
-    """Compare what an attack says was learnt with what was.
+    """Compare what an attack says was learnt with what was: -100 in a truth is not learnt, and the first never counts.
 
-    Parameters
-    ----------
-    truths
-        Of each text, the tokens where they were learnt, -100 elsewhere; the first position is not counted, as nothing
-        predicts it. Empty where nothing was.
-    recoveries
-        Of each text.
-
-    Returns
-    -------
-    dict
-        `labels`: share of the learnt tokens that are named. `class`: whether all of a text's are, which in a
-        classification names the class. `learnt`: share of positions of which it is rightly said whether a token was
-        learnt there. Empty if the attack says nothing of it.
+    `labels` is the share of the learnt tokens that are named; `class` whether all of a text's are, which in a
+    classification names the class; `learnt` the share of positions of which it is rightly said whether a token was
+    learnt there. Empty if the attack says nothing of it.
     """
     rows: dict[str, list[float | None]] = {}
     for truth, recovery in zip(truths, recoveries, strict=True):
@@ -147,13 +107,7 @@ def _of_text(pairs: Sequence[tuple[int, int | None]], tokenizer: Any) -> Mapping
 
 
 def rouge(truth: str, guess: str) -> dict[str, float]:
-    """ROUGE-1, ROUGE-2 and ROUGE-L, the F-measure of each, with Porter's stemmer (Lin 2004).
-
-    Raises
-    ------
-    UsageError
-        If the package rouge-score is missing.
-    """
+    """ROUGE-1, ROUGE-2 and ROUGE-L, the F-measure of each, with Porter's stemmer (Lin 2004)."""
     from fedsea.tasks import metrics
 
     return metrics.rouge([truth], [guess])

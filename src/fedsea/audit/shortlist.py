@@ -21,24 +21,13 @@ DOUBTS = 6.0  # standard deviations by which a distance may be longer than noise
 class Shortlist:
     """Finds the best candidates of one position after another.
 
-    Parameters
-    ----------
-    candidates
-        Of the model.
-    limit
-        Candidates that are run exactly at one position at most; None runs the whole vocabulary, always.
-    variance
-        Of the noise on an element: how far from the observation the right candidate should be.
-
-    Attributes
-    ----------
-    run
-        Candidates that were run exactly, at all positions together.
+    At most `limit` are run exactly at a position (None: always the whole vocabulary); `variance` is that of the noise
+    on an element, which says how far from what was observed the right candidate should be.
     """
 
     def __init__(self, candidates: Candidates, limit: int | None, variance: float) -> None:
         self._candidates, self._limit, self._variance = candidates, limit, variance
-        self.run = 0
+        self.run = 0  # candidates that were run exactly, at all positions together
 
     def best(
         self,
@@ -50,28 +39,11 @@ class Shortlist:
         keep: int = 1,
         doubt: bool = True,
     ) -> tuple[list[int], list[float], Tensor]:
-        """The tokens that explain an observation best, after a prefix.
+        """The `keep` tokens that explain a state `[hidden]` best after a prefix, the best first; costs; the shift here.
 
-        A token's cost is the squared distance of its expected state to the observation, and its penalty.
-
-        Parameters
-        ----------
-        observed
-            What was sent, `[hidden]`.
-        shift
-            What this gave for the position before, `[hidden]`: where to look first.
-        penalty
-            Of each token, `[vocabulary]`.
-        keep
-            How many to give.
-        doubt
-            Whether to look further where noise does not explain the best distance. Pointless after a prefix that is
-            wrong already.
-
-        Returns
-        -------
-        tuple
-            The tokens, the best first; their costs; and the shift from the table here.
+        A token's cost is the squared distance of its expected state to the observed one, and its penalty
+        (`[vocabulary]`). `shift` is what this gave for the position before. Without `doubt` it does not look further
+        where noise does not explain the best distance: that is pointless after a prefix that is wrong already.
         """
         every = torch.zeros(self._candidates.vocabulary) if penalty is None else penalty
         nothing = observed.new_zeros(observed.shape)

@@ -43,20 +43,8 @@ def protected_model(
     """Within the block, a whole model computes as if its middle had been sent what the mechanism lets out.
 
     What a split model computes through a block server, without one: after the input blocks each token's state goes
-    through the mechanism, with draws, and is rounded as on the wire.
-
-    Parameters
-    ----------
-    model
-        A whole causal language model of transformers, PEFT's adapters on it or not.
-    partition
-        Where it is cut.
-    noise
-        The mechanism, calibrated.
-    wire_dtype
-        What states are rounded to, at both cuts.
-    adapter
-        Whose narrow cut states go through, if it has one.
+    through the mechanism (calibrated), with draws, and is rounded as on the wire; through the adapter's narrow cut, if
+    it has one.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     layers = base.model.layers

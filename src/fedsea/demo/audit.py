@@ -9,10 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fedsea.audit.plan import Plan
-from fedsea.audit.report import Report
-from fedsea.audit.run import Auditor
-from fedsea.audit.samples import SAMPLES
+from fedsea.audit import SAMPLES, Auditor, Plan, Report
 from fedsea.checkpoints import open_checkpoint
 from fedsea.checkpoints.packaged import opening
 from fedsea.demo.audience import Audience

@@ -19,13 +19,7 @@ def attack_names() -> list[str]:
 
 
 def attack_class(name: str) -> "type[Attack]":
-    """The attack of this name.
-
-    Raises
-    ------
-    UsageError
-        If there is none.
-    """
+    """The attack of this name; a UsageError that names all if there is none."""
     if name not in attack_names():
         raise UsageError(f"there is no attack {name!r}; there are: {', '.join(attack_names())}")
     module = import_module(f"{__name__}.{name.replace('-', '_')}")
@@ -39,15 +33,7 @@ def get_attack(name: str) -> "Attack":
 
 
 def usual_attacks(*, training: bool, several: bool) -> tuple[str, ...]:
-    """Names of the attacks that fit and are not slow.
-
-    Parameters
-    ----------
-    training
-        Whether gradients are observed.
-    several
-        Whether texts are observed more than once.
-    """
+    """Names of the attacks that fit and are not slow: by whether gradients, or texts several times, are observed."""
     fitting = ["nothing", "sent", "returned", *(["gradient"] if training else []), *(["several"] if several else [])]
     found = [one for one in map(attack_class, attack_names()) if not one.slow and one.reads in fitting]
     return tuple(one.name for one in sorted(found, key=lambda one: fitting.index(one.reads)))

@@ -30,14 +30,7 @@ class Decoder(Attack):
     Half of the pairs are a colluding client's, as the provider saw them, if there is one. The others (all, if there is
     none) the attacker makes: public text through the public weights, with draws of its own.
 
-    Parameters
-    ----------
-    steps
-        Of training, each on `ROWS` texts of `WINDOW` tokens.
-    ahead
-        Which token a state is trained to give: 0 for its own, 1 for the next.
-    learning_rate
-        Its largest.
+    `ahead` says which token a state is trained to give: 0 for its own, 1 for the next.
     """
 
     name = "decoder"
@@ -87,13 +80,7 @@ class Decoder(Attack):
 
 
 class _Network(nn.Module):
-    """States to queries, which are compared with a row for each token.
-
-    Parameters
-    ----------
-    samples
-        Pairs to measure on how states differ from typical ones.
-    """
+    """States to queries, which are compared with a row for each token; samples show how states differ from typical."""
 
     _mean: Tensor
     _whiten: Tensor

@@ -26,11 +26,6 @@ class Optimise(Attack):
     The forward half of BiSR (arXiv 2409.00960) and ActInv (arXiv 2605.23158) work so. It needs no run of A for each
     candidate, which pays where a search over the vocabulary is too dear; where it is not, `search` reads more: on
     SmolLM2-135M, one input layer, no noise, 89 % of tokens are read here, 71 % by `nearest`, 100 % by `search`.
-
-    Parameters
-    ----------
-    iterations
-        Of L-BFGS at most.
     """
 
     name = "optimise"

@@ -17,13 +17,8 @@ class Search(Attack):
     """The token whose state, after what has been recovered, is nearest to what was sent.
 
     A's output at a position depends on the text up to there and on nothing else, so a text is read from left to right
-    (as SipIt does, arXiv 2510.15511): exact without noise, and a matched filter under it.
-
-    Parameters
-    ----------
-    limit
-        Candidates that are run at a position at most, out of those that could be nearest; None runs the whole
-        vocabulary.
+    (as SipIt does, arXiv 2510.15511): exact without noise, and a matched filter under it. At most `limit`
+    candidates are run at a position, out of those that could be nearest; None runs the whole vocabulary.
     """
 
     name = "search"

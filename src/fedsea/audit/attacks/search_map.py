@@ -27,14 +27,8 @@ class SearchMap(Attack):
 
     Under independent Gaussian noise of variance v the first is -|observation - state|² / 2v, up to a constant; the
     second is the public language model's. What is minimised is their sum times -2v, so that no noise needs no case of
-    its own: the language model then decides between what rounding leaves equal.
-
-    Parameters
-    ----------
-    beams
-        Texts that are kept at each position.
-    limit
-        As in `Search`, for each of them.
+    its own: the language model then decides between what rounding leaves equal. At each position `beams` texts are
+    kept.
     """
 
     name = "search-map"
