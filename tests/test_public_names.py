@@ -16,7 +16,7 @@ from tests.conftest import RunningServer
 README = Path(__file__).parent.parent / "README.md"
 FOUND = [found.name for found in pkgutil.walk_packages(fedsea.__path__, "fedsea.")]
 # Top-level modules of what the extras install.
-EXTRAS = {"datasets", "flwr", "gguf", "matplotlib", "opacus", "ray", "rouge_score"}
+EXTRAS = {"datasets", "flwr", "gguf", "matplotlib", "ray", "rouge_score"}
 EXTRAS |= {"tensorboard"}
 
 

@@ -92,7 +92,7 @@ def test_each_pass_has_noise_of_its_own_and_all_of_it_the_same(
         sent = torch.cat([one.states.float() / one.states.float().std() for one in forwards]).double()
         flat, _ = sent.flatten().sort()
         expected = 0.5 * (1 + torch.erf(flat / math.sqrt(2)))
-        assert (expected - torch.arange(1, len(flat) + 1) / len(flat)).abs().max() < 3.5 / math.sqrt(len(flat))
+        assert (expected - torch.arange(1, len(flat) + 1) / len(flat)).abs().max() < 3.0 / math.sqrt(len(flat))
         alike = torch.corrcoef(sent).fill_diagonal_(0).abs().max()
         assert alike < 7 / math.sqrt(sent.shape[1])
         # After training, and for all that is no training pass in it, the level's.
@@ -215,18 +215,11 @@ def test_bound_and_epsilon_are_those_of_as_many_looks_at_the_level() -> None:
     same = parse_mechanism("relative-clipped-gaussian:clip=1,level=4").calibrated(lambda: Magnitude(0.5, 16.0))
     assert level == same
     assert guaranteed_bound(level, 64, uniform_source(1000), 5) == guaranteed_bound(same, 64, uniform_source(1000), 5)
-    pytest.importorskip("opacus")
-    from opacus.accountants.analysis import rdp
-
     budget = LookBudget(5)
-    spent = [budget.spend(share) for share in (0.4, 0.1, 0.5, 0.6, 1.0)]
-    orders = [1.5, 2.0, 8.0]
-    multiplier = level.channel.std / (2 * level.channel.clip)
-    total = sum(
-        rdp.compute_rdp(q=1.0, noise_multiplier=multiplier / math.sqrt(one), steps=1, orders=orders) for one in spent
-    )
-    planned = rdp.compute_rdp(q=1.0, noise_multiplier=multiplier, steps=5, orders=orders)
-    assert (total <= planned * (1 + 1e-9)).all()
+    spent = sum(budget.spend(share) for share in (0.4, 0.1, 0.5, 0.6, 1.0))
+    together = clipped_gaussian(level.channel.clip, level.channel.std / math.sqrt(spent))
+    epsilon = privacy_spent(level, delta=1e-6, releases=5).epsilon
+    assert epsilon * 0.99 < privacy_spent(together, delta=1e-6).epsilon <= epsilon
     assert privacy_spent(level, delta=1e-6, releases=5) == privacy_spent(same, delta=1e-6, releases=5)
 
 

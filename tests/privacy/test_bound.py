@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 
+import mpmath
 import numpy as np
 import pytest
 import torch
@@ -268,48 +269,28 @@ def test_what_cannot_be_said_is_one_line(ask: Callable[[], object], says: str) -
 # Differential privacy
 
 
-def gaussian_delta(epsilon: float, ratio: float) -> float:
-    """The exact delta of a Gaussian mechanism of sensitivity `ratio` standard deviations (Balle and Wang 2018)."""
-    from scipy.special import log_ndtr
-
-    first = log_ndtr(ratio / 2 - epsilon / ratio)
-    second = epsilon + log_ndtr(-ratio / 2 - epsilon / ratio)
-    return float(np.exp(first) * -np.expm1(second - first))
-
-
-def exact_epsilon(ratio: float, delta: float) -> float:
-    low, high = 0.0, 10 * ratio**2 + 100 * ratio + 100
-    for _ in range(200):
-        middle = (low + high) / 2
-        low, high = (middle, high) if gaussian_delta(middle, ratio) > delta else (low, middle)
-    return high
+def delta_of(epsilon: float, distance: float) -> float:
+    """By definition: the integral of what one Gaussian has above `exp(epsilon)` times another, to 50 digits."""
+    with mpmath.workdps(50):
+        mean, factor = mpmath.mpf(distance), mpmath.exp(epsilon)
+        crossing = mean / 2 - epsilon / mean
+        steps = [min(-40, crossing - 40), *[crossing - away for away in (20, 8, 4, 2, 1)], crossing]
+        return float(mpmath.quad(lambda x: mpmath.npdf(x) - factor * mpmath.npdf(x - mean), steps))
 
 
 @pytest.mark.parametrize("delta", [1e-5, 1e-9])
 @pytest.mark.parametrize("releases", [1, 100, 10000])
 @pytest.mark.parametrize("multiplier", [0.05, 1.0, 30.0, 500.0])
-def test_epsilon_is_an_upper_bound_close_to_the_analytic_gaussian_mechanism(
-    multiplier: float, releases: int, delta: float
-) -> None:
-    pytest.importorskip("opacus")
+def test_epsilon_is_exact(multiplier: float, releases: int, delta: float) -> None:
     noise = clipped_gaussian(clip=2.0, std=4.0 * multiplier)  # sensitivity 2 * clip
     spent = privacy_spent(noise, delta=delta, releases=releases)
     # Gaussian releases compose to one whose sensitivity is larger by the root of their number.
-    exact = exact_epsilon(math.sqrt(releases) / multiplier, delta)
-    assert exact <= spent.epsilon <= 1.3 * exact + 1e-3
+    assert delta_of(spent.epsilon, math.sqrt(releases) / multiplier) == pytest.approx(delta, rel=1e-9)
     assert (spent.delta, spent.releases) == (delta, releases)
 
 
 def test_epsilon_is_infinite_without_noise_and_falls_with_it() -> None:
-    pytest.importorskip("opacus")
     assert privacy_spent(clipped_gaussian(1.0, 0.0), delta=1e-5).epsilon == math.inf
-    clipped_first = Chain((Clip(1.0), GaussianNoise(2.0)))
-    spent = privacy_spent(clipped_first, delta=1e-5)
-    assert spent == privacy_spent(clipped_gaussian(1.0, 2.0), delta=1e-5)
+    spent = privacy_spent(clipped_gaussian(1.0, 2.0), delta=1e-5)
     assert privacy_spent(clipped_gaussian(1.0, 4.0), delta=1e-5).epsilon < spent.epsilon
-
-
-def test_a_missing_accountant_is_one_line_that_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "opacus.accountants.analysis", None)
-    with pytest.raises(UsageError, match=r"pip install 'opacus>=[\d.]+'"):
-        privacy_spent(clipped_gaussian(1.0, 1.0), delta=1e-5)
+    assert privacy_spent(clipped_gaussian(1.0, 1e9), delta=1e-5).epsilon == 0  # two states are told apart less often

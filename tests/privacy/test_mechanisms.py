@@ -81,11 +81,11 @@ def test_what_is_added_is_gaussian_and_does_not_depend_on_the_state(mechanism: N
     sorted_, _ = (added.flatten() / STD).sort()
     expected = 0.5 * (1 + torch.erf(sorted_ / math.sqrt(2)))
     distance = (expected - torch.arange(1, len(sorted_) + 1) / len(sorted_)).abs().max()
-    assert distance < 1.95 / math.sqrt(len(sorted_))  # Kolmogorov and Smirnov, 0.1 %
+    assert distance < 3.0 / math.sqrt(len(sorted_))  # Kolmogorov and Smirnov: once in 30 million times
     both = torch.stack([added.flatten(), signal.double().flatten()])
-    assert abs(torch.corrcoef(both)[0, 1]) < 4 / math.sqrt(both.shape[1])
+    assert abs(torch.corrcoef(both)[0, 1]) < 6 / math.sqrt(both.shape[1])
     spread = added.std(dim=1)
-    assert abs(spread[:300].mean() / spread[300:].mean() - 1) < 0.02  # small states and large ones alike
+    assert abs(spread[:300].mean() / spread[300:].mean() - 1) < 0.04  # 7 sigma; small states and large ones alike
 
 
 def test_clipping_bounds_the_norm_and_leaves_direction_and_smaller_states() -> None:
@@ -123,7 +123,7 @@ def test_no_two_sources_agree_whatever_the_seed(mechanism: Noise) -> None:
         torch.manual_seed(0)
         sent.append(mechanism.apply(states(300), lambda: drawn_by(mechanism)))
     difference = sent[0] - sent[1]
-    assert difference.std().item() == pytest.approx(STD * math.sqrt(2), rel=0.02)
+    assert difference.std().item() == pytest.approx(STD * math.sqrt(2), rel=0.03)  # 7 sigma
 
 
 def test_mechanisms_with_one_draw_between_them_never_share_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,10 +26,10 @@ def test_draws_are_standard_normal_and_independent() -> None:
     flat, _ = draws.double().flatten().sort()
     count = len(flat)
     distance = (standard_normal_cdf(flat) - torch.arange(1, count + 1) / count).abs().max()
-    assert distance < 1.95 / math.sqrt(count)  # Kolmogorov and Smirnov, 0.1 %
+    assert distance < 3.0 / math.sqrt(count)  # Kolmogorov and Smirnov: once in 30 million times
     correlation = torch.corrcoef(draws.double())
     correlation.fill_diagonal_(0)
-    assert correlation.abs().max() < 6 / math.sqrt(577)
+    assert correlation.abs().max() < 7.5 / math.sqrt(577)  # of 80,000: once in 100 million times
 
 
 def test_the_same_text_has_the_same_noise_and_any_other_text_another() -> None:
@@ -39,7 +39,7 @@ def test_the_same_text_has_the_same_noise_and_any_other_text_another() -> None:
     assert source.extend(source.extend(b"", [5])[-1], [6, 7]) == first[1:]
     assert not set(first) & set(other)  # the later tokens are equal, what came before is not
     drawn = torch.cat([source.normals(first, 64), source.normals(other, 64)])
-    assert torch.corrcoef(drawn).fill_diagonal_(0).abs().max() < 0.6
+    assert torch.corrcoef(drawn).fill_diagonal_(0).abs().max() < 0.75  # 6 sigma and more; equal draws have 1
 
 
 def test_no_two_sources_agree_and_no_seed_reaches_them() -> None:

@@ -3,8 +3,13 @@
 Any two states of norm at most `clip` are at most `2 * clip` apart. Gaussian noise on one of them therefore makes the
 release (epsilon, delta)-indistinguishable from that of any other state: local differential privacy of one state, under
 replacement. A text of `n` tokens is `n` releases, and every further look with fresh noise (another process; in training
-every step of the input blocks' adapter) is `n` more: they compose. The composition is that of Opacus's accountant
-(Renyi divergences), an upper bound.
+every step of the input blocks' adapter) is `n` more: they compose.
+
+The composition is exact. `n` Gaussian releases are as one whose states are `mu = sqrt(n) * 2 * clip / std` standard
+deviations apart, and for that (Balle and Wang, Improving the Gaussian Mechanism for Differential Privacy, ICML 2018,
+theorem 8)
+
+    delta = Phi(mu / 2 - epsilon / mu) - exp(epsilon) * Phi(-mu / 2 - epsilon / mu).
 
 The numbers are printed as they come out, however large: at noise that leaves a language model of use, they are large.
 They hold in exact arithmetic. What is noised is rounded so that its last bits tell nothing of how it came about
@@ -13,14 +18,14 @@ They hold in exact arithmetic. What is noised is rounded so that its last bits t
 """
 
 import math
-import warnings
 from dataclasses import dataclass
 
-import numpy as np
+import torch
 
 from fedsea.errors import UsageError
-from fedsea.extras import install_line
 from fedsea.privacy.mechanism import Noise
+
+HALVINGS = 200  # of the interval in which epsilon is searched: more than float64 can tell apart
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,7 @@ def privacy_spent(noise: Noise, *, delta: float, releases: int = 1) -> PrivacySp
     Raises
     ------
     UsageError
-        If nothing bounds the states, `delta` or `releases` cannot be used, or the accountant is not installed.
+        If nothing bounds the states, or `delta` or `releases` cannot be used.
     """
     channel = noise.channel
     if math.isinf(channel.clip):
@@ -68,18 +73,26 @@ def privacy_spent(noise: Noise, *, delta: float, releases: int = 1) -> PrivacySp
         raise UsageError(f"there must be one release or more; got {releases}")
     if channel.std == 0:
         return PrivacySpent(math.inf, delta, releases)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # deprecations within Opacus are not the user's
-            from opacus.accountants.analysis import rdp
-    except ImportError:
-        raise UsageError(f"epsilon needs an accountant; install it by: {install_line('opacus')}") from None
-    multiplier = channel.std / (2 * channel.clip)
-    # The best order is near this one, as Renyi divergences of Gaussians are linear in the order.
-    best = multiplier * math.sqrt(2 * math.log(1 / delta) / releases)
-    orders = 1 + best * np.geomspace(0.05, 20, 2001)
-    spent = rdp.compute_rdp(q=1.0, noise_multiplier=multiplier, steps=releases, orders=orders)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # where the best order is at an end, the bound still holds
-        epsilon, _order = rdp.get_privacy_spent(orders=orders, rdp=spent, delta=delta)
-    return PrivacySpent(max(0.0, float(epsilon)), delta, releases)
+    return PrivacySpent(_epsilon(math.sqrt(releases) * 2 * channel.clip / channel.std, delta), delta, releases)
+
+
+def _epsilon(distance: float, delta: float) -> float:
+    """The least epsilon, to the last bits, of two Gaussians that are so many standard deviations apart."""
+    if _delta(0.0, distance) <= delta:
+        return 0.0
+    # Phi(-t) is at most exp(-t^2 / 2), so that delta holds where the first term's argument is -t.
+    low, high = 0.0, distance**2 / 2 + distance * math.sqrt(2 * math.log(1 / delta))
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _delta(middle, distance) > delta else (low, middle)
+    return high
+
+
+def _delta(epsilon: float, distance: float) -> float:
+    """The formula above, with exp(epsilon) taken into the scaled complementary error function."""
+    first, second = distance / 2 - epsilon / distance, distance / 2 + epsilon / distance
+    tails = torch.tensor([-first, second], dtype=torch.float64) / math.sqrt(2)
+    if first > 0:  # where the scaled function would overflow
+        return float(torch.erfc(tails[0]) - math.exp(-(first**2) / 2) * torch.special.erfcx(tails[1])) / 2
+    near, far = torch.special.erfcx(tails).tolist()
+    return float(math.exp(-(first**2) / 2) * (near - far) / 2)
