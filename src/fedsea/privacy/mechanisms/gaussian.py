@@ -29,7 +29,8 @@ class GaussianNoise(Noise):
     std
         Standard deviation; 0 sends states as they are.
     unit
-        Of `std`: that of the hidden states, or the mean |h_A| of the model at hand.
+        Of `std`: that of the hidden states, or the mean |h_A| of the model at hand, which `RelativeGaussianNoise` is
+        short for.
 
     Raises
     ------
