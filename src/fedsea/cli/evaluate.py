@@ -13,6 +13,7 @@ from fedsea.cli.progress import progress_bar
 from fedsea.cli.terminal import print_json, working
 from fedsea.errors import UsageError
 from fedsea.files import write_text
+from fedsea.tasks import task_names
 from fedsea.text import json_text
 
 if TYPE_CHECKING:  # --help needs no torch
@@ -110,7 +111,7 @@ def evaluate(
     model: EvaluatedModel,
     task: Annotated[
         str,
-        typer.Option(metavar="TASK", help="boolq, cb, copa, rte, wic, wsc, multirc, record, coqa, xsum, text, chat."),
+        typer.Option(metavar="TASK", help=f"{', '.join(task_names())}."),
     ],
     data: Annotated[
         str, typer.Option(metavar="PATH", help="A file, a folder with its splits, or hub:NAME or hub:NAME:CONFIG.")

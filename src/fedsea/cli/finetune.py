@@ -91,7 +91,7 @@ class DataOptions:
         str,
         typer.Option(
             metavar="TASK",
-            help="boolq, cb, copa, rte, wic, wsc, multirc, record, coqa, xsum; text or chat for your own JSON lines.",
+            help=f"{', '.join(task_names())}; text and chat are for your own JSON lines.",
         ),
     ] = ""
     data: Annotated[

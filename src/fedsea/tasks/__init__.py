@@ -1,22 +1,14 @@
-"""Tasks: from a data set's own files to prompts, and from a model's answers to the official metrics."""
+"""Tasks: from a data set's own files to prompts, and from a model's answers to the official metrics.
 
+A task is a file in `datasets/`: which columns it reads, what it asks, which answers it takes, how they are scored.
+"""
+
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from fedsea.errors import UsageError
+from fedsea.registry import Registry
 from fedsea.tasks.base import Example, LabelTask, LossTask, Split, Task, WrittenTask
-from fedsea.tasks.boolq import BoolQ
-from fedsea.tasks.cb import CB
-from fedsea.tasks.chat import Chat
-from fedsea.tasks.copa import COPA
-from fedsea.tasks.coqa import CoQA
 from fedsea.tasks.encoding import encode
-from fedsea.tasks.multirc import MultiRC
-from fedsea.tasks.record import ReCoRD
-from fedsea.tasks.rte import RTE
-from fedsea.tasks.text import Text
-from fedsea.tasks.wic import WiC
-from fedsea.tasks.wsc import WSC
-from fedsea.tasks.xsum import XSum
 
 if TYPE_CHECKING:
     from fedsea.tasks.evaluation import Evaluation as Evaluation
@@ -24,7 +16,6 @@ if TYPE_CHECKING:
     from fedsea.tasks.evaluation import evaluate as evaluate
 
 __all__ = [
-    "TASKS",
     "Evaluation",
     "Example",
     "LabelTask",
@@ -36,27 +27,31 @@ __all__ = [
     "encode",
     "evaluate",
     "get_task",
+    "task_names",
 ]
 
-TASKS: dict[str, Task] = {
-    task.name: task
-    for task in (BoolQ(), CB(), COPA(), RTE(), WiC(), WSC(), MultiRC(), ReCoRD(), CoQA(), XSum(), Text(), Chat())
-}
-"""All tasks by name. Tasks have no state, so one object of each is enough."""
+_TASKS: Registry[Task] = Registry("fedsea.tasks.datasets", "task")
+
+
+def task_names() -> list[str]:
+    """Every task's name, in the order of the alphabet."""
+    return _TASKS.names
 
 
 def get_task(name: str) -> Task:
-    """The task of this name, whatever its casing.
+    """The task of this name, whatever its casing. Tasks have no state, so one object of each is enough.
 
     Raises
     ------
     UsageError
         If there is none; the message names those that there are.
     """
-    task = TASKS.get(name.lower())
-    if task is None:
-        raise UsageError(f"there is no task {name!r}; there are {', '.join(TASKS)}")
-    return task
+    return _get(name.lower()) if name.lower() in task_names() else _get(name)
+
+
+@cache
+def _get(name: str) -> Task:
+    return _TASKS.find(name)()
 
 
 def __getattr__(name: str) -> Any:

@@ -18,13 +18,7 @@ def by_length(rows: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[i
 
 
 def pad_left(rows: Sequence[Sequence[int]], padding: int, device: Any) -> tuple[Tensor, Tensor]:
-    """Rows as one batch.
-
-    Returns
-    -------
-    input_ids, attention_mask
-        Both int64, `[rows, tokens]`; the mask is 0 at padding.
-    """
+    """Rows as one batch: token ids and attention mask, both int64, `[rows, tokens]`; the mask is 0 at padding."""
     width = max(map(len, rows))
     ids = torch.full((len(rows), width), padding, dtype=torch.int64)
     mask = torch.zeros_like(ids)

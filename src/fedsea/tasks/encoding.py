@@ -12,21 +12,11 @@ from fedsea.training.examples import IGNORED, Encoded
 
 @dataclass(frozen=True)
 class Prompt:
-    """A question as a model is asked it, for evaluation.
+    """A question as a model is asked it, for evaluation."""
 
-    Attributes
-    ----------
-    input_ids
-        Token ids up to where the answer begins.
-    answers
-        Of a `LabelTask`, from label to the one token that stands for it; empty for others.
-    cut
-        Number of tokens that truncation removed.
-    """
-
-    input_ids: tuple[int, ...]
-    answers: dict[str, int]
-    cut: int
+    input_ids: tuple[int, ...]  # up to where the answer begins
+    answers: dict[str, int]  # of a LabelTask, from label to the one token that stands for it; empty for others
+    cut: int  # number of tokens that truncation removed
 
 
 def encode(task: Task, example: Example, tokenizer: Any, max_tokens: int, loss_on_prompt: bool = False) -> Encoded:
@@ -68,10 +58,7 @@ def encode(task: Task, example: Example, tokenizer: Any, max_tokens: int, loss_o
 def encode_prompt(task: LabelTask | WrittenTask, example: Example, tokenizer: Any, max_tokens: int) -> Prompt:
     """An example as evaluation asks it; prompt and answer together have at most `max_tokens`.
 
-    Raises
-    ------
-    UsageError
-        If the question does not fit, or the tokenizer does not tell a task's answers apart by one token.
+    A UsageError if the question does not fit, or the tokenizer does not tell a task's answers apart by one token.
     """
     template = Template(tokenizer, task.cue)
     content = example.content
@@ -94,19 +81,9 @@ def answer_tokens(task: LabelTask, tokenizer: Any, question: Question) -> tuple[
     """The tokens that the answers of a task really begin with, after this question.
 
     What precedes an answer decides its first token: after a chat template's "assistant\\n" it is `Yes`, after a plain
-    "Answer:" it is ` Yes`. So each answer is written out in its place and tokenised there.
-
-    Returns
-    -------
-    shared
-        Tokens that all answers begin with, such as a lone space; they belong to the prompt then.
-    answers
-        From label to the first token after them.
-
-    Raises
-    ------
-    UsageError
-        If two answers begin with the same token, so that one token cannot tell them apart.
+    "Answer:" it is ` Yes`. So each answer is written out in its place and tokenised there: tokens that all begin with,
+    such as a lone space, which belong to the prompt then; and from label to the first token after them. A UsageError if
+    two of these are the same.
     """
     template = Template(tokenizer, task.cue)
     written = {word: _continued(tokenizer, template, question, word)[1] for word in task.verbalisers.values()}

@@ -22,19 +22,11 @@ Progress = Callable[[int, int], None]
 class Prediction:
     """What a model answered to one example.
 
-    Attributes
-    ----------
-    id
-        The example's.
-    prediction
-        The label or the text; None if the answer could not be read.
-    golds
-        Every answer that counts as right.
     """
 
-    id: str
-    prediction: str | None
-    golds: tuple[str, ...]
+    id: str  # the example's
+    prediction: str | None  # the label or the text; None if the answer could not be read
+    golds: tuple[str, ...]  # every answer that counts as right
 
 
 @dataclass(frozen=True)
@@ -114,7 +106,7 @@ def evaluate(
         Measure `answer_loss` and `perplexity` of the gold answers as well, with one more pass over the examples.
         `text` and `chat` always do, and nothing else.
     progress
-        Told of every batch.
+        Called after every batch.
 
     Raises
     ------

@@ -31,21 +31,10 @@ def macro_f1(golds: Sequence[str], predictions: Predictions) -> float:
 def multirc(groups: Sequence[str], golds: Sequence[str], predictions: Predictions, right: str) -> dict[str, float]:
     """MultiRC's metrics, as its authors define them (Khashabi et al. 2018, section 5, and their evaluation script).
 
-    Parameters
-    ----------
-    groups
-        The question that each answer candidate belongs to.
-    golds, predictions
-        Of each candidate, its label.
-    right
-        The label of a right candidate.
-
-    Returns
-    -------
-    dict
-        `f1a`: F1 of "right" over all candidates. `f1m`: precision and recall of each question's candidates, averaged
-        over questions, and the harmonic mean of the two averages; a question without predicted (or without gold) right
-        candidates has a precision (a recall) of 1. `em`: share of questions all of whose candidates are labelled right.
+    Each candidate has a group (its question) and a label, `right` or another. `f1a`: F1 of "right" over all candidates.
+    `f1m`: precision and recall of each question's candidates, averaged over questions, and the harmonic mean of the two
+    averages; a question without predicted (or without gold) right candidates has a precision (a recall) of 1. `em`:
+    share of questions all of whose candidates are labelled right.
     """
     questions: dict[str, list[tuple[str, str | None]]] = {}
     for group, gold, prediction in zip(groups, golds, predictions, strict=True):
@@ -113,13 +102,7 @@ def leave_one_out(golds: Sequence[Sequence[str]], predictions: Predictions) -> d
 
 
 def require_rouge() -> None:
-    """Check that ROUGE can be computed.
-
-    Raises
-    ------
-    UsageError
-        If its package is not installed.
-    """
+    """Raise a UsageError if the package for ROUGE is not installed."""
     require("ROUGE", "rouge_score")
 
 

@@ -15,27 +15,13 @@ HUB = "hub:"
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a data set: columns that are checked as they are taken.
-
-    Attributes
-    ----------
-    fields
-        The columns.
-    number
-        Which row this is in its file, from 1.
-    where
-        The same for a person: "val.jsonl line 7".
-    needs
-        What the task needs, for errors: "BoolQ needs question, passage, label".
-    inside
-        The column that holds these columns, with a dot: "passage."; empty for the row itself.
-    """
+    """One row of a data set: columns that are checked as they are taken."""
 
     fields: Mapping[str, Any]
-    number: int
-    where: str
-    needs: str
-    inside: str = ""
+    number: int  # which row this is in its file, from 1
+    where: str  # the same for a person: "val.jsonl line 7"
+    needs: str  # what the task needs, for errors: "BoolQ needs question, passage, label"
+    inside: str = ""  # the column that holds these columns, with a dot: "passage."; empty for the row itself
 
     @property
     def id(self) -> str:
@@ -129,11 +115,6 @@ def read_rows(path: str, split: str, names: tuple[str, ...], needs: str) -> Iter
 
     A file that ends in `.json` is one JSON object whose `data` is the list of rows (CoQA's form); any other file has a
     JSON object a line.
-
-    Raises
-    ------
-    UsageError
-        If it cannot be found or read, or a row is no JSON object.
     """
     if path.startswith(HUB):
         return _hub_rows(path, split, needs)

@@ -36,12 +36,8 @@ def find_span(target: Row, words: list[str], span: str) -> int:
 
     The official files count words between white space, but their spans differ from the words there in casing, in
     punctuation at the ends, in a possessive 's, in white space, and a few stand some words beside their index. So
-    words are compared without all that, and of the places where the span fits, the one nearest to its index counts.
-
-    Raises
-    ------
-    UsageError
-        If the span fits nowhere.
+    words are compared without all that, and of the places where the span fits, the one nearest to its index counts; if
+    there is none, that is a UsageError.
     """
     wanted = [_bare(word) for word in target.text(f"{span}_text").split()]
     index = target.number_of(f"{span}_index")

@@ -1,0 +1,1 @@
+"""The tasks, each in the file of its name."""
