@@ -16,6 +16,7 @@ TESTS = Path(__file__).parent
 ORDER = [
     "errors",
     "partition",
+    "registry",
     "files",
     "text",
     "extras",

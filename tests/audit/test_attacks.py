@@ -169,5 +169,5 @@ def test_prior_is_the_models_own_text(whole_tiny: Any) -> None:
 
 def test_attacks_go_by_name() -> None:
     assert [get_attack(name).name for name in attack_names()] == attack_names()
-    with pytest.raises(UsageError, match=r"no attack 'guess'; there are: average, decoder"):
+    with pytest.raises(UsageError, match=r"no attack 'guess'; there are average, decoder"):
         get_attack("guess")

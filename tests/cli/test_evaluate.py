@@ -110,7 +110,7 @@ def test_split_gives_what_whole_gives_with_and_without_an_adapter(
         (["--whole", "--insecure"], 2, "--insecure is for --server"),
         (["--server", NOWHERE], 2, "--credentials DIR"),
         (["--server", NOWHERE, "--insecure"], 1, "no block server at 127.0.0.1:"),
-        (["--whole", "--task", "squad"], 2, "there is no task 'squad'; there are boolq, cb, copa"),
+        (["--whole", "--task", "squad"], 2, "there is no task 'squad'; there are boolq, cb, chat"),
         (["--whole", "--data", "nowhere"], 2, "there is no file or folder nowhere"),
         (["--whole", "--adapter", "nowhere"], 1, "nowhere is no PEFT adapter: adapter_config.json is missing"),
         (["--whole", "--predictions", "no/folder/x"], 2, "there is no folder no/folder to write x into"),

@@ -19,6 +19,7 @@ from fedsea.cli.progress import NowAndThen, progress_bar
 from fedsea.cli.terminal import print_json, tell, working
 from fedsea.errors import FedSEAError, NonFiniteError, UsageError
 from fedsea.extras import install_line
+from fedsea.tasks import task_names
 
 if TYPE_CHECKING:  # --help needs no torch
     from fedsea.tasks import Example

@@ -20,9 +20,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model answered to one example.
-
-    """
+    """What a model answered to one example."""
 
     id: str  # the example's
     prediction: str | None  # the label or the text; None if the answer could not be read

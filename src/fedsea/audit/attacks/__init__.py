@@ -1,10 +1,8 @@
 """The attacks: one file each, which is called as its attack is. Their names are known without importing them."""
 
-from importlib import import_module
-from pkgutil import iter_modules
 from typing import TYPE_CHECKING
 
-from fedsea.errors import UsageError
+from fedsea.registry import Registry
 
 if TYPE_CHECKING:
     from fedsea.audit.attack import Attack
@@ -13,18 +11,17 @@ FLOOR = "prior"
 """The attack that looks at nothing: what anybody can guess."""
 
 
+_ATTACKS: "Registry[Attack]" = Registry("fedsea.audit.attacks", "attack")
+
+
 def attack_names() -> list[str]:
     """Every attack's name, in the order of the alphabet."""
-    return sorted(module.name.replace("_", "-") for module in iter_modules(__path__))
+    return _ATTACKS.names
 
 
 def attack_class(name: str) -> "type[Attack]":
     """The attack of this name; a UsageError that names all if there is none."""
-    if name not in attack_names():
-        raise UsageError(f"there is no attack {name!r}; there are: {', '.join(attack_names())}")
-    module = import_module(f"{__name__}.{name.replace('-', '_')}")
-    found: type[Attack] = next(one for one in vars(module).values() if getattr(one, "name", None) == name)
-    return found
+    return _ATTACKS.find(name)
 
 
 def get_attack(name: str) -> "Attack":
