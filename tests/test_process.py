@@ -12,7 +12,8 @@ import pytest
 import fedsea
 from fedsea.checkpoints import open_checkpoint
 from fedsea.errors import FedSEAError, ModelNotFoundError
-from fedsea.federation.process import Child, flower_environment
+from fedsea.federation.process import flower_environment
+from fedsea.process import Child
 from fedsea.server.process import ServerProcess
 
 SOURCE = Path(fedsea.__file__).parent

@@ -11,7 +11,7 @@ import pytest
 
 import fedsea
 from fedsea_bench import federation, inference, privacy, training
-from fedsea_bench.link import LinkProcess
+from fedsea_bench.link import Link
 from fedsea_bench.names import NAMES
 from fedsea_bench.processes import run_fresh
 from tests.cli.test_checks_first import outcomes
@@ -70,7 +70,7 @@ def test_a_wrong_command_is_one_line_without_torch(tmp_path: Path) -> None:
 
 
 def link() -> None:
-    with LinkProcess("127.0.0.1:1") as started:
+    with Link("127.0.0.1:1") as started:
         assert started.counters().connections == 0
 
 

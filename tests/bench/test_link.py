@@ -10,9 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from fedsea.errors import FedSEAError, UsageError
-from fedsea_bench.link import Link, LinkProcess
-
-LINKS = pytest.mark.parametrize("kind", [Link, LinkProcess])
+from fedsea_bench.link import Link
 
 
 @pytest.fixture
@@ -66,9 +64,8 @@ def exchange(connection: socket.socket, data: bytes) -> float:
     return time.perf_counter() - start
 
 
-@LINKS
-def test_delay_is_added_in_each_direction(echo: str, kind: type[Link | LinkProcess]) -> None:
-    with kind(echo, delay_ms=20) as link, connect(link.address) as connection:
+def test_delay_is_added_in_each_direction(echo: str) -> None:
+    with Link(echo, delay_ms=20) as link, connect(link.address) as connection:
         assert exchange(connection, b"first") >= 0.08  # opening the connection takes a round trip too
         assert all(exchange(connection, b"x" * 1000) >= 0.04 for _ in range(3))
 
@@ -114,9 +111,8 @@ def test_memory_is_bounded_when_the_receiver_does_not_read() -> None:
                 assert receive(receiver, link.bytes_up)
 
 
-@LINKS
-def test_counters_count_payload_by_direction(echo: str, kind: type[Link | LinkProcess]) -> None:
-    with kind(echo, delay_ms=1) as link:
+def test_counters_count_payload_by_direction(echo: str) -> None:
+    with Link(echo, delay_ms=1) as link:
         with connect(link.address) as connection:
             exchange(connection, b"x" * 1234)
             assert (link.bytes_up, link.bytes_down, link.connections) == (1234, 1234, 1)
@@ -138,9 +134,8 @@ def test_end_of_stream_passes_through_behind_the_data(echo: str) -> None:
         wait_until_unconnected(link)
 
 
-@LINKS
-def test_cut_resets_connections_and_takes_new_ones(echo: str, kind: type[Link | LinkProcess]) -> None:
-    with kind(echo) as link:
+def test_cut_resets_connections_and_takes_new_ones(echo: str) -> None:
+    with Link(echo) as link:
         with connect(link.address) as connection:
             exchange(connection, b"before")
             link.cut()
@@ -162,9 +157,8 @@ def test_cut_resets_the_target_too() -> None:
                 served.recv(1)
 
 
-@LINKS
-def test_refuse_keeps_open_connections_and_the_address(echo: str, kind: type[Link | LinkProcess]) -> None:
-    with kind(echo) as link, connect(link.address) as old:
+def test_refuse_keeps_open_connections_and_the_address(echo: str) -> None:
+    with Link(echo) as link, connect(link.address) as old:
         exchange(old, b"before")
         for _ in range(2):
             link.refuse()
@@ -176,9 +170,8 @@ def test_refuse_keeps_open_connections_and_the_address(echo: str, kind: type[Lin
                 exchange(new, b"accepted again")
 
 
-@LINKS
-def test_pause_goes_silent_and_loses_nothing(echo: str, kind: type[Link | LinkProcess]) -> None:
-    with kind(echo) as link, connect(link.address) as connection:
+def test_pause_goes_silent_and_loses_nothing(echo: str) -> None:
+    with Link(echo) as link, connect(link.address) as connection:
         exchange(connection, b"before")
         link.pause()
         connection.sendall(b"held back")
@@ -198,7 +191,6 @@ def test_unreachable_target_resets_the_connection() -> None:
         connection.recv(1)
 
 
-@LINKS
 @pytest.mark.parametrize(
     ("target", "options"),
     [
@@ -208,9 +200,9 @@ def test_unreachable_target_resets_the_connection() -> None:
         ("localhost:1", {"rate_mbit": 0.0}),
     ],
 )
-def test_bad_settings_are_refused(kind: type[Link | LinkProcess], target: str, options: dict[str, float]) -> None:
+def test_bad_settings_are_refused(target: str, options: dict[str, float]) -> None:
     with pytest.raises(UsageError):
-        kind(target, **options)
+        Link(target, **options)
 
 
 def test_close_frees_the_address_and_may_come_twice(echo: str) -> None:
@@ -226,14 +218,13 @@ def test_close_frees_the_address_and_may_come_twice(echo: str) -> None:
 
 
 def test_a_link_process_that_died_is_reported(echo: str) -> None:
-    with LinkProcess(echo) as link:
+    with Link(echo) as link:
         os.kill(link._process.pid, signal.SIGKILL)
-        link._process.wait()
         with pytest.raises(FedSEAError, match="has ended"):
             link.counters()
 
 
-def wait_until_unconnected(link: Link | LinkProcess) -> None:
+def wait_until_unconnected(link: Link) -> None:
     deadline = time.monotonic() + 10
     while link.connections:
         assert time.monotonic() < deadline, "the connection was never closed"

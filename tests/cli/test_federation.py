@@ -33,8 +33,8 @@ from fedsea.federation.flower.gate import is_for_data_owners, is_local
 from fedsea.federation.flower.patches import connector
 from fedsea.federation.invitation import SUPERNODE_KEY, Invitation, federation_name
 from fedsea.federation.owner.join import OwnerProcess
-from fedsea.federation.process import Child
 from fedsea.federation.settings import Settings
+from fedsea.process import Child
 from tests.support.federation_commands import gone, own, until
 
 
@@ -289,7 +289,7 @@ def test_status_is_read_from_the_rounds_that_are_done_and_what_goes_on(
 
 def test_a_child_ends_when_the_process_that_started_it_is_killed(tmp_path: Path) -> None:
     code = (
-        "import sys, time; from pathlib import Path; from fedsea.federation.process import Child;"
+        "import sys, time; from pathlib import Path; from fedsea.process import Child;"
         f"child = Child('http.server', ['0', '--bind', '127.0.0.1'], Path({str(tmp_path / 'log')!r}));"
         "print(child.pid, flush=True); time.sleep(60)"
     )

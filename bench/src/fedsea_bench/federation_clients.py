@@ -1,31 +1,35 @@
-"""Benched federations without Flower: client processes, each behind a link of its own if asked, and their rounds."""
+"""Benched federations without Flower: client processes, each behind a link of its own if asked, and their rounds.
+
+Run as a module, it is one of those clients: rounds are requested on standard input, a line each.
+"""
 
 import json
-import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from types import TracebackType
+from pathlib import Path
 from typing import Any, Self
 
 from fedsea.checkpoints import open_checkpoint
-from fedsea.errors import FedSEAError
+from fedsea.client.model import SplitModelForCausalLM
 from fedsea.federation.coordinator.block_server_admin import BlockServerAdmin
 from fedsea.parts.adapters import AdapterSpec
-from fedsea.process import module_command
+from fedsea.process import Child
 from fedsea.server.process import ServerProcess
-from fedsea.wire.rounds import RoundPlan, Strategy, new_seat
-from fedsea_bench.link import LinkProcess
-from fedsea_bench.processes import environment
+from fedsea.wire.rounds import RoundPlan, Strategy, Ticket, new_seat
+from fedsea_bench.link import Link
 from fedsea_bench.speed import LINK_MBIT, RTT_SECONDS
-from fedsea_bench.training_case import adapter_config
+from fedsea_bench.training_case import adamw, adapter_config, even_batch, train_step
+from fedsea_bench.workbench import PARTITION
 
 CLIENTS = 8
 NAMES = tuple(f"client-{number}" for number in range(CLIENTS))
 WAIT_SECONDS = 600.0  # a round on two cores
 
 
-class Federation:
+class ClientProcesses:
     """A block server and client processes that wait for rounds; a context manager.
 
     Parameters
@@ -41,54 +45,31 @@ class Federation:
     """
 
     def __init__(self, model: str, threads: int, *, clients: int, rows: int, tokens: int, slow: bool = False) -> None:
-        self._things = ExitStack()
-        try:
-            self.server = self._things.enter_context(ServerProcess(model, threads=threads, clients=NAMES))
-            self.spec = AdapterSpec.from_config(adapter_config(), open_checkpoint(model).config)
+        with ExitStack() as things:
+            self.server = things.enter_context(ServerProcess(model, threads=threads, clients=NAMES))
+            self._spec = AdapterSpec.from_config(adapter_config(), open_checkpoint(model).config)
             address = self.server.address
-            self.admin = self._things.enter_context(BlockServerAdmin(address, self.server.folder / "coordinator"))
+            self._admin = things.enter_context(BlockServerAdmin(address, self.server.folder / "coordinator"))
             self._addresses = [address] * clients
             if slow:
-                self._addresses = [
-                    self._things.enter_context(
-                        LinkProcess(address, delay_ms=1000 * RTT_SECONDS / 2, rate_mbit=LINK_MBIT)
-                    ).address
-                    for _ in range(clients)
-                ]
-            self._clients = [self._start(number, model, rows, tokens) for number in range(clients)]
+                delay = 1000 * RTT_SECONDS / 2
+                links = [Link(address, delay_ms=delay, rate_mbit=LINK_MBIT) for _ in range(clients)]
+                self._addresses = [things.enter_context(link).address for link in links]
+            logs = Path(things.enter_context(tempfile.TemporaryDirectory(prefix="fedsea-bench-")))
+            self._clients = []
+            for name, server in zip(NAMES, self._addresses, strict=False):
+                given = {"model": model, "rows": rows, "tokens": tokens}
+                options = {**given, "credentials": str(self.server.folder / name), "server": server}
+                child = Child(__name__, [], logs / name, {"OMP_NUM_THREADS": "1"}, stdin=json.dumps(options))
+                self._clients.append(things.enter_context(child))
             for client in self._clients:
-                _answer(client)
-        except BaseException:
-            self._things.close()
-            raise
-
-    def _start(self, number: int, model: str, rows: int, tokens: int) -> "subprocess.Popen[str]":
-        options = {
-            "model": model,
-            "server": self._addresses[number],
-            "credentials": str(self.server.folder / NAMES[number]),
-            "rows": rows,
-            "tokens": tokens,
-            "micro_batches": 1,
-        }
-        command = module_command("fedsea_bench.federation_client", json.dumps(options))
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment(1),
-            start_new_session=True,  # an interrupt typed at the terminal is for the bench, which then ends it
-        )
-        self._things.callback(_end, process)
-        return process
+                client.answer(WAIT_SECONDS)
+            self._things = things.pop_all()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_what: object) -> None:
         self._things.close()
 
     def round(self, strategy: Strategy, clients: Sequence[int], steps: int) -> float:
@@ -103,33 +84,33 @@ class Federation:
 
     def _round(self, strategy: Strategy, clients: Sequence[int], steps: int) -> None:
         seats = [new_seat(self._addresses[number], "bench", NAMES[number]) for number in clients]
-        plan = RoundPlan("bench", strategy, self.spec, tuple(seat for seat, _ in seats), WAIT_SECONDS, WAIT_SECONDS)
-        self.admin.open_round(plan, {})
+        plan = RoundPlan("bench", strategy, self._spec, tuple(seat for seat, _ in seats), WAIT_SECONDS, WAIT_SECONDS)
+        self._admin.open_round(plan, {})
         for number, (_, ticket) in zip(clients, seats, strict=True):
-            stream: Any = self._clients[number].stdin
-            stream.write(json.dumps({"ticket": ticket.to_body(), "steps": steps}) + "\n")
-            stream.flush()
+            self._clients[number].tell(json.dumps({"ticket": ticket.to_body(), "steps": steps}))
         for number in clients:
-            _answer(self._clients[number])
-        self.admin.aggregate("bench", {NAMES[number]: 1.0 for number in clients})
+            self._clients[number].answer(WAIT_SECONDS)
+        self._admin.aggregate("bench", {NAMES[number]: 1.0 for number in clients})
 
 
-def _answer(process: "subprocess.Popen[str]") -> dict[str, Any]:
-    assert process.stdout is not None
-    line = process.stdout.readline()
-    if not line:
-        raise FedSEAError(f"a client of the bench ended (exit status {process.wait()}); what it said is above")
-    answer: dict[str, Any] = json.loads(line)
-    return answer
+def _client() -> None:
+    """Read options, then rounds: `{"ticket", "steps"}`; train each and write the `loss`. The first line says ready."""
+    options: dict[str, Any] = json.loads(sys.stdin.readline())
+    with SplitModelForCausalLM.from_pretrained(
+        options["model"], server=options["server"], credentials=Path(options["credentials"]), partition=PARTITION
+    ) as model:
+        model.micro_batches = 1
+        batch = even_batch(model.config.vocab_size, options["rows"], options["tokens"])
+        print(json.dumps({"ready": True}), flush=True)
+        for line in sys.stdin:
+            request = json.loads(line)
+            model.join_round(Ticket.from_body(request["ticket"]), adapter_config())
+            model.train()
+            optimizer = adamw(model)
+            losses = [train_step(model, optimizer, [batch]) for _ in range(request["steps"])]
+            model.finish_round()
+            print(json.dumps({"loss": losses[-1]}), flush=True)
 
 
-def _end(process: "subprocess.Popen[str]") -> None:
-    assert process.stdin is not None
-    assert process.stdout is not None
-    process.stdin.close()
-    try:
-        process.wait(20)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-    process.stdout.close()
+if __name__ == "__main__":
+    _client()

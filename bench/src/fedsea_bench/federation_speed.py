@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from time import perf_counter
 
 from fedsea.wire.rounds import Strategy
-from fedsea_bench.federation_clients import CLIENTS, Federation
+from fedsea_bench.federation_clients import CLIENTS, ClientProcesses
 from fedsea_bench.memory import MIB
 from fedsea_bench.processes import process_memory
 from fedsea_bench.results import Line
@@ -50,7 +50,7 @@ def federation_speed(bench: Workbench) -> Iterator[Line]:
         where = f"each client behind {1000 * RTT_SECONDS:.0f} ms, {LINK_MBIT:.0f} Mbit/s" if slow else "loopback"
         with (
             bench.step(f"starting {CLIENTS} clients, {where}"),
-            Federation(
+            ClientProcesses(
                 bench.settings.model, bench.settings.threads, clients=CLIENTS, rows=ROWS, tokens=tokens, slow=slow
             ) as clients,
         ):
@@ -99,7 +99,7 @@ def federation_memory(bench: Workbench) -> Iterator[Line]:
     for count in (1, CLIENTS):
         with (
             bench.step(f"memory of the server with {count} clients"),
-            Federation(
+            ClientProcesses(
                 bench.settings.model, bench.settings.threads, clients=count, rows=ROWS, tokens=tokens
             ) as clients,
         ):

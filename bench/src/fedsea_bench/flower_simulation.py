@@ -1,8 +1,6 @@
 """Flower's simulation runtime for benches: a SuperLink that simulates clients with Ray, and runs of the app in it."""
 
 import json
-import os
-import signal
 import socket
 import subprocess
 import sys
@@ -10,13 +8,12 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from fedsea.errors import FedSEAError, UsageError
 from fedsea.federation.flower.app import project_file
 from fedsea.federation.process import flower_environment
-from fedsea.process import TOOLS, module_command
+from fedsea.process import TOOLS, Child
 
 START_SECONDS = 60.0
 RUN_SECONDS = 3600.0
@@ -26,13 +23,7 @@ RAY_DID_NOT_START = "in init_ray"  # in the traceback of a simulation that ends 
 
 
 def require_ray() -> None:
-    """Check that clients can be simulated.
-
-    Raises
-    ------
-    UsageError
-        If Ray is not installed.
-    """
+    """Check that clients can be simulated; raises UsageError if not."""
     try:
         import ray  # noqa: F401
     except ImportError:
@@ -40,15 +31,7 @@ def require_ray() -> None:
 
 
 class SimulationLink:
-    """A SuperLink that simulates; a context manager.
-
-    Raises
-    ------
-    UsageError
-        If Ray is not installed.
-    FedSEAError
-        If it does not start.
-    """
+    """A SuperLink that simulates; a context manager. UsageError without Ray, FedSEAError if it does not start."""
 
     def __init__(self) -> None:
         require_ray()
@@ -61,21 +44,11 @@ class SimulationLink:
             f'[superlink]\ndefault = "here"\n\n[superlink.here]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
         )
         self._environment = flower_environment(home) | {"RAY_USAGE_STATS_ENABLED": "0"}
-        # On a leash: a bench that is killed leaves neither Flower nor Ray behind.
         options = ["--insecure", "--simulation", "--host", "127.0.0.1", "--port", str(port)]
         options += ["--disable-runtime-dependency-installation"]
-        self._log = home / "superlink.log"
-        with self._log.open("wb") as log:
-            # A session of its own: what it starts ends with it.
-            self._process = subprocess.Popen(
-                module_command("fedsea.federation.flower.superlink", *options, leash=True),
-                cwd=home,  # Ray's processes import from where they run, whatever Python is told
-                env=self._environment,
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
+        module, log = "fedsea.federation.flower.superlink", home / "superlink.log"
+        # Ray's processes import from where they run, whatever Python is told.
+        self._process = Child(module, options, log, self._environment, folder=home)
         try:
             self._await(port)
         except BaseException:
@@ -88,8 +61,8 @@ class SimulationLink:
             with socket.socket() as probe:
                 if probe.connect_ex(("127.0.0.1", port)) == 0:
                     return
-            if time.monotonic() > end or self._process.poll() is not None:
-                raise FedSEAError(f"Flower's SuperLink did not start: {self._log.read_text(errors='replace')[-500:]}")
+            if time.monotonic() > end or not self._process.running:
+                raise FedSEAError(f"Flower's SuperLink did not start: {self._process.last_words()}")
             time.sleep(0.1)
 
     def run(
@@ -99,12 +72,9 @@ class SimulationLink:
         on_look: Callable[[], None] = lambda: None,
         app: Path | None = None,
     ) -> None:
-        """Run FedSEA's app, or the one in a folder, with these settings, with so many clients computing at a time.
+        """Run FedSEA's app, or the one in a folder, with `actors` clients computing at a time.
 
-        Raises
-        ------
-        FedSEAError
-            If the run fails.
+        Raises FedSEAError if the run fails.
         """
         if app is None:
             app = Path(self._folder.name) / "app"
@@ -114,14 +84,7 @@ class SimulationLink:
         simulated = f"num-supernodes={settings['clients']} client-resources-num-cpus=1 init-args-num-cpus={actors}"
         command: list[str | Path] = [
             TOOLS / "flwr",
-            "run",
-            app,
-            "here",
-            "--stream",
-            "-c",
-            given,
-            "--federation-config",
-            simulated,
+            *("run", app, "here", "--stream", "-c", given, "--federation-config", simulated),
         ]
         for attempt in range(RAY_ATTEMPTS):
             failed, text = self._run_once(command, on_look)
@@ -148,15 +111,11 @@ class SimulationLink:
 
     def close(self) -> None:
         """End it and what it has started. Safe to call twice."""
-        if self._process.poll() is None:
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+        self._process.kill()
         self._folder.cleanup()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_what: object) -> None:
         self.close()

@@ -10,7 +10,7 @@ from fedsea.client.decode import stream_tokens
 from fedsea.client.lookup import GUESSES
 from fedsea.client.model import SplitModelForCausalLM
 from fedsea_bench.clock import bare_loop, decode_rate, in_turns, times_of, times_of_generate
-from fedsea_bench.link import LinkProcess
+from fedsea_bench.link import Link
 from fedsea_bench.results import Line
 from fedsea_bench.workbench import Workbench
 
@@ -65,7 +65,7 @@ def slow_link(bench: Workbench) -> Iterator[Line]:
     again = prompt.repeat(1, 3)
     near = bench.split
     with (
-        LinkProcess(bench.server.address, delay_ms=RTT_SECONDS * 500, rate_mbit=LINK_MBIT) as link,
+        Link(bench.server.address, delay_ms=RTT_SECONDS * 500, rate_mbit=LINK_MBIT) as link,
         bench.connect(server=link.address) as far,
         bench.step(f"decoding {tokens} tokens, {rounds} rounds of loopback and link in turns"),
     ):

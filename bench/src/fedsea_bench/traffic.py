@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fedsea.client.model import SplitModelForCausalLM
 from fedsea_bench.clock import times_of_generate
-from fedsea_bench.link import LinkCounters, LinkProcess
+from fedsea_bench.link import Link, LinkCounters
 from fedsea_bench.results import Line
 from fedsea_bench.workbench import Workbench
 
@@ -25,7 +25,7 @@ def link_bytes(bench: Workbench) -> Iterator[Line]:
     short, long, rounds = (2, 10, 2) if bench.settings.quick else (8, 72, 5)
     prompt = bench.prompt(8)
     ups, downs = [], []
-    with LinkProcess(bench.server.address) as link, bench.connect(server=link.address) as model:
+    with Link(bench.server.address) as link, bench.connect(server=link.address) as model:
         _counted(model, link, prompt, short)  # the first call also carries the TLS handshake
         with bench.step(f"counting bytes on the link: {rounds} times {long} and {short} tokens"):
             for _ in range(rounds):
@@ -47,7 +47,7 @@ def link_bytes(bench: Workbench) -> Iterator[Line]:
     )
 
 
-def _counted(model: SplitModelForCausalLM, link: LinkProcess, prompt: Tensor, tokens: int) -> LinkCounters:
+def _counted(model: SplitModelForCausalLM, link: Link, prompt: Tensor, tokens: int) -> LinkCounters:
     """What passes the link for one generation, from an open channel to a closed session."""
     link.reset_counters()
     cache = model.new_cache()
@@ -57,7 +57,7 @@ def _counted(model: SplitModelForCausalLM, link: LinkProcess, prompt: Tensor, to
     return counters_at_rest(link)
 
 
-def counters_at_rest(link: LinkProcess) -> LinkCounters:
+def counters_at_rest(link: Link) -> LinkCounters:
     """The link's counters once nothing passes it any more."""
     counters = link.counters()
     while True:

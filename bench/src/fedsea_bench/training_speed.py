@@ -11,7 +11,7 @@ import torch
 from fedsea.client.model import SplitModelForCausalLM
 from fedsea.client.training import MICRO_BATCHES
 from fedsea_bench.clock import in_turns, seconds_of
-from fedsea_bench.link import LinkProcess
+from fedsea_bench.link import Link
 from fedsea_bench.results import Line
 from fedsea_bench.speed import LINK_MBIT, RTT_SECONDS
 from fedsea_bench.traffic import counters_at_rest
@@ -102,7 +102,7 @@ def _over_link(
             step()
             one_way = 2 * 2 * rows * tokens * bench.config.hidden_size  # states and gradients, 16 bits
             mbit = one_way * 8 / 1e6 / statistics.median(step() for _ in range(5))
-        link = things.enter_context(LinkProcess(bench.server.address, delay_ms=delay_ms, rate_mbit=mbit))
+        link = things.enter_context(Link(bench.server.address, delay_ms=delay_ms, rate_mbit=mbit))
         far = add_adapter(things.enter_context(bench.connect(server=link.address)))
         contenders = {
             f"{place} {count}": _split_step(model, batch, count)

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Iterator
 
 from fedsea.client.training import MICRO_BATCHES
-from fedsea_bench.link import LinkProcess
+from fedsea_bench.link import Link
 from fedsea_bench.results import Line
 from fedsea_bench.traffic import counters_at_rest
 from fedsea_bench.training_case import ADAPTER_TEXT, adamw, add_adapter, text_batches, tokens_of, train_step
@@ -21,7 +21,7 @@ def training_bytes(bench: Workbench) -> Iterator[Line]:
     steps = 3 if bench.settings.quick else 12
     first, *batches = text_batches(bench, steps + 1, ROWS)
     ups, downs, shares = [], [], []
-    with LinkProcess(bench.server.address) as link, bench.connect(server=link.address) as model:
+    with Link(bench.server.address) as link, bench.connect(server=link.address) as model:
         add_adapter(model).micro_batches = MICRO_BATCHES  # as between two machines: more frames, so more headers
         optimizer = adamw(model)
         with bench.step(f"counting the bytes of {steps} training steps"):

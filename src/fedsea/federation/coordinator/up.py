@@ -14,9 +14,10 @@ from fedsea.federation.coordinator.deployment import Deployment
 from fedsea.federation.coordinator.status import app_is_gone
 from fedsea.federation.flower.patches import require_flower
 from fedsea.federation.invitation import Invitation, check_name
-from fedsea.federation.process import Child, Supervised, flower_environment, require_port
+from fedsea.federation.process import Supervised, flower_environment, require_port
 from fedsea.federation.settings import Settings
 from fedsea.files import write_json
+from fedsea.process import Child
 from fedsea.wire.address import format_address, is_loopback, parse_address
 
 START_SECONDS = 600.0  # a large model is read first

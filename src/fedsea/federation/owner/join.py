@@ -18,8 +18,9 @@ from fedsea.federation.flower.patches import require_flower
 from fedsea.federation.invitation import SUPERNODE_KEY, Invitation
 from fedsea.federation.owner.participant_options import ParticipantOptions
 from fedsea.federation.owner.worker import FINISH, WORKER, read_error
-from fedsea.federation.process import Child, Supervised, flower_environment, require_port
+from fedsea.federation.process import Supervised, flower_environment, require_port
 from fedsea.federation.settings import Settings
+from fedsea.process import Child
 from fedsea.wire.address import parse_address
 from fedsea.wire.credentials import Credentials
 
