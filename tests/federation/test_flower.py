@@ -21,7 +21,8 @@ from fedsea import SplitModelForCausalLM
 from fedsea.checkpoints import open_checkpoint
 from fedsea.errors import CredentialsError, UsageError
 from fedsea.federation.arrays import from_record
-from fedsea.federation.flower import client_app, server_app, strategy
+from fedsea.federation.coordinator import replies
+from fedsea.federation.flower import client_app, server_app
 from fedsea.federation.flower.server_app import adapter_shapes
 from fedsea.federation.owner.data import Texts
 from fedsea.federation.owner.private_adapter import PrivateAdapter, read_private_adapter
@@ -316,13 +317,13 @@ def test_private_ends_stay_with_their_owners(
     given = config(server.address, data, tmp_path / "out", private_ends=True, eval_every=1)
     reference = Reference(server, given)
     came: list[str] = []
-    honest = strategy.checked.read_reply
+    honest = replies.read_reply
 
     def seen(message: Message, shapes: Any) -> Any:
         came.extend(name for record in message.content.array_records.values() for name in record)
         return honest(message, shapes)
 
-    monkeypatch.setattr(strategy.checked, "read_reply", seen)
+    monkeypatch.setattr(replies, "read_reply", seen)
     found = run(apart, given)
     assert not came  # no weight of anybody has come
     assert [len(one["clients"]) for one in rounds(given)] == [3, 3]
@@ -411,7 +412,7 @@ def test_the_adapter_begins_as_every_part_would_begin_it(server: RunningServer, 
     reference = Reference(server, given)
     cfg = open_checkpoint("random:tiny").config
     shapes = adapter_shapes(reference.spec, cfg)
-    weights = server_app._first_adapter(reference.settings, reference.spec, cfg, shapes)
+    weights = server_app.first_adapter(reference.settings, reference.spec, cfg, shapes)
     assert_same(weights, reference.first, atol=0)
 
 

@@ -5,7 +5,7 @@ import json
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -234,7 +234,7 @@ class Run:
 
     def start(self) -> Weights:
         """The adapter after the last round."""
-        run_federation(self.grid, self.settings, list(self.world.servers.values()), self.notices.append)
+        run_federation(self.grid, self.settings, cast(Any, list(self.world.servers.values())), self.notices.append)
         return self.adapter()
 
     def adapter(self) -> Weights:

@@ -272,6 +272,11 @@ class Settings:
         """How a client evaluates: JSON."""
         return {"examples": self.eval_examples, "batch_size": self.eval_batch_size}
 
+    @property
+    def private_name(self) -> str:
+        """The federation's name where each client keeps its ends to itself, else empty."""
+        return self.name if self.private_ends else ""
+
     def identity(self) -> dict[str, Any]:
         """What makes it this federation and no other: to go on with one, these must be as they were."""
         names = ("name", "model", "task", "mode", "strategy", "adapter")

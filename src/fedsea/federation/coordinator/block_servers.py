@@ -1,65 +1,36 @@
-"""A round at the block servers, as the coordinator sees it: seats are given out, watched, and averaged.
+"""Rounds at all block servers, as the coordinator sees them: seats are given out, watched, and averaged.
 
-A stage is what trains at one time: a whole round of Flower's, one client's turn, or as many clients as fit. Each of its
-clients has a seat at one block server; the servers know nothing of each other.
+What trains at one time is a whole round of Flower's, one client's turn, or as many clients as fit. Each of its clients
+has a seat at one block server; the servers know nothing of each other.
 """
 
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from fedsea.errors import FedSEAError, NonFiniteError, ProtocolError, ServerUnavailableError
 from fedsea.federation.arrays import Arrays
+from fedsea.federation.coordinator.block_server_admin import BlockServerAdmin
 from fedsea.federation.coordinator.members import Member
 from fedsea.partition import layer_of
 from fedsea.parts.adapters import AdapterSpec
 from fedsea.parts.averaging import WeightedMean
-from fedsea.wire.rounds import MemberStatus, RoundPlan, RoundStatus, Seat, ServerDescription, Strategy, Ticket, new_seat
+from fedsea.wire.rounds import MemberStatus, RoundPlan, Seat, Strategy, Ticket, new_seat
 from fedsea.wire.runs import OptimizerStep
 
 RETRY_SECONDS, RETRIES = 1.0, 3
-
-
-class Admin(Protocol):
-    """A block server's administration: `BlockServerAdmin`."""
-
-    address: str
-
-    def describe(self) -> ServerDescription:
-        """What it holds."""
-
-    def open_round(self, plan: RoundPlan, weights: Mapping[str, Tensor]) -> None:
-        """Open a round."""
-
-    def status(self, label: str) -> RoundStatus:
-        """How a round stands."""
-
-    def aggregate(self, label: str, weights: Mapping[str, float]) -> dict[str, Tensor]:
-        """The average of some clients' middle layers; the round is over then."""
-
-    def close_round(self, label: str) -> None:
-        """Give a round up."""
+ServersFor = Callable[[range], list[str]]  # addresses of the servers that hold these layers
 
 
 @dataclass(frozen=True)
 class RoundTerms:
-    """What all stages of a federation have in common.
+    """What all rounds of a federation have in common; the last four are those of `RoundPlan`.
 
-    Attributes
-    ----------
-    adapter, num_layers
-        What is trained, in a model of how many layers.
-    shapes
-        Of the whole adapter's weights, by name.
-    join_seconds, straggler_seconds
-        Deadlines.
-    step, max_norm
-        What a client's optimizer steps at a block server are, and how much its gradient counts: `RoundPlan`.
+    `shapes` are of the whole adapter's weights, by name.
     """
 
     adapter: AdapterSpec
@@ -77,60 +48,45 @@ class RoundTerms:
 
     def local_of(self, member: Member) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the weights that a client trains itself."""
-        middle = member.partition.middle(self.num_layers)
-        return {name: shape for name, shape in self.shapes.items() if layer_of(name) not in middle}
+        middle = self.middle_of(member)
+        return {name: shape for name, shape in self.shapes.items() if name not in middle}
+
+    def plan(self, label: str, strategy: Strategy, seats: Sequence[Seat]) -> RoundPlan:
+        """One round at one block server."""
+        seconds = self.join_seconds, self.straggler_seconds
+        return RoundPlan(label, strategy, self.adapter, tuple(seats), *seconds, self.step, self.max_norm)
 
 
 @dataclass
 class Seats:
-    """Seats at block servers. `BlockServers.open` makes it.
+    """Seats at block servers; `BlockServers.open` makes them.
 
-    Attributes
-    ----------
-    server_of, tickets
-        By client: its block server, and what it needs to take its seat.
-    failed
-        By client: why its block server cannot serve it.
+    By client: its block server, the ticket for its seat, and why its block server cannot serve it.
     """
 
     label: str
-    server_of: dict[str, Admin]
+    server_of: dict[str, BlockServerAdmin]
     tickets: dict[str, Ticket]
     failed: dict[str, str] = field(default_factory=dict)
 
-    def of(self, admin: Admin) -> list[str]:
+    def of(self, admin: BlockServerAdmin) -> list[str]:
         """The clients at a block server."""
         return [name for name, its in self.server_of.items() if its is admin]
 
     @property
-    def admins(self) -> list[Admin]:
+    def admins(self) -> list[BlockServerAdmin]:
         """The block servers that take part."""
         return list({id(admin): admin for admin in self.server_of.values()}.values())
 
 
 class BlockServers:
-    """All block servers of a federation.
+    """All block servers of a federation; `notice` gets one line of what goes wrong with one."""
 
-    Parameters
-    ----------
-    admins
-        One for each.
-    terms
-        What their rounds have in common.
-    notice
-        Told one line of what goes wrong with a server.
-    """
-
-    def __init__(self, admins: Sequence[Admin], terms: RoundTerms, notice: Callable[[str], None]) -> None:
+    def __init__(self, admins: Sequence[BlockServerAdmin], terms: RoundTerms, notice: Callable[[str], None]) -> None:
         self.admins, self.terms, self._notice = list(admins), terms, notice
 
     def open(
-        self,
-        label: str,
-        strategy: Strategy,
-        members: Sequence[Member],
-        weights: Arrays,
-        servers_for: Callable[[range], list[str]],
+        self, label: str, strategy: Strategy, members: Sequence[Member], weights: Arrays, servers_for: ServersFor
     ) -> Seats:
         """Open a round of this label at as many block servers as there are for the members.
 
@@ -146,11 +102,11 @@ class BlockServers:
         tensors = {name: torch.from_numpy(array.copy()) for name, array in weights.items()}
         end = time.monotonic() + self.terms.join_seconds
         while True:
-            stage, down = self._try(label, strategy, members, tensors, servers_for)
+            seats, down = self._try(label, strategy, members, tensors, servers_for)
             for why in down.values():
                 self._notice(why)
-            if stage.server_of or not members:
-                return stage
+            if seats.server_of or not members:
+                return seats
             if time.monotonic() >= end:
                 raise ServerUnavailableError(next(iter(down.values()), "no block server serves these clients"))
             time.sleep(RETRY_SECONDS)
@@ -161,105 +117,78 @@ class BlockServers:
         strategy: Strategy,
         members: Sequence[Member],
         tensors: Mapping[str, Tensor],
-        servers_for: Callable[[range], list[str]],
+        servers_for: ServersFor,
     ) -> tuple[Seats, dict[str, str]]:
         """Open a round at the servers that answer; those that do not, and why."""
         down: dict[str, str] = {}
         while True:
             # From the beginning whenever a server turns out to be down: the others' rounds get its clients as well.
-            stage, before = Seats(label, {}, {}), len(down)
+            seats, before = Seats(label, {}, {}), len(down)
             groups, lost = self._assign(members, down, servers_for)
-            stage.failed |= {name: f"no block server is there for it: {why}" for name, why in lost.items()}
+            seats.failed |= {name: f"no block server is there for it: {why}" for name, why in lost.items()}
             for admin, group in groups:
+                its = [new_seat(admin.address, label, member.name, float(member.examples)) for member in group]
                 try:
-                    self._open(admin, stage, strategy, group, tensors)
+                    admin.open_round(self.terms.plan(label, strategy, [seat for seat, _ in its]), tensors)
                 except ServerUnavailableError as error:
                     down[admin.address] = str(error)
+                    continue
+                seats.tickets |= {ticket.client: ticket for _, ticket in its}
+                seats.server_of |= {ticket.client: admin for _, ticket in its}
             if len(down) == before:
-                return stage, down
+                return seats, down
 
     def _assign(
-        self, members: Sequence[Member], down: Mapping[str, str], servers_for: Callable[[range], list[str]]
-    ) -> tuple[list[tuple[Admin, list[Member]]], dict[str, str]]:
+        self, members: Sequence[Member], down: Mapping[str, str], servers_for: ServersFor
+    ) -> tuple[list[tuple[BlockServerAdmin, list[Member]]], dict[str, str]]:
         """Each member to the server of the fewest that holds its middle; those for whom there is none, and why."""
         by_address = {admin.address: admin for admin in self.admins}
-        load = dict.fromkeys(by_address, 0)
         groups: dict[str, list[Member]] = {}
         lost = {}
         for member in members:
             able = servers_for(member.partition.middle(self.terms.num_layers))
             up = [address for address in able if address not in down]
-            if not up:
+            if up:
+                chosen = min(up, key=lambda address: len(groups.get(address, ())))
+                groups.setdefault(chosen, []).append(member)
+            else:
                 lost[member.name] = next((down[address] for address in able if address in down), "none has its layers")
-                continue
-            chosen = min(up, key=lambda address: load[address])
-            load[chosen] += 1
-            groups.setdefault(chosen, []).append(member)
         return [(by_address[address], group) for address, group in groups.items()], lost
 
-    def _open(
-        self, admin: Admin, stage: Seats, strategy: Strategy, group: Sequence[Member], tensors: Mapping[str, Tensor]
-    ) -> None:
-        seats: list[Seat] = []
-        tickets: dict[str, Ticket] = {}
-        for member in group:
-            seat, tickets[member.name] = new_seat(admin.address, stage.label, member.name, float(member.examples))
-            seats.append(seat)
-        terms = self.terms
-        plan = RoundPlan(
-            stage.label,
-            strategy,
-            terms.adapter,
-            tuple(seats),
-            terms.join_seconds,
-            terms.straggler_seconds,
-            terms.step,
-            terms.max_norm,
-        )
-        admin.open_round(plan, tensors)
-        stage.tickets |= tickets
-        stage.server_of |= dict.fromkeys(tickets, admin)
-
-    def status(self, stage: Seats) -> dict[str, MemberStatus]:
-        """How the clients of a stage stand, as far as their block servers answer."""
+    def status(self, seats: Seats) -> dict[str, MemberStatus]:
+        """How the clients stand, as far as their block servers answer."""
         found: dict[str, MemberStatus] = {}
-        for admin in stage.admins:
+        for admin in seats.admins:
             try:
-                found |= {member.client: member for member in admin.status(stage.label).members}
+                found |= {member.client: member for member in admin.status(seats.label).members}
             except FedSEAError:
                 continue  # it is noticed when the average is asked for
         return found
 
     def average(
-        self, stage: Seats, members: Mapping[str, Member], examples: Mapping[str, float], mean: WeightedMean
+        self, seats: Seats, members: Mapping[str, Member], examples: Mapping[str, float], mean: WeightedMean
     ) -> None:
-        """Take the average of those clients' middle layers from each block server, into `mean`; the stage is over.
+        """Add the average of clients' middle layers at each block server to `mean`; their rounds are over then.
 
-        Clients whose part cannot be had are put into `stage.failed`.
-
-        Parameters
-        ----------
-        members
-            Clients by name.
-        examples
-            Weight of each client that counts.
+        `examples` is the weight of each client that counts. Clients whose part cannot be had are put into
+        `seats.failed`.
         """
-        for admin in stage.admins:
-            counted = {name: examples[name] for name in stage.of(admin) if name in examples}
+        for admin in seats.admins:
+            counted = {name: examples[name] for name in seats.of(admin) if name in examples}
             try:
-                found = self._average(admin, stage, counted)
+                found = self._average(admin, seats, counted)
             except FedSEAError as error:
                 why = f"its block server failed: {error.code}: {error}"
-                stage.failed |= {name: why for name in counted if name not in stage.failed}
+                seats.failed |= {name: why for name in counted if name not in seats.failed}
                 continue
-            counted = {name: weight for name, weight in counted.items() if name not in stage.failed}
+            counted = {name: weight for name, weight in counted.items() if name not in seats.failed}
             shares: dict[str, float] = {}
             for client, weight in counted.items():
                 for name in self.terms.middle_of(members[client]):
                     shares[name] = shares.get(name, 0.0) + weight
             wrong = next((name for name in shares if not self._fits(name, found.get(name))), None)
             if wrong is not None:
-                stage.failed |= dict.fromkeys(counted, f"its block server's average of {wrong} cannot be used")
+                seats.failed |= dict.fromkeys(counted, f"its block server's average of {wrong} cannot be used")
                 continue
             for name, weight in shares.items():
                 mean.add(name, found[name], weight)
@@ -272,40 +201,41 @@ class BlockServers:
             and bool(torch.isfinite(value).all())
         )
 
-    def _average(self, admin: Admin, stage: Seats, counted: dict[str, float]) -> dict[str, Tensor]:
+    def _average(self, admin: BlockServerAdmin, seats: Seats, counted: dict[str, float]) -> dict[str, Tensor]:
         """One server's average over those of its clients whose middle can be used; the others are failed."""
-        states = {member.client: member.state for member in admin.status(stage.label).members} if counted else {}
+        states = {member.client: member.state for member in admin.status(seats.label).members} if counted else {}
         for name in counted:
             if states.get(name) != "finished":
-                stage.failed[name] = "it says that it has trained, and its block server knows nothing of it"
-        while left := {name: weight for name, weight in counted.items() if name not in stage.failed}:
+                seats.failed[name] = "it says that it has trained, and its block server knows nothing of it"
+        while left := {name: weight for name, weight in counted.items() if name not in seats.failed}:
             try:
-                return self._patiently(partial(admin.aggregate, stage.label, left))
+                return _retried(partial(admin.aggregate, seats.label, left))
             except NonFiniteError as error:
                 named = {name for name in str(error).rpartition(":")[2].replace(",", " ").split() if name in left}
                 if not named:
                     raise
-                stage.failed |= dict.fromkeys(named, f"{error.code}: its middle blocks' adapter is not finite")
-        self.close_at(admin, stage.label)
+                seats.failed |= dict.fromkeys(named, f"{error.code}: its middle blocks' adapter is not finite")
+        self._close_at(admin, seats.label)
         return {}
 
-    def _patiently(self, ask: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Ask again if the connection was lost: the server has what a whole round has made."""
-        for _ in range(RETRIES):
-            try:
-                return ask()
-            except ServerUnavailableError:
-                time.sleep(RETRY_SECONDS)
-        return ask()
+    def close(self, seats: Seats) -> None:
+        """Give the round up at all its block servers."""
+        for admin in seats.admins:
+            self._close_at(admin, seats.label)
 
-    def close(self, stage: Seats) -> None:
-        """Give a stage up at all its block servers."""
-        for admin in stage.admins:
-            self.close_at(admin, stage.label)
-
-    def close_at(self, admin: Admin, label: str) -> None:
+    def _close_at(self, admin: BlockServerAdmin, label: str) -> None:
         """Give a round up; a server that does not answer gives it up itself after a while."""
         try:
             admin.close_round(label)
         except (ServerUnavailableError, ProtocolError) as error:
             self._notice(f"the round {label} could not be closed at {admin.address}: {error}")
+
+
+def _retried(aggregate: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Retry if the connection was lost: the server has what a whole round has made."""
+    for _ in range(RETRIES):
+        try:
+            return aggregate()
+        except ServerUnavailableError:
+            time.sleep(RETRY_SECONDS)
+    return aggregate()

@@ -15,18 +15,9 @@ from fedsea.federation.owner.worker import FINISH
 
 
 def hand_over(grid: Grid, federation: FederationContext, weights: Arrays, adapter: Path) -> None:
-    """Send the whole adapter to all registered clients that are there; says who has not got it.
+    """Send the whole adapter, which is in the folder `adapter`, to all registered clients that are there.
 
-    Nothing where nobody is registered: simulated clients have no place of their own to keep it.
-
-    Parameters
-    ----------
-    grid
-        Flower's.
-    weights
-        The adapter, by names of the whole model.
-    adapter
-        The folder that it is in at the coordinator.
+    Says which of them have not got it. Simulated clients are not registered: they have no place to keep it.
     """
     settings, directory = federation.settings, federation.directory
     there = set(grid.get_node_ids()) & settings.registered.keys()
@@ -34,11 +25,8 @@ def hand_over(grid: Grid, federation: FederationContext, weights: Arrays, adapte
     if not members:
         return
     federation.show("handing over the adapter", settings.rounds)
-    own = {
-        "lora": dict(federation.lora),
-        "private-ends": settings.name if settings.private_ends else "",
-    }
-    content: dict[str, Any] = {"arrays": to_record(weights), "config": ConfigRecord({"fedsea": json.dumps(own)})}
+    own = json.dumps({"lora": dict(federation.lora), "private-ends": settings.private_name})
+    content: dict[str, Any] = {"arrays": to_record(weights), "config": ConfigRecord({"fedsea": own})}
     kind = f"{MessageType.QUERY}.{FINISH}"
     messages = [Message(RecordDict(dict(content)), member.node, kind) for member in members]
     replies, missing = exchange(grid, messages, settings.join_seconds, lambda _waiting: {})

@@ -5,17 +5,17 @@ sampled. It has a question pending all the time, so it is back as soon as it ans
 """
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
-import httpx
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from fedsea.checkpoints import Fingerprint
 from fedsea.errors import FedSEAError, ProtocolError, UsageError
 from fedsea.federation.coordinator.replies import MAX_COUNT, error_text, one_line
+from fedsea.federation.flower.grid import pull, push
 from fedsea.files import parse_json
 from fedsea.partition import Partition
 from fedsea.wire.rounds import run_name
@@ -28,15 +28,7 @@ NAME_TAKEN = "another client has its name"
 
 @dataclass(frozen=True)
 class Member:
-    """A client that takes part.
-
-    Attributes
-    ----------
-    node
-        Flower's number for it.
-    examples
-        That it says it has.
-    """
+    """A client that takes part: Flower's node, and what it says of itself."""
 
     node: int
     name: str
@@ -49,13 +41,7 @@ class Member:
 
     @classmethod
     def from_body(cls, node: int, body: Any) -> "Member":
-        """Check and read what `Participant.describe` made.
-
-        Raises
-        ------
-        ProtocolError
-            If it is anything else.
-        """
+        """Check and read what `Participant.describe` made; ProtocolError if it is anything else."""
         try:
             first, last = body["partition"]
             texts = {name: body[name] for name in ("name", "task", "schema")}
@@ -76,24 +62,10 @@ class Member:
 class Requirements:
     """What members must have in common.
 
-    Attributes
-    ----------
-    federation
-        Its name.
-    num_layers
-        Of the model.
-    served
-        For each block server: the layers that it holds.
-    fingerprint
-        Of the model as far as it is known: from the configuration, the block servers, and the clients so far.
-    lora
-        The adapter that is trained, as JSON.
-    task, schema
-        Empty until the first client is there.
-    registered
-        The client's name by Flower's node, where the SuperLink knows them; empty where nobody does.
-    max_examples
-        A client that has more counts as much as one with so many.
+    `served` are the layers of each block server. `fingerprint` is of the model as far as it is known: from the
+    configuration, the block servers, and the clients so far; `task` and `schema` are empty until the first client is
+    there. `registered` has the client's name by Flower's node where the SuperLink knows them. A client with more
+    examples than `max_examples` counts as one with as many.
     """
 
     federation: str
@@ -137,28 +109,16 @@ class Requirements:
         ]
 
     def learn(self, member: Member) -> None:
-        """From a client that is admitted: what nobody has said before."""
+        """From a client that is admitted: what is not known yet."""
         groups = {**member.fingerprint.groups, **self.fingerprint.groups}
         self.fingerprint = Fingerprint(self.fingerprint.config, groups)
         self.task, self.schema = self.task or member.task, self.schema or member.schema
 
 
 class Directory:
-    """The federation's clients, by Flower's node.
+    """The federation's clients: `members` by Flower's node; `refused` as (name, reason) by node.
 
-    Parameters
-    ----------
-    requirements
-        What they must have in common.
-    notice
-        Told one line of each refusal.
-
-    Attributes
-    ----------
-    members
-        Those admitted, by node.
-    refused
-        Why others are not, by node: (name, reason). A node whose name nobody knows is called by its number.
+    A node whose name is not known is called by its number. `notice` gets one line of each refusal.
     """
 
     def __init__(self, requirements: Requirements, notice: Callable[[str], None]) -> None:
@@ -166,8 +126,12 @@ class Directory:
         self.members: dict[int, Member] = {}
         self.refused: dict[int, tuple[str, str]] = {}
         self._silent: set[int] = set()
-        self._asked: dict[str, int] = {}
+        self._asked: dict[str, int] = {}  # nodes by the id of the question that they have not answered
         self._notice = notice
+
+    def available(self, grid: Grid) -> Grid:
+        """As much of a grid as Flower's strategies sample from, without absent nodes."""
+        return cast(Grid, _Available(grid, self))
 
     def absent(self) -> set[int]:
         """Nodes that are not to be sampled."""
@@ -185,7 +149,7 @@ class Directory:
     def update(self, grid: Grid) -> None:
         """Take the answers that have come, without waiting; nodes that have left are forgotten."""
         there = set(grid.get_node_ids())
-        for node in (self.members.keys() | self.refused.keys() | self._silent) - there:
+        for node in (self.members.keys() | self.absent()) - there:
             self.members.pop(node, None)
             self.refused.pop(node, None)
             self._silent.discard(node)
@@ -195,13 +159,13 @@ class Directory:
             if reason == NAME_TAKEN and name not in held:  # the other has left: it was this client, restarted
                 del self.refused[node]
         self._take_answers(grid)
-        self._ask(grid, self.absent() - set(self._asked.values()))
+        self._ask(grid, self.absent())
 
     def admit(self, grid: Grid, nodes: Iterable[int], seconds: float) -> list[Member]:
-        """Members among some nodes, by name; those that nobody knows are asked, and have so long to answer."""
+        """Members among some nodes, by name; those that are not known are asked, and have so many seconds to answer."""
         wanted = list(nodes)
         unknown = {node for node in wanted if node not in self.members and node not in self.absent()}
-        self._ask(grid, unknown - set(self._asked.values()))
+        self._ask(grid, unknown)
         end = time.monotonic() + seconds
         while (waiting := unknown & set(self._asked.values())) and time.monotonic() < end:
             self._take_answers(grid)
@@ -212,10 +176,9 @@ class Directory:
         return sorted(found, key=lambda member: member.name)
 
     def ask_all(self, grid: Grid) -> int:
-        """Ask the nodes that nobody knows, without waiting; returns how many have not answered yet."""
-        known = self.members.keys() | self.absent()
-        unknown = {node for node in grid.get_node_ids() if node not in known}
-        self._ask(grid, unknown - set(self._asked.values()))
+        """Ask the nodes that are not known, without waiting; returns how many have not answered yet."""
+        unknown = set(grid.get_node_ids()) - self.members.keys() - self.absent()
+        self._ask(grid, unknown)
         return len(unknown)
 
     def give_up_asking(self) -> None:
@@ -228,18 +191,18 @@ class Directory:
             self._silent.add(node)
 
     def _ask(self, grid: Grid, nodes: Iterable[int]) -> None:
+        """Ask those of the nodes that have no question pending."""
         content = {"config": ConfigRecord({"federation": self.requirements.federation})}
-        messages = [Message(RecordDict(dict(content)), node, MessageType.QUERY) for node in sorted(nodes)]
+        fresh = sorted(set(nodes) - set(self._asked.values()))
+        messages = [Message(RecordDict(dict(content)), node, MessageType.QUERY) for node in fresh]
         if messages:
             self._asked |= push(grid, messages)
 
     def _take_answers(self, grid: Grid) -> None:
-        if not self._asked:
-            return
         answers = pull(grid, list(self._asked))
         # By node, so that of two nodes with one name the same one is admitted whatever the order of the answers.
-        for asked, reply in sorted(answers, key=lambda answer: self._asked.get(answer[0], 0)):
-            node = self._asked.pop(asked)
+        for question, reply in sorted(answers, key=lambda answer: self._asked.get(answer[0], 0)):
+            node = self._asked.pop(question)
             self._silent.discard(node)
             self._judge(node, reply)
 
@@ -247,11 +210,7 @@ class Directory:
         self.members.pop(node, None)
         name = known = self.requirements.registered.get(node, f"node {node}")
         try:
-            if reply is None:
-                raise ProtocolError("its answer cannot be read")
-            if reply.has_error():
-                raise UsageError(error_text(reply))
-            member = Member.from_body(node, parse_json(str(_description(reply))))
+            member = Member.from_body(node, parse_json(_description(reply)))
             name = member.name if NAME.fullmatch(member.name) and not self.requirements.registered else known
             others = (other.name for other in self.members.values() if other.node not in self._silent)
             reason = NAME_TAKEN if name in others else self.requirements.refusal(member)
@@ -259,52 +218,40 @@ class Directory:
             reason = str(error)
         except Exception:  # of one client: the others are judged by what they say
             reason = "what the client says of itself cannot be read"
-        reason = None if reason is None else one_line(reason)
         if reason is None:
-            self.refused.pop(node, None)
-            most = self.requirements.max_examples
-            if member.examples > most:
-                self._notice(f"client {name} says that it has {member.examples} examples; it counts as much as {most}")
-                member = replace(member, examples=most)
-            self.members[node] = member
-            self.requirements.learn(member)
-        else:
-            if self.refused.get(node) != (name, reason):
-                self._notice(f"client {name} is refused: {reason}")
-            self.refused[node] = (name, reason)
+            self._admit(node, name, member)
+            return
+        reason = one_line(reason)
+        if self.refused.get(node) != (name, reason):
+            self._notice(f"client {name} is refused: {reason}")
+        self.refused[node] = (name, reason)
+
+    def _admit(self, node: int, name: str, member: Member) -> None:
+        self.refused.pop(node, None)
+        most = self.requirements.max_examples
+        if member.examples > most:
+            self._notice(f"client {name} says that it has {member.examples} examples; it counts as much as {most}")
+            member = replace(member, examples=most)
+        self.members[node] = member
+        self.requirements.learn(member)
 
 
-def _description(reply: Message) -> object:
-    records = list(reply.content.config_records.values())
-    return records[0].get(DESCRIPTION) if len(records) == 1 else None
+@dataclass
+class _Available:
+    grid: Grid
+    directory: Directory
+
+    def get_node_ids(self) -> list[int]:
+        """Nodes that may be sampled; Flower polls this while it waits for nodes."""
+        self.directory.update(self.grid)
+        absent = self.directory.absent()
+        return [node for node in self.grid.get_node_ids() if node not in absent]
 
 
-def pull(grid: Grid, identifiers: Iterable[str]) -> list[tuple[str, Message | None]]:
-    """Replies that have come, each with the message's id that it answers; None for one that cannot be read.
-
-    Flower builds replies from what clients have sent, and one that cannot be built raises for all that are asked for:
-    so each is asked for by itself.
-    """
-    found: list[tuple[str, Message | None]] = []
-    for identifier in identifiers:
-        try:
-            found += [(identifier, reply) for reply in list(grid.pull_messages([identifier]))[:1]]
-        except httpx.HTTPError:  # it is the SuperLink that does not answer
-            raise
-        except Exception:
-            found.append((identifier, None))
-    return found
-
-
-def push(grid: Grid, messages: Sequence[Message]) -> dict[str, int]:
-    """Send messages; gives the node of each by the message's id. One that Flower did not take is missing."""
-    identifiers = list(grid.push_messages(messages))
-    if len(identifiers) == len(messages):
-        sent = zip(identifiers, messages, strict=True)
-        return {identifier: message.metadata.dst_node_id for identifier, message in sent if identifier}
-    taken = set(identifiers)
-    return {
-        message.metadata.message_id: message.metadata.dst_node_id
-        for message in messages
-        if message.metadata.message_id in taken
-    }
+def _description(reply: Message | None) -> str:
+    if reply is None:
+        raise ProtocolError("its answer cannot be read")
+    if reply.has_error():
+        raise UsageError(error_text(reply))
+    (record,) = reply.content.config_records.values()
+    return str(record.get(DESCRIPTION))

@@ -11,8 +11,8 @@ from fedsea.errors import ModelMismatchError, PartitionError, ProtocolError
 from fedsea.federation.arrays import Arrays, Shapes, read_arrays
 from fedsea.text import one_line as text_on_one_line
 
-EXAMPLES = "num-examples"
-TRAINING = (EXAMPLES, "train-loss", "steps", "tokens", "bytes-up", "bytes-down", "seconds")
+EXAMPLES, LOSS = "num-examples", "train-loss"
+TRAINING = (EXAMPLES, LOSS, "steps", "tokens", "bytes-up", "bytes-down", "seconds")
 NODE_UNAVAILABLE = 5  # Flower's ErrorCode, which is not public
 MAX_COUNT = 2.0**53
 MAX_LOSS = 1e30
@@ -25,22 +25,14 @@ CHANGED = (ModelMismatchError.code, PartitionError.code, ProtocolError.code)
 
 @dataclass(frozen=True)
 class Reply:
-    """A reply that is in order.
-
-    Attributes
-    ----------
-    metrics
-        Of a training: `TRAINING`; of an evaluation: what the task measures.
-    arrays
-        What the client has trained; empty for an evaluation.
-    """
+    """A reply that is in order: of a training `TRAINING` and the arrays, of an evaluation what its task measures."""
 
     metrics: dict[str, float]
     arrays: Arrays
 
 
 def read_reply(message: Message | None, shapes: Shapes | None) -> Reply | str:
-    """Check and read a client's reply, whatever it is.
+    """Check and read a client's reply, whatever it is; a text says why it does not count.
 
     Parameters
     ----------
@@ -48,11 +40,6 @@ def read_reply(message: Message | None, shapes: Shapes | None) -> Reply | str:
         None for one that Flower could not read.
     shapes
         Of the weights that the client trains; None for an evaluation, which brings none.
-
-    Returns
-    -------
-    Reply or str
-        What it says; or why it does not count, in words.
     """
     if message is None:
         return "its reply cannot be read"
@@ -92,10 +79,10 @@ def _read(message: Message, shapes: Shapes | None) -> Reply | str:
         if not isinstance(value, int | float) or not math.isfinite(value):
             return f"its {name} is no finite number"
         metrics[name] = value
-    whole = [name for name in (EXAMPLES, *TRAINING) if name in metrics and name != "train-loss"]
-    if metrics[EXAMPLES] < 1 or any(metrics[name] < 0 for name in names if name != "train-loss"):
+    if metrics[EXAMPLES] < 1 or any(metrics[name] < 0 for name in names if name != LOSS):
         return "its metrics cannot be: a count is below 0, or it has no examples"
-    if any(metrics[name] > MAX_COUNT for name in whole) or any(abs(value) > MAX_LOSS for value in metrics.values()):
+    counted = [name for name in TRAINING if name in metrics and name != LOSS]
+    if any(metrics[name] > MAX_COUNT for name in counted) or any(abs(value) > MAX_LOSS for value in metrics.values()):
         return "its metrics cannot be: a number is too large"
     if shapes is None:
         return Reply(metrics, {})

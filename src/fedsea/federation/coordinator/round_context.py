@@ -1,4 +1,4 @@
-"""What one exchange with clients has: its round, who takes part, what became of them; and a look at who is late."""
+"""What the parts of a federation's coordinator share, what one exchange with clients gathers, and who is late in it."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -18,7 +18,7 @@ from fedsea.parts.averaging import WeightedMean
 
 @dataclass
 class FederationContext:
-    """What a strategy works with."""
+    """What a round works with."""
 
     settings: Settings
     lora: Mapping[str, Any]
@@ -38,18 +38,9 @@ class FederationContext:
 class RoundContext:
     """One exchange with clients: a round's training or its evaluation.
 
-    Attributes
-    ----------
-    weights
-        The global adapter; in sequential training, as the last turn left it.
-    mean
-        Of the middle's weights.
-    clients
-        Metrics of those that count, by name.
-    dropped
-        Why others do not.
-    stragglers
-        Those of whom the others of their stage did not wait to the end.
+    `weights` is the global adapter; in sequential training, as the last turn left it. `mean` is of the middle's
+    weights. `clients` has the metrics of those that count, by name, `dropped` why others do not, and `stragglers` those
+    for whom the others did not wait to the end.
     """
 
     number: int
@@ -60,34 +51,28 @@ class RoundContext:
     mean: WeightedMean = field(default_factory=WeightedMean)
     clients: dict[str, dict[str, float]] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
-    stragglers: list[str] = field(default_factory=list)
+    stragglers: set[str] = field(default_factory=set)
     began: float = field(default_factory=time.monotonic)
 
 
 class LatenessCheck:
-    """Looks at the block servers while replies are waited for.
+    """Polls the block servers while replies are waited for; `straggled` are those that they did not wait for."""
 
-    Attributes
-    ----------
-    straggled
-        Clients of whom the others did not wait to the end.
-    """
-
-    def __init__(self, federation: FederationContext, this: RoundContext, stage: Seats) -> None:
-        self._federation, self._round, self._stage = federation, this, stage
+    def __init__(self, federation: FederationContext, this: RoundContext, seats: Seats) -> None:
+        self._federation, self._round, self._seats = federation, this, seats
         self.straggled: set[str] = set()
 
     def __call__(self, waiting: set[int]) -> dict[int, str]:
         """Which nodes among those that have not replied are late, and why."""
-        federation, this, stage = self._federation, self._round, self._stage
-        states = federation.servers.status(stage)
+        federation, this, seats = self._federation, self._round, self._seats
+        states = federation.servers.status(seats)
         self.straggled |= {name for name, member in states.items() if member.straggled}
         members = {name: dict(vars(member)) for name, member in sorted(states.items())}
         doing = "training" if this.training else "evaluating"
-        federation.show(doing, this.number, stage=stage.label, members=members)
+        federation.show(doing, this.number, stage=seats.label, members=members)
         terms = federation.servers.terms
         late: dict[str, str] = {}
-        for admin in stage.admins:
-            here = {name: states[name] for name in stage.of(admin) if name in states}
+        for admin in seats.admins:
+            here = {name: states[name] for name in seats.of(admin) if name in states}
             late |= lateness(here, terms.join_seconds, terms.straggler_seconds, training=this.training)
         return {node: late[this.members[node].name] for node in waiting if this.members[node].name in late}

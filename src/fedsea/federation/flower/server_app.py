@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +15,13 @@ from fedsea.checkpoints.fingerprint import config_digest
 from fedsea.errors import FedSEAError, ModelMismatchError, UsageError
 from fedsea.federation.arrays import Arrays, Shapes, misfit
 from fedsea.federation.coordinator.block_server_admin import BlockServerAdmin
-from fedsea.federation.coordinator.block_servers import Admin, BlockServers, RoundTerms
+from fedsea.federation.coordinator.block_servers import BlockServers, RoundTerms
 from fedsea.federation.coordinator.folder import FederationFolder
 from fedsea.federation.coordinator.handover import hand_over
 from fedsea.federation.coordinator.members import Directory, Requirements
 from fedsea.federation.coordinator.round_context import FederationContext
-from fedsea.federation.flower.strategies import make_strategy
-from fedsea.federation.flower.strategy_state import set_strategy_state
+from fedsea.federation.coordinator.rounds import FederatedTraining
+from fedsea.federation.flower.strategy import make_strategy, set_strategy_state
 from fedsea.federation.owner.data import task_schema
 from fedsea.federation.recipe import lora_config
 from fedsea.federation.settings import Settings
@@ -50,18 +51,15 @@ def tell(message: str) -> None:
 
 
 def run_federation(
-    grid: Grid, settings: Settings, admins: Sequence[Admin] | None = None, notice: Callable[[str], None] = tell
+    grid: Grid,
+    settings: Settings,
+    admins: Sequence[BlockServerAdmin] | None = None,
+    notice: Callable[[str], None] = tell,
 ) -> Path:
     """Run a federation, or go on with one; returns the folder of its adapter.
 
-    Parameters
-    ----------
-    grid
-        Flower's.
-    admins
-        The block servers, where the settings' addresses are not to be used.
-    notice
-        Told one line about whatever is unusual.
+    `admins` are the block servers, where the settings' addresses are not to be used; `notice` gets one line about
+    whatever is unusual.
 
     Raises
     ------
@@ -76,42 +74,38 @@ def run_federation(
     folder = FederationFolder(Path(settings.output), lora, config.name_or_path or settings.model, notice)
     state = folder.begin(settings.identity(), resume=settings.resume)
     shapes = adapter_shapes(spec, config)
-    if state is not None:
-        weights: Arrays = {name: tensor.numpy() for name, tensor in state.adapter.items()}
-        set_strategy_state(strategy, {name: tensor.numpy() for name, tensor in state.optimizer.items()})
-        notice(f"going on after round {state.step} of {settings.rounds}")
+    if state is None:
+        done, source, weights = 0, settings.adapter, first_adapter(settings, spec, config, shapes)
     else:
-        weights = _first_adapter(settings, spec, config, shapes)
+        done, source = state.step, settings.output
+        weights = {name: tensor.numpy() for name, tensor in state.adapter.items()}
+        set_strategy_state(strategy, {name: tensor.numpy() for name, tensor in state.optimizer.items()})
+        notice(f"going on after round {done} of {settings.rounds}")
     if problem := misfit(weights, shapes):
-        source = settings.output if state is not None else settings.adapter
         raise ModelMismatchError(f"the adapter in {source} does not fit the model: {problem}")
-    opened: list[BlockServerAdmin] = []
-    if admins is None:
-        credentials = Path(settings.credentials) if settings.credentials else None
-        opened = [
-            BlockServerAdmin(address, credentials, insecure=settings.insecure, dial=dial)
-            for address, dial in zip(settings.addresses, settings.dialled, strict=True)
-        ]
-    chosen: Sequence[Admin] = opened if admins is None else admins
-    try:
+    with ExitStack() as opened:
+        chosen = admins if admins is not None else [opened.enter_context(admin) for admin in _admins(settings)]
         step = OptimizerStep("adamw", settings.local_steps, 1.0, settings.lr, settings.weight_decay)
         deadlines = settings.join_seconds, settings.straggler_seconds
         terms = RoundTerms(spec, config.num_hidden_layers, shapes, *deadlines, step, settings.max_norm or None)
-        requirements = _requirements(settings, config, chosen)
-        servers, directory = BlockServers(chosen, terms, notice), Directory(requirements, notice)
+        directory = Directory(_requirements(settings, config, chosen), notice)
+        servers = BlockServers(chosen, terms, notice)
         federation = FederationContext(settings, settings.lora(), servers, directory, folder, notice)
-        strategy.work_with(federation, weights, state.step if state is not None else 0)
-        adapter = folder.finish(strategy.run(grid))
-        hand_over(grid, federation, strategy.weights, adapter)
-    finally:
-        for admin in opened:
-            admin.close()
-    folder.show(doing="done", round=strategy.done, rounds=settings.rounds, name=settings.name, mode=settings.mode)
+        training = FederatedTraining(grid, federation, strategy, weights, done)
+        adapter = folder.finish(training.run())
+        hand_over(grid, federation, training.weights, adapter)
+    folder.show(doing="done", round=training.done, rounds=settings.rounds, name=settings.name, mode=settings.mode)
     log.info("fedsea: the adapter is in %s", adapter)
     return adapter
 
 
-def _requirements(settings: Settings, config: PreTrainedConfig, admins: Sequence[Admin]) -> Requirements:
+def _admins(settings: Settings) -> list[BlockServerAdmin]:
+    credentials = Path(settings.credentials) if settings.credentials else None
+    places = zip(settings.addresses, settings.dialled, strict=True)
+    return [BlockServerAdmin(address, credentials, insecure=settings.insecure, dial=dial) for address, dial in places]
+
+
+def _requirements(settings: Settings, config: PreTrainedConfig, admins: Sequence[BlockServerAdmin]) -> Requirements:
     fingerprint, served = Fingerprint(config_digest(config), {}), {}
     for admin in admins:
         description = admin.describe()
@@ -142,7 +136,8 @@ def adapter_shapes(spec: AdapterSpec, config: PreTrainedConfig) -> dict[str, tup
     return spec.shapes_in(config, range(config.num_hidden_layers))
 
 
-def _first_adapter(settings: Settings, spec: AdapterSpec, config: PreTrainedConfig, shapes: Shapes) -> Arrays:
+def first_adapter(settings: Settings, spec: AdapterSpec, config: PreTrainedConfig, shapes: Shapes) -> Arrays:
+    """The adapter before the first round: the given one, or as every part would start it."""
     if settings.adapter:
         given, weights = read_adapter(settings.adapter)
         if read_cut(settings.adapter) is not None:
