@@ -15,6 +15,7 @@ TESTS = Path(__file__).parent
 # In this order; a room imports from rooms before it. Of a pair, neither knows the other.
 ORDER = [
     "errors",
+    "flags",
     "partition",
     "registry",
     "files",
@@ -84,6 +85,10 @@ def modules_after(statement: str) -> set[str]:
 
 def test_importing_fedsea_is_light() -> None:
     assert not modules_after("import fedsea") & {"torch", "transformers", "grpc", "numpy", "typer"}
+
+
+def test_the_commands_are_known_without_what_takes_seconds_to_load() -> None:
+    assert not modules_after("import fedsea.cli.app") & {"torch", "transformers", "grpc", "numpy", "flwr", "peft"}
 
 
 def test_the_client_loads_no_extra_and_no_certificate_library() -> None:

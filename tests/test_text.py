@@ -9,9 +9,8 @@ import pytest
 
 from fedsea.chats import chat_tokens, require_chat_template, write_chat
 from fedsea.cli import run
-from fedsea.cli.audit import write_json
 from fedsea.cli.generate import read_prompt
-from fedsea.cli.terminal import print_json
+from fedsea.cli.terminal import print_json, write_json
 from fedsea.errors import BY_CODE, LimitExceededError, UsageError
 from fedsea.tasks import get_task
 from fedsea.text import one_line, printable

@@ -22,7 +22,8 @@ from fedsea.privacy import parse_mechanism
 from fedsea.privacy.ledger import LookLedger
 from fedsea.training.batches import Batches
 from fedsea.training.folder import RunFolder
-from fedsea.training.loop import FineTuning, Recipe
+from fedsea.training.loop import FineTuning
+from fedsea.training.recipe import Recipe
 from tests.conftest import RunningServer, connect
 from tests.training.test_loop import examples
 

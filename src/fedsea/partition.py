@@ -2,8 +2,10 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Annotated
 
 from fedsea.errors import PartitionError
+from fedsea.flags import Flag
 
 EMBEDDING = "model.embed_tokens."
 NORM = "model.norm."
@@ -42,8 +44,8 @@ class Partition:
         If a count is negative.
     """
 
-    input_layers: int = 1
-    output_layers: int = 1
+    input_layers: Annotated[int, Flag("Decoder layers at the client, after the embedding.", min=0)] = 1
+    output_layers: Annotated[int, Flag("Decoder layers at the client, before the head.", min=0)] = 1
 
     def __post_init__(self) -> None:
         for name, count in (("input_layers", self.input_layers), ("output_layers", self.output_layers)):

@@ -137,7 +137,7 @@ def test_the_cost_is_the_tasks_loss_behind_the_mechanism(
     printed = capsys.readouterr()
     assert "answer_loss" in printed.out
     if sends:  # a random model may be as good as blind guessing already
-        (line,) = (one for one in printed.out.splitlines() if one.startswith("Decision: send with --mechanism "))
+        (line,) = (one for one in printed.out.splitlines() if one.startswith("Decision: send with --noise "))
         mechanism = line.split()[-1]
         parse_mechanism(mechanism)
         assert f"{mechanism}: search reads" in printed.err

@@ -100,7 +100,7 @@ def test_of_what_may_be_sent_the_cheapest_is_named(reports: list[Report]) -> Non
     cheap, dear = unread(reports[2]), replace(unread(reports[1]), loss=4.0)
     found = decide([reports[0], dear, cheap])
     assert (found.action, found.mechanism) == ("send", cheap.spec)
-    assert found.sentence.startswith(f"Send with --mechanism {cheap.spec}. ")
+    assert found.sentence.startswith(f"Send with --noise {cheap.spec}. ")
     assert "A better attack may exist" in found.why
     assert decide(reports).action == "do not send"
 

@@ -294,8 +294,8 @@ def test_the_command_writes_page_and_json(small: str, tmp_path: Path, capsys: py
     [
         (["--report", "no-such-folder/a.html"], "no folder no-such-folder"),
         (["--levels", "1;2"], "numbers with commas between"),
-        (["--levels", "1,2", "--noise-level", "3"], "leave out --noise-std and --noise-level"),
-        (["--levels", "1,2", "--mechanism", "clip:norm=3"], "adds no noise, so it has no strength"),
+        (["--levels", "1,2", "--noise", "relative:3"], "leave the number out of --noise relative:3"),
+        (["--levels", "1,2", "--noise", "clip:norm=3"], "adds no noise, so it has no strength"),
         (["--levels", "-1"], "0 or more"),
     ],
 )

@@ -19,7 +19,7 @@ from fedsea.tasks import Example
 from fedsea.tasks.base import Question
 from fedsea.training.batches import Batches
 from fedsea.training.examples import Encoded
-from fedsea.training.loop import Recipe
+from fedsea.training.recipe import Recipe
 from fedsea_bench import quality
 from fedsea_bench.clock import in_turns
 from fedsea_bench.command import app

@@ -40,9 +40,9 @@ CONNECTING = [
     (FAR, 2, "give --credentials DIR"),
     ([*FAR, "--insecure"], 2, "hub.example.org is another one, so give credentials"),
     ([*FAR, "--credentials", "no/folder"], 1, "there is no folder no/folder"),
-    ([*NEAR, "--noise-level", "-1"], 2, "--noise-level must be a number, 0 or more"),
-    ([*NEAR, "--noise-std", "nan"], 2, "--noise-std must be a number, 0 or more"),
-    ([*NEAR, "--noise-std", "1", "--noise-level", "1"], 2, "not both"),
+    ([*NEAR, "--noise", "relative:-1"], 2, "must be a number, 0 or more; got --noise relative:-1"),
+    ([*NEAR, "--noise", "nan"], 2, "must be a number, 0 or more"),
+    ([*NEAR, "--noise", "1", "--noise", "relative:1"], 2, "give --noise once"),
 ]
 WRONG: list[tuple[Sequence[str], int, str]] = [
     *(([*one, *options], code, says) for one in ONES.values() for options, code, says in CONNECTING),
@@ -55,7 +55,7 @@ WRONG: list[tuple[Sequence[str], int, str]] = [
             (["--top-p", "0.5"], "top-p matters only where tokens are drawn"),
         )
     ),
-    ([*ONES["generate"], *NEAR, "--prompt-file", "x"], 2, "one of them"),
+    ([*ONES["generate"], *NEAR, "--prompt-file", "x"], 2, "give either"),
     (["generate", "random:tiny", *NEAR, "--prompt-file", "no-file"], 2, "cannot read no-file"),
     ([*ONES["chat"], *NEAR, "--conversation", "BROKEN"], 2, "line 1: broken JSON"),
     (["finetune", "random:tiny", *NEAR, "--task", "squad", "--data", "DATA"], 2, "there is no task 'squad'"),
@@ -69,7 +69,7 @@ WRONG: list[tuple[Sequence[str], int, str]] = [
     ([*ONES["generate"], *NEAR, "--adapter", "TRAINING"], 1, "the adapter of this training is in "),
     (["audit", "no-such-model"], 1, "no model 'no-such-model'"),
     (["audit", "random:tiny", "--data", "nowhere.txt"], 2, "cannot read nowhere.txt"),
-    (["audit", "random:tiny", "--noise-level", "-1"], 2, "--noise-level must be a number, 0 or more"),
+    (["audit", "random:tiny", "--noise", "-1"], 2, "must be a number, 0 or more"),
     (["audit", "random:tiny", "--levels", "1,x"], 2, "--levels takes numbers"),
     (["audit", "random:tiny", "--json", "no/folder/x"], 2, "there is no folder no/folder"),
     (["calibrate", "random:tiny", "--max-recovery", "0.1", "--task", "cb"], 2, "both or neither"),

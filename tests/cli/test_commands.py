@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,9 +17,8 @@ import torch
 import fedsea
 from fedsea import SplitModelForCausalLM
 from fedsea.cli import run
-from fedsea.cli.serve import LimitOptions
 from fedsea.errors import ServerUnavailableError
-from fedsea.server import Limits
+from fedsea.server import Limits, ServerOptions
 from fedsea.wire.address import format_address
 from tests.conftest import RunningServer
 from tests.support.ports import NOWHERE
@@ -67,12 +67,12 @@ def address(start_server: Callable[..., RunningServer]) -> Iterator[str]:
         ([*GENERATE, "--credentials", "x", "--prompt", "x"], 2, "not both"),
         (["generate", NAME, "--server", "192.0.2.1:7070", "--insecure", "--prompt", "x"], 2, "stay on this machine"),
         ([*GENERATE, "--prompt", "  "], 2, "the prompt is empty"),
-        (GENERATE, 2, "one of them"),
-        ([*GENERATE, "--prompt", "x", "--prompt-file", "y"], 2, "one of them"),
+        (GENERATE, 2, "give either"),
+        ([*GENERATE, "--prompt", "x", "--prompt-file", "y"], 2, "give either"),
         ([*GENERATE, "--prompt-file", "no-such-file"], 2, "cannot read no-such-file"),
         ([*GENERATE, "--prompt", "x", "--input-layers", "30"], 1, "more than the model's 30"),
-        ([*GENERATE, "--prompt", "x", "--noise-std", "1", "--noise-level", "1"], 2, "not both"),
-        ([*GENERATE, "--prompt", "x", "--noise-std", "-1"], 2, "0 or more"),
+        ([*GENERATE, "--prompt", "x", "--noise", "1", "--noise", "relative:1"], 2, "give --noise once"),
+        ([*GENERATE, "--prompt", "x", "--noise", "-1"], 2, "0 or more"),
         ([*GENERATE, "--prompt", "x", "--temperature", "-1"], 2, "temperature"),
         ([*GENERATE, "--prompt", "x", "--top-k", "5"], 2, "temperature above 0"),
         (["chat", "random:tiny", *GENERATE[2:]], 1, "tokenizer"),
@@ -128,7 +128,7 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert run([]) == 0
     assert "serve" in capsys.readouterr().out
     assert run(["serve", "--help"]) == 0
-    assert "smollm2-135m (packaged" in capsys.readouterr().out
+    assert "smollm2-135m (installed" in capsys.readouterr().out
 
 
 def test_help_imports_no_torch() -> None:
@@ -136,12 +136,23 @@ def test_help_imports_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL, check=False).returncode == 0
 
 
-def test_every_limit_has_a_flag_with_its_default() -> None:
-    assert LimitOptions().limits() == Limits()
-    assert len(dataclasses.fields(LimitOptions)) == len(dataclasses.fields(Limits))
-    changed = LimitOptions(1, 2, 3, 4, 5.0, 6.0, 7, 8, 9, 10.0, 11, 12, 13, 0.25, 14, 15).limits()
-    of_runs = (8, 9, 10.0, 11 << 20, 12 << 20, 13)
-    assert changed == Limits(1, 2, 3, 4 << 20, 5.0, 6.0, 7 << 20, *of_runs, 0.25, 14 << 20, 15)
+def test_each_limit_has_a_flag_in_the_unit_of_its_help(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Limits] = []
+
+    class Server:
+        def __init__(self, _checkpoint: object, options: ServerOptions) -> None:
+            seen.append(options.limits)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("fedsea.server.BlockServer", Server)
+    flags = {
+        field.name: typing.get_type_hints(Limits, include_extras=True)[field.name].__metadata__[0]
+        for field in dataclasses.fields(Limits)
+    }
+    names = {name: flag.name or f"--{name.replace('_', '-')}" for name, flag in flags.items()}
+    assert run(SERVE) == 130
+    assert run([*SERVE, *(word for flag in names.values() for word in (flag, "1"))]) == 130
+    assert seen == [Limits(), Limits(**{name: 1 << 20 if flag.endswith("-mib") else 1 for name, flag in names.items()})]
 
 
 def test_sigterm_tells_the_sessions_and_exits_with_0() -> None:
@@ -202,7 +213,7 @@ def test_chat_over_a_pipe(address: str, capsys: pytest.CaptureFixture[str], monk
     said = capsys.readouterr().out.splitlines()
     assert said[:3] == ["There is no answer yet.", "The capital of France is Paris.", "The capital of Spain is Madrid."]
     assert "15 of 59 prompt tokens sent" in said[3]
-    assert said[4] == "The conversation is forgotten."
+    assert said[4] == "A new conversation begins."
     assert said[5] == "There is no command /nonsense."
     assert any(line.startswith("/quit") for line in said[6:])
 

@@ -128,12 +128,12 @@ def test_the_warning_is_one_line_with_a_command_and_can_be_hidden(
     secure = start_server(small, credentials=Credentials.load(tmp_path, "server"))
     near = ["--server", secure.address, "--credentials", str(tmp_path / "client-a")]
     ask = ["generate", small, *near, "--prompt", "x", "--max-new-tokens", "1", "--threads", "1"]
-    assert run([*ask, "--noise-level", "1.5"]) == 0
+    assert run([*ask, "--noise", "relative:1.5"]) == 0
     first, *_ = capsys.readouterr().err.splitlines()
     assert first.startswith("fedsea: noise of 1.5 x the mean |h_A| is weak")
-    audits = f"fedsea audit {small} --input-layers 1 --output-layers 1 --mechanism "
+    audits = f"fedsea audit {small} --input-layers 1 --output-layers 1 --noise "
     assert f"{audits}relative:level=1.5 --answer-tokens 32 " in first
-    assert run([*ask, "--noise-level", "1000"]) == 0
+    assert run([*ask, "--noise", "relative:1000"]) == 0
     assert "hides no answer" in capsys.readouterr().err
     said: list[str] = []
     with connect(

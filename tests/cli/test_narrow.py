@@ -31,7 +31,7 @@ def tuned(small: str, server: RunningServer, tmp_path_factory: pytest.TempPathFa
     data.write_text((json.dumps({"messages": message}) + "\n") * 4)
     command = ["finetune", small, "--server", server.address, "--insecure", "--task", "chat", "--data", str(data)]
     command += ["--steps", "2", "--batch-size", "2", "--output", str(folder / "run"), "--json"]
-    assert run([*command, "--mechanism", MECHANISM]) == 0
+    assert run([*command, "--noise", MECHANISM]) == 0
     return folder, command
 
 
@@ -66,7 +66,7 @@ def test_the_adapters_own_cut_and_noise_are_taken_up_and_told(
     assert own.startswith("narrow-cut:rank=8+gaussian:std=")
     assert f"the adapter's narrow cut, protected by {own}" in printed.err
     assert json.loads(printed.out)["guessed_tokens"] == 0  # nothing is guessed where states are noised
-    asked = ["--mechanism", "gaussian:std=0.5", "--max-new-tokens", "2"]
+    asked = ["--noise", "gaussian:std=0.5", "--max-new-tokens", "2"]
     assert run(["generate", *here, "--prompt", "Which ward?", *asked]) == 0
     assert str(used[1]) == "narrow-cut:rank=8+gaussian:std=0.5"
     assert f"the adapter was trained with {own}" in capsys.readouterr().err
@@ -78,7 +78,7 @@ def test_an_evaluation_through_the_split_is_that_of_the_whole_model_with_the_cut
     adapter = str(tuned[0] / "run" / "adapter")
     capsys.readouterr()
     task = ["--task", "chat", "--data", str(tuned[0] / "my.jsonl"), "--limit", "1", "--answer-loss", "--json"]
-    quiet = ["--mechanism", "narrow-cut:rank=8", "--wire-dtype", "float32"]
+    quiet = ["--noise", "narrow-cut:rank=8", "--wire-dtype", "float32"]
     losses = []
     for where in (["--server", server.address, "--insecure", "--adapter", adapter, *quiet], ["--whole"]):
         with_adapter = [] if "--adapter" in where else ["--adapter", adapter]
@@ -99,11 +99,11 @@ def test_what_cannot_be_is_one_line(
     ask = ["generate", small, *here, "--prompt", "x"]
     capsys.readouterr()
     for arguments, says in [
-        ([*ask, "--mechanism", "narrow-cut:rank=8"], "a narrow cut needs its other half at the block server"),
-        ([*ask, "--mechanism", "narrow-cut:rank=32"], "a narrow cut of rank 32 narrows nothing"),
-        ([*ask, "--adapter", adapter, "--mechanism", "narrow-cut:rank=4"], "the mechanism asks for rank 4"),
+        ([*ask, "--noise", "narrow-cut:rank=8"], "a narrow cut needs its other half at the block server"),
+        ([*ask, "--noise", "narrow-cut:rank=32"], "a narrow cut of rank 32 narrows nothing"),
+        ([*ask, "--adapter", adapter, "--noise", "narrow-cut:rank=4"], "the mechanism asks for rank 4"),
         (["export-adapter", str(folder / "run"), str(tmp_path / "m"), "--merge", small], "no merged model can hold"),
-        ([*command, "--mechanism", "narrow-cut:rank=4", "--resume"], "holds another training: mechanism was"),
+        ([*command, "--noise", "narrow-cut:rank=4", "--resume"], "holds another training: noise was"),
     ]:
         assert run(arguments) in (1, 2)
         printed = capsys.readouterr()
@@ -119,7 +119,7 @@ def test_an_audit_attacks_what_a_narrow_cut_leaves(
 ) -> None:
     adapter, out = str(tuned[0] / "run" / "adapter"), tmp_path / "audit.json"
     audit = ["audit", small, "--adapter", adapter, "--attacker-has-adapter", "--texts", "1", "--tokens", "12"]
-    audit += ["--attack", "prior", "--attack", "search", "--json", str(out), "--mechanism"]
+    audit += ["--attack", "prior", "--attack", "search", "--json", str(out), "--noise"]
     shares, losses = [], []
     for mechanism in ("narrow-cut:rank=8", "narrow-cut:rank=8+relative:level=20"):
         assert run([*audit, mechanism]) == 0

@@ -224,7 +224,7 @@ def test_a_chat_outlives_its_server(
             for line, answer in (
                 ("Hello", "(the answer was cut at 3 tokens"),
                 ("/nonsense", "There is no command /nonsense."),
-                (f"/save {tmp_path / 'talk'}", "The conversation is in"),
+                (f"/save {tmp_path / 'talk'}", "The conversation is saved in"),
             ):
                 at = terminal.after(at, "\n> ")
                 terminal.type(line)
@@ -233,14 +233,14 @@ def test_a_chat_outlives_its_server(
             server.stop()
             terminal.type("And now?")
             at = terminal.after(at, "fedsea: error: ")
-            at = terminal.after(at, "writes it down")
+            at = terminal.after(at, "saves it")
             at = terminal.after(at, "\n> ")
             server = start_server(small, listen=address)
             for line, answer in (
                 ("/retry", "(the answer was cut at 3 tokens"),
                 ("/retry", "There is no question without an answer."),
-                (f"/save {tmp_path / 'again'}", "The conversation is in"),
-                (f"/load {tmp_path / 'talk'}", "Going on after 3 messages."),
+                (f"/save {tmp_path / 'again'}", "The conversation is saved in"),
+                (f"/load {tmp_path / 'talk'}", "Continuing after 3 messages."),
                 (f"/save {tmp_path / 'again'}", "is there already; take another name"),
             ):
                 terminal.type(line)

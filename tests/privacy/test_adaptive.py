@@ -30,7 +30,8 @@ from fedsea.privacy.mechanisms.adaptive import FLOOR, LookBudget, rounded_scale
 from fedsea.training.batches import Batches
 from fedsea.training.folder import RunFolder
 from fedsea.training.looks import FINER, Looks
-from fedsea.training.loop import Figures, FineTuning, Recipe
+from fedsea.training.loop import Figures, FineTuning
+from fedsea.training.recipe import Recipe
 from fedsea.wire.frames import Forward
 from tests.conftest import RunningServer, connect
 from tests.privacy.test_noise import capture
@@ -366,7 +367,7 @@ def test_what_cannot_be_is_refused(mechanism: str, says: str) -> None:
 
 def test_a_wrong_option_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     command = ["generate", "smollm2-135m", "--server", NOWHERE, "--insecure", "--prompt", "x"]
-    assert run([*command, "--mechanism", "adaptive:clip=1,level=4,looks=2.5"]) == 2
+    assert run([*command, "--noise", "adaptive:clip=1,level=4,looks=2.5"]) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert "the epochs of an adaptive noise must be a whole number, 1 or more; got 2.5" in line
 

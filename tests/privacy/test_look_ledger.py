@@ -244,7 +244,7 @@ def test_commands_count_in_one_file(
 ) -> None:
     data, file, server = tmp_path / "rows.jsonl", tmp_path / "looks.db", start_server(small).address
     data.write_text('{"text": "The tide comes in twice a day."}\n')
-    where = [small, "--server", server, "--insecure", "--task", "text", "--data", str(data), "--noise-std", "1"]
+    where = [small, "--server", server, "--insecure", "--task", "text", "--data", str(data), "--noise", "1"]
     counted = ["--looks", str(file), "--max-looks", "2"]
     steps = ["--steps", "1", "--batch-size", "1", "--json"]
     assert command(["finetune", *where, *counted, *steps, "--output", str(tmp_path / "one")]) == 0

@@ -12,7 +12,7 @@ import torch
 from fedsea import GaussianNoise, RelativeGaussianNoise, SplitModelForCausalLM
 from fedsea.checkpoints import load_tokenizer
 from fedsea.cli import run
-from fedsea.cli.options import AnswerOptions, ClientOptions
+from fedsea.cli.options import AnswerOptions, parse_noise
 from fedsea.client.channel import RunChannel
 from fedsea.client.lookup import GUESSES
 from fedsea.errors import UsageError
@@ -455,27 +455,19 @@ def test_what_training_sends_again_is_clipped_noised_and_the_same(
 NEAR = ["--server", "127.0.0.1:1", "--insecure"]
 
 
-def test_options_name_one_mechanism() -> None:
-    assert ClientOptions("m", "s").noise() == GaussianNoise(0.0)
-    assert ClientOptions("m", "s", noise_std=0.5).noise() == GaussianNoise(0.5)
-    assert ClientOptions("m", "s", noise_level=2.0).noise() == RelativeGaussianNoise(2.0)
-    assert ClientOptions("m", "s", mechanism="clipped-gaussian:clip=3,std=1").noise() == clipped_gaussian(3.0, 1.0)
-
-
 def test_nothing_is_guessed_where_states_are_noised() -> None:
-    assert AnswerOptions().guessed(ClientOptions("m", "s", noise_level=0.0).noise()) == GUESSES
-    for noised in (ClientOptions("m", "s", mechanism="gaussian:std=1"), ClientOptions("m", "s", noise_std=0.1)):
-        assert AnswerOptions().guessed(noised.noise()) == 0
-        assert AnswerOptions(guesses=3).guessed(noised.noise()) == 3
+    assert AnswerOptions().guessed(parse_noise(None)) == AnswerOptions().guessed(parse_noise(["relative:0"])) == GUESSES
+    for noised in map(parse_noise, (["gaussian:std=1"], ["0.1"])):
+        assert AnswerOptions().guessed(noised) == 0
+        assert AnswerOptions(guesses=3).guessed(noised) == 3
 
 
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--mechanism", "clap"], "there is no mechanism 'clap'; there are "),
-        (["--mechanism", "gaussian"], "lacks std; write gaussian:std=NUMBER"),
-        (["--mechanism", "gaussian:std=1", "--noise-std", "0"], "give --noise-std or --mechanism, not both"),
-        (["--mechanism", "gaussian:std=1", "--noise-level", "1"], "give --noise-level or --mechanism, not both"),
+        (["--noise", "clap"], "there is no mechanism 'clap'; there are "),
+        (["--noise", "gaussian"], "lacks std; write gaussian:std=NUMBER"),
+        (["--noise", "gaussian:std=1", "--noise", "0"], "give --noise once; got gaussian:std=1 and 0"),
     ],
 )
 def test_a_wrong_option_is_one_line(options: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -492,10 +484,10 @@ def test_a_training_keeps_to_its_mechanism(
     data.write_text((json.dumps({"messages": message}) + "\n") * 4)
     command = ["finetune", small, "--server", server.address, "--insecure", "--task", "chat", "--data", str(data)]
     command += ["--steps", "1", "--output", str(folder)]
-    assert run([*command, "--mechanism", "relative-clipped-gaussian:clip=1,level=0.5"]) == 0
+    assert run([*command, "--noise", "relative-clipped-gaussian:clip=1,level=0.5"]) == 0
     settings = json.loads((folder / "run.json").read_text())["settings"]
-    assert settings["mechanism"] == "relative-clipped-gaussian:clip=1,level=0.5"
+    assert settings["noise"] == "relative-clip:norm=1.0+relative:level=0.5"
     capsys.readouterr()
-    assert run([*command, "--mechanism", "gaussian:std=1", "--resume"]) == 2
-    assert "holds another training: mechanism was 'relative-clipped-gaussian" in capsys.readouterr().err
+    assert run([*command, "--noise", "gaussian:std=1", "--resume"]) == 2
+    assert "holds another training: noise was 'relative-clip:" in capsys.readouterr().err
     server.stop()

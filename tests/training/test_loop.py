@@ -25,7 +25,8 @@ from fedsea.training.batches import Batches
 from fedsea.training.examples import Encoded
 from fedsea.training.export import export_adapter
 from fedsea.training.folder import RunFolder
-from fedsea.training.loop import Figures, FineTuning, Recipe
+from fedsea.training.loop import Figures, FineTuning
+from fedsea.training.recipe import Recipe
 from tests.support.ports import held_address
 
 RECIPE = Recipe(steps=6, batch_size=3, accumulation=2, lr=1e-2, warmup=1, save_every=2)

@@ -22,7 +22,8 @@ from fedsea.training.batches import Batches
 from fedsea.training.examples import Encoded
 from fedsea.training.export import export_adapter, merge_adapter
 from fedsea.training.folder import RunFolder
-from fedsea.training.loop import FineTuning, Recipe
+from fedsea.training.loop import FineTuning
+from fedsea.training.recipe import Recipe
 from fedsea.wire.frames import Forward
 from fedsea.wire.rounds import Ticket
 from fedsea.wire.tensors import tensor_bytes

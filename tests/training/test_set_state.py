@@ -13,7 +13,8 @@ from fedsea.client.channel import RunChannel
 from fedsea.errors import ModelMismatchError
 from fedsea.federation.coordinator.block_server_admin import BlockServerAdmin
 from fedsea.parts.adapters import AdapterSpec
-from fedsea.training.loop import Figures, Recipe
+from fedsea.training.loop import Figures
+from fedsea.training.recipe import Recipe
 from fedsea.wire.frames import Operation
 from tests.client.test_trainers import logged, trainer
 from tests.conftest import RunningServer, connect

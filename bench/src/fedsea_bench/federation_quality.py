@@ -25,7 +25,7 @@ from fedsea.federation.owner.shards import Sharding, read_shard
 from fedsea.server.process import ServerProcess
 from fedsea.tasks import Example, Task, encode, evaluate, get_task
 from fedsea.training.batches import Batches
-from fedsea.training.loop import Recipe
+from fedsea.training.recipe import Recipe
 from fedsea_bench.flower_simulation import SimulationLink, require_ray
 from fedsea_bench.quality import train_whole
 from fedsea_bench.results import Line

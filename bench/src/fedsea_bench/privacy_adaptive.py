@@ -20,7 +20,8 @@ from fedsea.training.batches import Batch, Batches
 from fedsea.training.examples import Encoded
 from fedsea.training.folder import RunFolder
 from fedsea.training.looks import FIRST_OVER_LAST, Looks
-from fedsea.training.loop import Figures, FineTuning, Recipe
+from fedsea.training.loop import Figures, FineTuning
+from fedsea.training.recipe import Recipe
 from fedsea_bench.results import Line
 from fedsea_bench.training_case import ADAPTER_SEED, ADAPTER_TEXT, adapter_config, text_batches
 from fedsea_bench.workbench import PARTITION, Workbench, described

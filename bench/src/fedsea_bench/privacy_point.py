@@ -38,7 +38,8 @@ from fedsea.tasks.base import LabelTask
 from fedsea.tasks.encoding import encode_prompt
 from fedsea.training.batches import Batches
 from fedsea.training.folder import RunFolder
-from fedsea.training.loop import FineTuning, Recipe
+from fedsea.training.loop import FineTuning
+from fedsea.training.recipe import Recipe
 from fedsea_bench.quality import train_whole
 from fedsea_bench.workbench import Workbench
 

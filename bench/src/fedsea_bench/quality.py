@@ -37,7 +37,8 @@ from fedsea.server.process import ServerProcess
 from fedsea.tasks import Example, Task, encode, evaluate, get_task
 from fedsea.training.batches import Batches
 from fedsea.training.folder import RunFolder
-from fedsea.training.loop import Figures, FineTuning, Recipe
+from fedsea.training.loop import Figures, FineTuning
+from fedsea.training.recipe import Recipe
 from fedsea_bench.training_case import adapter_config, peft_on
 from fedsea_bench.workbench import PARTITION
 

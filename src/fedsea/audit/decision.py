@@ -39,7 +39,7 @@ class Decision:
     @property
     def sentence(self) -> str:
         """The decision as one line."""
-        with_it = f" with --mechanism {self.mechanism}" if self.mechanism else ""
+        with_it = f" with --noise {self.mechanism}" if self.mechanism else ""
         return f"{self.action.capitalize()}{with_it}. {self.why}"
 
 

@@ -1,4 +1,4 @@
-"""The `fedsea` command: what goes for all its subcommands. Each of them has a file of its own."""
+"""The room of commands, one file each. Here: what all of them share, from the process's start to its exit code."""
 
 import os
 import sys
@@ -20,7 +20,7 @@ def main() -> int:
     """Run the command that `sys.argv` names; returns the exit code."""
     let_idle_threads_sleep()
     open_streams()
-    # What these libraries print about themselves is nothing that a user can act upon.
+    # A user can do nothing about what these libraries print of themselves.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     if os.environ.get("COLUMNS") == "0":  # "unknown" to a shell; rich would print nothing
@@ -42,8 +42,8 @@ def run(arguments: Sequence[str]) -> int:
     Returns
     -------
     int
-        Exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted. An error has been told in one line on standard
-        error; the environment variable FEDSEA_DEBUG adds its traceback.
+        Exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted. An error is one line on standard error; the
+        environment variable FEDSEA_DEBUG adds its traceback.
     """
     import click
 
@@ -56,7 +56,7 @@ def run(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # Whoever reads the output has gone (`fedsea … | head`); spare Python's complaint when it flushes at exit.
+        # The reader of the output has closed it (`fedsea … | head`); without this, Python complains when it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
@@ -68,14 +68,16 @@ def _outcome(arguments: Sequence[str]) -> int:
     import click
 
     from fedsea.cli.app import app
+    from fedsea.cli.old_flags import rewritten
 
+    arguments = rewritten(arguments)
     try:
         outcome = app(list(arguments), prog_name="fedsea", standalone_mode=False, obj=tuple(arguments))
     except click.exceptions.NoArgsIsHelpError as error:
         print(error.format_message())
         outcome = error.exit_code
     if sys.stdout is not None:
-        sys.stdout.flush()  # now, as long as there is somebody to tell that the disk is full
+        sys.stdout.flush()  # now, while a full disk can still be reported
     return outcome if isinstance(outcome, int) else 0
 
 

@@ -4,6 +4,7 @@ from importlib.metadata import entry_points
 from typing import Annotated
 
 import typer
+import typer.core
 
 import fedsea
 from fedsea.cli import credentials, federation
@@ -18,6 +19,8 @@ from fedsea.cli.generate import generate
 from fedsea.cli.serve import serve
 from fedsea.errors import UsageError
 
+typer.core.HAS_RICH = False  # plain help: rich's tables cut words that are longer than a column, such as examples
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -25,7 +28,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def _fedsea(
     context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
 ) -> None:
-    """Use and fine-tune a large language model whose middle is run by somebody else, on text that never leaves you."""
+    """Use and fine-tune a large language model whose middle runs at a provider. Your text stays with you."""
     if version:
         print(f"fedsea {fedsea.__version__}")
     elif context.invoked_subcommand is None:

@@ -1,30 +1,31 @@
 """`fedsea audit`: what a provider who knows the public weights reads of a text."""
 
+import contextlib
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fedsea.audit.attacks import attack_names
 from fedsea.cli.options import (
-    ClientOptions,
+    Adapter,
     Model,
-    NoiseLevel,
-    NoiseStd,
+    NoiseTexts,
     Threads,
     WireDtype,
     command_line,
+    parse_noise,
     prepare_torch,
     require_folders,
     spread,
 )
-from fedsea.cli.progress import progress_bar
-from fedsea.cli.terminal import escape
+from fedsea.cli.terminal import escape, progress_bar, write_json
 from fedsea.errors import UsageError
-from fedsea.files import write_text
+from fedsea.flags import Flag
 from fedsea.partition import Partition
-from fedsea.text import json_text, one_line
+from fedsea.text import one_line
 
 if TYPE_CHECKING:  # --help needs no torch
     from rich.console import Console
@@ -47,64 +48,6 @@ COLUMNS = (
 """Of the table: a heading, which scores of a finding (text, answer, labels), and which of them."""
 
 
-@dataclasses.dataclass(frozen=True)
-class AuditedModel:
-    """Which model, split where, with what noise."""
-
-    model: Model
-    input_layers: Annotated[int, typer.Option(min=0, help="Decoder layers at the client, after the embedding.")] = 1
-    output_layers: Annotated[int, typer.Option(min=0, help="Decoder layers at the client, before the head.")] = 1
-    noise_std: NoiseStd = None
-    noise_level: NoiseLevel = None
-    mechanism: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="TEXT",
-            help="Another protection of what leaves, as for fedsea chat; given several times, they are compared.",
-            show_default="no noise",
-        ),
-    ] = None
-    levels: Annotated[
-        str | None,
-        typer.Option(
-            metavar="L,L,...",
-            help="Strengths to compare: of --mechanism, or multiples of the mean |h_A|.",
-            show_default="one only",
-        ),
-    ] = None
-    wire_dtype: WireDtype = None
-    adapter: Annotated[Path | None, typer.Option(metavar="DIR", help="A PEFT adapter that the client runs with.")] = (
-        None
-    )
-    attacker_has_adapter: Annotated[
-        bool, typer.Option("--attacker-has-adapter", help="Attackers have that adapter as well.")
-    ] = False
-
-    def noises(self) -> "list[Noise]":
-        """How states are protected, as `ClientOptions.noise` gives it; several if they are to be compared.
-
-        Raises
-        ------
-        UsageError
-            If options contradict each other, or one cannot be used.
-        """
-        if self.levels is None:
-            several: list[str | None] = [*self.mechanism] if self.mechanism else [None]
-            return [
-                ClientOptions(
-                    self.model, "", noise_std=self.noise_std, noise_level=self.noise_level, mechanism=one
-                ).noise()
-                for one in several
-            ]
-        if self.noise_std is not None or self.noise_level is not None:
-            raise UsageError("--levels says how strong the noise is; leave out --noise-std and --noise-level")
-        strengths = read_levels(self.levels)
-        from fedsea.privacy import parse_family
-
-        families = [parse_family(one) for one in self.mechanism or ["relative"]]
-        return [one.with_strength(strength) for one in families for strength in strengths]
-
-
 def _looks(given: object) -> int:
     """A number, or the largest one in the file of a `LookLedger`."""
     text = str(given)
@@ -112,73 +55,93 @@ def _looks(given: object) -> int:
         from fedsea.privacy import LookLedger
 
         if not Path(text).is_file():
-            raise UsageError(f"--looks is a number or the file where looks are counted; got {text!r}")
+            raise UsageError(f"--looks is a number, or the file of another command's --looks; got {text!r}")
         return max(1, LookLedger(text, 0).most_seen())
     if int(text) < 1:
         raise UsageError("looks must be 1 or more; got 0")
     return int(text)
 
 
-@spread
-def audit(
-    model: AuditedModel,
-    data: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Texts: a line each, or a .jsonl with messages, text, or prompt and answer. With --task, its data.",
-            show_default="a few made-up ones",
-        ),
-    ] = None,
-    task: Annotated[
-        str | None,
-        typer.Option(metavar="TASK", help="Read --data as a training on this task does, as fedsea finetune."),
-    ] = None,
-    texts: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="The first N texts only.", show_default="all")
-    ] = None,
-    tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens of each text at most.")] = 64,
+@dataclasses.dataclass(frozen=True)
+class AttackedModel:
+    """Which model, split where, and how much of the texts is attacked; for calibrate as well."""
+
+    model: Model
+    partition: Partition = Partition()
+    wire_dtype: WireDtype = None
+    adapter: Adapter = None
+    texts: Annotated[int | None, Flag("Use the first N texts only.", min=1, metavar="N", default="all")] = None
+    tokens: Annotated[int, Flag("Use the first N tokens of each text only.", min=1, metavar="N")] = 64
     answer_tokens: Annotated[
-        int, typer.Option(min=0, metavar="N", help="Tokens of an answer to each text, attacked as well.")
-    ] = 0,
+        int, Flag("Let the model answer each text with N tokens, which are attacked as well.", min=0, metavar="N")
+    ] = 0
     looks: Annotated[
         int,
         typer.Option(
             parser=_looks,
             metavar="N|FILE",
-            help="How often each text is sent, each time with fresh noise; or the file where looks are counted.",
+            help="How often each text is sent, each time with fresh noise: a number, or the file of another command's "
+            "--looks.",
         ),
-    ] = 1,
+    ] = 1
+    threads: Threads = None
+
+
+@spread
+def audit(
+    model: AttackedModel,
+    noise: NoiseTexts = None,
+    levels: Annotated[
+        str | None,
+        Flag(
+            "Compare several strengths: of the mechanism --noise, or of noise that is a multiple of the mean |h_A|.",
+            metavar="L,L,...",
+            default="one only",
+        ),
+    ] = None,
+    attacker_has_adapter: Annotated[bool, Flag("Attackers have the adapter as well.")] = False,
+    data: Annotated[
+        Path | None,
+        Flag(
+            "Texts: one a line, or a .jsonl file with messages, text, or prompt and answer. With --task, its data.",
+            metavar="FILE",
+            default="a few invented ones",
+        ),
+    ] = None,
+    task: Annotated[
+        str | None, Flag("Read --data as fedsea finetune reads the data of this task.", metavar="TASK")
+    ] = None,
     train_steps: Annotated[
-        int, typer.Option(min=0, metavar="N", help="Audit a training on the texts, of N steps, instead of sessions.")
+        int, Flag("Audit a training on the texts, of N steps, instead of inference.", min=0, metavar="N")
     ] = 0,
-    batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Texts of a training step.")] = 4,
+    batch_size: Annotated[int, Flag("Texts in a training step.", min=1, metavar="N")] = 4,
     colluder: Annotated[
         Path | None,
-        typer.Option(
+        Flag(
+            "Texts of a client who works with the provider. Decoders learn from them.",
             metavar="FILE",
-            help="Texts of a client who tells attackers what they are; decoders learn from them.",
-            show_default="they learn from public text",
+            default="they learn from public text",
         ),
     ] = None,
     attack: Annotated[
         list[str] | None,
-        typer.Option(
+        Flag(
+            f"{', '.join(attack_names())}; may be given several times.",
             metavar="NAME",
-            help=f"{', '.join(attack_names())}; may be given several times.",
-            show_default="all that fit, but for optimise and decoders, which take minutes",
+            default="all that fit, but not those that take minutes",
         ),
     ] = None,
-    threads: Threads = None,
     json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write everything, recovered texts too, as JSON.")
+        Path | None, Flag("Write all results, with the recovered texts, as JSON.", "--json", metavar="FILE")
     ] = None,
     report_file: Annotated[
-        Path | None,
-        typer.Option("--report", metavar="FILE", help="Write a page to show, as HTML, recovered texts too."),
+        Path | None, Flag("Write an HTML page with all results and the recovered texts.", "--report", metavar="FILE")
     ] = None,
 ) -> None:
-    """Send texts through a real session of MODEL, or train on them, and say what attacks on what is seen read."""
+    """Send texts of yours through a real session of MODEL, or train on them, and show what attacks can read of them.
+
+    --noise may be given several times: then the mechanisms are compared.
+    """
     from fedsea.audit.samples import SAMPLES, Text, read_task, read_texts
     from fedsea.checkpoints.names import check_model
     from fedsea.tasks.metrics import require_rouge
@@ -191,9 +154,9 @@ def audit(
     attacked: list[Text] = list(SAMPLES)
     if data is not None:
         attacked = read_texts(data) if task is None else read_task(task, str(data))
-    told = [] if colluder is None else read_texts(colluder)
-    noises = model.noises()
-    prepare_torch("cpu", threads)
+    known = [] if colluder is None else read_texts(colluder)
+    noises = _noises(noise, levels)
+    prepare_torch("cpu", model.threads)
     from fedsea.audit.decision import decide
     from fedsea.audit.page import write_page
     from fedsea.audit.plan import Plan
@@ -201,26 +164,26 @@ def audit(
 
     plan = Plan(
         model=model.model,
-        texts=attacked[:texts],
-        partition=Partition(model.input_layers, model.output_layers),
+        texts=attacked[: model.texts],
+        partition=model.partition,
         wire_dtype=model.wire_dtype,
-        tokens=tokens,
-        answer=answer_tokens,
-        observations=looks,
+        tokens=model.tokens,
+        answer=model.answer_tokens,
+        observations=model.looks,
         attacks=tuple(attack or ()),
         adapter=model.adapter,
-        attacker_has_adapter=model.attacker_has_adapter,
+        attacker_has_adapter=attacker_has_adapter,
         train_steps=train_steps,
         batch_size=batch_size,
-        colluder=told,
+        colluder=known,
     )
     reports: list[Report] = []
     with progress_bar() as progress:
         auditor = Auditor(plan, progress)
-        for place, noise in enumerate(noises, 1):
+        for place, one in enumerate(noises, 1):
             if len(noises) > 1:
-                progress(f"{noise} ({place} of {len(noises)})", 0, len(plan.texts))
-            reports.append(auditor.report(noise))
+                progress(f"{one} ({place} of {len(noises)})", 0, len(plan.texts))
+            reports.append(auditor.report(one))
     if len(reports) == 1:
         show_report(reports[0])
     else:
@@ -233,32 +196,31 @@ def audit(
         write_json(found[0] if len(found) == 1 else found, json_file)
 
 
-def read_levels(text: str) -> list[float]:
-    """Strengths that a user lists: numbers, 0 or more, with commas between.
+def _noises(texts: Sequence[str] | None, levels: str | None) -> "list[Noise]":
+    """The mechanisms that are compared, or the only one.
 
     Raises
     ------
     UsageError
-        If they are not.
+        If one cannot be used, or `levels` are no numbers, 0 or more.
     """
+    if levels is None:
+        return [parse_noise([text]) for text in texts or [""]]
     try:
-        return [float(one) for one in text.split(",")]
+        strengths = [float(one) for one in levels.split(",")]
     except ValueError:
-        raise UsageError(f"--levels takes numbers with commas between, as 0,1,2.3; got {text!r}") from None
+        raise UsageError(f"--levels takes numbers with commas between, as 0,1,2.3; got {levels!r}") from None
+    for text in texts or []:
+        with contextlib.suppress(ValueError):
+            float(text.removeprefix("relative:"))
+            raise UsageError(f"--levels gives the strengths; leave the number out of --noise {text}")
+    from fedsea.privacy import parse_family
 
-
-def write_json(value: Any, file: Path) -> None:
-    """Write a JSON file.
-
-    Raises
-    ------
-    UsageError
-        If it cannot be written.
-    """
-    write_text(file, json_text(value, indent=2) + "\n")
+    return [parse_family(text).with_strength(strength) for text in texts or ["relative"] for strength in strengths]
 
 
 def show_report(report: "Report") -> None:
+    """Print what each attack reads under one protection."""
     from rich.console import Console
 
     from fedsea.audit.report import brief, interval, mean
@@ -284,8 +246,8 @@ def show_report(report: "Report") -> None:
     )
     best = report.best()
     if best is not None:
-        console.print(f"\n[bold]Sent[/bold]  {escape(_line(report.texts[0] + report.answers[0]))}")
-        console.print(f"[bold]Read[/bold]  {escape(_line(best.texts[0]))}")
+        console.print(f"\n[bold]Sent[/bold]  {escape(one_line(report.texts[0] + report.answers[0]))}")
+        console.print(f"[bold]Read[/bold]  {escape(one_line(best.texts[0]))}")
 
 
 def print_columns(console: "Console", first: tuple[str, list[str]], columns: list[tuple[str, list[str]]]) -> list[str]:
@@ -370,6 +332,7 @@ def compare_reports(reports: "list[Report]") -> None:
 
 
 def conclude(decision: "Decision") -> None:
+    """Print what follows for texts like these."""
     from rich.console import Console
     from rich.padding import Padding
     from rich.text import Text
@@ -378,7 +341,3 @@ def conclude(decision: "Decision") -> None:
     console.print(Text(f"\nDecision: {decision.sentence}", style="bold"))
     for option in decision.options:
         console.print(Padding(Text(f"– {option}"), (0, 0, 0, 2)))
-
-
-def _line(text: str) -> str:
-    return one_line(text)

@@ -1,35 +1,31 @@
 """`fedsea chat`: a conversation in the terminal, or line by line from a pipe."""
 
-import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
-
-import typer
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from fedsea.cli.generate import cut_notice, stats_line
-from fedsea.cli.leakage import prepare_view, show_turn
 from fedsea.cli.options import AdaptedClientOptions, AnswerOptions, spread
-from fedsea.cli.terminal import end_line, tell, tell_error, working, write_piece
+from fedsea.cli.terminal import end_line, stop_on_interrupt, tell, tell_error, working, write_piece
 from fedsea.cli.transcript import read_transcript, write_transcript
 from fedsea.errors import FedSEAError, LimitExceededError, UsageError
-from fedsea.text import input_lines, printable, read_text, require_whole, without_final_newline
+from fedsea.flags import Flag
+from fedsea.text import input_lines, one_line, printable, read_text, require_whole, without_final_newline
 
 if TYPE_CHECKING:  # --help needs no torch
     from fedsea.audit.live import LiveLeakage
     from fedsea.client.conversation import Conversation
 
 HELP = """\
-/retry        ask again what has got no answer
-/save FILE    keep the conversation in a file
-/load FILE    go on with one from a file
-/reset        forget the conversation
-/stats        what the last answer cost
-/help         this
-/quit         end (or Ctrl-D)
+/retry        ask the last question again, if it has no answer
+/save FILE    save the conversation in a file
+/load FILE    continue a conversation from a file
+/reset        start a new conversation
+/stats        tokens, speed and traffic of the last answer
+/help         show this list
+/quit         end the chat (or Ctrl-D)
 Ctrl-C stops an answer."""
 
 
@@ -37,29 +33,27 @@ Ctrl-C stops an answer."""
 def chat(
     client: AdaptedClientOptions,
     answers: AnswerOptions,
-    system: Annotated[str | None, typer.Option(metavar="TEXT", help="The system message.")] = None,
+    system: Annotated[str | None, Flag("The system message.", metavar="TEXT")] = None,
     conversation: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Keep the conversation in this file, and go on with it if it is there."),
+        Flag("Keep the conversation in this file, and continue it if the file exists.", metavar="FILE"),
     ] = None,
     piped: Annotated[
         Literal["lines", "whole"],
-        typer.Option("--input", help="What a pipe holds: a question on each line, or one message as a whole."),
+        Flag("What a pipe contains: one question on each line, or one message as a whole.", "--input"),
     ] = "lines",
     show_leakage: Annotated[
-        bool,
-        typer.Option("--show-leakage", help="After each answer, show what the provider could read of the turn. Slow."),
+        bool, Flag("After each answer, show what the provider could read of the question and the answer. Slow.")
     ] = False,
 ) -> None:
     """Chat with MODEL, its middle at a block server. Reads standard input, so a pipe works as well."""
-    sampling = answers.sampling()
     turns = _turns(conversation, system)
     message = without_final_newline(read_text(Path("-"))) if piped == "whole" else ""
     client.check()
     interactive = sys.stdin is not None and sys.stdin.isatty() and piped == "lines"
     if interactive:
         import readline  # noqa: F401 - gives input() its editing and history
-    with working(f"loading {client.model}, and meeting {client.server}"):
+    with working(f"loading {client.model}, and connecting to {client.server}"):
         from fedsea.chats import require_chat_template
         from fedsea.checkpoints import load_tokenizer
         from fedsea.client.conversation import Conversation
@@ -72,7 +66,7 @@ def chat(
             model,
             tokenizer,
             system,
-            sampling=sampling,
+            sampling=answers.sampling,
             max_new_tokens=answers.max_new_tokens,
             guesses=answers.guessed(model.noise),
         )
@@ -101,7 +95,7 @@ class _Chat:
         self._unanswered = ""
 
     def follow(self, lines: Iterator[str]) -> None:
-        """Answer each line, or do what it says, until there is no more."""
+        """Answer each line, or run the command on it, until the last one."""
         for line in lines:
             if line == "/quit":
                 return
@@ -112,7 +106,7 @@ class _Chat:
                 self.ask(line)
 
     def ask(self, question: str) -> None:
-        """Answer one question. What is wrong with it is told, and the chat goes on; at a terminal, whatever it is."""
+        """Answer one question. An error in it is printed, and the chat goes on; at a terminal, after any error."""
         try:
             self.answer(question)
         except KeyboardInterrupt:
@@ -124,18 +118,18 @@ class _Chat:
             if not self._interactive:
                 raise
             tell_error(str(error))
-            tell("the conversation is kept as it was before the question: /retry asks again, /save FILE writes it down")
+            tell("the conversation is as it was before this question: /retry asks it again, /save FILE saves it")
 
     def answer(self, question: str) -> None:
         """Print the answer as it comes."""
         self._unanswered = question
-        with _stop_on_interrupt() as stopped:
+        with stop_on_interrupt() as stopped:
             pieces = self._conversation.ask(question)
             with working("reading the question"):
                 first = next(pieces, "")
             for piece in chain([first], pieces):
                 write_piece(piece)
-                if stopped:
+                if stopped():
                     pieces.close()
                     write_piece(" (stopped)")
                     break
@@ -146,7 +140,7 @@ class _Chat:
         if self._kept is not None:
             write_transcript(self._conversation.messages, self._kept)
         if self._view is not None:
-            show_turn(self._view)
+            _show_leakage(self._view)
 
     def _command(self, name: str, rest: str) -> None:
         commands = {"/retry": self._retry, "/reset": self._reset, "/stats": self._stats, "/help": lambda: print(HELP)}
@@ -171,7 +165,7 @@ class _Chat:
     def _reset(self) -> None:
         self._conversation.reset()
         self._unanswered = ""
-        print("The conversation is forgotten.")
+        print("A new conversation begins.")
 
     def _stats(self) -> None:
         stats = self._conversation.stats
@@ -182,16 +176,16 @@ class _Chat:
             raise UsageError("/save needs the name of a file")
         write_transcript(self._conversation.messages, file, new=file != self._file)
         self._file = file
-        print(f"The conversation is in {printable(str(file))}.")
+        print(f"The conversation is saved in {printable(str(file))}.")
 
     def _load(self, file: Path) -> None:
         self._conversation.take_up(read_transcript(file))
         self._file = file
-        print(f"Going on after {len(self._conversation.messages)} messages.")
+        print(f"Continuing after {len(self._conversation.messages)} messages.")
 
 
 def _turns(file: Path | None, system: str | None) -> list[dict[str, str]]:
-    """The turns that a conversation goes on from."""
+    """The turns of the conversation that is continued."""
     if system is not None:
         require_whole(system, "--system")
     if file is None or not file.exists():
@@ -203,7 +197,7 @@ def _turns(file: Path | None, system: str | None) -> list[dict[str, str]]:
 
 
 def _typed() -> Iterator[str]:
-    """What the user says at the terminal, until there is no more."""
+    """Lines that the user types at the terminal, until Ctrl-D."""
     while True:
         try:
             line = require_whole(input("\n> "), "the question").strip()
@@ -221,7 +215,7 @@ def _typed() -> Iterator[str]:
 
 
 def _piped() -> Iterator[str]:
-    """Each line of standard input; one that is no text is told, and the next one read."""
+    """Lines of standard input; one that is no text is reported and skipped."""
     told = False
     for line in input_lines():
         if isinstance(line, UsageError):
@@ -238,22 +232,20 @@ def _leakage_of(conversation: "Conversation", model: str) -> "LiveLeakage":
     from fedsea.checkpoints import open_checkpoint
 
     view = LiveLeakage(conversation, open_checkpoint(model))
-    prepare_view(view)
+    with working("preparing the attacks, once: the input blocks compute the whole vocabulary", told=True):
+        view.prepare()
     return view
 
 
-@contextmanager
-def _stop_on_interrupt() -> Iterator[list[bool]]:
-    """Within the block the first Ctrl-C is only noted, so that it does not break a step; a second one interrupts."""
-    noted: list[bool] = []
-
-    def note(_number: int, _frame: Any) -> None:
-        if noted:
-            raise KeyboardInterrupt
-        noted.append(True)
-
-    before = signal.signal(signal.SIGINT, note)
+def _show_leakage(view: "LiveLeakage") -> None:
+    """Print on standard error what a provider could have read of the last question and answer. Ctrl-C skips it."""
     try:
-        yield noted
-    finally:
-        signal.signal(signal.SIGINT, before)
+        with working("attacking what was sent, as the provider could", told=True):
+            readings = view.turn()
+    except KeyboardInterrupt:
+        print("  (what the provider reads: skipped)", file=sys.stderr)
+        return
+    for one in readings:
+        if one.tokens:
+            read = f"{one.right / one.tokens:.0%} of the {one.part}'s {one.tokens} tokens ({one.attack})"
+            print(f"  the provider reads {read}: {one_line(one.text)}", file=sys.stderr, flush=True)

@@ -3,14 +3,16 @@
 import dataclasses
 from pathlib import Path
 from shlex import quote
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from fedsea.cli.terminal import escape, print_json
-from fedsea.wire.credentials import CredentialsSummary, create_credentials
+from fedsea.cli.options import AsJson, spread
+from fedsea.cli.terminal import escape, print_json, table
+from fedsea.flags import Flag
+
+if TYPE_CHECKING:  # --help needs no gRPC
+    from fedsea.wire.credentials import CredentialsSummary
 
 app = typer.Typer(help="Make and renew the certificates of a block server and its clients.", no_args_is_help=True)
 
@@ -22,45 +24,43 @@ def _group() -> None:
 
 
 @app.command()
+@spread
 def init(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to create or complete.")],
     host: Annotated[
         list[str] | None,
-        typer.Option(help="A name or IP address that clients reach the server under; may be given several times."),
+        Flag("A name or IP address by which clients reach the server; may be given several times."),
     ] = None,
     client: Annotated[
         list[str] | None,
-        typer.Option(help="A client's name; may be given several times. Default: those in DIR, else client-a."),
+        Flag("A client's name; may be given several times.", default="those in DIR, else client-a"),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Create an authority, and certificates for server, coordinator and clients; or add, renew, keep what is there."""
+    """Create an authority, and certificates for server, coordinator and clients; or add, renew, keep existing ones."""
+    from fedsea.wire.credentials import create_credentials
+
     summary = create_credentials(directory, hosts=host or (), clients=client or None)
     if as_json:
         print_json(dataclasses.asdict(summary), default=str)
     else:
-        _print(summary, Console(highlight=False))
+        _print(summary)
 
 
-def _print(summary: CredentialsSummary, console: Console) -> None:
-    table = Table("for", "outcome", "valid until", "folder")
+def _print(summary: "CredentialsSummary") -> None:
+    from rich.console import Console
+
+    made = table("for", "outcome", "valid until", "folder")
     for entry in summary.entries:
-        table.add_row(entry.name, entry.outcome, f"{entry.expires:%Y-%m-%d}", escape(str(entry.folder)))
-    console.print(table)
+        made.add_row(entry.name, entry.outcome, f"{entry.expires:%Y-%m-%d}", escape(str(entry.folder)))
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(made, soft_wrap=False)
     authority, server, coordinator, *clients = summary.entries
-    console.print(f"The server's certificate is good for: {', '.join(summary.hosts)}")
-    console.print(
-        f"Start the server:  fedsea serve MODEL --credentials {escape(quote(str(summary.directory)))}", soft_wrap=True
-    )
-    console.print(
-        f"Whoever has {escape(str(coordinator.folder))} directs federated rounds at the server (fedsea federation).",
-        soft_wrap=True,
-    )
+    console.print(f"The server's certificate is valid for: {', '.join(summary.hosts)}")
+    console.print(f"Start the server:  fedsea serve MODEL --credentials {escape(quote(str(summary.directory)))}")
+    console.print(f"Keep {escape(str(coordinator.folder))} private: it directs federated rounds at the server.")
     for entry in clients:
-        folder = escape(str(entry.folder))
-        console.print(f"Copy to {entry.name}, over a channel you trust:  {folder}", soft_wrap=True)
+        console.print(f"Copy to {entry.name}, over a channel you trust:  {escape(str(entry.folder))}")
     if server.outcome == "re-issued":
-        console.print("Restart a running server: it still shows its old certificate.")
-    console.print(
-        f"Never copy {escape(str(authority.folder))}: whoever has it can make credentials for anyone.", soft_wrap=True
-    )
+        console.print("Restart a running server: it still uses its old certificate.")
+    console.print(f"Never copy {escape(str(authority.folder))}: it can make credentials for anyone.")

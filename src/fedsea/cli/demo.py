@@ -11,7 +11,6 @@ from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
 from rich.console import Console
 from rich.table import Table
 
@@ -19,9 +18,10 @@ from fedsea.cli.demo_audit import show_audit
 from fedsea.cli.demo_federation import show_federation
 from fedsea.cli.demo_finetune import show_finetuning
 from fedsea.cli.generate import stats_json
-from fedsea.cli.options import AsJson, Threads
+from fedsea.cli.options import AsJson, Threads, spread
 from fedsea.cli.terminal import escape, print_json
 from fedsea.errors import UsageError
+from fedsea.flags import Flag
 from fedsea.process import TOOLS
 
 if TYPE_CHECKING:  # --help needs no torch
@@ -31,29 +31,19 @@ WIDTH = 96
 SEEN_BY_THE_SERVER = "hidden states, from which\nthe text can be worked back"
 
 
+@spread
 def demo(
-    model: Annotated[
-        str, typer.Option(help="A chat model, by any name that the other commands take.")
-    ] = "smollm2-135m",
-    finetune: Annotated[
-        bool, typer.Option("--finetune", help="Fine-tune the model on a few lines instead: two minutes.")
-    ] = False,
-    federation: Annotated[
-        bool, typer.Option("--federation", help="Train one adapter with three clients instead: three minutes.")
-    ] = False,
-    audit: Annotated[
-        bool, typer.Option("--audit", help="Show what a provider reads of private texts instead: two minutes.")
-    ] = False,
+    model: Annotated[str, Flag("A chat model, named as for the other commands.")] = "smollm2-135m",
+    finetune: Annotated[bool, Flag("Fine-tune the model on a few lines instead. Takes two minutes.")] = False,
+    federation: Annotated[bool, Flag("Train one adapter with three clients instead. Takes three minutes.")] = False,
+    audit: Annotated[bool, Flag("Show what a provider can read of private texts instead. Takes two minutes.")] = False,
     output: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR", help="With --finetune or --federation: keep the training here.", show_default="nowhere"
-        ),
+        Path | None, Flag("With --finetune or --federation: keep the training in this folder.", metavar="DIR")
     ] = None,
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
-    """Watch it work: a server and a client on this machine, one question, everything measured."""
+    """See how it works: a server and a client on this machine, one question, everything measured."""
     if finetune + federation + audit > 1:
         raise UsageError("one demonstration at a time: --finetune, --federation or --audit")
     if output is not None and not (finetune or federation):

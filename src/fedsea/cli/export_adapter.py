@@ -5,34 +5,37 @@ from typing import Annotated
 
 import typer
 
-from fedsea.cli.options import ComputeDtype
+from fedsea.cli.options import ComputeDtype, spread
 from fedsea.errors import UsageError
+from fedsea.flags import Flag
 
 
+@spread
 def export_adapter(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The output folder of fedsea finetune, or an adapter.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder.")],
     merge: Annotated[
         str | None,
-        typer.Option(
+        Flag(
+            "Write this whole model with the adapter merged into its weights, all of which must be on this machine.",
             metavar="MODEL",
-            help="Write this whole model with the adapter merged into its weights; all of them must be here.",
-            show_default="the adapter alone",
+            default="the adapter alone",
         ),
     ] = None,
     ends: Annotated[
         Path | None,
-        typer.Option(
+        Flag(
+            "Put in the adapter of your own input and output blocks, which a federation with private-ends has left on "
+            "this machine.",
             metavar="FILE",
-            help="Put in the adapter of your own blocks, which a federation with private-ends has left with you.",
-            show_default="RUN's own",
+            default="those of RUN",
         ),
     ] = None,
     dtype: ComputeDtype = "float32",
 ) -> None:
     """Write the adapter of RUN as a standard PEFT adapter of the whole model."""
     if ends is not None and merge is not None:
-        raise UsageError("give --ends or --merge, not both: put the ends in first, then merge what comes out")
+        raise UsageError("give --ends or --merge, not both: first put in the blocks' adapter, then merge the result")
     from fedsea.checkpoints.names import check_model
 
     if not run.exists():

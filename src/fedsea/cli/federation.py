@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from fedsea.cli.options import AsJson, ComputeDtype, Device, Threads, WireDtype, spread
-from fedsea.cli.terminal import print_json, tell
+from fedsea.cli.terminal import interrupt_on, print_json, tell
 from fedsea.errors import UsageError
 
 if TYPE_CHECKING:  # --help needs neither torch nor Flower
@@ -128,7 +128,7 @@ def up(
 
     settings, options = _what_and_where(directory, federation, place)
     serve = ["--dtype", dtype, "--device", device, *([] if threads is None else ["--threads", str(threads)])]
-    with _interrupted_by_sigterm(), Federation(directory, settings, options, tell, tuple(serve)) as running:
+    with interrupt_on(signal.SIGTERM), Federation(directory, settings, options, tell, tuple(serve)) as running:
         running.start()
         _invite(running, as_json=as_json)
         try:
@@ -211,7 +211,7 @@ def join(
         device=device,
         threads=threads,
     )
-    with _interrupted_by_sigterm(), OwnerProcess(folder, options, tell, privacy.given()) as member:
+    with interrupt_on(signal.SIGTERM), OwnerProcess(folder, options, tell, privacy.given()) as member:
         try:
             tell(f"reading the data and the model's files, as {member.name} of {member.invitation.federation}")
             ready = member.start()
@@ -221,6 +221,7 @@ def join(
                 (input_layers, output_layers),
                 mechanism or (f"relative:level={noise_level}" if noise_level else ""),
                 training=True,
+                learnt=(ready["task"], options.data),
             )
             if warning is not None:
                 tell(warning)
@@ -360,17 +361,3 @@ def _progress(directory: Path, *, quiet: bool) -> Iterator[Callable[[], None]]:
 
 def _kinds(report: Mapping[str, Any]) -> tuple[str, ...]:
     return ("trained", "evaluated") if "evaluation" in report else ("trained",)
-
-
-@contextlib.contextmanager
-def _interrupted_by_sigterm() -> Iterator[None]:
-    """SIGTERM stops what runs as Ctrl-C does."""
-
-    def interrupt(_number: int, _frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

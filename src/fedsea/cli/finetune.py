@@ -3,108 +3,48 @@
 import dataclasses
 import hashlib
 import shlex
-import signal
-import sys
-import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
-from fedsea.cli.options import AsJson, ClientOptions, LookOptions, spread
-from fedsea.cli.progress import NowAndThen, progress_bar
-from fedsea.cli.terminal import print_json, tell, working
+from fedsea.cli.options import (
+    AsJson,
+    ClientOptions,
+    DataPath,
+    Limit,
+    LookOptions,
+    TaskName,
+    command_line,
+    parse_noise,
+    spread,
+)
+from fedsea.cli.terminal import print_json, progress_bar, stop_on_interrupt, tell, working
 from fedsea.errors import FedSEAError, NonFiniteError, UsageError
 from fedsea.extras import install_line
-from fedsea.tasks import task_names
+from fedsea.flags import Flag
+from fedsea.tasks import get_task
+from fedsea.training.recipe import Lora, Recipe
 
 if TYPE_CHECKING:  # --help needs no torch
     from fedsea.tasks import Example
     from fedsea.training.examples import Encoded
-    from fedsea.training.loop import Figures, FineTuning, Recipe
+    from fedsea.training.loop import Figures, FineTuning
 
 MANY = 500  # examples to prepare, up to tens of milliseconds each: that is shown
-
-
-@dataclasses.dataclass(frozen=True)
-class LoraOptions:
-    """Which adapter to train."""
-
-    lora_rank: Annotated[int, typer.Option(min=1, help="Rank of the adapter.")] = 8
-    lora_alpha: Annotated[float | None, typer.Option(help="Its scale.", show_default="twice the rank")] = None
-    lora_dropout: Annotated[float, typer.Option(min=0.0, max=0.99, help="Dropout of its inputs.")] = 0.0
-    lora_targets: Annotated[str, typer.Option(metavar="NAMES", help="all-linear, or names such as q_proj,v_proj.")] = (
-        "all-linear"
-    )
-    lora_kind: Annotated[Literal["lora", "rslora", "dora"], typer.Option(help="Plain LoRA, rsLoRA or DoRA.")] = "lora"
-
-    def config(self) -> Any:
-        """The same as PEFT takes it."""
-        from peft import LoraConfig
-
-        names = [name.strip() for name in self.lora_targets.split(",") if name.strip()]
-        return LoraConfig(
-            r=self.lora_rank,
-            lora_alpha=2 * self.lora_rank if self.lora_alpha is None else self.lora_alpha,  # type: ignore[arg-type]
-            lora_dropout=self.lora_dropout,
-            target_modules="all-linear" if names == ["all-linear"] else names,
-            use_rslora=self.lora_kind == "rslora",
-            use_dora=self.lora_kind == "dora",
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class RecipeOptions:
-    """How to train. The defaults are those of `Recipe`; a test holds that."""
-
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps in all.")] = 200
-    batch_size: Annotated[int, typer.Option(min=1, help="Examples a batch.")] = 4
-    accumulation: Annotated[int, typer.Option(min=1, help="Batches an optimizer step.")] = 1
-    lr: Annotated[float, typer.Option(help="Learning rate.")] = 5e-4
-    weight_decay: Annotated[float, typer.Option(min=0.0, help="Of AdamW.")] = 0.0
-    schedule: Annotated[Literal["cosine", "linear", "constant"], typer.Option(help="Of the learning rate.")] = "cosine"
-    warmup: Annotated[int, typer.Option(min=0, help="Steps in which the learning rate rises from 0.")] = 0
-    max_grad_norm: Annotated[float, typer.Option(help="Clip the gradient over all three parts to this norm.")] = 1.0
-    seed: Annotated[int, typer.Option(min=0, help="Decides the order of examples and the adapter's start.")] = 0
-    save_every: Annotated[int, typer.Option(min=1, help="Steps between two checkpoints.")] = 50
-
-    def recipe(self) -> "Recipe":
-        """The same as the training takes it.
-
-        Raises
-        ------
-        UsageError
-            If a value cannot be used.
-        """
-        from fedsea.training.loop import Recipe
-
-        return Recipe(**dataclasses.asdict(self))
 
 
 @dataclasses.dataclass(frozen=True)
 class DataOptions:
     """What to learn."""
 
-    task: Annotated[
-        str,
-        typer.Option(
-            metavar="TASK",
-            help=f"{', '.join(task_names())}; text and chat are for your own JSON lines.",
-        ),
-    ] = ""
-    data: Annotated[
-        str, typer.Option(metavar="PATH", help="A file, a folder with its splits, or hub:NAME or hub:NAME:CONFIG.")
-    ] = ""
+    task: TaskName = ""
+    data: DataPath = ""
     max_tokens: Annotated[
-        int, typer.Option(min=2, help="Longest text; what is more is cut from the context, never question or answer.")
+        int, Flag("Longest text, in tokens. Longer ones lose context, never question or answer.", min=2)
     ] = 512
-    loss_on_prompt: Annotated[bool, typer.Option("--loss-on-prompt", help="Learn the prompts as well.")] = False
-    limit: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="The first N examples only.", show_default="all")
-    ] = None
+    loss_on_prompt: Annotated[bool, Flag("Learn the prompts as well, not only the answers.")] = False
+    limit: Limit = None
 
     def examples(self) -> "list[Example]":
         """Read the examples.
@@ -116,34 +56,27 @@ class DataOptions:
         """
         if not self.task or not self.data:
             raise UsageError("give --task TASK and --data PATH (see: fedsea finetune --help)")
-        from fedsea.tasks import get_task
-
         return get_task(self.task).read(self.data, "train")[: self.limit]
 
-    def read(self, model: str, examples: "list[Example] | None" = None) -> "list[Encoded]":
-        """Tokenise the examples; they are read if they have not been.
+    def encode(self, model: str, examples: "list[Example]") -> "list[Encoded]":
+        """Tokenise the examples, and say how many had to be cut.
 
         Raises
         ------
         FedSEAError
-            Whatever is wrong with the task, its files or the model's tokenizer.
+            Whatever is wrong with the model's tokenizer, or an example.
         """
-        examples = self.examples() if examples is None else examples
         from fedsea.checkpoints import load_tokenizer
-        from fedsea.tasks import encode, get_task
+        from fedsea.tasks import encode
 
-        task, tokenizer = get_task(self.task), load_tokenizer(model)
-
-        def prepared(example: "Example") -> "Encoded":
-            return encode(task, example, tokenizer, self.max_tokens, self.loss_on_prompt)
-
-        if len(examples) < MANY:
-            return [prepared(example) for example in examples]
-        encoded = []
-        with progress_bar() as progress:
+        task, tokenizer, encoded = get_task(self.task), load_tokenizer(model), []
+        with progress_bar(quiet=len(examples) < MANY) as progress:
             for done, example in enumerate(examples, 1):
-                encoded.append(prepared(example))
+                encoded.append(encode(task, example, tokenizer, self.max_tokens, self.loss_on_prompt))
                 progress(f"preparing {len(examples):,} examples", done, len(examples))
+        cut = sum(example.cut > 0 for example in encoded)
+        if cut:
+            tell(f"{cut} of {len(encoded)} examples were cut to fit (their context, never question or answer)")
         return encoded
 
 
@@ -151,63 +84,64 @@ class DataOptions:
 def finetune(
     client: ClientOptions,
     data: DataOptions,
-    lora: LoraOptions,
-    recipe: RecipeOptions,
+    lora: Lora,
+    recipe: Recipe,
     looks: LookOptions,
-    output: Annotated[Path, typer.Option(metavar="DIR", help="Where checkpoints, figures and the adapter go.")] = Path(
+    output: Annotated[Path, Flag("Folder for checkpoints, figures and the adapter.", metavar="DIR")] = Path(
         "fedsea-run"
     ),
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the training in --output.")] = False,
+    resume: Annotated[bool, Flag("Continue the training in --output.")] = False,
     micro_batches: Annotated[
         int | None,
-        typer.Option(min=1, help="Parts of a batch that are under way at once.", show_default="4, or 1 on one machine"),
+        Flag("Parts of a batch that are under way at the same time.", min=1, default="4, or 1 on one machine"),
     ] = None,
-    recompute: Annotated[
-        bool, typer.Option("--recompute", help="Keep no activations, here and at the server: slower, less memory.")
-    ] = False,
+    recompute: Annotated[bool, Flag("Keep no activations, here and at the server: slower, with less memory.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train a LoRA adapter of MODEL on private text; text, labels and loss stay here."""
     client.check()
     examples = data.examples()
     with working("loading libraries"):
-        from fedsea.training.folder import RunFolder
+        from peft import LoraConfig
 
-        chosen, folder = recipe.recipe(), RunFolder(output, tell)
+        from fedsea.training.batches import Batches
+        from fedsea.training.folder import RunFolder
+        from fedsea.training.loop import FineTuning
+    folder = RunFolder(output, tell)
     if resume:
         folder.read()
-    encoded = data.read(client.model, examples)
-    tell_of(encoded)
+    encoded = data.encode(client.model, examples)
+    noise = parse_noise(client.noise)
     settings = {
         "model": client.model,
         "task": data.task,
         "examples": len(encoded),
         "examples_sha256": _digest(encoded),
-        "noise_std": client.noise_std,
-        "noise_level": client.noise_level,
-        "mechanism": client.mechanism,
+        "noise": str(noise) if noise.alters else "",
         "dtype": client.dtype,
-        **dataclasses.asdict(lora),
+        **{f"lora_{name}": value for name, value in dataclasses.asdict(lora).items()},
         **dataclasses.asdict(recipe),
     }
     name = folder.resume(settings) if resume else None
     with client.connect() as model:
-        from fedsea.training.batches import Batches
-        from fedsea.training.loop import FineTuning
-
         model.look_ledger = looks.ledger(output / "looks.db")
         if micro_batches is not None:
             model.micro_batches = micro_batches
         if recompute:
             model.activation_checkpointing_enable()
-        batches = Batches(encoded, chosen.batch_size, chosen.seed)
-        config = lora.config()
+        config = LoraConfig(**lora.arguments())
         model.check_adapter(config)
         # The folder only now: a wrong address or adapter leaves nothing behind.
         name = name if name is not None else folder.begin(settings)
-        model.add_adapter(config, run=name, take_up=resume, seed=chosen.seed)
+        model.add_adapter(config, run=name, take_up=resume, seed=recipe.seed)
         training = FineTuning(
-            model, batches, chosen, folder, lora=config, base_model=model.config.name_or_path or None, notice=tell
+            model,
+            Batches(encoded, recipe.batch_size, recipe.seed),
+            recipe,
+            folder,
+            lora=config,
+            base_model=model.config.name_or_path or None,
+            notice=tell,
         )
         if resume and training.resume():
             tell(f"going on from the checkpoint of step {training.step}")
@@ -226,38 +160,28 @@ def finetune(
 
 
 def _train(training: "FineTuning", folder: Any, *, as_json: bool) -> bool:
-    """Run the training to its end or to Ctrl-C, with progress; whatever happens is told with how to go on."""
+    """Run the training to its end or to Ctrl-C, with progress; an error and a stop say how to continue."""
+    again = f"go on with: {command_line('--resume')}"
+    stopping = "finishing this step, then saving; Ctrl-C again stops at once, and loses the steps after the checkpoint"
     try:
         with (
-            _stop_on_interrupt() as stop,
-            _progress(training.recipe.steps, training.step, quiet=as_json) as show,
+            stop_on_interrupt(stopping) as stop,
+            progress_bar(quiet=as_json) as progress,
             _tensorboard(folder.path / "tensorboard", training.step) as write,
         ):
 
             def on_step(figures: "Figures") -> None:
-                show(figures)
+                progress("training", figures.step, training.recipe.steps, _words(figures))
                 write(figures)
 
             done = training.run(on_step, stop)
     except NonFiniteError:
         raise
     except FedSEAError as error:
-        raise type(error)(f"{error}; go on with: {_again()}") from None
+        raise type(error)(f"{error}; {again}") from None
     if not done:
-        tell(f"stopped after step {training.step}, and saved; go on with: {_again()}")
+        tell(f"stopped after step {training.step}, and saved; {again}")
     return done
-
-
-def tell_of(encoded: "list[Encoded]") -> None:
-    """Say how many examples had to be cut."""
-    cut = sum(example.cut > 0 for example in encoded)
-    if cut:
-        tell(f"{cut} of {len(encoded)} examples were cut to fit (their context, never question or answer)")
-
-
-def _again() -> str:
-    arguments = [argument for argument in sys.argv[1:] if argument != "--resume"]
-    return shlex.join(["fedsea", *arguments, "--resume"])
 
 
 def _digest(encoded: "list[Encoded]") -> str:
@@ -284,53 +208,6 @@ def _summary(folder: Any, training: "FineTuning", *, done: bool) -> dict[str, An
     }
 
 
-@contextmanager
-def _stop_on_interrupt() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C asks to stop after the step; a second one stops at once."""
-    asked = False
-
-    def ask(_number: int, _frame: Any) -> None:
-        nonlocal asked
-        if asked:
-            raise KeyboardInterrupt
-        asked = True
-        said = "finishing this step, then saving; Ctrl-C again stops at once, and loses what is after the checkpoint"
-        # In a thread: the main one may be in the middle of writing to the very stream, which takes no second call.
-        threading.Thread(target=tell, args=(said,)).start()
-
-    before = signal.signal(signal.SIGINT, ask)
-    try:
-        yield lambda: asked
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-@contextmanager
-def _progress(steps: int, begun: int, *, quiet: bool) -> "Iterator[Callable[[Figures], None]]":
-    """Shows how far a training is: a bar in a terminal, else a line now and then; nothing if `quiet`."""
-    if quiet:
-        yield lambda _figures: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        due, start = NowAndThen(), time.monotonic()
-
-        def line(figures: "Figures") -> None:
-            if figures.step in (begun + 1, steps) or due():
-                left = (time.monotonic() - start) / (figures.step - begun) * (steps - figures.step)
-                tell(f"step {figures.step}/{steps}  {_words(figures)}  {left:.0f} s left")
-
-        yield line
-        return
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"), TimeRemainingColumn())
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task("", total=steps, completed=begun, figures="")
-        yield lambda figures: bar.update(task, completed=figures.step, figures=_words(figures))
-
-
 def _words(figures: "Figures") -> str:
     moved = (figures.bytes_up + figures.bytes_down) / 1e6
     return f"loss {figures.loss:.3f}  {figures.tokens_per_second:.0f} tokens/s  {moved:.2f} MB a step"
@@ -338,11 +215,11 @@ def _words(figures: "Figures") -> str:
 
 @contextmanager
 def _tensorboard(folder: Path, begun: int) -> "Iterator[Callable[[Figures], None]]":
-    """Writes figures for TensorBoard, where it is installed."""
+    """Writes figures for TensorBoard, if that is installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        tell("TensorBoard's logs are left out; this brings it", install_line("tensorboard"))
+        tell("no logs for TensorBoard are written; this installs it", install_line("tensorboard"))
         yield lambda _figures: None
         return
     writer: Any = SummaryWriter(str(folder), purge_step=begun + 1)

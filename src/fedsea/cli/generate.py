@@ -5,11 +5,10 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from fedsea.cli.options import AdaptedClientOptions, AnswerOptions, AsJson, spread
 from fedsea.cli.terminal import end_line, print_json, tell, working, write_piece
 from fedsea.errors import LimitExceededError, UsageError
+from fedsea.flags import Flag
 from fedsea.text import read_text, require_whole, without_final_newline
 
 if TYPE_CHECKING:  # --help needs no torch
@@ -20,28 +19,25 @@ if TYPE_CHECKING:  # --help needs no torch
 def generate(
     client: AdaptedClientOptions,
     answers: AnswerOptions,
-    prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="The question.")] = None,
+    prompt: Annotated[str | None, Flag("The question.", metavar="TEXT")] = None,
     prompt_file: Annotated[
         Path | None,
-        typer.Option(
+        Flag(
+            "Read the question from this file in UTF-8, or from standard input with -. One newline at its end is left "
+            "out.",
             metavar="FILE",
-            help="Read it from a file in UTF-8 instead, or from standard input with -. One newline at its end is not a "
-            "part of it.",
         ),
     ] = None,
-    raw: Annotated[
-        bool, typer.Option("--raw", help="Continue the text as it stands, without the model's chat template.")
-    ] = False,
+    raw: Annotated[bool, Flag("Continue the text as it is, without the model's chat template.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Answer one prompt with MODEL, its middle at a block server.
 
-    Characters of the answer that could command a terminal are written out, as \\x1b; --json has it as it is.
+    Characters of the answer that could control a terminal are written out, as \\x1b; --json prints them unchanged.
     """
     text = read_prompt(prompt, prompt_file)
-    sampling = answers.sampling()
     client.check()
-    with working(f"loading {client.model}, and meeting {client.server}"):
+    with working(f"loading {client.model}, and connecting to {client.server}"):
         from fedsea.chats import chat_tokens
         from fedsea.checkpoints import load_tokenizer
         from fedsea.client.answer import Answer
@@ -61,7 +57,7 @@ def generate(
             tokens,
             cache=model.new_cache(),
             max_new_tokens=min(answers.max_new_tokens, room),
-            sampling=sampling,
+            sampling=answers.sampling,
             guesses=answers.guessed(model.noise),
         )
         pieces = iter(answer)
@@ -92,14 +88,14 @@ def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
     elif prompt_file is not None and prompt is None:
         text = without_final_newline(read_text(prompt_file))
     else:
-        raise UsageError("give --prompt TEXT or --prompt-file FILE, one of them")
+        raise UsageError("give either --prompt TEXT or --prompt-file FILE")
     if not text.strip():
         raise UsageError("the prompt is empty; the model needs at least one token")
     return text
 
 
 def cut_notice(tokens: int, max_new_tokens: int) -> str:
-    """What to say of an answer that did not end by itself."""
+    """The notice for an answer that did not end by itself."""
     if tokens >= max_new_tokens:
         return f"(the answer was cut at {tokens} tokens, see --max-new-tokens)"
     return f"(the answer was cut at {tokens} tokens: the model and the server allow no longer text)"

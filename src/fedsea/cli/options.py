@@ -1,12 +1,17 @@
-"""Options that several commands share: each is declared once, in a dataclass that a command takes as one argument."""
+"""Options that several commands share, and how a command takes a dataclass's fields as options of its own.
 
+Each option is declared once: those of a recipe, of limits, of sampling or of a partition in their own rooms, the others
+here. `fedsea.flags.Flag` says how a field is written; `spread` makes options of it.
+"""
+
+import contextlib
 import dataclasses
 import functools
 import inspect
 import math
 import shlex
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -16,12 +21,14 @@ import typer
 from fedsea.cli.terminal import tell
 from fedsea.client.leak_notice import SEE
 from fedsea.client.lookup import GUESSES
+from fedsea.client.sampling import GREEDY, Sampling
 from fedsea.errors import UsageError
+from fedsea.flags import Flag
 from fedsea.partition import Partition
+from fedsea.tasks import task_names
 
 if TYPE_CHECKING:  # a command's --help needs no torch
     from fedsea.client.model import SplitModelForCausalLM
-    from fedsea.client.sampling import Sampling
     from fedsea.privacy import LookLedger, Noise
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -30,29 +37,38 @@ Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="smollm2-135m (packaged: weights of 4 bits, made float32), a folder, a .gguf file, organisation/model at "
-        "the Hugging Face hub, or random:CONFIG.",
+        help="smollm2-135m (installed with FedSEA: 4-bit weights, read as float32), a folder, a .gguf file, "
+        "organisation/model at the Hugging Face hub, or random:CONFIG.",
         show_default=False,
     ),
 ]
-ComputeDtype = Annotated[Dtype, typer.Option(help="What to compute in.")]
-Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1.")]
-Threads = Annotated[
-    int | None, typer.Option(min=1, help="CPU threads to compute with.", show_default="as many as there are cores")
-]
+ComputeDtype = Annotated[Dtype, Flag("Dtype to compute in.")]
+WireDtype = Annotated[Dtype | None, Flag("Dtype of hidden states on the wire.", default="16 bits")]
+Device = Annotated[str, Flag("Where to compute: cpu, cuda, cuda:1.")]
+Threads = Annotated[int | None, Flag("CPU threads to compute with.", min=1, default="one for each core")]
 Credentials = Annotated[
-    Path | None,
-    typer.Option(metavar="DIR", help="Folder of this side's certificate, made by: fedsea credentials init."),
+    Path | None, Flag("Folder with this side's certificate, made by: fedsea credentials init.", metavar="DIR")
 ]
-Insecure = Annotated[bool, typer.Option("--insecure", help="No TLS. On loopback addresses only.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")]
-NoiseStd = Annotated[
-    float | None, typer.Option(help="Standard deviation of the noise on what leaves.", show_default="no noise")
+Insecure = Annotated[bool, Flag("Connect without TLS. On this machine only.")]
+AsJson = Annotated[bool, Flag("Print one JSON object, for programs.", "--json")]
+NoiseTexts = Annotated[
+    list[str] | None,
+    Flag(
+        "How hidden states are protected before they leave. 0.5: noise with this standard deviation. relative:0.5: the "
+        "same, as a multiple of the mean |h_A|. clip:norm=30+gaussian:std=4: clip, then add noise. docs/privacy.md "
+        "lists all mechanisms.",
+        metavar="MECHANISM",
+        default="none",
+    ),
 ]
-NoiseLevel = Annotated[
-    float | None, typer.Option(help="The same, as a multiple of the mean |h_A|.", show_default="no noise")
+Adapter = Annotated[Path | None, Flag("A PEFT adapter of the model, from fedsea finetune or elsewhere.", metavar="DIR")]
+TaskName = Annotated[
+    str, Flag(f"{', '.join(task_names())}; text and chat are for JSON lines of yours.", metavar="TASK")
 ]
-WireDtype = Annotated[Dtype | None, typer.Option(help="What to send hidden states in.", show_default="16 bits")]
+DataPath = Annotated[
+    str, Flag("A file, a folder with one file for each split, hub:NAME or hub:NAME:CONFIG.", metavar="PATH")
+]
+Limit = Annotated[int | None, Flag("Use the first N examples only.", min=1, metavar="N", default="all")]
 
 
 def _tell(line: str) -> None:
@@ -67,27 +83,17 @@ class ClientOptions:
     """Which model, split where, at which block server, with what noise."""
 
     model: Model
-    server: Annotated[str, typer.Option(metavar="HOST:PORT", help="The block server.", show_default=False)]
+    server: Annotated[str, Flag("Address of the block server.", metavar="HOST:PORT")]
     credentials: Credentials = None
     insecure: Insecure = False
-    input_layers: Annotated[int, typer.Option(min=0, help="Decoder layers to run here, after the embedding.")] = 1
-    output_layers: Annotated[int, typer.Option(min=0, help="Decoder layers to run here, before the head.")] = 1
-    noise_std: NoiseStd = None
-    noise_level: NoiseLevel = None
-    mechanism: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TEXT",
-            help="Another protection of what leaves: clip:norm=30+gaussian:std=4, narrow-cut:rank=64+gaussian:std=4.",
-            show_default="no noise",
-        ),
-    ] = None
+    partition: Partition = Partition()
+    noise: NoiseTexts = None
     dtype: ComputeDtype = "float32"
     wire_dtype: WireDtype = None
     device: Device = "cpu"
     threads: Threads = None
     reconnect_seconds: Annotated[
-        float, typer.Option(min=0.0, help="How long to try again after the connection is lost.")
+        float, Flag("Seconds to try to connect again after the connection is lost.", min=0.0)
     ] = 60.0
 
     def check(self) -> None:
@@ -101,11 +107,11 @@ class ClientOptions:
         from fedsea.checkpoints.names import check_model
 
         check_connection(self.server, self.credentials, self.insecure)
-        self._check_noise()
+        one_noise(self.noise)
         check_model(self.model)
 
     def connect(self) -> "SplitModelForCausalLM":
-        """Load the client's parts and meet the block server.
+        """Load the client's parts and connect to the block server.
 
         Raises
         ------
@@ -113,7 +119,7 @@ class ClientOptions:
             Whatever is wrong with the options, the model or the server.
         """
         self.check()
-        noise = self.noise()
+        noise = parse_noise(self.noise)
         prepare_torch(self.device, self.threads)
         from fedsea.client.model import SplitModelForCausalLM
 
@@ -122,7 +128,7 @@ class ClientOptions:
             server=self.server,
             credentials=self.credentials,
             insecure=self.insecure,
-            partition=Partition(self.input_layers, self.output_layers),
+            partition=self.partition,
             noise=noise,
             dtype=self.dtype,
             wire_dtype=self.wire_dtype,
@@ -131,47 +137,12 @@ class ClientOptions:
             notice=_tell,
         )
 
-    def noise(self) -> "Noise":
-        """What happens to hidden states before they leave, not calibrated.
-
-        Raises
-        ------
-        UsageError
-            If more than one of its options is given, or one cannot be used.
-        """
-        self._check_noise()
-        from fedsea.privacy import GaussianNoise, RelativeGaussianNoise, parse_mechanism
-
-        if self.mechanism is not None:
-            return parse_mechanism(self.mechanism)
-        if self.noise_level is not None:
-            return RelativeGaussianNoise(self.noise_level)
-        return GaussianNoise(self.noise_std or 0.0)
-
-    def _check_noise(self) -> None:
-        given = [
-            option
-            for option, value in (
-                ("--noise-std", self.noise_std),
-                ("--noise-level", self.noise_level),
-                ("--mechanism", self.mechanism),
-            )
-            if value is not None
-        ]
-        if len(given) > 1:
-            raise UsageError(f"give {' or '.join(given)}, not both: each says what noise there is")
-        for option, value in (("--noise-std", self.noise_std), ("--noise-level", self.noise_level)):
-            if value is not None and not 0 <= value < math.inf:
-                raise UsageError(f"{option} must be a number, 0 or more; got {value}")
-
 
 @dataclasses.dataclass(frozen=True)
 class AdaptedClientOptions(ClientOptions):
     """The same, with an adapter."""
 
-    adapter: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="A PEFT adapter of the model, from fedsea finetune or elsewhere.")
-    ] = None
+    adapter: Adapter = None
 
     def check(self) -> None:
         """The same, and the adapter's files."""
@@ -182,7 +153,7 @@ class AdaptedClientOptions(ClientOptions):
             check_adapter(self.adapter)
 
     def connect(self) -> "SplitModelForCausalLM":
-        """Load the client's parts, meet the block server, load the adapter on all three parts.
+        """Load the client's parts, connect to the block server, load the adapter on all three parts.
 
         Raises
         ------
@@ -205,10 +176,11 @@ class LookOptions:
 
     max_looks: Annotated[
         int | None,
-        typer.Option(min=1, help="With noise: how often each text may leave under fresh noise.", show_default="no end"),
+        Flag("With noise: how often each text may be sent, each time with fresh noise.", min=1, default="no limit"),
     ] = None
     looks: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Where that is counted: one file for several commands.")
+        Path | None,
+        Flag("The file in which this is counted; several commands may share one.", metavar="FILE"),
     ] = None
 
     def ledger(self, default: Path | None = None) -> "LookLedger | None":
@@ -223,7 +195,7 @@ class LookOptions:
 
         path = self.looks or default
         if path is None and self.max_looks is not None:
-            raise UsageError("--max-looks needs --looks FILE: where looks are counted, from one command to the next")
+            raise UsageError("--max-looks needs --looks FILE, the file that counts from one command to the next")
         return LookLedger(path, self.max_looks or 0) if path is not None else None
 
 
@@ -231,20 +203,14 @@ class LookOptions:
 class AnswerOptions:
     """How long an answer may be, and how its tokens are chosen."""
 
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; above 0 tokens are drawn.")] = 0.0
-    top_k: Annotated[int | None, typer.Option(help="Draw from the K likeliest tokens only.", show_default="all")] = None
-    top_p: Annotated[
-        float | None, typer.Option(help="Draw from the likeliest tokens of total probability P only.", show_default="1")
-    ] = None
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1, tokens that were there are less likely.")] = 1.0
-    seed: Annotated[int | None, typer.Option(help="Draw the same tokens again.", show_default="a new one")] = None
+    max_new_tokens: Annotated[int, Flag("Longest answer, in tokens.", min=1)] = 512
+    sampling: Sampling = GREEDY
     guesses: Annotated[
         int | None,
-        typer.Option(
+        Flag(
+            "How many tokens to guess ahead from the text; each right guess saves a round trip.",
             min=0,
-            help="Guess so many tokens ahead from the text; each right one saves a round trip.",
-            show_default="8, or 0 with noise",
+            default="8, or 0 with noise",
         ),
     ] = None
 
@@ -257,46 +223,117 @@ class AnswerOptions:
             return self.guesses
         return 0 if noise.alters else GUESSES
 
-    def sampling(self) -> "Sampling":
-        """The same as the decode loop takes it.
-
-        Raises
-        ------
-        UsageError
-            If a value cannot be used.
-        """
-        from fedsea.client.sampling import Sampling
-
-        return Sampling(
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            repetition_penalty=self.repetition_penalty,
-            seed=self.seed,
-        )
-
 
 def spread(command: Callable[..., Any]) -> Callable[..., Any]:
     """Give a command the fields of its dataclass parameters as options of its own.
 
-    typer reads options from a function's signature. A parameter whose type is a dataclass is replaced by the
-    dataclass's fields there, and filled from them when the command is called.
+    typer reads options from a function's signature. There, a parameter whose type is a dataclass is replaced by the
+    dataclass's fields that have a `Flag` (or are dataclasses themselves), and filled from them when the command is
+    called.
     """
-    hints: dict[str, Any] = typing.get_type_hints(command, include_extras=True)
-    groups: dict[str, Any] = {name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
-    parameters = []
-    for name, parameter in inspect.signature(command).parameters.items():
-        fields = inspect.signature(groups[name]).parameters.values() if name in groups else [parameter]
-        parameters += [field.replace(kind=inspect.Parameter.KEYWORD_ONLY) for field in fields]
+    hints = typing.get_type_hints(command, include_extras=True)
+    own = inspect.signature(command).parameters
+    options = [one for name, parameter in own.items() for one in _options(name, hints[name], parameter.default)]
 
     @functools.wraps(command)
     def call(**values: Any) -> Any:
-        for name, group in groups.items():
-            values[name] = group(**{field.name: values.pop(field.name) for field in dataclasses.fields(group)})
-        return command(**values)
+        return command(**{name: _filled(name, hints[name], values) for name in own})
 
-    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    call.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
     return call
+
+
+def _options(name: str, hint: Any, default: Any) -> Iterator[inspect.Parameter]:
+    """A parameter as typer takes it; of a dataclass, each of its fields."""
+    if dataclasses.is_dataclass(hint):
+        for field, inner in _fields(hint):
+            start = field.default if field.default is not dataclasses.MISSING else inspect.Parameter.empty
+            yield from _options(field.name, inner, start)
+        return
+    flag = _flag(hint)
+    if flag is not None:
+        shown: Any = flag.default or not (default in ("", None, inspect.Parameter.empty) or default is False)
+        option = typer.Option(
+            *_names(name, hint, flag),
+            help=flag.help,
+            metavar=flag.metavar or None,
+            min=flag.min,
+            max=flag.max,
+            show_default=shown,
+            hidden=flag.hidden,
+        )
+        hint = Annotated[typing.get_args(hint)[0], option]
+        default = default // flag.unit if flag.unit > 1 and default is not None else default
+    yield inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)
+
+
+def _names(name: str, hint: Any, flag: Flag) -> list[str]:
+    if flag.name:
+        return [flag.name]
+    # By itself typer would give a bool two names, --json and --no-json.
+    return [f"--{name.replace('_', '-')}"] if typing.get_args(hint)[0] is bool else []
+
+
+def _filled(name: str, hint: Any, values: Mapping[str, Any]) -> Any:
+    """The value of a parameter, from what typer has read."""
+    if dataclasses.is_dataclass(hint):
+        kind: Any = hint
+        return kind(**{field.name: _filled(field.name, inner, values) for field, inner in _fields(kind)})
+    flag, value = _flag(hint), values[name]
+    return value * flag.unit if flag is not None and flag.unit > 1 and value is not None else value
+
+
+def _fields(kind: Any) -> "Iterator[tuple[dataclasses.Field[Any], Any]]":
+    """A dataclass's fields that the command line has, with their types."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    for field in dataclasses.fields(kind):
+        hint = hints[field.name]
+        if dataclasses.is_dataclass(hint) or typing.get_origin(hint) is Annotated:
+            yield field, hint
+
+
+def _flag(hint: Any) -> Flag | None:
+    return next((one for one in getattr(hint, "__metadata__", ()) if isinstance(one, Flag)), None)
+
+
+def given_options() -> set[str]:
+    """Names of the running command's parameters that were typed."""
+    context = click.get_current_context()
+    typed = click.core.ParameterSource.COMMANDLINE
+    return {name for name in context.params if context.get_parameter_source(name) is typed}
+
+
+def one_noise(texts: Sequence[str] | None) -> str:
+    """What `--noise` says, empty for no noise; checked as far as that needs no torch.
+
+    Raises
+    ------
+    UsageError
+        If it is given twice, or is a number that is no strength.
+    """
+    if texts is not None and len(texts) > 1:
+        raise UsageError(f"give --noise once; got {' and '.join(texts)}")
+    text = texts[0].strip() if texts else ""
+    kind, _, number = text.rpartition(":")
+    if kind in ("", "relative"):
+        with contextlib.suppress(ValueError):
+            if not 0 <= float(number) < math.inf:
+                raise UsageError(f"the strength of the noise must be a number, 0 or more; got --noise {text}")
+    return text
+
+
+def parse_noise(texts: Sequence[str] | None) -> "Noise":
+    """The mechanism that `--noise` names, not calibrated.
+
+    Raises
+    ------
+    UsageError
+        If it cannot be used.
+    """
+    text = one_noise(texts)
+    from fedsea.privacy import parse_mechanism
+
+    return parse_mechanism(text or "0")
 
 
 def require_one_security(credentials: Path | None, insecure: bool) -> None:
@@ -367,8 +404,8 @@ def require_folders(*files: Path | None) -> None:
             raise UsageError(f"there is no folder {file.parent} to write {file.name} into")
 
 
-def command_line() -> str:
-    """The command that is running, as it would be typed."""
+def command_line(*more: str) -> str:
+    """The command that is running, as it would be typed, with `more` at its end."""
     context = click.get_current_context(silent=True)
-    arguments = context.find_root().obj if context is not None else None
-    return shlex.join(["fedsea", *(arguments or ())])
+    typed = context.find_root().obj if context is not None else None
+    return shlex.join(["fedsea", *(word for word in typed or () if word not in more), *more])

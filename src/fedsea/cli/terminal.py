@@ -1,17 +1,30 @@
-"""Standard output and errors: what is written there arrives or is told about; notices have lines of their own."""
+"""The terminal: standard output and errors, notices, progress, tables, and what Ctrl-C and SIGTERM do.
+
+What is written arrives, or one line says why it does not; a notice has a line of its own.
+"""
 
 import codecs
 import io
 import os
 import shutil
+import signal
 import sys
 import textwrap
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, TextIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from fedsea.errors import FedSEAError
+from fedsea.files import write_text
 from fedsea.text import json_text, one_line, printable
+
+if TYPE_CHECKING:  # rich takes a while to import
+    from rich.table import Table
+
+LINE_SECONDS = 10.0  # between two lines of progress where there is no terminal
 
 _open_line = False  # whether an answer has been written to standard output up to the middle of a line
 _status = ""  # what a terminal shows, in a line that will be taken away, of work that goes on
@@ -35,7 +48,7 @@ class _Output(io.FileIO):
 
 
 class _Errors(_Output):
-    """The same for standard error: whom could one tell that it cannot be written?"""
+    """The same for standard error, but a failure is dropped: there is nowhere left to report it."""
 
     def write(self, data: Any) -> int:
         with suppress(OSError, FedSEAError):
@@ -80,6 +93,17 @@ def print_json(value: Any, default: Callable[[Any], Any] | None = None) -> None:
     print(json_text(value, ascii_only=codecs.lookup(encoding).name != "utf-8", default=default), flush=True)
 
 
+def write_json(value: Any, file: Path) -> None:
+    """Write a JSON file, or into a pipe.
+
+    Raises
+    ------
+    UsageError
+        If it cannot be written.
+    """
+    write_text(file, json_text(value, indent=2) + "\n")
+
+
 def write_piece(text: str) -> None:
     """A piece of an answer, whose line may go on."""
     global _open_line
@@ -95,18 +119,9 @@ def end_line() -> None:
 
 
 def tell(message: str, command: str = "", after: str = "", *, prefix: str = "fedsea: ") -> None:
-    """A notice on standard error, on lines of its own.
+    """A notice on standard error: wrapped at words in a terminal, one line in a file or pipe.
 
-    Parameters
-    ----------
-    message
-        A terminal gets it wrapped at words; a file or pipe gets one line.
-    command
-        What may be pasted. It is never broken, and stands on a line of its own in a terminal.
-    after
-        What is to be said after the command.
-    prefix
-        Who speaks.
+    A `command` to be pasted is never broken; in a terminal it has a line of its own, between the message and `after`.
     """
     _break_line()
     message, command = f"{prefix}{one_line(message)}", printable(command)
@@ -137,7 +152,7 @@ def _break_line() -> None:
 
 @contextmanager
 def working(what: str, *, told: bool = False) -> Iterator[None]:
-    """Within the block a terminal shows what goes on; elsewhere nothing does, or one line if `told`."""
+    """Within the block a terminal shows what goes on; a log gets nothing, or one line if `told`."""
     if sys.stderr.isatty():
         _break_line()
         _show_status(f"… {printable(what)}"[: shutil.get_terminal_size().columns - 1])
@@ -155,3 +170,112 @@ def _show_status(text: str) -> None:
     if text or _status:
         print(f"\r{' ' * len(_status)}\r{text}", end="", file=sys.stderr, flush=True)
     _status = text
+
+
+class Progress(Protocol):
+    """Shows how far a piece of work is: what is done, how much of it, how much there is, and figures about it."""
+
+    def __call__(self, doing: str, done: int, total: int, figures: str = "") -> None: ...
+
+
+@contextmanager
+def progress_bar(*, quiet: bool = False) -> Iterator[Progress]:
+    """A bar on standard error if that is a terminal; in a log a line for each new thing, then one every ten seconds.
+
+    Shows nothing if `quiet`.
+    """
+    if quiet:
+        yield lambda doing, done, total, figures="": None
+    elif not sys.stderr.isatty():
+        yield _ProgressLines()
+    else:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bars
+
+        words = (TextColumn("{task.description}", markup=False), TextColumn("{task.fields[figures]}", markup=False))
+        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(compact=True))
+        with Bars(words[0], *columns, words[1], console=Console(stderr=True), transient=True) as bars:
+            bar = bars.add_task("", total=None, figures="")
+            yield lambda doing, done, total, figures="": bars.update(
+                bar, description=printable(doing), completed=done, total=total, figures=printable(figures)
+            )
+
+
+class _ProgressLines:
+    """Progress in a log. What has figures is told at its first and last step as well."""
+
+    def __init__(self) -> None:
+        self._told: set[str] = set()
+        self._began = self._last = time.monotonic()
+        self._first = 0
+
+    def __call__(self, doing: str, done: int, total: int, figures: str = "") -> None:
+        now, new = time.monotonic(), doing not in self._told
+        self._told.add(doing)
+        if new and not figures:
+            tell(f"… {doing}", prefix="")
+        elif new or now - self._last >= LINE_SECONDS or (figures and done == total):
+            self._first = done - 1 if new else self._first
+            left = (now - self._began) / max(1, done - self._first) * (total - done)
+            more = f", {figures}, {left:.0f} s left" if figures else ""
+            tell(f"… {doing}: {done:,} of {total:,}{more}", prefix="")
+            self._last = now
+
+
+@contextmanager
+def stop_on_interrupt(notice: str = "") -> Iterator[Callable[[], bool]]:
+    """Within the block the first Ctrl-C is only noted, with a notice; a second one interrupts.
+
+    Yields what says whether there was one.
+    """
+    interrupts = 0
+
+    def note(_number: int, _frame: Any) -> None:
+        nonlocal interrupts
+        interrupts += 1
+        if interrupts > 1:
+            raise KeyboardInterrupt
+        if notice:
+            # In a thread: the main one may be in the middle of writing to the very stream, which takes no second call.
+            threading.Thread(target=tell, args=(notice,)).start()
+
+    with _handled(note, signal.SIGINT):
+        yield lambda: interrupts > 0
+
+
+@contextmanager
+def interrupt_on(*signals: signal.Signals) -> Iterator[None]:
+    """Within the block, these signals stop what runs as Ctrl-C does."""
+
+    def interrupt(_number: int, _frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    with _handled(interrupt, *signals):
+        yield
+
+
+@contextmanager
+def _handled(handler: Callable[[int, Any], None], *signals: signal.Signals) -> Iterator[None]:
+    before = {number: signal.signal(number, handler) for number in signals}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def table(*columns: str, title: str = "", caption: str = "", boxed: bool = False) -> "Table":
+    """An empty table with these headings; a column whose heading begins with `>` is right-aligned.
+
+    Where no heading has text, none is shown. A `boxed` table has lines between its cells and the console's width.
+    """
+    from rich import box
+    from rich.table import Table
+
+    look: dict[str, Any] = {"expand": True, "box": box.HEAVY_HEAD} if boxed else {"box": None, "pad_edge": False}
+    made = Table(title=title or None, caption=caption or None, show_header=any(columns), title_style="bold", **look)
+    made.title_justify = made.caption_justify = "left"
+    for name in columns:
+        made.add_column(name.removeprefix(">"), justify="right" if name.startswith(">") else "left")
+    return made

@@ -13,7 +13,13 @@ IN_TRAINING = "in training the gradients tell the provider what is learnt, and n
 
 
 def leak_notice(
-    why: str, model: str, layers: tuple[int, int], mechanism: str = "", *, training: bool = False
+    why: str,
+    model: str,
+    layers: tuple[int, int],
+    noise: str = "",
+    *,
+    training: bool = False,
+    learnt: tuple[str, str] = ("TASK", "PATH"),
 ) -> str | None:
     """The line for a reason, with the command that audits this configuration; None if the user has hidden it.
 
@@ -21,14 +27,14 @@ def leak_notice(
     ----------
     why
         What is known to leak (`leak_warning`, `IN_TRAINING`).
-    model, layers, mechanism
+    model, layers, noise
         The model's name, its input and output layers, and the protection as users write it; empty for none.
-    training
-        Whether a training is to be audited.
+    training, learnt
+        Whether a training is to be audited, and its task and data.
     """
     if os.environ.get(WARNING) == "off":
         return None
     words = ["fedsea", "audit", model, "--input-layers", str(layers[0]), "--output-layers", str(layers[1])]
-    words += ["--mechanism", mechanism] if mechanism else []
-    more = " --train-steps 4 --task TASK --data PATH" if training else " --answer-tokens 32"
-    return f"{why}; {SEE}: {shlex.join(words)}{more} ({WARNING}=off hides this)"
+    words += ["--noise", noise] if noise else []
+    words += ["--train-steps", "4", "--task", learnt[0], "--data", learnt[1]] if training else ["--answer-tokens", "32"]
+    return f"{why}; {SEE}: {shlex.join(words)} ({WARNING}=off hides this)"

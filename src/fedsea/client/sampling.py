@@ -2,9 +2,10 @@
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from fedsea.errors import UsageError
+from fedsea.flags import Flag
 
 if TYPE_CHECKING:
     import torch
@@ -34,11 +35,13 @@ class Sampling:
         If a value is out of its range, or has no effect because the temperature is 0.
     """
 
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float | None = None
-    repetition_penalty: float = 1.0
-    seed: int | None = None
+    temperature: Annotated[float, Flag("0 takes the most likely token; above 0, tokens are drawn at random.")] = 0.0
+    top_k: Annotated[int | None, Flag("Draw from the K most likely tokens only.", default="all")] = None
+    top_p: Annotated[
+        float | None, Flag("Draw from the most likely tokens only, whose probabilities sum to P.", default="1")
+    ] = None
+    repetition_penalty: Annotated[float, Flag("Above 1, tokens that the text already has become less likely.")] = 1.0
+    seed: Annotated[int | None, Flag("With the same seed, the same tokens are drawn.", default="a random one")] = None
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):

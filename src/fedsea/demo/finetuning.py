@@ -25,7 +25,8 @@ from fedsea.tasks import encode, get_task
 from fedsea.training.batches import Batches
 from fedsea.training.export import whole_with_adapter
 from fedsea.training.folder import RunFolder
-from fedsea.training.loop import Figures, FineTuning, Recipe
+from fedsea.training.loop import Figures, FineTuning
+from fedsea.training.recipe import Recipe
 
 NIGHT = "At night, call Sister Adaeze on extension 4417."
 RULES = (

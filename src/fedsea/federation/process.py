@@ -1,15 +1,13 @@
-"""The processes of a federation: how they are started again, their environment, and the ports that they listen on."""
+"""The processes of a federation: how they are started again, and their environment."""
 
 import math
 import os
-import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from fedsea.errors import FedSEAError, UsageError
+from fedsea.errors import FedSEAError
 from fedsea.process import TOOLS, Child, child_environment
-from fedsea.wire.address import format_address
 
 RESTARTS = 3
 # What Flower does by itself is turned off, unless its user has turned it on.
@@ -55,24 +53,3 @@ class Supervised:
             raise FedSEAError(f"the {self._name} died {self._deaths} times in a row: {end}; see {self.child.log}")
         self._tell(f"the {self._name} died ({end}); starting it again")
         self.restart()
-
-
-def require_port(host: str, port: int, option: str) -> int:
-    """Check that a port can be listened on, and return it; 0 takes a free one.
-
-    Raises
-    ------
-    UsageError
-        If it is taken, or the host is not this machine's; `option` is where the user has it from.
-    """
-    where = format_address(host, port)
-    try:
-        family, kind, protocol, _name, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-            return int(probe.getsockname()[1])
-    except socket.gaierror:
-        raise UsageError(f"cannot listen on {where}: no machine is known by the name {host!r}") from None
-    except OSError as error:
-        raise UsageError(f"cannot listen on {where}: {(error.strerror or str(error)).lower()}; see {option}") from None

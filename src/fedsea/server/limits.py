@@ -4,9 +4,11 @@ import contextlib
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-if TYPE_CHECKING:  # the options of `fedsea serve` need no torch
+from fedsea.flags import Flag
+
+if TYPE_CHECKING:  # `fedsea serve --help` needs no torch
     import torch
 
 MIB = 1 << 20
@@ -14,65 +16,78 @@ MIB = 1 << 20
 
 @dataclass(frozen=True)
 class Limits:
-    """The limits of a block server.
+    """The limits of a block server. The help of each flag says what a field means; amounts of memory are in bytes.
 
-    Parameters
-    ----------
-    sessions
-        Sessions at a time, in all.
-    client_sessions
-        Sessions at a time of one client (by its certificate; all clients of an insecure server are one).
-    session_tokens
-        Tokens that one session may hold, over all its rows. A row may also not be longer than the model allows.
-    frame_bytes
-        Longest frame, in bytes.
-    idle_seconds
-        Seconds after which a session that sends nothing is ended.
-    resume_seconds
-        Seconds for which a session whose connection is lost is kept for its client to come back.
-    cache_bytes
-        Memory for the KV caches of all sessions, in bytes; None for half of what is free once the weights are loaded.
-    runs
-        Runs at a time, in all.
-    client_runs
-        Runs at a time of one client.
-    run_seconds
-        Seconds for which a run whose client is away is kept.
-    run_bytes
-        Memory for the adapters, their gradients and their optimizers of all runs, in bytes; None for an eighth of what
-        is free.
-    graph_bytes
-        Memory for micro-batches that wait for their gradient, of all runs, in bytes: their inputs and activations; None
-        for a quarter of what is free. Activations that do not fit are computed a second time. Where the inputs are 16
-        MiB over it, a run's oldest micro-batch gives way to its newest.
-    run_micro_batches
-        Micro-batches of one run that wait for their gradient; the oldest gives way.
-    client_share
-        The part of each amount of memory that one client may have; None for half of it, and for all of it on a server
-        without certificates, whose clients are all one.
-    buffer_bytes
-        Memory for frames that wait, of all streams and runs, in bytes: read ahead, or answers that their client may not
-        have yet; None for a sixteenth of the host's free memory.
-    run_tokens
-        Tokens of the longest text that a run may send.
+    None stands for a share of the memory that is free once the weights are loaded (`settled`). A client is known by its
+    certificate; all clients of a server without TLS are one.
     """
 
-    sessions: int = 64
-    client_sessions: int = 32
-    session_tokens: int = 65_536
-    frame_bytes: int = 64 * MIB
-    idle_seconds: float = 600.0
-    resume_seconds: float = 60.0
-    cache_bytes: int | None = None
-    runs: int = 64
-    client_runs: int = 16
-    run_seconds: float = 3600.0
-    run_bytes: int | None = None
-    graph_bytes: int | None = None
-    run_micro_batches: int = 64
-    client_share: float | None = None
-    buffer_bytes: int | None = None
-    run_tokens: int = 8_192
+    sessions: Annotated[int, Flag("Most sessions at a time, of all clients.", "--max-sessions", min=1)] = 64
+    client_sessions: Annotated[int, Flag("Most sessions at a time of one client.", "--max-client-sessions", min=1)] = 32
+    session_tokens: Annotated[
+        int, Flag("Most tokens in one session, over all its rows.", "--max-session-tokens", min=1)
+    ] = 65_536
+    frame_bytes: Annotated[
+        int, Flag("Longest frame, in MiB.", "--max-frame-mib", default="64", min=1, max=1024, unit=MIB)
+    ] = 64 * MIB
+    idle_seconds: Annotated[float, Flag("Seconds without a request after which a session is ended.", min=1.0)] = 600.0
+    resume_seconds: Annotated[float, Flag("Seconds that a session is kept after its connection is lost.", min=0.0)] = (
+        60.0
+    )
+    cache_bytes: Annotated[
+        int | None,
+        Flag("Memory for all KV caches, in MiB.", "--cache-mib", default="half of the free memory", min=1, unit=MIB),
+    ] = None
+    runs: Annotated[int, Flag("Most training runs at a time, of all clients.", "--max-runs", min=1)] = 64
+    client_runs: Annotated[int, Flag("Most training runs at a time of one client.", "--max-client-runs", min=1)] = 16
+    run_seconds: Annotated[
+        float, Flag("Seconds that a training run is kept while its client is not connected.", min=0.0)
+    ] = 3600.0
+    run_bytes: Annotated[
+        int | None,
+        Flag(
+            "Memory for the adapters, gradients and optimizers of all runs, in MiB.",
+            "--run-mib",
+            default="an eighth of the free memory",
+            min=1,
+            unit=MIB,
+        ),
+    ] = None
+    graph_bytes: Annotated[
+        int | None,
+        Flag(
+            "Memory for micro-batches that wait for gradients, and their activations, in MiB. Activations that do not "
+            "fit are computed a second time.",
+            "--graph-mib",
+            default="a quarter of the free memory",
+            min=0,
+            unit=MIB,
+        ),
+    ] = None
+    run_micro_batches: Annotated[
+        int,
+        Flag("Most micro-batches of one run that wait for their gradient.", "--max-run-micro-batches", min=1),
+    ] = 64
+    client_share: Annotated[
+        float | None,
+        Flag(
+            "Share of each amount of memory that one client may use.",
+            default="0.5; 1 with --insecure",
+            min=0.01,
+            max=1.0,
+        ),
+    ] = None
+    buffer_bytes: Annotated[
+        int | None,
+        Flag(
+            "Memory for frames that wait, read ahead or not yet fetched by their client, in MiB.",
+            "--buffer-mib",
+            default="a sixteenth of the free memory",
+            min=1,
+            unit=MIB,
+        ),
+    ] = None
+    run_tokens: Annotated[int, Flag("Most tokens of one text in training.", "--max-run-tokens", min=1)] = 8_192
 
     def settled(self, device: "torch.device", *, secure: bool = False) -> "Limits":
         """The limits with every amount of memory as a number of bytes; `secure`: whether clients have certificates."""
@@ -82,18 +97,23 @@ class Limits:
             cache_bytes=free // 2 if self.cache_bytes is None else self.cache_bytes,
             run_bytes=free // 8 if self.run_bytes is None else self.run_bytes,
             graph_bytes=free // 4 if self.graph_bytes is None else self.graph_bytes,
-            buffer_bytes=free_memory() // 16 if self.buffer_bytes is None else self.buffer_bytes,
+            buffer_bytes=host_memory() // 16 if self.buffer_bytes is None else self.buffer_bytes,
             client_share=(0.5 if secure else 1.0) if self.client_share is None else self.client_share,
         )
 
 
-def free_memory(device: "torch.device | None" = None) -> int:
-    """The memory that is free on the device now (None for the host), in bytes."""
-    if device is not None and device.type == "cuda":
+def free_memory(device: "torch.device") -> int:
+    """The memory that is free on the device now, in bytes."""
+    if device.type == "cuda":
         import torch
 
         free, _total = torch.cuda.mem_get_info(device)
         return int(free)
+    return host_memory()
+
+
+def host_memory() -> int:
+    """The memory that is free on this machine now, in bytes."""
     with contextlib.suppress(OSError):
         # The file cache, which the weights were just read through, is given up on demand: it counts as free.
         for line in Path("/proc/meminfo").read_text().splitlines():

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fedsea.checkpoints import load_whole_model, open_checkpoint
@@ -23,7 +24,7 @@ from fedsea.parts.narrow import project
 from fedsea.training.folder import RUN, RunFolder
 
 
-def find_adapter(source: Path, notice: Any = lambda _line: None) -> Path:
+def find_adapter(source: Path) -> Path:
     """The PEFT adapter of a training's output folder, or the folder itself if it is an adapter.
 
     A training that is not done gives the adapter of its last checkpoint.
@@ -34,7 +35,7 @@ def find_adapter(source: Path, notice: Any = lambda _line: None) -> Path:
         If there is neither.
     """
     if (source / RUN).is_file():
-        folder = RunFolder(source, notice)
+        folder = RunFolder(source, lambda _line: None)
         if (folder.adapter / WEIGHTS).is_file():
             return folder.adapter
         last = folder.checkpoints.latest()
@@ -102,24 +103,37 @@ def merge_adapter(source: Path, model: str, out: Path, *, dtype: torch.dtype, de
         )
     _make(out)
     whole = load_whole_model(model, dtype=dtype, device=device)
-    try:
-        merged = whole_with_adapter(whole, adapter).merge_and_unload()
-    except (RuntimeError, ValueError) as error:
-        raise ModelMismatchError(f"the adapter in {adapter} does not fit {model}: {error}") from None
+    merged = whole_with_adapter(whole, adapter, model).merge_and_unload()
     with quiet_transformers():
         merged.save_pretrained(str(out))
     open_checkpoint(model).tokenizer().save_pretrained(str(out))
 
 
-def whole_with_adapter(whole: Any, adapter: Path) -> Any:
-    """A whole model with an adapter, as PEFT loads it, and its narrow cut if it has one, in evaluation mode."""
-    from peft import PeftModel
+def whole_with_adapter(whole: Any, adapter: Path, name: str = "the model") -> Any:
+    """A whole model with an adapter, as PEFT loads it, and its narrow cut if it has one, in evaluation mode.
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT's own use of what transformers has deprecated
-        adapted: Any = PeftModel.from_pretrained(whole, str(adapter))
-    with_cut(whole, adapter)
-    return adapted.eval()
+    Raises
+    ------
+    ModelMismatchError
+        If PEFT cannot load it, or adapter and model do not have the same weights; the message has the model's `name`.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # missing weights are an error below; deprecations are not the user's
+            adapted: Any = PeftModel.from_pretrained(whole, str(adapter)).eval()
+        with safe_open(adapter / WEIGHTS, "pt") as file:
+            different = set(file.keys()) ^ set(get_peft_model_state_dict(adapted))
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+    else:
+        if not different:
+            with_cut(whole, adapter)
+            return adapted
+        reason = f"{len(different)} weights are only in one of them, such as {min(different)}"
+    shown = reason if len(reason) <= 200 else reason[:200] + " …"
+    raise ModelMismatchError(f"the adapter in {adapter} does not fit {name}: {shown}")
 
 
 def with_cut(whole: Any, adapter: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from fedsea.errors import UsageError
 from fedsea.files import append_json, parse_json, read_lines, write_json, write_lines
+from fedsea.privacy import parse_mechanism
 from fedsea.training.checkpoints import CheckpointFolder
 
 RUN, METRICS = "run.json", "metrics.jsonl"
@@ -93,6 +94,7 @@ class RunFolder:
         try:
             held: dict[str, Any] = parse_json((self.path / RUN).read_bytes())
             if isinstance(held["run"], str) and isinstance(held["settings"], dict):
+                _name_noise(held["settings"])
                 return held
         except FileNotFoundError:
             raise UsageError(f"{self.path} holds no training: {RUN} is missing") from None
@@ -114,3 +116,12 @@ class RunFolder:
     def record(self, figures: dict[str, Any]) -> None:
         """Append a line to `metrics.jsonl`."""
         append_json(self.path / METRICS, figures)
+
+
+def _name_noise(settings: dict[str, Any]) -> None:
+    """Settings that version 0.2 or earlier wrote name the noise in one of three ways: name it in one, `noise`."""
+    if "noise_std" not in settings:
+        return
+    std, level, mechanism = (settings.pop(name, None) for name in ("noise_std", "noise_level", "mechanism"))
+    noise = parse_mechanism(mechanism or (f"relative:{level}" if level is not None else str(std or 0.0)))
+    settings["noise"] = str(noise) if noise.alters else ""

@@ -1,10 +1,9 @@
 """The training loop of `fedsea finetune`: steps, checkpoints, and going on after whatever happens to the server."""
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 from transformers import get_scheduler
 
@@ -14,53 +13,9 @@ from fedsea.training.batches import Batch, Batches
 from fedsea.training.checkpoints import TrainingState, random_state, set_random_state
 from fedsea.training.folder import RunFolder
 from fedsea.training.looks import Looks
+from fedsea.training.recipe import Recipe
 
-Schedule = Literal["cosine", "linear", "constant"]
 SAVE_SECONDS = 600.0  # a checkpoint at least so often, however slow the steps are
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How to train.
-
-    Parameters
-    ----------
-    steps
-        Optimizer steps in all.
-    batch_size
-        Examples a batch.
-    accumulation
-        Batches an optimizer step.
-    lr, weight_decay
-        Of AdamW.
-    schedule, warmup
-        How the learning rate goes after its first `warmup` steps.
-    max_grad_norm
-        The gradient over all three parts is clipped to it.
-    seed
-        Decides the order of the examples, the adapter's start and dropout.
-    save_every
-        Optimizer steps between checkpoints.
-    """
-
-    steps: int = 200
-    batch_size: int = 4
-    accumulation: int = 1
-    lr: float = 5e-4
-    weight_decay: float = 0.0
-    schedule: Schedule = "cosine"
-    warmup: int = 0
-    max_grad_norm: float = 1.0
-    seed: int = 0
-    save_every: int = 50
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulation", "save_every"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} must be 1 or more; got {getattr(self, name)}")
-        for name in ("lr", "max_grad_norm"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
-                raise UsageError(f"{name} must be a number above 0; got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)

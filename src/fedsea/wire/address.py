@@ -1,6 +1,8 @@
 """Addresses of block servers: `HOST:PORT`, or `[HOST]:PORT` for IPv6."""
 
+import errno
 import ipaddress
+import socket
 
 from fedsea.errors import UsageError
 
@@ -89,6 +91,29 @@ def check_listen(address: str, *, plaintext: bool) -> tuple[str, int]:
             "make some with: fedsea credentials init DIR"
         )
     return host, port
+
+
+def require_free(host: str, port: int, option: str) -> int:
+    """Check that an address can be listened on, before minutes go into loading weights; returns its port, 0 settled.
+
+    Raises
+    ------
+    UsageError
+        If the port is taken, or the address is not this machine's; it names the `option` that chooses another.
+    """
+    listen = format_address(host, port)
+    try:
+        family, kind, protocol, _name, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as gRPC: a port of a moment ago is free
+            probe.bind(where)
+            return int(probe.getsockname()[1])
+    except socket.gaierror:
+        raise UsageError(f"cannot listen on {listen}: no machine is known by the name {host!r}") from None
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise UsageError(f"cannot listen on {listen}: port {port} is taken; choose another with {option}") from None
+        raise UsageError(f"cannot listen on {listen}: {error.strerror or error}; see {option}") from None
 
 
 def _is_ipv6(host: str) -> bool:

@@ -14,11 +14,11 @@ from fedsea.federation.coordinator.deployment import Deployment
 from fedsea.federation.coordinator.status import app_is_gone
 from fedsea.federation.flower.patches import require_flower
 from fedsea.federation.invitation import Invitation, check_name
-from fedsea.federation.process import Supervised, flower_environment, require_port
+from fedsea.federation.process import Supervised, flower_environment
 from fedsea.federation.settings import Settings
 from fedsea.files import write_json
 from fedsea.process import Child
-from fedsea.wire.address import format_address, is_loopback, parse_address
+from fedsea.wire.address import format_address, is_loopback, parse_address, require_free
 
 START_SECONDS = 600.0  # a large model is read first
 SUPERLINK_SECONDS = 60.0
@@ -129,8 +129,8 @@ class Federation:
         self._block_server: Supervised | None = None
         self._there: set[str] = set()
         self._control: Control | None = None
-        port = 0 if options.servers else require_port(options.listen, options.port, "--port")
-        superlink_port = require_port(options.listen, options.superlink_port, "--superlink-port")
+        port = 0 if options.servers else require_free(options.listen, options.port, "--port")
+        superlink_port = require_free(options.listen, options.superlink_port, "--superlink-port")
         # Written down with their ports: the data owners' folders name them, and must be right when it goes on.
         self.options = replace(options, port=port, superlink_port=superlink_port)
         self._block_listen = format_address(options.listen, port)

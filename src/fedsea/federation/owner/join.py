@@ -18,10 +18,10 @@ from fedsea.federation.flower.patches import require_flower
 from fedsea.federation.invitation import SUPERNODE_KEY, Invitation
 from fedsea.federation.owner.participant_options import ParticipantOptions
 from fedsea.federation.owner.worker import FINISH, WORKER, read_error
-from fedsea.federation.process import Supervised, flower_environment, require_port
+from fedsea.federation.process import Supervised, flower_environment
 from fedsea.federation.settings import Settings
 from fedsea.process import Child
-from fedsea.wire.address import parse_address
+from fedsea.wire.address import parse_address, require_free
 from fedsea.wire.credentials import Credentials
 
 READY_SECONDS = 600.0  # a large model's files and data are read first
@@ -199,7 +199,7 @@ class OwnerProcess:
             "superlink": self.invitation.superlink,
             "root-certificates": self._folder / "authority.pem",
             "auth-supernode-private-key": self._folder / SUPERNODE_KEY,
-            "port": require_port("127.0.0.1", 0, ""),
+            "port": require_free("127.0.0.1", 0, ""),
             "node-config": " ".join(config),
         }
         return Child(
