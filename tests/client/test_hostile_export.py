@@ -18,7 +18,7 @@ from fedsea.parts.adapters import AdapterSpec
 from fedsea.wire.frames import Frame, Tensors
 from fedsea.wire.rounds import RoundStatus
 from tests.conftest import RunningServer
-from tests.server.test_rounds import invite, seated
+from tests.support.rounds import invite, seated
 from tests.support.split_training import adamw, adapted, batch, lora, train
 
 Change = Callable[[Tensors, str], Tensors]

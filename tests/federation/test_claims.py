@@ -21,7 +21,6 @@ from fedsea.wire.codec import MAX_WEIGHT
 from fedsea.wire.rounds import RoundPlan, new_seat
 from fedsea.wire.runs import OptimizerStep
 from tests.conftest import RunningServer
-from tests.server.test_rounds import invite, seated, together
 from tests.support.federation_fakes import (
     MIXED,
     FakeServer,
@@ -33,6 +32,7 @@ from tests.support.federation_fakes import (
     clients,
     trained,
 )
+from tests.support.rounds import invite, seated, together
 from tests.support.split_training import batch, lora, train
 
 NAME = "model.layers.1.self_attn.q_proj.lora_B.weight"

@@ -20,7 +20,8 @@ from fedsea.server.trainer import Trainer
 from fedsea.wire.frames import Backward, Forward, States
 from fedsea.wire.runs import OptimizerStep
 from tests.conftest import save_small_model
-from tests.server.test_runs import CHECKPOINT, HIDDEN, MIDDLE, SPEC, spec_of
+from tests.support.raw_stream import HIDDEN
+from tests.support.server_runs import CHECKPOINT, MIDDLE, SPEC, load, spec_of
 from tests.support.split_training import lora
 
 DTYPE = torch.float32
@@ -30,10 +31,6 @@ MOST = range(1, 5)
 
 def values(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def load(trainer: Trainer, weights: dict[str, torch.Tensor]) -> None:
-    trainer.adapter.load({f"adapter/{name}": weight for name, weight in weights.items()}, trainer.layers)
 
 
 def filled(trainer: Trainer, seed: int = 0) -> Trainer:

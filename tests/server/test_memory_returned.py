@@ -29,8 +29,8 @@ from fedsea.wire.codec import decode, encode
 from fedsea.wire.frames import Backward, Command, Forward, Kind, Message, Step, Tensors
 from fedsea.wire.rounds import Ticket
 from tests.conftest import RunningServer, connect
-from tests.server.test_rounds import invite, take_part, together
 from tests.support.raw_stream import eventually, prompt
+from tests.support.rounds import invite, take_part, together
 from tests.support.split_training import adamw, adapted, batch, lora, train, trained
 
 Frames = list[bytes]

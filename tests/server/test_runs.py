@@ -3,7 +3,6 @@
 import gc
 import math
 import weakref
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +10,6 @@ import pytest
 import torch
 
 from fedsea import Partition
-from fedsea.checkpoints import open_checkpoint
 from fedsea.errors import (
     FedSEAError,
     LimitExceededError,
@@ -21,51 +19,30 @@ from fedsea.errors import (
     RunLostError,
     UsageError,
 )
-from fedsea.parts import MiddleBlocks, Rows
+from fedsea.parts import Rows
 from fedsea.parts.adapters import AdapterSpec
-from fedsea.server import Limits
 from fedsea.server.runs import REPLIES, Run, RunTable
 from fedsea.server.trainer import Trainer
-from fedsea.wire.codec import decode
-from fedsea.wire.frames import Backward, Command, Forward, Outcome, States, Tensors
+from fedsea.wire.frames import Command, Outcome, States, Tensors
 from fedsea.wire.runs import Attach, OptimizerStep
-from tests.support.split_training import lora
-
-CHECKPOINT = open_checkpoint("random:tiny")
-MIDDLE = MiddleBlocks.from_checkpoint(CHECKPOINT, range(6), dtype=torch.float32)
-FINGERPRINT = CHECKPOINT.fingerprint()
-HIDDEN = 64
-ROWS = Rows((0, 0), (5, 3))
-
-
-def spec_of(**more: Any) -> AdapterSpec:
-    return AdapterSpec.from_config(lora(**more), CHECKPOINT.config, 1)
-
-
-SPEC = spec_of()
-
-
-def states(seed: int = 0, tokens: int = ROWS.total) -> torch.Tensor:
-    return torch.randn(tokens, HIDDEN, generator=torch.Generator().manual_seed(seed))
-
-
-def forward(number: int, micro: int = 1, **more: Any) -> Forward:
-    return replace(Forward(number, micro, ROWS, states(micro)), **more)
-
-
-def backward(number: int, micro: int = 1, **more: Any) -> Backward:
-    return replace(Backward(number, micro, states(100 + micro) / 100, 0, fresh=True), **more)
-
-
-def update(number: int, step: int = 1, **more: Any) -> Command:
-    return Command(number, {"do": "update", **OptimizerStep("adamw", step, 1.0, 1e-2, **more).to_body()})
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
+from tests.support.raw_stream import HIDDEN
+from tests.support.server_runs import (
+    MIDDLE,
+    ROWS,
+    SPEC,
+    Clock,
+    backward,
+    begin,
+    do,
+    ended,
+    forward,
+    load,
+    request,
+    spec_of,
+    states,
+    table_of,
+    update,
+)
 
 
 @pytest.fixture
@@ -74,41 +51,8 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def make_table(clock: Clock) -> Callable[..., RunTable]:
-    def make(**limits: Any) -> RunTable:
-        limits = {"run_bytes": 1 << 24, "graph_bytes": 1 << 24} | limits
-        return RunTable(MIDDLE, Limits(**limits), dtype=torch.float32, clock=clock)
-
-    return make
-
-
-@pytest.fixture
-def table(make_table: Callable[..., RunTable]) -> RunTable:
-    return make_table()
-
-
-def request(run: str = "one", **more: Any) -> Attach:
-    return replace(Attach(run, Partition(1, 1), FINGERPRINT, "float32", SPEC, 0, True), **more)
-
-
-def ended(_reason: FedSEAError) -> None:
-    pass
-
-
-def begin(table: RunTable, run: str = "one", client: str = "a", **more: Any) -> Run:
-    return table.attach(request(run, **more), client, ended)[0]
-
-
-def do(table: RunTable, run: Run, *operations: Any) -> list[Any]:
-    answers = []
-    for operation in operations:
-        table.admit(run, replace(operation, received=run.number))
-        answers.append(decode(table.do(run, operation), knows=lambda _name: True))
-    return answers
-
-
-def load(run: Run, tensors: dict[str, torch.Tensor]) -> None:
-    run.trainer.adapter.load(tensors, run.trainer.layers)
+def table(clock: Clock) -> RunTable:
+    return table_of(clock)
 
 
 def weights(run: Run) -> dict[str, torch.Tensor]:
@@ -177,15 +121,13 @@ def test_exponents_at_the_ends_of_what_is_allowed_raise_nothing(table: RunTable,
     assert isinstance(second, States)
 
 
-def test_kept_recomputed_and_evaluated_passes_agree_and_only_dropout_differs(
-    make_table: Callable[..., RunTable],
-) -> None:
+def test_kept_recomputed_and_evaluated_passes_agree_and_only_dropout_differs() -> None:
     spec = spec_of(lora_dropout=0.3)
     outcomes = []
     for recompute, limit in ((False, 1 << 24), (True, 1 << 24), (False, 0)):
-        table = make_table(graph_bytes=limit)
+        table = table_of(graph_bytes=limit)
         run = begin(table, adapter=spec)
-        load(run, {f"adapter/{name}": torch.ones_like(weight) / 9 for name, weight in weights(run).items()})
+        load(run.trainer, {name: torch.ones_like(weight) / 9 for name, weight in weights(run).items()})
         # The first pass measures what a graph takes, and is kept; so look at the second.
         do(table, run, forward(1), backward(2))
         there = do(table, run, forward(3, recompute=recompute))[0]
@@ -204,7 +146,7 @@ def test_kept_recomputed_and_evaluated_passes_agree_and_only_dropout_differs(
 
 def test_dropouts_draws_leave_torchs_generator_alone_and_depend_on_the_seed_alone(table: RunTable) -> None:
     run = begin(table, adapter=spec_of(lora_dropout=0.5))
-    load(run, {f"adapter/{name}": torch.ones_like(weight) for name, weight in weights(run).items()})
+    load(run.trainer, {name: torch.ones_like(weight) for name, weight in weights(run).items()})
     before = torch.get_rng_state()
     again = {"states": states(1)}
     one, two, three = do(table, run, forward(1, 1), forward(2, 2, seed=7, **again), forward(3, 3, **again))
@@ -292,8 +234,8 @@ def test_an_operation_that_reaches_the_worker_twice_is_done_once(table: RunTable
     assert same(weights(run), after)
 
 
-def test_the_oldest_micro_batch_gives_way_and_its_gradient_is_told_so(make_table: Callable[..., RunTable]) -> None:
-    table = make_table(run_micro_batches=2)
+def test_the_oldest_micro_batch_gives_way_and_its_gradient_is_told_so() -> None:
+    table = table_of(run_micro_batches=2)
     run = begin(table)
     do(table, run, forward(1, 1), forward(2, 2), forward(3, 3))
     with pytest.raises(ProtocolError, match="micro-batch 1, which was given up for later ones"):
@@ -459,10 +401,8 @@ def test_a_run_whose_client_stays_away_ends_and_one_that_is_attached_never_does(
         begin(table, begin=False)
 
 
-def test_a_client_at_its_limit_gives_up_the_run_it_left_first(
-    make_table: Callable[..., RunTable], clock: Clock
-) -> None:
-    table = make_table(client_runs=2)
+def test_a_client_at_its_limit_gives_up_the_run_it_left_first(clock: Clock) -> None:
+    table = table_of(clock, client_runs=2)
     first, second = begin(table, "first"), begin(table, "second")
     other = begin(table, "other", "b")
     with pytest.raises(LimitExceededError, match="client 'a' has 2 runs open, the limit of runs per client"):
@@ -477,13 +417,13 @@ def test_a_client_at_its_limit_gives_up_the_run_it_left_first(
     assert table.find("other", "b") is other
 
 
-def test_the_limits_of_all_runs_name_themselves(make_table: Callable[..., RunTable]) -> None:
-    table = make_table(runs=1)
+def test_the_limits_of_all_runs_name_themselves() -> None:
+    table = table_of(runs=1)
     begin(table)
     with pytest.raises(LimitExceededError, match="the server has 1 runs open, its limit"):
         begin(table, "two", "b")
     weights = SPEC.weight_shapes(table.modules, range(1, 5)).values()
-    table = make_table(run_bytes=4 * 4 * sum(map(math.prod, weights)))  # of its four middle layers, once
+    table = table_of(run_bytes=4 * 4 * sum(map(math.prod, weights)))  # of its four middle layers, once
     begin(table)
     with pytest.raises(LimitExceededError, match=r"memory for adapters .* is used up: the run needs 0.1 MiB"):
         begin(table, "two")

@@ -19,28 +19,18 @@ from fedsea.server.ledger import Pool
 from fedsea.server.scheduler import Owner, Turns
 from fedsea.wire import contract, tensors
 from fedsea.wire.codec import decode, encode
-from fedsea.wire.credentials import Credentials, create_credentials
+from fedsea.wire.credentials import Credentials
 from fedsea.wire.frames import Command, Forward, Kind, Message, Result, States, Step, Tensors
 from fedsea.wire.handshake import Open
 from fedsea.wire.pages import pages
 from fedsea.wire.runs import Attached
 from fedsea.wire.tensors import MAX_TENSORS
 from tests.conftest import RunningServer
-from tests.server.test_run_protocol import RawRun, attach, backward, forward
-from tests.server.test_runs import MIDDLE, Clock, RunTable, begin, do
-from tests.server.test_runs import backward as backward_of
-from tests.server.test_runs import forward as forward_of
 from tests.support.raw_stream import RawStream, eventually, step, wish
+from tests.support.server_runs import RawRun, attach, backward, begin, do, forward, table_of
 
 MIB = 1 << 20
 CACHE = 256 * 4 * 2 * 2 * 16 * 4  # bytes of one session's: 256 tokens, 4 layers, keys and values, 2 heads, 16 numbers
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("made")
-    create_credentials(folder, clients=["a", "b"])
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -54,16 +44,11 @@ def shared(start_server: Callable[..., RunningServer], made: Path) -> Iterator[R
 
 @pytest.fixture(scope="module")
 def of(made: Path) -> Callable[[str], Credentials]:
-    return lambda name: Credentials.load(made / name, "client")
+    return lambda name: Credentials.load(made / f"client-{name}", "client")
 
 
 def export(number: int) -> Command:
     return Command(number, {"do": "export", "after": ""})
-
-
-def table_of(**limits: Any) -> RunTable:
-    limits = {"run_bytes": 1 << 24, "graph_bytes": 1 << 24} | limits
-    return RunTable(MIDDLE, Limits(**limits), dtype=torch.float32, clock=Clock())
 
 
 # Memory
@@ -135,9 +120,7 @@ def test_answers_that_are_left_unread_are_counted_in_bytes(
     with RawRun(shared.address, of("a")) as greedy:
         greedy.attach("greedy", begin=False)  # what was refused was not done, and the run is there
         assert [greedy.receive().number for _ in range(done)] == list(range(1, done + 1))
-        greedy.put(Message(Kind.CLOSE, {}))
-        with pytest.raises(StopIteration):
-            greedy.receive()
+        greedy.close_run()
 
 
 def test_nobody_has_an_answer_before_it_was_sent(shared: RunningServer, of: Callable[[str], Credentials]) -> None:
@@ -189,27 +172,27 @@ def test_inputs_of_micro_batches_that_wait_are_counted_and_the_oldest_gives_way(
     table = table_of(graph_bytes=0)
     run = begin(table)
     rows = Rows.uniform(8, 0, 512)
-    large = replace(forward_of(1, recompute=True), rows=rows, states=torch.zeros(rows.total, 64))  # 1 MiB
+    large = replace(forward(1, recompute=True), rows=rows, states=torch.zeros(rows.total, 64))  # 1 MiB
     do(table, run, *(replace(large, number=number, micro=number) for number in range(1, 20)))
     assert table.ledger.used(Pool.ACTIVATIONS) == 16 * MIB
     with pytest.raises(ProtocolError, match="micro-batch 3, which was given up for later ones; send fewer"):
-        do(table, run, backward_of(20, 3))
-    do(table, run, replace(backward_of(20, 4), gradient=torch.zeros(rows.total, 64)))
+        do(table, run, backward(20, 3))
+    do(table, run, replace(backward(20, 4), gradient=torch.zeros(rows.total, 64)))
 
 
 def test_activations_give_way_to_inputs_so_that_nobody_loses_a_micro_batch_to_another() -> None:
     outcomes = []
     roomy = table_of()
     begun = begin(roomy)
-    do(roomy, begun, forward_of(1))
+    do(roomy, begun, forward(1))
     one = roomy.ledger.used(Pool.ACTIVATIONS)
     for limit in (1 << 24, one + 2000):
         table = table_of(graph_bytes=limit)
         runs = [begin(table, "one", client) for client in ("a", "b")]
         for run in runs:
-            do(table, run, forward_of(1, 1), forward_of(2, 2))
+            do(table, run, forward(1, 1), forward(2, 2))
         assert table.ledger.used(Pool.ACTIVATIONS) <= limit
-        outcomes.append([do(table, run, backward_of(number, number - 2)) for run in runs for number in (3, 4)])
+        outcomes.append([do(table, run, backward(number, number - 2)) for run in runs for number in (3, 4)])
     for [kept], [again] in zip(*outcomes, strict=True):
         torch.testing.assert_close(again.states, kept.states)
         assert again.norm == pytest.approx(kept.norm)
@@ -300,9 +283,7 @@ def test_one_long_text_of_a_few_bytes_is_bounded(shared: RunningServer, of: Call
         with RawRun(shared.address, of("a")) as stream:
             stream.put(Message(Kind.OPEN, body | {"begin": False}))
             stream.receive()
-            stream.put(Message(Kind.CLOSE, {}))
-            with pytest.raises(StopIteration):
-                stream.receive()
+            stream.close_run()
 
 
 # Tensors by name
@@ -411,9 +392,7 @@ def test_a_client_may_use_a_name_that_another_has(shared: RunningServer, of: Cal
             assert stream.attach("nightly").new
             stream.put(forward(1), backward(2))
             assert [stream.receive().number for _ in range(2)] == [1, 2]
-        one.put(Message(Kind.CLOSE, {}))
-        with pytest.raises(StopIteration):
-            one.receive()
+        one.close_run()
         other.put(forward(3), received=2)
         assert other.receive().number == 3
         other.put(Message(Kind.CLOSE, {}))
@@ -427,4 +406,4 @@ def test_of_two_runs_of_a_client_with_one_name_a_rounds_takes_the_others_place()
     assert table.find("other", "a") is second
     assert [type(reason) for reason in reasons] == [RunLostError]
     with pytest.raises(RunLostError):
-        table.do(first, forward_of(1))
+        table.do(first, forward(1))

@@ -1,6 +1,7 @@
 """A stream to a block server that sends whatever a test wants, and a generation that must not notice."""
 
 import queue
+import random
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,6 +10,7 @@ from typing import Any
 
 import grpc
 import torch
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from fedsea import Partition, SplitModelForCausalLM
@@ -89,6 +91,33 @@ class RawStream:
         """Leave without CLOSE."""
         self.outgoing.put(None)
         self.channel.close()
+
+
+def is_serving(server: Any) -> bool:
+    """What its health check says."""
+    with grpc.insecure_channel(server.address) as channel:
+        answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=contract.SERVICE))
+    return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+
+def send_nonsense(stream: RawStream, source: random.Random, openings: list[bytes], frames: list[bytes]) -> None:
+    """Send random bytes and damaged frames, and read until the server has had enough of them."""
+
+    def damaged(data: bytes) -> bytes:
+        changed = bytearray(data)
+        for _ in range(source.randint(1, 8)):
+            changed[source.randrange(min(60, len(changed)))] = source.randrange(256)
+        return bytes(changed)
+
+    for _ in range(4):
+        stream.send(source.choice([source.randbytes(source.randrange(200)), damaged(source.choice(frames))]))
+        stream.send(source.choice([damaged(source.choice(openings)), *frames]))
+    stream.outgoing.put(None)
+    try:
+        while True:
+            stream.receive()
+    except (StopIteration, FedSEAError):
+        pass
 
 
 class Midway(StoppingCriteria):

@@ -18,7 +18,7 @@ from fedsea.training.recipe import Recipe
 from fedsea.wire.frames import Operation
 from tests.client.test_trainers import logged, trainer
 from tests.conftest import RunningServer, connect
-from tests.server.test_rounds import invite, seated, take_part
+from tests.support.rounds import invite, seated, take_part
 from tests.support.split_training import adamw, adapted, batch, batches, lora, snapshot, train, trained
 from tests.training.test_loop import adapter, losses, nothing, tuning
 

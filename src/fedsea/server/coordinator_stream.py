@@ -15,7 +15,7 @@ from fedsea.server.ledger import Kept, Pool, nbytes
 from fedsea.server.served_stream import ServedStream
 from fedsea.server.state import ServerState
 from fedsea.server.stream import Stream
-from fedsea.wire.codec import decode, encode
+from fedsea.wire.codec import encode
 from fedsea.wire.frames import Command, Frame, Kind, Message, Outcome, Tensors
 from fedsea.wire.pages import page
 from fedsea.wire.rounds import RoundPlan, ServerDescription
@@ -43,16 +43,12 @@ class CoordinatorStream(ServedStream):
         body = {**description.to_body(), "frame_bytes": state.limits.frame_bytes}
         await stream.write(encode(Message(Kind.OPENED, body)))
         state.ledger.keep(stream, Kept(Pool.ADAPTERS, stream.client, lambda: nbytes(self._weights)))
-        while (data := await stream.read_bytes()) is not None:
-            stream.held = len(data)
-            read = partial(decode, data, max_bytes=stream.frame_bytes, knows=self._knows)
-            frame = await stream.apart(read, len(data))
+        while (frame := await stream.read(self._knows)) is not None:
             if isinstance(frame, Message) and frame.kind is Kind.CLOSE:
                 return
             reply = await self._do(frame)
             size = nbytes(reply.tensors) if isinstance(reply, Tensors) else 0
             await stream.write(await stream.apart(partial(encode, reply), size))
-            stream.held = 0
 
     def end(self, error: FedSEAError) -> None:
         """The rounds that it has opened stay."""

@@ -46,10 +46,10 @@ class Stream:
         self.client, self.coordinator = identity_of(context)
         self.peer = peer_of(context)
 
-    async def read(self) -> Frame | None:
+    async def read(self, knows: Callable[[str], bool] = lambda _name: False) -> Frame | None:
         """The next frame; None if the stream is over, with or without a killed client.
 
-        FedSEAError if what came is no frame, or too long.
+        FedSEAError if what came is no frame, too long, or has tensors of names that are not known.
         """
         self.held = 0
         data = await self._context.read()  # as `read_bytes`, a call less for each token
@@ -59,8 +59,8 @@ class Stream:
             self._on_frame(True, data)
         self.held = len(data)
         if self.held <= SMALL:
-            return decode(data, max_bytes=self.frame_bytes)
-        return await self.apart(partial(decode, data, max_bytes=self.frame_bytes), self.held)
+            return decode(data, max_bytes=self.frame_bytes, knows=knows)
+        return await self.apart(partial(decode, data, max_bytes=self.frame_bytes, knows=knows), self.held)
 
     async def read_bytes(self) -> bytes | None:
         """The next frame as it came; None if the stream is over."""
