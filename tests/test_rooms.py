@@ -18,6 +18,7 @@ ORDER = [
     "flags",
     "partition",
     "registry",
+    "fields",
     "files",
     "text",
     "extras",

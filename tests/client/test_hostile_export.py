@@ -145,5 +145,5 @@ def test_an_account_of_a_round_is_checked(change: dict[str, object]) -> None:
     account = {"label": "x", "strategy": "client-batch", "members": [{**member, "seconds_since": 0.5}]}
     assert RoundStatus.from_body(account).members[0].client == "a"
     account["members"] = [{**member, "seconds_since": 0.5, **change}]
-    with pytest.raises(ProtocolError, match="account of the round"):
+    with pytest.raises(ProtocolError, match=f"a member's status: {next(iter(change))!r}"):
         RoundStatus.from_body(account)

@@ -46,9 +46,9 @@ REFUSALS: list[tuple[Callable[[FakeClient], Any], str]] = [
     (lambda client: setattr(client, "partition", Partition(3, 3)), "no middle blocks"),
     (lambda client: setattr(client, "partition", Partition(9, 0)), "more than the model's 6"),
     (lambda client: setattr(client, "partition", Partition(0, 1)), "no block server holds its middle blocks, layers 0"),
-    (lambda client: setattr(client, "examples", 0), "cannot be used"),
-    (lambda client: setattr(client, "describe", lambda: {"name": 3}), "cannot be read"),
-    (lambda client: setattr(client, "describe", lambda: [1]), "cannot be read"),
+    (lambda client: setattr(client, "examples", 0), "'examples' must be a whole number"),
+    (lambda client: setattr(client, "describe", lambda: {"name": 3}), "what the client says of itself: "),
+    (lambda client: setattr(client, "describe", lambda: [1]), "what the client says of itself must be"),
 ]
 
 

@@ -214,7 +214,7 @@ SPEC = replace(AdapterSpec.from_config(lora(), CHECKPOINT.config, 1), narrow=RAN
 def test_a_description_has_the_rank() -> None:
     assert AdapterSpec.from_body(SPEC.to_body()) == SPEC
     for bad in (-1, True, 1.5, "8", MAX_NARROW + 1, None):
-        with pytest.raises(ProtocolError, match="needs a narrow cut's rank"):
+        with pytest.raises(ProtocolError, match="'narrow' must be a whole number"):
             AdapterSpec.from_body(SPEC.to_body() | {"narrow": bad})
     plain = replace(SPEC, narrow=0)
     assert SPEC.difference(plain) == "a narrow cut of rank 8 beside no narrow cut"

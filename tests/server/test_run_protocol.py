@@ -82,12 +82,12 @@ TOO_LONG = (bytes(FRAME_BYTES + 1), LimitExceededError, f"limit of {FRAME_BYTES}
 # What is wrong with a frame whatever it is for: tests/wire/test_codec.py has all of it.
 FIRST_FRAMES: dict[str, tuple[bytes, type[FedSEAError], str]] = {
     "an operation first": (encode(forward()), ProtocolError, "begins with OPEN"),
-    "a session's OPEN": (encode(Message(Kind.OPEN, wish())), ProtocolError, "the run's name is missing"),
-    "a name with a path": (opening(run="../x"), ProtocolError, "missing or not allowed"),
-    "a long name": (opening(run="x" * 65), ProtocolError, "missing or not allowed"),
-    "another wire dtype": (opening(wire_dtype="int8"), ProtocolError, "wire dtype must be"),
-    "no adapter": (opening(adapter=None), ProtocolError, "the adapter's description"),
-    "an adapter without end": (on("self_attn.q_proj", 8, 10**400, [1]), ProtocolError, "the adapter's description"),
+    "a session's OPEN": (encode(Message(Kind.OPEN, wish())), ProtocolError, "'run' must be"),
+    "a name with a path": (opening(run="../x"), ProtocolError, "'run' must be"),
+    "a long name": (opening(run="x" * 65), ProtocolError, "'run' must be"),
+    "another wire dtype": (opening(wire_dtype="int8"), ProtocolError, "'wire_dtype' must be"),
+    "no adapter": (opening(adapter=None), ProtocolError, "an adapter"),
+    "an adapter without end": (on("self_attn.q_proj", 8, 10**400, [1]), ProtocolError, "an adapter"),
     "an adapter on nothing": (on("self_attn.nothing", 8, 8, [2]), ProtocolError, "is not a linear module"),
     "an adapter of a larger model": (on("self_attn.q_proj", 8, 8, [2, 77]), ProtocolError, "does not have; it has 6"),
     "an answer that never was": (opening(received=-1), ProtocolError, "received"),

@@ -22,10 +22,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from fedsea.errors import ProtocolError, UsageError
+from fedsea.fields import Fields
 from fedsea.partition import LIFT, PROJECT, layer_of
 
 MAX_RANK = 4096
 MAX_NARROW = 1 << 16
+MAX_TARGETS = 1 << 16
 SUFFIXES = re.compile(r"[a-z_]+\.[a-z_]+")
 _FIELDS = {"r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform"}
 _FIELDS |= {"layers_pattern", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "init_lora_weights"}
@@ -138,25 +140,17 @@ class AdapterSpec:
         ProtocolError
             If anything is not what it should be.
         """
-        try:
-            targets: dict[str, tuple[int, float]] = {}
-            for suffix, rank, alpha, layers in body["targets"]:
-                _require(isinstance(suffix, str) and SUFFIXES.fullmatch(suffix) is not None, "a target's name")
-                _require(type(rank) is int and 1 <= rank <= MAX_RANK, f"a rank from 1 to {MAX_RANK}")
-                _require(_is_number(alpha) and 0 < alpha < 1e6, "an alpha above 0")
-                _require(type(layers) is list and all(type(n) is int and n >= 0 for n in layers), "layer numbers")
-                for layer in layers:
-                    targets[f"model.layers.{layer}.{suffix}"] = (rank, float(alpha))
-            _require(0 < len(targets) <= 1 << 16, "at least one target")
-            _require(_is_number(body["dropout"]) and 0 <= body["dropout"] < 1, "a dropout from 0 to below 1")
-            _require(all(type(body[name]) is bool for name in ("use_rslora", "use_dora", "gaussian")), "switches")
-            _require(type(body["seed"]) is int and 0 <= body["seed"] < 1 << 64, "a seed")
-            narrow = body.get("narrow", 0)
-            _require(type(narrow) is int and 0 <= narrow <= MAX_NARROW, f"a narrow cut's rank of at most {MAX_NARROW}")
-        except (KeyError, TypeError, ValueError, OverflowError):
-            raise ProtocolError("the adapter's description is incomplete") from None
-        switches = (body["use_rslora"], body["use_dora"], body["gaussian"])
-        return cls(targets, float(body["dropout"]), *switches, body["seed"], narrow)
+        read, targets = Fields(body, "an adapter"), dict[str, tuple[int, float]]()
+        for row in read.rows("targets", ("module", "rank", "alpha", "layers")):
+            suffix, alpha = row.text("module", like=SUFFIXES), row.number("alpha", above=0, high=1e6)
+            rank = row.count("rank", 1, MAX_RANK)
+            targets |= {f"model.layers.{layer}.{suffix}": (rank, alpha) for layer in row.counts("layers")}
+        if not 0 < len(targets) <= MAX_TARGETS:
+            raise read.wrong("targets", f"1 to {MAX_TARGETS} modules")
+        switches = {name: read.switch(name) for name in ("use_rslora", "use_dora", "gaussian")}
+        dropout, seed = read.number("dropout", 0, math.nextafter(1, 0)), read.count("seed", 0, (1 << 64) - 1)
+        narrow = read.count("narrow", 0, MAX_NARROW) if "narrow" in read.body else 0
+        return cls(targets, dropout, seed=seed, narrow=narrow, **switches)
 
     def within(self, layers: range) -> dict[str, tuple[int, float]]:
         """Those of the targets that are in the given layers."""
@@ -291,12 +285,3 @@ def _refuse_unsupported(lora: LoraConfig, *, fresh: bool) -> None:
 
 def _cut_words(rank: int) -> str:
     return f"a narrow cut of rank {rank}" if rank else "no narrow cut"
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
-
-
-def _require(holds: bool, what: str) -> None:
-    if not holds:
-        raise ProtocolError(f"the adapter's description needs {what}")

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from fedsea.errors import CredentialsError, FedSEAError, ProtocolError
+from fedsea.fields import Fields
 from fedsea.server.connections import log_refusal
 from fedsea.server.ledger import Kept, Pool, nbytes
 from fedsea.server.served_stream import ServedStream
@@ -67,19 +68,20 @@ class CoordinatorStream(ServedStream):
             return Outcome(frame.number, {})
         if not isinstance(frame, Command):
             raise ProtocolError("a command was expected")
+        read = Fields(frame.body, "a command")
         match frame.body.get("do"):
             case "open":
                 self._begin(RoundPlan.from_body(frame.body))
             case "start":
                 self._start()
             case "status":
-                return Outcome(frame.number, rounds.find(_label(frame)).status().to_body())
+                return Outcome(frame.number, rounds.find(read.text("label")).status().to_body())
             case "aggregate":
-                await rounds.aggregate(_label(frame), _weights(frame.body.get("weights")))
+                await rounds.aggregate(read.text("label"), _weights(frame.body.get("weights")))
             case "export":
-                return self._export(frame)
+                return self._export(frame.number, read)
             case "close":
-                rounds.close(_label(frame))
+                rounds.close(read.text("label"))
             case other:
                 raise ProtocolError(f"there is no command {other!r}")
         return Outcome(frame.number, {})
@@ -93,25 +95,16 @@ class CoordinatorStream(ServedStream):
         self.state.rounds.open(self._plan, self._weights, self.stream.client)
         self._plan, self._weights = None, {}
 
-    def _export(self, command: Command) -> Tensors:
-        average, after = self.state.rounds.find(_label(command)).average, command.body.get("after")
-        if average is None or not isinstance(after, str):
-            raise ProtocolError("an average is asked for after 'aggregate', and goes on after a name")
-        chosen, more = page(average, after, self.state.limits.frame_bytes // 2)
-        return Tensors(command.number, chosen, more)
+    def _export(self, number: int, read: Fields) -> Tensors:
+        average = self.state.rounds.find(read.text("label")).average
+        if average is None:
+            raise ProtocolError("an average is asked for after 'aggregate'")
+        chosen, more = page(average, read.text("after"), self.state.limits.frame_bytes // 2)
+        return Tensors(number, chosen, more)
 
 
-def _label(command: Command) -> str:
-    label = command.body.get("label")
-    if not isinstance(label, str):
-        raise ProtocolError("a command names its round")
-    return label
-
-
-def _weights(value: Any) -> dict[str, float]:
-    if not isinstance(value, dict) or not value:
+def _weights(body: Any) -> dict[str, float]:
+    if not body:
         raise ProtocolError("an average needs the weight of each client")
-    for weight in value.values():
-        if type(weight) not in (int, float) or not math.isfinite(weight):
-            raise ProtocolError("a client's weight in an average is a number")
-    return {client: float(weight) for client, weight in value.items()}
+    read = Fields(body, "the weights of an average")
+    return {client: read.number(client, low=-math.inf) for client in read.body}

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from fedsea.errors import FedSEAError, LimitExceededError, ProtocolError, RunLostError, UsageError
+from fedsea.fields import Fields
 from fedsea.parts import MiddleBlocks
 from fedsea.parts.adapters import AdapterSpec
 from fedsea.server.checks import check_layers, check_length, check_states
@@ -33,7 +34,6 @@ from fedsea.server.scheduler import Owner
 from fedsea.server.trainer import Trainer
 from fedsea.wire.codec import encode
 from fedsea.wire.frames import Backward, Command, Forward, Operation, Outcome, Reply, Tensors
-from fedsea.wire.handshake import MAX_COUNT
 from fedsea.wire.runs import MAX_SETTING, Attach, OptimizerStep
 from fedsea.wire.tensors import wire_dtype
 
@@ -362,25 +362,19 @@ class RunTable(LeaseTable[Run]):
         ]
 
     def _command(self, run: Run, command: Command) -> Reply:
-        body, trainer, adapter = command.body, run.trainer, run.trainer.adapter
-        match body.get("do"):
+        read, trainer, adapter = Fields(command.body, "a command"), run.trainer, run.trainer.adapter
+        match command.body.get("do"):
             case "update":
-                adapter.update(OptimizerStep.from_body(body))
+                adapter.update(OptimizerStep.from_body(command.body))
             case "discard":
-                trainer.discard(_numbers(body.get("micros")))
+                trainer.discard(read.counts("micros"))
             case "rescale":
-                factor = body.get("factor")
-                if not isinstance(factor, int | float) or not 0 <= factor <= MAX_SETTING:
-                    raise ProtocolError("a rescale needs a finite factor, 0 or more")
-                adapter.rescale(factor)
+                adapter.rescale(read.number("factor", 0, MAX_SETTING))
             case "restore":
-                (version,) = _numbers([body.get("version")])
-                trainer.restore(version, clear=body.get("clear") is True)
+                trainer.restore(read.count("version"), clear=command.body.get("clear") is True)
             case "export":
-                after = body.get("after")
-                if not isinstance(after, str):
-                    raise ProtocolError("an export goes on after a name")
-                return adapter.export(command.number, after, self.limits.frame_bytes // 2, trainer.layers)
+                limit = self.limits.frame_bytes // 2
+                return adapter.export(command.number, read.text("after"), limit, trainer.layers)
             case "explain":
                 return Outcome(command.number, {"trouble": trainer.trouble})
             case other:
@@ -391,9 +385,3 @@ class RunTable(LeaseTable[Run]):
 def _check_dtype(run: Run, tensor: torch.Tensor) -> None:
     if tensor.dtype != run.wire_dtype:
         raise ProtocolError(f"the run's wire dtype is {run.wire_dtype}, the tensor has {tensor.dtype}")
-
-
-def _numbers(value: Any) -> list[int]:
-    if not isinstance(value, list) or any(type(number) is not int or not 0 <= number < MAX_COUNT for number in value):
-        raise ProtocolError("a command needs whole numbers, 0 or more")
-    return value

@@ -14,9 +14,9 @@ from typing import Any, Literal, cast, get_args
 
 from fedsea.checkpoints.fingerprint import Fingerprint
 from fedsea.errors import ProtocolError, UsageError
+from fedsea.fields import Fields
 from fedsea.parts.adapters import AdapterSpec
 from fedsea.wire.codec import MAX_WEIGHT
-from fedsea.wire.handshake import read_count
 from fedsea.wire.runs import NAME, OptimizerStep
 
 Strategy = Literal["sequential", "client-batch", "server-hierarchical"]
@@ -24,6 +24,7 @@ STRATEGIES: tuple[Strategy, ...] = ("sequential", "client-batch", "server-hierar
 MemberState = Literal["expected", "joined", "finished", "gone"]
 MAX_MEMBERS = 512  # what a message has room for
 MAX_SECONDS = 86_400.0
+MAX_BYTES = 1 << 62  # that a server counts of a member's frames
 _HASH = re.compile(r"[0-9a-f]{64}")
 
 
@@ -92,10 +93,8 @@ class Ticket:
         ProtocolError
             If anything is missing.
         """
-        names = ("server", "run", "client", "token")
-        if not isinstance(body, dict) or not all(isinstance(body.get(name), str) for name in names):
-            raise ProtocolError("the ticket is incomplete")
-        return cls(*(body[name] for name in names))
+        read = Fields(body, "a ticket")
+        return cls(*(read.text(name) for name in ("server", "run", "client", "token")))
 
 
 def run_name(label: str, client: str) -> str:
@@ -205,31 +204,22 @@ class RoundPlan:
         ProtocolError
             If anything is not what it should be.
         """
-        label, members = body.get("label"), body.get("members")
-        if not isinstance(label, str) or not isinstance(members, list) or len(members) > MAX_MEMBERS:
-            raise ProtocolError(f"a round needs a label and at most {MAX_MEMBERS} members")
-        seats = []
-        for member in members:
-            match member:
-                case [str(client), str(token_hash), weight] if _HASH.fullmatch(token_hash) and _may_be(weight):
-                    seats.append(Seat(client, token_hash, weight))
-                case _:
-                    raise ProtocolError("a member of a round has a name, the hash of its ticket, and a weight or none")
-        seconds = {name: body.get(name) for name in ("join_seconds", "straggler_seconds")}
-        if not all(type(value) in (int, float) for value in seconds.values()):
-            raise ProtocolError("a round's deadlines are seconds")
-        step, max_norm = body.get("step"), body.get("max_norm")
-        if not isinstance(step, dict | None) or not _may_be(max_norm):
-            raise ProtocolError("a round's optimizer step and norm cannot be read")
+        read = Fields(body, "a round")
+        seats = [
+            Seat(row.text("client"), row.text("token_hash", like=_HASH), row.maybe(row.number, "weight"))
+            for row in read.rows("members", ("client", "token_hash", "weight"), MAX_MEMBERS)
+        ]
+        step = body.get("step")
         try:
             return cls(
-                label,
-                cast(Strategy, body.get("strategy")),
+                read.text("label"),
+                cast(Strategy, read.one_of("strategy", STRATEGIES)),
                 AdapterSpec.from_body(body.get("adapter")),
                 tuple(seats),
-                **cast(dict[str, float], seconds),
+                read.number("join_seconds"),
+                read.number("straggler_seconds"),
                 step=OptimizerStep.from_body(step) if step is not None else None,
-                max_norm=max_norm,
+                max_norm=read.maybe(read.number, "max_norm"),
             )
         except UsageError as error:
             raise ProtocolError(str(error)) from None
@@ -238,10 +228,6 @@ class RoundPlan:
 def settings_of(step: OptimizerStep) -> OptimizerStep:
     """What an optimizer step is, whichever it is and whoever makes it."""
     return replace(step, step=0, scale=1.0, fresh=False)
-
-
-def _may_be(number: Any) -> bool:
-    return number is None or type(number) in (int, float)
 
 
 @dataclass(frozen=True)
@@ -290,17 +276,21 @@ class RoundStatus:
         ProtocolError
             If a field is missing or not what it should be.
         """
-        try:
-            members = tuple(MemberStatus(**member) for member in body["members"])
-            for member in members:
-                counts = (member.steps, member.bytes_up, member.bytes_down)
-                if not (isinstance(member.client, str) and member.state in get_args(MemberState)):
-                    raise ValueError("a member has a name and a state")
-                if any(type(count) is not int or count < 0 for count in counts) or not member.seconds_since >= 0:
-                    raise ValueError("a member has counts")
-            return cls(str(body["label"]), str(body["strategy"]), members)
-        except (KeyError, TypeError, ValueError):
-            raise ProtocolError("the server's account of the round cannot be read") from None
+        read = Fields(body, "a round's status")
+        members = []
+        for given in read.items("members"):
+            member = Fields(given, "a member's status", MemberStatus.__annotations__)
+            counts = {name: member.count(name, 0, MAX_BYTES) for name in ("steps", "bytes_up", "bytes_down")}
+            members.append(
+                MemberStatus(
+                    member.text("client"),
+                    cast(MemberState, member.one_of("state", get_args(MemberState))),
+                    straggled=member.switch("straggled"),
+                    seconds_since=member.number("seconds_since"),
+                    **counts,
+                )
+            )
+        return cls(read.text("label"), read.text("strategy"), tuple(members))
 
 
 @dataclass(frozen=True)
@@ -336,10 +326,8 @@ class ServerDescription:
         ProtocolError
             If a field is missing.
         """
-        match body.get("layers"):
-            case [int(first), int(last)] if 0 <= first < last:
-                pass
-            case _:
-                raise ProtocolError("the server's description is incomplete")
-        fingerprint = Fingerprint.from_json(str(body.get("fingerprint")))
-        return cls(fingerprint, range(first, last), read_count(body, "num_layers"))
+        read = Fields(body, "a block server's description")
+        first, end = read.counts("layers", 2)
+        if first >= end:
+            raise read.wrong("layers", "the first layer and the end")
+        return cls(Fingerprint.from_json(read.text("fingerprint")), range(first, end), read.count("num_layers"))

@@ -1,16 +1,15 @@
 """What client and server tell each other about a run: how it is taken up, and what an optimizer step is."""
 
-import math
 import re
 from dataclasses import dataclass, field
 from typing import Any
 
 from fedsea.checkpoints.fingerprint import Fingerprint
-from fedsea.errors import ProtocolError, UsageError
+from fedsea.errors import UsageError
+from fedsea.fields import Fields
 from fedsea.partition import Partition
 from fedsea.parts.adapters import AdapterSpec
-from fedsea.wire.handshake import read_count, read_model
-from fedsea.wire.tensors import WIRE_DTYPES
+from fedsea.wire.handshake import model_body, read_model
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 TOKEN = re.compile(r"[A-Za-z0-9_-]{16,128}")
@@ -27,19 +26,6 @@ def check_run_name(name: str) -> str:
     if NAME.fullmatch(name) is None:
         raise UsageError(f"a run's name has 1 to 64 letters, digits, dots, dashes and underscores; got {name!r}")
     return name
-
-
-def check_token(token: Any) -> str | None:
-    """A ticket's token as it came; None for none.
-
-    Raises
-    ------
-    ProtocolError
-        If it is neither.
-    """
-    if token is None or (isinstance(token, str) and TOKEN.fullmatch(token) is not None):
-        return token
-    raise ProtocolError("the ticket cannot be read")
 
 
 @dataclass(frozen=True)
@@ -72,11 +58,8 @@ class Attach:
     def to_body(self) -> dict[str, Any]:
         """As the JSON object of an OPEN frame."""
         return {
+            **model_body(self.partition, self.fingerprint, self.wire_dtype),
             "run": self.run,
-            "input_layers": self.partition.input_layers,
-            "output_layers": self.partition.output_layers,
-            "fingerprint": self.fingerprint.to_json(),
-            "wire_dtype": self.wire_dtype,
             "adapter": self.adapter.to_body(),
             "received": self.received,
             "begin": self.begin,
@@ -92,17 +75,10 @@ class Attach:
         ProtocolError, PartitionError
             If a field is missing or not what it should be.
         """
-        run, wire_dtype, begin = body.get("run"), body.get("wire_dtype"), body.get("begin")
-        if not isinstance(run, str) or NAME.fullmatch(run) is None:
-            raise ProtocolError("the run's name is missing or not allowed")
-        if not isinstance(wire_dtype, str) or wire_dtype not in WIRE_DTYPES:
-            raise ProtocolError(f"the wire dtype must be one of {', '.join(WIRE_DTYPES)}")
-        if not isinstance(begin, bool):
-            raise ProtocolError("the field 'begin' must be true or false")
-        partition, fingerprint = read_model(body)
+        read = Fields(body, "OPEN of a run")
+        run, token = read.text("run", like=NAME), read.maybe(read.text, "token", like=TOKEN)
         adapter = AdapterSpec.from_body(body.get("adapter"))
-        token = check_token(body.get("token"))
-        return cls(run, partition, fingerprint, wire_dtype, adapter, read_count(body, "received"), begin, token)
+        return cls(run, *read_model(read), adapter, read.count("received"), read.switch("begin"), token)
 
 
 @dataclass(frozen=True)
@@ -145,12 +121,10 @@ class Attached:
         ProtocolError
             If a field is missing or not what it should be.
         """
-        if not isinstance(body.get("new"), bool) or not isinstance(body.get("shared"), bool):
-            raise ProtocolError("the server's answer to OPEN is incomplete")
-        counts = {name: read_count(body, name) for name in ("number", "version", "frame_bytes", "micro_batches")}
-        if not counts["micro_batches"]:
-            raise ProtocolError("the server takes no micro-batches")
-        return cls(body["new"], **counts, shared=body["shared"])
+        read = Fields(body, "the server's answer to OPEN")
+        counts = {name: read.count(name) for name in ("number", "version", "frame_bytes")}
+        micro_batches = read.count("micro_batches", low=1)
+        return cls(read.switch("new"), **counts, micro_batches=micro_batches, shared=read.switch("shared"))
 
 
 @dataclass(frozen=True)
@@ -195,32 +169,13 @@ class OptimizerStep:
         ProtocolError
             If a setting is missing or out of its range.
         """
-        if body.get("kind") not in OPTIMIZERS:
-            raise ProtocolError(f"the optimizer must be one of {', '.join(OPTIMIZERS)}")
-        betas = body.get("betas")
-        if not isinstance(betas, list) or len(betas) != 2:
-            raise ProtocolError("an optimizer step needs two betas")
-        numbers = {name: body.get(name) for name in ("scale", "lr", "weight_decay", "eps", "momentum", "dampening")}
-        numbers |= {"beta1": betas[0], "beta2": betas[1]}
-        for name, value in numbers.items():
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-                raise ProtocolError(f"an optimizer step needs a finite {name}, 0 or more")
-            if value > MAX_SETTING:
-                raise ProtocolError(f"an optimizer step's {name} is out of its range")
-            if name in ("beta1", "beta2", "momentum", "dampening") and value > 1:
-                raise ProtocolError(f"an optimizer step needs a {name} of at most 1")
-        if not all(isinstance(body.get(name), bool) for name in ("nesterov", "amsgrad", "fresh")):
-            raise ProtocolError("an optimizer step needs its switches")
-        fields = {name: float(numbers[name]) for name in numbers if not name.startswith("beta")}  # type: ignore[arg-type]
-        return cls(
-            kind=body["kind"],
-            step=read_count(body, "step"),
-            betas=(float(betas[0]), float(betas[1])),
-            nesterov=body["nesterov"],
-            amsgrad=body["amsgrad"],
-            fresh=body["fresh"],
-            **fields,
-        )
+        read = Fields(body, "an optimizer step")
+        numbers = {name: read.number(name, 0, MAX_SETTING) for name in ("scale", "lr", "weight_decay", "eps")}
+        numbers |= {name: read.number(name, 0, 1) for name in ("momentum", "dampening")}
+        switches = {name: read.switch(name) for name in ("nesterov", "amsgrad", "fresh")}
+        first, second = read.numbers("betas", 2, 0, 1)
+        settings: dict[str, Any] = numbers | switches
+        return cls(read.one_of("kind", OPTIMIZERS), read.count("step"), betas=(first, second), **settings)
 
 
 OPTIMIZERS = ("adamw", "adam", "sgd")

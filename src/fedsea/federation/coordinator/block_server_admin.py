@@ -11,11 +11,11 @@ from torch import Tensor
 from fedsea.client.connection import Connection, ConnectionLost, Endpoint, client_credentials
 from fedsea.client.traffic import Traffic
 from fedsea.errors import ProtocolError
+from fedsea.fields import Fields
 from fedsea.partition import layer_of
 from fedsea.wire import contract
 from fedsea.wire.credentials import Credentials
 from fedsea.wire.frames import Command, Kind, Message, Operation, Outcome, Reply, Tensors
-from fedsea.wire.handshake import read_count
 from fedsea.wire.pages import pages, read_pages
 from fedsea.wire.rounds import RoundPlan, RoundStatus, ServerDescription
 
@@ -181,7 +181,7 @@ class _Call:
         if not isinstance(frame, Message) or frame.kind is not Kind.OPENED:
             raise ProtocolError("the block server did not answer OPEN with OPENED")
         self.description = ServerDescription.from_body(frame.body)
-        self.frame_bytes = read_count(frame.body, "frame_bytes")
+        self.frame_bytes = Fields(frame.body, "the server's answer to OPEN").count("frame_bytes")
 
     def ask(self, make: Callable[[int], Operation]) -> Reply:
         """Send an operation and wait for its answer."""

@@ -16,6 +16,7 @@ from fedsea.checkpoints import Fingerprint
 from fedsea.errors import FedSEAError, ProtocolError, UsageError
 from fedsea.federation.coordinator.replies import MAX_COUNT, error_text, one_line
 from fedsea.federation.flower.grid import pull, push
+from fedsea.fields import Fields
 from fedsea.files import parse_json
 from fedsea.partition import Partition
 from fedsea.wire.rounds import run_name
@@ -42,20 +43,20 @@ class Member:
     @classmethod
     def from_body(cls, node: int, body: Any) -> "Member":
         """Check and read what `Participant.describe` made; ProtocolError if it is anything else."""
-        try:
-            first, last = body["partition"]
-            texts = {name: body[name] for name in ("name", "task", "schema")}
-            if not all(isinstance(text, str) for text in texts.values()) or type(body["examples"]) is not int:
-                raise ProtocolError("what the client says of itself cannot be read")
-            fingerprint, lora = Fingerprint.from_json(body["fingerprint"]), body.get("lora")
-            if not 1 <= body["examples"] <= MAX_COUNT or not isinstance(lora, dict | None):
-                raise ProtocolError("what the client says of itself cannot be used")
-            return cls(
-                node, **texts, partition=Partition(first, last), examples=body["examples"], fingerprint=fingerprint,
-                lora=lora,
-            )  # fmt: skip
-        except (KeyError, TypeError, ValueError):
-            raise ProtocolError("what the client says of itself cannot be read") from None
+        read = Fields(body, "what the client says of itself")
+        first, last = read.counts("partition", 2)
+        lora = body.get("lora")
+        if not isinstance(lora, dict | None):
+            raise read.wrong("lora", "an adapter's settings")
+        texts = {name: read.text(name) for name in ("name", "task", "schema")}
+        return cls(
+            node,
+            partition=Partition(first, last),
+            examples=read.count("examples", 1, int(MAX_COUNT)),
+            fingerprint=Fingerprint.from_json(read.text("fingerprint")),
+            lora=lora,
+            **texts,
+        )
 
 
 @dataclass
