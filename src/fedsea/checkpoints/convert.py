@@ -29,13 +29,8 @@ def convert(source: Path, folder: Path) -> None:
     """Write configuration, weights, generation configuration and tokenizer of the GGUF file `source` into `folder`.
 
     The weights are in float32: float16 would not hold dequantised values exactly. Every key and every tensor of the
-    file is used, or known to change nothing, or the file is refused.
-
-    Raises
-    ------
-    ModelNotFoundError
-        If the file lacks weights, or holds what is not supported. Whatever else the libraries raise when they cannot
-        read the file passes through.
+    file is used, or known to change nothing, or the file is refused (ModelNotFoundError). Whatever the libraries raise
+    when they cannot read the file passes through.
     """
     file = GgufFile(source)
     config = read_config(file)

@@ -41,20 +41,7 @@ _HEAD_WEIGHT = "lm_head.weight"
 
 
 class FolderCheckpoint(Checkpoint):
-    """A model stored as `config.json` and one or several safetensors files.
-
-    Parameters
-    ----------
-    name
-        The name that the user gave.
-    files
-        Where its files are.
-
-    Raises
-    ------
-    ModelNotFoundError
-        If the configuration or the weights are missing, damaged, or of a kind that FedSEA refuses.
-    """
+    """A model stored as `config.json` and one or several safetensors files."""
 
     def __init__(self, name: str, files: ModelFiles) -> None:
         self.name = name

@@ -14,13 +14,7 @@ _ARCHITECTURES = ("llama", "qwen2", "qwen3")  # Mistral's are written as a llama
 
 
 def read_config(file: GgufFile) -> PreTrainedConfig:
-    """The transformers configuration of the model in a GGUF file.
-
-    Raises
-    ------
-    ModelNotFoundError
-        If the file lacks a key, or is of a kind that is not supported.
-    """
+    """The transformers configuration of the model in a GGUF file."""
     kind = file.architecture
     if kind not in _ARCHITECTURES:
         raise ModelNotFoundError(

@@ -26,22 +26,9 @@ _COMPUTED = "attn_rot_embd"  # rotary frequencies that the configuration gives a
 
 
 class GgufFile:
-    """Keys and tensors of a GGUF file.
+    """Keys and tensors of a GGUF file; a ModelNotFoundError if it is no whole model, or lacks what is required.
 
-    Parameters
-    ----------
-    source
-        The file.
-
-    Attributes
-    ----------
-    architecture
-        What the file calls the kind of model.
-
-    Raises
-    ------
-    ModelNotFoundError
-        If it is no whole model. Whatever else the library raises for a file that is damaged passes through.
+    Whatever else the library raises for a file that is damaged passes through.
     """
 
     def __init__(self, source: Path) -> None:
@@ -71,13 +58,7 @@ class GgufFile:
         return self.read(f"{self.architecture}.{key}", default)
 
     def required(self, key: str) -> Any:
-        """The value of a key; it counts as used.
-
-        Raises
-        ------
-        ModelNotFoundError
-            If the file does not have it.
-        """
+        """The value of a key; it counts as used."""
         value = self.read(key)
         if value is None:
             raise ModelNotFoundError(f"it lacks the key {key}")
@@ -99,13 +80,7 @@ class GgufFile:
         return torch.from_numpy(np.array(change(values), dtype=np.float32, order="C"))
 
     def settle(self) -> None:
-        """Nothing more will be used: what is left must be of no consequence.
-
-        Raises
-        ------
-        ModelNotFoundError
-            If a key or a tensor is left that may change results.
-        """
+        """Nothing more will be used: a ModelNotFoundError if a key or a tensor is left that may change results."""
         harmless = (*_HARMLESS, *(f"{self.architecture}.{key}" for key in _HARMLESS_OF_MODEL))
         left = {key: self.read(key) for key in sorted(self._keys_left) if not key.startswith(harmless)}
         told = [f"{key} = {str(value)[:40]}" for key, value in left.items() if value]  # 0 or empty turns nothing on

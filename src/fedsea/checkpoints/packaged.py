@@ -35,13 +35,7 @@ def opening(name: str) -> str:
 
 
 def packaged_gguf(name: str) -> Path:
-    """The GGUF file of the packaged model `name`, found without importing its package.
-
-    Raises
-    ------
-    ModelNotFoundError
-        If the package is not installed, or holds no GGUF file.
-    """
+    """The GGUF file of the packaged model `name`, found without importing its package."""
     package = PACKAGED[name]
     spec = find_spec(package.module)
     folders = list(spec.submodule_search_locations or ()) if spec else []

@@ -31,24 +31,12 @@ _UNNAMED = (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]")
 
 @dataclass(frozen=True)
 class PreTokenizer:
-    """What a name stands for, of a byte-level tokenizer.
+    """What a name stands for, of a byte-level tokenizer."""
 
-    Attributes
-    ----------
-    splits
-        Regular expressions by which text is split, one after another.
-    composed
-        Whether characters are composed first (Unicode NFC).
-    whole_words
-        Whether a word that is in the vocabulary is taken whole, whatever the merges say.
-    begins
-        Whether a text begins with the first token of all texts, where the file does not say.
-    """
-
-    splits: tuple[str, ...]
-    composed: bool = False
-    whole_words: bool = False
-    begins: bool = False
+    splits: tuple[str, ...]  # regular expressions by which text is split, one after another
+    composed: bool = False  # whether characters are composed first (Unicode NFC)
+    whole_words: bool = False  # whether a word that is in the vocabulary is taken whole, whatever the merges say
+    begins: bool = False  # whether a text begins with the first token of all texts, where the file does not say
 
 
 _DIGITS = PreTokenizer((r"\p{N}", _GPT2))
@@ -69,20 +57,7 @@ KNOWN: dict[str, PreTokenizer] = {
 
 
 def complete_tokenizer(tokenizer: Any, file: GgufFile) -> None:
-    """Make of the tokenizer that transformers builds from a GGUF file the one that the file describes.
-
-    Parameters
-    ----------
-    tokenizer
-        The tokenizer, with the file's vocabulary and merges. It is changed.
-    file
-        The file.
-
-    Raises
-    ------
-    ModelNotFoundError
-        If the file names a tokenizer or a pre-tokenizer that is not known here.
-    """
+    """Make of the tokenizer that transformers builds from a GGUF file the one that the file describes."""
 
     def read(key: str) -> Any:
         return file.read(f"tokenizer.ggml.{key}")

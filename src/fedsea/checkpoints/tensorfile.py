@@ -1,9 +1,9 @@
-"""Reads single tensors of a safetensors file straight into the memory where they stay.
+"""Reads tensors of a safetensors file into the memory where they stay; not by `safe_open`, which would keep two copies.
 
-The library checks the file; the bytes are read here. A memory-mapped tensor counts every page that was ever touched
-until its file is closed, so that a cast would keep each weight twice, and a file that is cut short under a running
-process would kill it. A plain read costs one copy out of the page cache and has neither fault: peak memory is that of
-the tensors asked for, plus one buffer of a few MB.
+The library checks the file; the bytes are read here. A tensor of `safe_open` is memory-mapped: every page that was ever
+touched counts until its file is closed, so that a cast would keep each weight twice, and a file that is cut short under
+a running process would kill it. A plain read costs one copy out of the page cache and has neither fault: peak memory
+is that of the tensors that are read, plus one buffer of a few MB.
 """
 
 from collections.abc import Iterator
@@ -89,13 +89,7 @@ class TensorFile:
         return self._entries[name].shape
 
     def read(self, name: str, *, dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
-        """The tensor `name` on `device`; cast to `dtype` if it is of floating point.
-
-        Raises
-        ------
-        ModelNotFoundError
-            If the file has no such tensor, or ends before it.
-        """
+        """The tensor `name` on `device`; cast to `dtype` if it is of floating point."""
         if name not in self._entries:
             raise self._damaged(f"it has no weight {name}")
         entry = self._entries[name]
@@ -120,13 +114,7 @@ class TensorFile:
         return target
 
     def sampled_rows(self, name: str) -> Iterator[torch.Tensor]:
-        """A few evenly spaced rows of a tensor, in its stored dtype: what a fingerprint looks at.
-
-        Raises
-        ------
-        ModelNotFoundError
-            If the file ends before the tensor does.
-        """
+        """A few evenly spaced rows of a tensor, in its stored dtype: what a fingerprint looks at."""
         entry = self._entries[name]
         rows = entry.shape[0] if len(entry.shape) > 1 else 1
         total = torch.Size(entry.shape).numel()
@@ -141,13 +129,7 @@ class TensorFile:
                 yield row
 
     def is_same(self, name: str, other: "TensorFile", name_there: str) -> bool:
-        """Whether a tensor is one of another file (or of this one), to the last bit; neither is held in memory.
-
-        Raises
-        ------
-        ModelNotFoundError
-            If a file ends before its tensor does.
-        """
+        """Whether a tensor is one of another file (or of this one), to the last bit; neither is held in memory."""
         here, there = self._entries[name], other._entries[name_there]
         if (here.dtype, here.shape) != (there.dtype, there.shape):
             return False

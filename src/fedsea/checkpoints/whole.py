@@ -15,11 +15,6 @@ def whole_model(checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.dev
     """The whole model of a checkpoint as transformers' own module, in evaluation mode.
 
     Stored checkpoints go through transformers' `from_pretrained`, so that nothing of FedSEA's reading is involved.
-
-    Raises
-    ------
-    ModelNotFoundError
-        If the checkpoint's files are incomplete or do not fill the model.
     """
     if isinstance(checkpoint, FolderCheckpoint):
         with quiet_transformers():
