@@ -1,5 +1,7 @@
 """`fedsea bench` as the package finds it: beside the package, told in one line where it is not, and checked at once."""
 
+import inspect
+import pkgutil
 import posixpath
 import subprocess
 import sys
@@ -10,10 +12,9 @@ from pathlib import Path
 import pytest
 
 import fedsea
-from fedsea_bench import federation, inference, privacy, training
 from fedsea_bench.link import Link
-from fedsea_bench.names import NAMES
 from fedsea_bench.processes import run_fresh
+from fedsea_bench.topics import TOPICS
 from tests.cli.test_checks_first import outcomes
 
 PROJECT = Path(__file__).parents[2] / "bench" / "pyproject.toml"
@@ -53,14 +54,14 @@ def test_the_bench_is_of_the_packages_version() -> None:
     assert f"fedsea[tasks]=={fedsea.__version__}" in project["dependencies"]
 
 
-def test_every_bench_has_the_topics_that_its_help_names() -> None:
-    for module in (inference, training, federation, privacy):
-        assert tuple(module.TOPICS) == NAMES[module.__name__.rpartition(".")[2]]
+@pytest.mark.parametrize("function", [function for topics in TOPICS.values() for function in topics.values()])
+def test_every_topic_is_a_function_with_a_text(function: str) -> None:
+    assert inspect.getdoc(pkgutil.resolve_name(f"fedsea_bench.{function}"))
 
 
 def test_a_wrong_command_is_one_line_without_torch(tmp_path: Path) -> None:
     wrong = [
-        *((["bench", bench, "--only", "qualty"], 2, f"there are {', '.join(NAMES[bench])}") for bench in NAMES),
+        *((["bench", bench, "--only", "qualty"], 2, f"there are {', '.join(TOPICS[bench])}") for bench in TOPICS),
         (["bench", "inference", "--model", "no-such-model"], 1, "no model 'no-such-model'"),
     ]
     found = outcomes([command for command, _, _ in wrong], tmp_path)

@@ -10,7 +10,6 @@ from rich.console import Console
 
 from fedsea.errors import UsageError
 from fedsea.tasks import get_task
-from fedsea_bench.federation import TOPICS, run
 from fedsea_bench.federation_exactness import federation_exactness
 from fedsea_bench.federation_quality import (
     ALONE,
@@ -24,6 +23,7 @@ from fedsea_bench.federation_quality import (
     quality_lines,
     train_in_one_place,
 )
+from fedsea_bench.topics import TOPICS, run_topics
 from fedsea_bench.workbench import Settings, Workbench
 from tests.support.federation_commands import write_cb
 
@@ -53,11 +53,11 @@ def test_every_strategy_is_what_it_is_defined_as(bench: Workbench) -> None:
 
 
 def test_without_data_quality_is_skipped_and_says_what_it_needs() -> None:
-    report = run(Settings("random:tiny", quick=True), silent(), ["quality"])
+    report = run_topics("federation", Settings("random:tiny", quick=True), silent(), ["quality"])
     assert {line.verdict for line in report.lines} == {"skipped"}
     assert all("--data" in line.conditions for line in report.lines)
-    with pytest.raises(UsageError, match=", ".join(TOPICS)):
-        run(Settings("random:tiny"), silent(), ["qualty"])
+    with pytest.raises(UsageError, match=", ".join(TOPICS["federation"])):
+        run_topics("federation", Settings("random:tiny"), silent(), ["qualty"])
 
 
 def test_quality_compares_the_last_scores(bench: Workbench, tmp_path: Path) -> None:

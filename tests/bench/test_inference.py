@@ -23,10 +23,11 @@ from fedsea_bench.clock import bare_loop, decode_rate, times_of_generate
 from fedsea_bench.command import app
 from fedsea_bench.context import draw_curve, text_curve
 from fedsea_bench.exactness import exactness
-from fedsea_bench.gpu import compare, gpu
-from fedsea_bench.inference import run
+from fedsea_bench.memory import compare, gpu
+from fedsea_bench.peak import PeakCase
 from fedsea_bench.processes import process_memory, run_fresh
 from fedsea_bench.results import Line, Report, markdown_table, meets, number, write_json
+from fedsea_bench.topics import run_topics
 from fedsea_bench.traffic import link_bytes, row_entries
 from fedsea_bench.workbench import Settings, Workbench, endless
 from tests.bench.memory_holder import hold
@@ -169,9 +170,9 @@ def test_light_lines_hold_on_the_tiny_model(bench: Workbench) -> None:
 
 def test_gpu_comparison_runs_on_any_device(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
     # In this process and with the server that is there: three processes that import torch would take their time.
-    monkeypatch.setattr("fedsea_bench.gpu.run_fresh", lambda function, *, threads, **case: function(**case))
-    monkeypatch.setattr("fedsea_bench.gpu.ServerProcess", lambda *_args, **_options: nullcontext(bench.server))
-    memory, speed = compare(bench, "random:tiny", device="cpu", dtype="float32", context=20, tokens=4, rounds=2)
+    monkeypatch.setattr("fedsea_bench.peak.run_fresh", lambda function, *, threads, **case: function(**case))
+    monkeypatch.setattr("fedsea_bench.peak.ServerProcess", lambda *_args, **_options: nullcontext(bench.server))
+    memory, speed = compare(bench, PeakCase("random:tiny", "decode", 20, new_tokens=4, rounds=2))
     assert memory.measured is not None
     assert 30 < memory.measured < 50  # two layers of six, embedding and head
     assert len(speed.samples) == 2
@@ -184,7 +185,7 @@ def test_gpu_lines_are_skipped_without_a_gpu(bench: Workbench) -> None:
 
 def test_unknown_topic_names_those_there_are() -> None:
     with pytest.raises(UsageError, match="kv-cache"):
-        run(Settings("random:tiny"), silent(), ["speed"])
+        run_topics("inference", Settings("random:tiny"), silent(), ["speed"])
 
 
 def test_command_runs_one_topic_and_writes_files(tmp_path: Path) -> None:

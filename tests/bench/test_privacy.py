@@ -17,7 +17,6 @@ from fedsea.privacy import Noise
 from fedsea.privacy.bound import LeakageBound
 from fedsea.tasks import get_task
 from fedsea_bench import (
-    privacy,
     privacy_adaptive,
     privacy_bound,
     privacy_frontier,
@@ -27,6 +26,7 @@ from fedsea_bench import (
 )
 from fedsea_bench.privacy_point import Outcome, Point, measure, without_middle
 from fedsea_bench.results import Line
+from fedsea_bench.topics import run_topics
 from fedsea_bench.workbench import Settings, Workbench
 
 PAPER_ATTACKS = ("decoder", "paper-decoder")
@@ -34,7 +34,7 @@ PAPER_ATTACKS = ("decoder", "paper-decoder")
 
 def lines(model: str, topic: str, plots: Path | None = None, data: Path | None = None) -> dict[str, Line]:
     settings = Settings(model, quick=True, threads=1, plots=plots, data=data)
-    report = privacy.run(settings, Console(quiet=True), [topic])
+    report = run_topics("privacy", settings, Console(quiet=True), [topic])
     return {line.name: line for line in report.lines}
 
 
@@ -157,8 +157,7 @@ def test_a_frontier_is_measured_once_and_kept(small: str, tmp_path: Path, monkey
 def test_a_mechanism_has_to_hide_and_to_be_learnt_under() -> None:
     free, bad = outcome(0.8, read=1.0), outcome(0.5, read=0.05)
     found = {Point("", 1): free, Point("relative:level=1", 1): free, Point("relative:level=9", 1): bad}
-    curves = {("relative:level={}", 1): (1.0, 9.0)}
-    leaky, hidden = places = list(privacy_frontier._places(curves, found, "accuracy"))
+    leaky, hidden = places = privacy_frontier.places_of(found, "accuracy")
     assert (leaky.kept, leaky.learnt, round(leaky.leaked)) == (1, 1, 98)
     assert (hidden.kept, round(hidden.leaked)) == (0.625, 3)
     best, least = privacy_frontier._best("best", ">= 0.97", places), privacy_frontier._least(places)
@@ -169,8 +168,8 @@ def test_a_mechanism_has_to_hide_and_to_be_learnt_under() -> None:
 def test_a_client_alone_is_what_a_provider_must_beat() -> None:
     free, small = outcome(0.8, read=1.0), outcome(0.6, read=0.0)
     found = {Point("", 1, 0): free, Point("", 1, 1): free, Point("alone", 1, 1, 4): small}
-    (alone,) = privacy_frontier._alone([(1, 1), (1, 4)], found, "accuracy")
-    assert (alone.input_layers, alone.output_layers, len(alone.outcomes)) == (1, 4, 1)
+    (alone,) = privacy_frontier.places_of(found, "accuracy")
+    assert (alone.point.input_layers, alone.point.output_layers, len(alone.outcomes)) == (1, 4, 1)
     assert alone.kept == pytest.approx(0.75)
 
 
@@ -182,7 +181,7 @@ def test_a_client_alone_whose_training_breaks_off_is_told_and_left_out(small: st
         broken = measure(bench, nobody, task, claims(tmp_path) / "CB", Point("alone", 1), size)
     assert "loss" in broken.error
     found = {Point("", 1): outcome(0.8, read=1.0), Point("alone", 1): broken}
-    assert list(privacy_frontier._alone([(1, 1)], found, "accuracy")) == []
+    assert privacy_frontier.places_of(found, "accuracy") == []
 
 
 def test_without_the_middle_the_first_layers_go_straight_to_the_last(small: str) -> None:

@@ -23,9 +23,11 @@ from fedsea.training.recipe import Recipe
 from fedsea_bench import quality
 from fedsea_bench.clock import in_turns
 from fedsea_bench.command import app
-from fedsea_bench.quality import UNTRAINED, WHOLE, Job, Plan, QualityBench, Result, Setting, time_left, train_whole
+from fedsea_bench.peak import PeakCase
+from fedsea_bench.quality import UNTRAINED, WHOLE, Job, Plan, QualityBench, Result, Setting, time_left
 from fedsea_bench.quality_report import Summary, draw, lines, summary, tables
-from fedsea_bench.training import TOPICS, run
+from fedsea_bench.topics import TOPICS, run_topics
+from fedsea_bench.traffic import training_bytes
 from fedsea_bench.training_case import (
     Batch,
     adamw,
@@ -41,12 +43,12 @@ from fedsea_bench.training_case import (
     tokens_of,
     train,
     train_step,
+    train_whole,
     whole_adapter,
 )
 from fedsea_bench.training_exactness import training_exactness
-from fedsea_bench.training_memory import Case, compare, server_runs, training_gpu_memory
+from fedsea_bench.training_memory import compare, server_runs, training_gpu_memory
 from fedsea_bench.training_speed import training_link, training_speed
-from fedsea_bench.training_traffic import training_bytes
 from fedsea_bench.workbench import Settings, Workbench
 
 LEVEL = Setting("split", 0.3)
@@ -155,11 +157,9 @@ def test_link_lines_come_in_pairs_with_and_without_overlap(bench: Workbench, mon
 
 def test_memory_comparison_runs_on_any_device(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
     # In this process and with the server that is there: three processes that import torch would take their time.
-    monkeypatch.setattr("fedsea_bench.training_memory.run_fresh", lambda function, *, threads, **case: function(**case))
-    monkeypatch.setattr(
-        "fedsea_bench.training_memory.ServerProcess", lambda *_args, **_options: nullcontext(bench.server)
-    )
-    (line,) = compare(bench, Case("random:tiny", "cpu", "float32", 2, 8), "memory", target="<= 15")
+    monkeypatch.setattr("fedsea_bench.peak.run_fresh", lambda function, *, threads, **case: function(**case))
+    monkeypatch.setattr("fedsea_bench.peak.ServerProcess", lambda *_args, **_options: nullcontext(bench.server))
+    line = compare(bench, PeakCase("random:tiny", "train", 8, rows=2), "memory", target="<= 15")
     assert line.measured is not None
     assert "random:tiny, float32 on the CPU" in line.conditions
 
@@ -178,8 +178,8 @@ def test_idle_runs_are_counted_at_a_server_of_their_own(bench: Workbench) -> Non
 
 
 def test_unknown_topic_names_those_there_are() -> None:
-    with pytest.raises(UsageError, match=", ".join(TOPICS)):
-        run(Settings("random:tiny"), silent(), ["quality"])
+    with pytest.raises(UsageError, match=", ".join(TOPICS["training"])):
+        run_topics("training", Settings("random:tiny"), silent(), ["quality"])
 
 
 def test_command_writes_its_lines(tmp_path: Path) -> None:

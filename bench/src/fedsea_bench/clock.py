@@ -1,7 +1,7 @@
 """When each token of a generation came, and the loops that are timed."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -15,13 +15,7 @@ _Measured = TypeVar("_Measured")
 
 
 class TokenClock(BaseStreamer):
-    """A streamer that notes when `generate` hands it each token.
-
-    Attributes
-    ----------
-    times
-        Seconds on the monotonic clock, one a token.
-    """
+    """A streamer that notes when `generate` hands it each token: `times`, in seconds."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -71,6 +65,16 @@ def seconds_of(work: Callable[[], object]) -> float:
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
+
+
+def ratios(ours: Sequence[float], reference: Sequence[float]) -> list[float]:
+    """Of each round."""
+    return [mine / theirs for mine, theirs in zip(ours, reference, strict=True)]
+
+
+def milliseconds(seconds: Iterable[float]) -> str:
+    """Times for people."""
+    return " / ".join(f"{second * 1000:,.0f}" for second in seconds) + " ms"
 
 
 def in_turns(contenders: Mapping[str, Callable[[], _Measured]], rounds: int) -> dict[str, list[_Measured]]:

@@ -1,7 +1,6 @@
 """`fedsea bench`: figures that anyone can measure again."""
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,19 +8,16 @@ import typer
 
 from fedsea.cli.options import ComputeDtype, Device, Threads, prepare_torch, require_folders, spread
 from fedsea.errors import UsageError
-from fedsea_bench.names import NAMES, check_topics
+from fedsea_bench.topics import TOPICS, check_topics, run_topics
 
 if TYPE_CHECKING:  # --help needs no torch
-    from rich.console import Console
-
     from fedsea_bench.results import Report
-    from fedsea_bench.workbench import Settings
 
 app = typer.Typer(help="Measure what FedSEA claims, on this machine.", no_args_is_help=True)
 
 
 def _topics(bench: str) -> str:
-    return f"Topics: {', '.join(NAMES[bench])}."
+    return f"Topics: {', '.join(TOPICS[bench])}."
 
 
 JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the lines as a JSON list.")]
@@ -45,74 +41,51 @@ class BenchOptions:
     markdown: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the lines as a Markdown table.")] = None
     strict: Strict = False
 
-    def check(self, bench: str) -> None:
-        """Check what was typed, as far as that needs no library that takes seconds to load.
-
-        Raises
-        ------
-        FedSEAError
-            If there is no such topic, model or folder.
-        """
+    def run(self, bench: str, plots: Path | None = None, data: Path | None = None) -> None:
+        """Check what was typed before anything slow is loaded, run a bench, write its lines, exit as `strict` asks."""
         from fedsea.checkpoints.names import check_model
 
-        check_topics(self.only or (), NAMES[bench])
+        check_topics(bench, self.only or ())
         check_model(self.model)
         require_folders(self.json_file, self.markdown)
-
-    def measure(
-        self,
-        run: "Callable[[Settings, Console, list[str]], Report]",
-        plots: Path | None = None,
-        data: Path | None = None,
-    ) -> None:
-        """Run a bench, write its lines, and exit as `strict` asks.
-
-        Raises
-        ------
-        FedSEAError
-            If a file cannot be written, or a measurement fails.
-        """
         import torch
         from rich.console import Console
 
-        from fedsea_bench.results import markdown_table, write_json
+        from fedsea_bench.results import markdown_table
         from fedsea_bench.workbench import Settings
 
         settings = Settings(self.model, self.quick, self.threads or torch.get_num_threads(), plots, data)
         console = Console()
         if self.quick:
             console.print("Quick: fewer repetitions and smaller cases; figures are rougher than those of a full run.")
-        report = run(settings, console, self.only or [])
-        console.print(report.summary())
-        if self.json_file is not None:
-            write_json(report.lines, self.json_file)
+        report = run_topics(bench, settings, console, self.only or [])
         if self.markdown is not None:
             self.markdown.write_text(markdown_table(report.lines))
-        if self.strict and report.failed:
-            raise typer.Exit(1)
+        _end(report, self.json_file, self.strict)
+
+
+def _end(report: "Report", json_file: Path | None, strict: bool) -> None:
+    from fedsea_bench.results import write_json
+
+    report.console.print(report.summary())
+    if json_file is not None:
+        write_json(report.lines, json_file)
+    if strict and report.failed:
+        raise typer.Exit(1)
 
 
 @app.command(epilog=_topics("inference"))
 @spread
-def inference(
-    options: BenchOptions,
-    plots: Plots = None,
-) -> None:
+def inference(options: BenchOptions, plots: Plots = None) -> None:
     """Private inference beside the whole model: exactness, speed, bytes, memory. A full run takes about ten minutes."""
-    options.check("inference")
-    from fedsea_bench.inference import run
-
-    options.measure(run, plots)
+    options.run("inference", plots)
 
 
 @app.command(epilog=_topics("training"))
 @spread
 def training(options: BenchOptions) -> None:
     """Fine-tuning through the split beside PEFT on the whole model: exactness, speed, bytes, memory."""
-    options.check("training")
-    from fedsea_bench.training import run
-
-    options.measure(run)
+    options.run("training")
 
 
 @app.command(epilog=_topics("federation"))
@@ -125,10 +98,7 @@ def federation(
     plots: Plots = None,
 ) -> None:
     """Training together: each strategy beside its definition, its time, its memory, and how good the adapter is."""
-    options.check("federation")
-    from fedsea_bench.federation import run
-
-    options.measure(run, plots, data)
+    options.run("federation", plots, data)
 
 
 @app.command(epilog=_topics("privacy"))
@@ -139,10 +109,7 @@ def privacy(
     plots: Plots = None,
 ) -> None:
     """What a provider reads of what is sent, beside a bound on what anybody can; by noise, attack and partition."""
-    options.check("privacy")
-    from fedsea_bench.privacy import run
-
-    options.measure(run, plots, data)
+    options.run("privacy", plots, data)
 
 
 @app.command()
@@ -181,12 +148,9 @@ def quality(
     import torch
     from rich.console import Console
 
-    from fedsea_bench.context import require_plotting
     from fedsea_bench.quality import Plan, QualityBench
-    from fedsea_bench.quality_report import draw, lines, tables
-    from fedsea_bench.results import Report, write_json
+    from fedsea_bench.quality_report import report_quality
 
-    require_plotting()
     plan = Plan(
         data=data,
         tasks=tuple(name.strip().lower() for name in tasks.split(",") if name.strip()),
@@ -206,17 +170,7 @@ def quality(
     console = Console()
     with QualityBench(plan, output, console) as bench:
         results = bench.run()
-    report = Report(console)
-    for line in lines(plan, results):
-        report.add(line)
-    console.print(report.summary())
-    (output / "quality.md").write_text(tables(plan, results))
-    draw(plan, results, output / "quality.png")
-    console.print(f"Tables are in {output / 'quality.md'}, the drawing in {output / 'quality.png'}.", highlight=False)
-    if json_file is not None:
-        write_json(report.lines, json_file)
-    if strict and report.failed:
-        raise typer.Exit(1)
+    _end(report_quality(plan, results, output, console), json_file, strict)
 
 
 def _numbers(text: str) -> tuple[float, ...]:

@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fedsea.client.model import SplitModelForCausalLM
-from fedsea.errors import UsageError
-from fedsea.extras import install_line
-from fedsea_bench.clock import decode_rate, times_of_generate
+from fedsea_bench.clock import decode_rate, milliseconds, ratios, times_of_generate
+from fedsea_bench.plots import drawing
 from fedsea_bench.results import Line, number
 from fedsea_bench.workbench import Workbench
 
@@ -37,16 +36,10 @@ def kv_cache(bench: Workbench) -> Iterator[Line]:
                 with_cache, without = zip(
                     *(_seconds(model, bench, context, tokens) for _ in range(repeats)), strict=True
                 )
-            ratios = [slow / fast for fast, slow in zip(with_cache, without, strict=True)]
-            line = Line.median(
-                name,
-                ratios,
-                "x",
-                target=target,
-                conditions=f"{_ms(with_cache)} with, {_ms(without)} without; {bench.place}, mutual TLS",
-            )
-            points.append((context, statistics.median(ratios)))
-            yield line
+            speed_ups = ratios(without, with_cache)
+            points.append((context, statistics.median(speed_ups)))
+            times = f"{milliseconds(with_cache)} a token with, {milliseconds(without)} a token without"
+            yield Line.median(name, speed_ups, "x", target=target, conditions=f"{times}; {bench.place}, mutual TLS")
     if points:
         bench.console.print(text_curve(points), highlight=False, markup=False)
         if bench.settings.plots is not None:
@@ -63,10 +56,6 @@ def _seconds(model: SplitModelForCausalLM, bench: Workbench, context: int, token
     return cached, times[0] - before
 
 
-def _ms(seconds: tuple[float, ...]) -> str:
-    return " / ".join(f"{second * 1000:,.0f}" for second in seconds) + " ms a token"
-
-
 def text_curve(points: list[tuple[int, float]]) -> str:
     """The curve as text: a bar for each context's speed-up."""
     most = max(speed_up for _context, speed_up in points)
@@ -76,35 +65,11 @@ def text_curve(points: list[tuple[int, float]]) -> str:
     )
 
 
-def require_plotting(otherwise: str = "") -> None:
-    """Check before a long run that it will be able to draw.
-
-    Parameters
-    ----------
-    otherwise
-        What else a user can do than install it.
-
-    Raises
-    ------
-    UsageError
-        If matplotlib is not installed.
-    """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        choice = f", or {otherwise}" if otherwise else ""
-        raise UsageError(f"drawing needs matplotlib: {install_line('matplotlib')}{choice}") from None
-
-
 def draw_curve(points: list[tuple[int, float]], path: Path, model: str) -> None:
     """Draw the speed-up over the context's length as a PNG."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    axes.plot([point[0] for point in points], [point[1] for point in points], marker="o")
-    axes.axhline(float(TARGET.split()[1]), color="grey", linestyle="--", linewidth=1)
-    axes.text(points[0][0], float(TARGET.split()[1]), f" target at {JUDGED:,} tokens", va="bottom", color="grey")
-    axes.set(xlabel="tokens of context", ylabel="speed-up of the KV cache (x)", title=model, ylim=(0, None))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    target = float(TARGET.split()[1])
+    with drawing(path, 6, 4) as ((axes,),):
+        axes.plot(*zip(*points, strict=True), marker="o")
+        axes.axhline(target, color="grey", linestyle="--", linewidth=1)
+        axes.text(points[0][0], target, f" target at {JUDGED:,} tokens", va="bottom", color="grey")
+        axes.set(xlabel="tokens of context", ylabel="speed-up of the KV cache (x)", title=model, ylim=(0, None))

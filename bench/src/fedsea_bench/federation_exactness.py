@@ -1,6 +1,5 @@
 """Whether federated training through the split is what it says: each strategy beside PEFT on the whole model."""
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -11,7 +10,7 @@ from torch import Tensor
 from fedsea.client.model import SplitModelForCausalLM
 from fedsea.federation.coordinator.block_server_admin import BlockServerAdmin
 from fedsea.partition import Partition
-from fedsea.parts.adapters import AdapterSpec, adapter_parameters
+from fedsea.parts.adapters import AdapterSpec
 from fedsea.server.process import ServerProcess
 from fedsea.wire.rounds import RoundPlan, Strategy, Ticket, new_seat
 from fedsea_bench.results import Line
@@ -22,9 +21,13 @@ from fedsea_bench.training_case import (
     Batch,
     adamw,
     adapter_config,
+    largest_difference,
     peft_on,
+    relative_differences,
     saved_start,
     text_batches,
+    train_step,
+    whole_adapter,
 )
 from fedsea_bench.workbench import Workbench, described
 
@@ -68,7 +71,9 @@ def federation_exactness(bench: Workbench) -> Iterator[Line]:
             expected = _mean([adapter for _, adapter in separate])
             yield Line.of(
                 "federation: hierarchical / separate trainings, loss",
-                max(_apart(mine, theirs) for mine, (theirs, _) in zip(losses, separate, strict=True)),
+                max(
+                    max(relative_differences(mine, theirs)) for mine, (theirs, _) in zip(losses, separate, strict=True)
+                ),
                 "relative difference",
                 target=TARGET,
                 conditions=f"the largest over clients and steps; partitions {_list(PARTITIONS)}; {where}",
@@ -89,7 +94,7 @@ def federation_exactness(bench: Workbench) -> Iterator[Line]:
             ]
             yield Line.of(
                 f"federation: client-batch of {CLIENTS} / one client with all rows, loss",
-                _apart(mixed, joined[0]),
+                max(relative_differences(mixed, joined[0])),
                 "relative difference",
                 target=TARGET,
                 conditions=f"the largest over steps, each the mean by learnt tokens; no clipping, partition (0, 0); "
@@ -104,12 +109,13 @@ def federation_exactness(bench: Workbench) -> Iterator[Line]:
             )
             with bench.step(f"sequential, {CLIENTS} clients"):
                 seen, final = federation.in_turns(data)
+            losses_apart = max(relative_differences(seen, turns[0]))
             yield Line.of(
                 "federation: sequential / one training after the other, adapter",
                 _distance(final, turns[1]),
                 "relative difference",
                 target=TARGET,
-                conditions=f"{_of_all(final, turns[1])}; losses by {_apart(seen, turns[0]):.1e} at most; {where}",
+                conditions=f"{_of_all(final, turns[1])}; losses by {losses_apart:.1e} at most; {where}",
             )
 
 
@@ -171,34 +177,21 @@ class _Clients:
 
 def _steps(model: Any, batches: Sequence[Batch], clip: float) -> list[float]:
     optimizer = adamw(model)
-    losses = []
-    for batch in batches:
-        loss = model(**batch).loss
-        loss.backward()
-        if clip:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss.detach()))
-    return losses
+    return [train_step(model, optimizer, [batch], clip=clip) for batch in batches]
 
 
 def _whole(
     bench: Workbench, start: Any, batches: Sequence[Batch], clip: float = MAX_NORM
 ) -> tuple[list[float], Adapter]:
     with peft_on(bench.whole, start) as whole:
-        return _steps(whole, batches, clip), _adapter_of(whole)
+        return _steps(whole, batches, clip), whole_adapter(whole)
 
 
 def _whole_in_turns(bench: Workbench, start: Any, data: Sequence[Sequence[Batch]]) -> tuple[list[float], Adapter]:
     """One adapter, each client's data after the other's; the optimizer begins anew with each."""
     with peft_on(bench.whole, start) as whole:
         losses = [loss for batches in data for loss in _steps(whole, batches, MAX_NORM)]
-        return losses, _adapter_of(whole)
-
-
-def _adapter_of(whole: Any) -> Adapter:
-    return {name: copy.deepcopy(weight.detach()) for name, weight in adapter_parameters(whole.base_model.model).items()}
+        return losses, whole_adapter(whole)
 
 
 def _joined(batches: Sequence[Batch]) -> Batch:
@@ -235,16 +228,6 @@ def _learnt(batch: Batch) -> int:
     return int((batch["labels"][:, 1:] != -100).sum())
 
 
-def _apart(mine: Sequence[float], theirs: Sequence[float]) -> float:
-    return max(abs(one - other) / abs(other) for one, other in zip(mine, theirs, strict=True))
-
-
-def _furthest(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:
-    if mine.keys() != theirs.keys():
-        return float("inf")
-    return max(float((weight - theirs[name]).abs().max()) for name, weight in mine.items())
-
-
 def _distance(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:
     """Norm of the difference of two adapters over the norm of the second."""
     if mine.keys() != theirs.keys():
@@ -255,7 +238,8 @@ def _distance(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float
 
 def _of_all(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> str:
     # AdamW moves a weight whose gradient is next to nothing by the whole learning rate, by the sign of its rounding.
-    return f"norm of the difference / the adapter's; a single weight differs by {_furthest(mine, theirs):.1e} at most"
+    single = largest_difference(mine, theirs)
+    return f"norm of the difference / the adapter's; a single weight differs by {single:.1e} at most"
 
 
 def _list(partitions: Sequence[Partition]) -> str:

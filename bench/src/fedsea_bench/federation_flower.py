@@ -17,7 +17,7 @@ from fedsea.federation.owner.participant_options import ParticipantOptions
 from fedsea.federation.settings import Settings
 from fedsea.server.process import ServerProcess
 from fedsea_bench.flower_simulation import SimulationLink
-from fedsea_bench.memory import MIB
+from fedsea_bench.peak import MIB
 from fedsea_bench.processes import process_memory
 from fedsea_bench.results import Line
 from fedsea_bench.workbench import Workbench

@@ -27,9 +27,9 @@ from fedsea.tasks import Example, Task, encode, evaluate, get_task
 from fedsea.training.batches import Batches
 from fedsea.training.recipe import Recipe
 from fedsea_bench.flower_simulation import SimulationLink, require_ray
-from fedsea_bench.quality import train_whole
+from fedsea_bench.plots import drawing
 from fedsea_bench.results import Line
-from fedsea_bench.training_case import ADAPTER_TEXT, RANK, adapter_config
+from fedsea_bench.training_case import ADAPTER_TEXT, RANK, adapter_config, train_whole
 from fedsea_bench.workbench import Workbench
 
 TASKS = ("cb", "copa")
@@ -43,21 +43,15 @@ METRICS = ("accuracy", "answer_loss")
 
 @dataclass(frozen=True)
 class Curve:
-    """How a training goes.
+    """How a training goes."""
 
-    Attributes
-    ----------
-    label
-        A way to train together (`MODES`), `centralised`, or `alone` and which client.
-    points
-        Rounds after which it was scored, from 0 (untrained), and the scores by name.
-    examples
-        That it learns from.
-    """
+    label: str  # a way to train together (`MODES`), `centralised`, or `alone` and which client
+    points: tuple[tuple[int, dict[str, float]], ...]  # rounds, from 0 (untrained), and the scores after them by name
+    examples: int  # that it learns from
 
-    label: str
-    points: tuple[tuple[int, dict[str, float]], ...]
-    examples: int
+    def by_round(self, metric: str) -> tuple[list[int], list[float]]:
+        """The rounds, and the scores after them."""
+        return [number for number, _ in self.points], [scores[metric] for _, scores in self.points]
 
     def last(self, metric: str) -> float:
         """The score after the last round."""
@@ -253,28 +247,21 @@ def copy_task(task: Task, source: Path, folder: Path, examples: int) -> Path:
 
 def draw_curves(curves: dict[str, list[Curve]], path: Path, model: str) -> None:
     """Draw each task's scores by round as a PNG."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5 * len(curves), 7), layout="constrained")
-    grid = figure.subplots(len(METRICS), len(curves), squeeze=False)
-    for column, (name, all_curves) in enumerate(curves.items()):
-        for row, metric in enumerate(METRICS):
-            axes = grid[row][column]
-            lone = [curve for curve in all_curves if curve.label.startswith(ALONE)]
-            for number, curve in enumerate(lone):
-                label = f"{ALONE} ({len(lone)} clients)" if not number else None
-                _plot(axes, curve, metric, color="grey", marker=".", linewidth=1, label=label)
-            for label, style in ((CENTRALISED, "--"), *zip(MODES, ("-", "-."), strict=True)):
-                curve = next(curve for curve in all_curves if curve.label == label)
-                _plot(axes, curve, metric, linestyle=style, marker="o", label=label)
-            title = f"{get_task(name).title}, {model}" if not row else ""
-            axes.set(xlabel="round", ylabel=metric.replace("answer_loss", "answer loss (nats a token)"), title=title)
-            if metric == "answer_loss":
-                axes.set_yscale("log")  # of one alone it may be many times that of the others
-            axes.legend(fontsize="small")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-
-
-def _plot(axes: Any, curve: Curve, metric: str, **style: Any) -> None:
-    axes.plot([number for number, _ in curve.points], [scores[metric] for _, scores in curve.points], **style)
+    with drawing(path, 5 * len(curves), 7, columns=len(curves), rows=len(METRICS)) as grid:
+        for column, (name, all_curves) in enumerate(curves.items()):
+            for row, metric in enumerate(METRICS):
+                axes = grid[row][column]
+                lone = [curve for curve in all_curves if curve.label.startswith(ALONE)]
+                for number, curve in enumerate(lone):
+                    label = f"{ALONE} ({len(lone)} clients)" if not number else None
+                    axes.plot(*curve.by_round(metric), color="grey", marker=".", linewidth=1, label=label)
+                for label, style in ((CENTRALISED, "--"), *zip(MODES, ("-", "-."), strict=True)):
+                    curve = next(curve for curve in all_curves if curve.label == label)
+                    axes.plot(*curve.by_round(metric), linestyle=style, marker="o", label=label)
+                title = f"{get_task(name).title}, {model}" if not row else ""
+                axes.set(
+                    xlabel="round", ylabel=metric.replace("answer_loss", "answer loss (nats a token)"), title=title
+                )
+                if metric == "answer_loss":
+                    axes.set_yscale("log")  # of one alone it may be many times that of the others
+                axes.legend(fontsize="small")

@@ -7,12 +7,11 @@ from time import perf_counter
 
 from fedsea.wire.rounds import Strategy
 from fedsea_bench.federation_clients import CLIENTS, ClientProcesses
-from fedsea_bench.memory import MIB
+from fedsea_bench.peak import MIB, NO_PROC
 from fedsea_bench.processes import process_memory
 from fedsea_bench.results import Line
 from fedsea_bench.speed import LINK_MBIT, RTT_SECONDS
 from fedsea_bench.training_case import ADAPTER_TEXT, adamw, add_adapter, even_batch, peft_on, saved_start, train_step
-from fedsea_bench.training_memory import NO_PROC
 from fedsea_bench.workbench import PARTITION, Workbench, described
 
 SAMPLES, QUICK_SAMPLES = 32, 16

@@ -1,26 +1,25 @@
-"""What the client has to hold: its share of the weights, and its peak memory beside an idle process."""
+"""What the client has to hold: its share of the weights, its peak memory, and a large model's on a GPU."""
 
+import statistics
 import sys
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from fedsea.checkpoints import open_checkpoint
-from fedsea.client.model import SplitModelForCausalLM
 from fedsea.parts import InputBlocks, OutputBlocks
-from fedsea.parts.families import family_of
-from fedsea_bench.clock import times_of_generate
-from fedsea_bench.processes import process_memory, run_fresh
+from fedsea_bench.peak import MIB, NO_PROC, PeakCase, peak_of, whole_and_client
 from fedsea_bench.results import Line
-from fedsea_bench.workbench import PARTITION, Workbench, described, drawn_prompt, endless
+from fedsea_bench.workbench import PARTITION, Workbench, described
 
 LARGE_MODEL = "random:llama-2-7b"
-CONTEXT = 1000
-NEW_TOKENS = 16
-MIB = 1 << 20
+CONTEXT, NEW_TOKENS = 1000, 16
+GPU_CASE = PeakCase(LARGE_MODEL, "decode", CONTEXT, new_tokens=128, rounds=5, device="cuda", dtype="bfloat16")
+MEMORY_NAME, MEMORY_TARGET = "GPU: client's peak memory / whole model's", "<= 11"
+SPEED_NAME, SPEED_TARGET = "GPU: decode, split / whole", ">= 0.8"
 
 
 def client_weights(bench: Workbench) -> Iterator[Line]:
@@ -53,50 +52,66 @@ def client_memory(bench: Workbench) -> Iterator[Line]:
     """Peak memory of a client process at 1,000 tokens of context, above an idle process with the same imports."""
     name = "client's peak memory above idle"
     if sys.platform != "linux":
-        yield Line.skipped(name, "MiB", reason="peaks are read from /proc, which only Linux has")
+        yield Line.skipped(name, "MiB", reason=NO_PROC)
         return
-    threads = bench.settings.threads
     context = min(CONTEXT, bench.config.max_position_embeddings - NEW_TOKENS)
     repeats = 1 if bench.settings.quick else 3
+    case = PeakCase(bench.settings.model, "decode", context, new_tokens=NEW_TOKENS)
     with bench.step(f"peak memory of a client, {repeats} times in a fresh process"):
-        found = [
-            run_fresh(
-                measure_client,
-                threads=threads,
-                model=bench.settings.model,
-                connection=bench.server.connection,
-                context=context,
-                tokens=NEW_TOKENS,
-            )
-            for _ in range(repeats)
-        ]
-    parts = found[0]["parts"]
-    allowed = 1.25 * parts / MIB + 64
-    above = [(one["peak"] - one["idle"]) / MIB for one in found]
+        found = [peak_of(bench, case, bench.server.connection) for _ in range(repeats)]
+    allowed = 1.25 * found[0].weights / MIB + 64
     yield Line.median(
         name,
-        above,
+        [(one.peak - one.idle) / MIB for one in found],
         "MiB",
         target=f"<= {allowed:.1f}",
         conditions=(
-            f"1.25 x the parts' {parts / MIB:.1f} MiB + 64 MiB; {bench.place}, partition {described(PARTITION)}, "
-            f"{context} tokens of prompt and {NEW_TOKENS} new; VmHWM of the client's process, the server's apart, less "
-            f"the {found[0]['idle'] / MIB:.0f} MiB that are resident once everything is imported"
+            f"1.25 x the parts' {found[0].weights / MIB:.1f} MiB + 64 MiB; {bench.place}, partition "
+            f"{described(PARTITION)}, {context} tokens of prompt and {NEW_TOKENS} new; VmHWM of the client's process, "
+            f"the server's apart, less the {found[0].idle / MIB:.0f} MiB that are resident once everything is imported"
         ),
     )
 
 
-def measure_client(*, model: str, connection: dict[str, Any], context: int, tokens: int) -> dict[str, int]:
-    """Run a client in this process. To be called in a fresh one.
+def gpu(bench: Workbench) -> Iterator[Line]:
+    """Peak GPU memory and decode speed of LLaMA-2-7B in bfloat16, split and whole."""
+    reason = ""
+    if not torch.cuda.is_available():
+        reason = "no CUDA device here"
+    elif bench.settings.quick:
+        reason = "--quick draws no model of 7 billion weights"
+    if reason:
+        yield Line.skipped(MEMORY_NAME, "%", target=MEMORY_TARGET, reason=reason)
+        yield Line.skipped(SPEED_NAME, "x", target=SPEED_TARGET, reason=reason)
+        return
+    yield from compare(bench, GPU_CASE)
 
-    Returns
-    -------
-    dict of str to int
-        Bytes: `idle`, resident after the imports; `peak`, the most that was resident; `parts`, of the client's weights.
-    """
-    family_of(open_checkpoint(model).config)  # imports the layers, as building a part does
-    idle = process_memory("VmRSS")
-    with endless(SplitModelForCausalLM.from_pretrained(model, partition=PARTITION, **connection)) as split:
-        times_of_generate(split, drawn_prompt(split.config.vocab_size, context), tokens)
-        parts = sum(weight.numel() * weight.element_size() for weight in split.parameters())
-    return {"idle": idle, "peak": process_memory("VmHWM"), "parts": parts}
+
+def compare(bench: Workbench, case: PeakCase) -> Iterator[Line]:
+    """Whole model alone, then server and client together; on a CPU, whose memory is its process's, by the weights."""
+    whole, split = whole_and_client(bench, case)
+    if not whole.on_gpu:
+        whole, split = (replace(one, peak=one.weights) for one in (whole, split))
+    conditions = (
+        f"{case.model}, {case.dtype}, {whole.device_name}, torch {torch.__version__}; {case.tokens} + "
+        f"{case.new_tokens} tokens; partition {described(PARTITION)}, client and server two processes on the device, "
+        f"mutual TLS on loopback; whole model alone before"
+    )
+    yield Line.of(
+        MEMORY_NAME,
+        100 * split.peak / whole.peak,
+        "%",
+        target=MEMORY_TARGET,
+        conditions=f"{split.peak / 1e9:.2f} of {whole.peak / 1e9:.2f} GB, as torch allocates it; {conditions}",
+    )
+    reference = statistics.median(whole.rates)
+    yield Line.median(
+        SPEED_NAME,
+        [rate / reference for rate in split.rates],
+        "x",
+        target=SPEED_TARGET,
+        conditions=(
+            f"generate, each of {case.rounds} rounds beside the whole model's median of {reference:.1f} tokens/s "
+            f"({min(whole.rates):.1f} … {max(whole.rates):.1f}); {conditions}"
+        ),
+    )

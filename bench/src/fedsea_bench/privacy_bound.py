@@ -8,6 +8,7 @@ from fedsea.audit.report import Report
 from fedsea.audit.run import Auditor
 from fedsea.errors import FedSEAError
 from fedsea.privacy import GaussianNoise, RelativeGaussianNoise, relative_clipped_gaussian
+from fedsea_bench.plots import drawing
 from fedsea_bench.privacy_case import Case
 from fedsea_bench.results import Line
 from fedsea_bench.workbench import Workbench
@@ -27,7 +28,7 @@ def bound_holds(bench: Workbench) -> Iterator[Line]:
         for noise in (RelativeGaussianNoise(level), relative_clipped_gaussian(CLIP, level)):
             with bench.step(f"attacks under {noise}"):
                 report = auditor.report(noise)
-            points.setdefault(noise.name, []).append((level, report, _bound(report)))
+            points.setdefault(str(noise).partition(":")[0], []).append((level, report, _bound(report)))
     for name, rows in points.items():
         above = [max(_accuracies(report).values()) - bound.accuracy for _level, report, bound in rows]
         yield Line.of(
@@ -61,23 +62,14 @@ def _in_words(level: float, report: Report, bound: Limit) -> str:
 
 def draw(points: dict[str, list[tuple[float, Report, Limit]]], path: Path, model: str) -> None:
     """Draw accuracy over noise level, of each attack and the bound, a panel a mechanism, as a PNG."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5 * len(points), 4), layout="constrained")
-    for axes, (name, rows) in zip(figure.subplots(1, len(points), squeeze=False)[0], points.items(), strict=True):
-        levels = [level for level, _report, _bound in rows]
-        for attack in ATTACKS:
-            axes.plot(levels, [_accuracies(report)[attack] for _level, report, _bound in rows], "o-", label=attack)
-        axes.plot(levels, [bound.accuracy for *_rest, bound in rows], "k--", label="bound on any attack")
-        axes.set(
-            xscale="log",
-            ylim=(-0.02, 1.02),
-            title=f"{name}, {model}",
-            ylabel="share of tokens read",
-            xlabel="noise level (x mean |h_A|)",
-        )
-        axes.set_xticks(levels, [f"{level:g}" for level in levels])
-        axes.minorticks_off()
-        axes.legend(fontsize="small")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    with drawing(path, 5 * len(points), 4, columns=len(points)) as (row,):
+        for axes, (name, rows) in zip(row, points.items(), strict=True):
+            levels = [level for level, _report, _bound in rows]
+            for attack in ATTACKS:
+                axes.plot(levels, [_accuracies(report)[attack] for _level, report, _bound in rows], "o-", label=attack)
+            axes.plot(levels, [bound.accuracy for *_rest, bound in rows], "k--", label="bound on any attack")
+            labels = {"ylabel": "share of tokens read", "xlabel": "noise level (x mean |h_A|)"}
+            axes.set(xscale="log", ylim=(-0.02, 1.02), title=f"{name}, {model}", **labels)
+            axes.set_xticks(levels, [f"{level:g}" for level in levels])
+            axes.minorticks_off()
+            axes.legend(fontsize="small")

@@ -16,18 +16,10 @@ QUICK_TEXTS, QUICK_TOKENS = 2, 16
 
 @dataclass(frozen=True)
 class Case:
-    """What is audited in a topic.
+    """What is audited in a topic."""
 
-    Attributes
-    ----------
-    texts
-        Of the audit's own samples, the first so many.
-    tokens
-        Of each at most.
-    """
-
-    texts: int
-    tokens: int
+    texts: int  # of the audit's own samples, the first so many
+    tokens: int  # of each at most
 
     @classmethod
     def of(cls, bench: Workbench, *, grid: bool = False) -> "Case":

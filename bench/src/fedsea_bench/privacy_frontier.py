@@ -13,7 +13,7 @@ import json
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,12 @@ from fedsea.errors import FedSEAError, UsageError
 from fedsea.server.process import ServerProcess
 from fedsea.tasks import get_task
 from fedsea.tasks.base import LabelTask
+from fedsea_bench.plots import drawing
 from fedsea_bench.privacy_point import ALONE, RANK, Outcome, Point, Size, measure
 from fedsea_bench.results import Line
 from fedsea_bench.workbench import Workbench
 
-TASK = "cb"
+TASK, LOSS = "cb", "answer_loss"
 KEPT, READ = 0.97, 10.0  # of the noise-free score, at least; points above `prior`, at most
 FULL = Size(
     steps=120,
@@ -60,51 +61,25 @@ CUTS_ALONE, QUICK_CUTS_ALONE = ((1, 1), (4, 4)), ((1, 1),)  # input and output b
 
 @dataclass(frozen=True)
 class Place:
-    """Where a mechanism of some strength is on the frontier: over the seeds, beside training without noise.
+    """Where a mechanism of some strength, or a client alone, is: over the seeds, beside training without noise."""
 
-    Attributes
-    ----------
-    mechanism, input_layers
-        What it is.
-    outcomes
-        One a seed.
-    kept
-        Its mean score, as a share of the mean noise-free score of the same seeds.
-    learnt
-        The same of what both have above the most frequent label's score; None where noise-free training has nothing.
-    """
-
-    mechanism: str
-    input_layers: int
-    outcomes: tuple[Outcome, ...]
-    kept: float
-    learnt: float | None
+    point: Point  # of the first seed
+    outcomes: tuple[Outcome, ...]  # one a seed
+    kept: float  # its mean score, as a share of the mean noise-free score of the same seeds
+    learnt: float | None  # the same of what is above the most frequent label's; None where noise-free has nothing
 
     @property
     def leaked(self) -> float:
         """Points of token accuracy that the best attack reads above `prior`, mean over the seeds."""
         return statistics.mean(one.above_prior for one in self.outcomes)
 
+    def scores(self, metric: str) -> str:
+        """By seed, for people."""
+        scores, losses = (" ".join(f"{one.metrics[name]:.3f}" for one in self.outcomes) for name in (metric, LOSS))
+        return f"{metric} {scores}, answer loss {losses}"
+
     def __str__(self) -> str:
-        return f"{self.mechanism}, p = {self.input_layers}"
-
-
-@dataclass(frozen=True)
-class Alone:
-    """What a client's own blocks do without a provider: nothing is sent, so nothing is read.
-
-    Attributes
-    ----------
-    input_layers, output_layers
-        Its blocks: the first ones go straight to the last.
-    outcomes, kept
-        As of a `Place`.
-    """
-
-    input_layers: int
-    output_layers: int
-    outcomes: tuple[Outcome, ...]
-    kept: float
+        return f"{self.point.mechanism}, p = {self.point.input_layers}"
 
 
 def frontier(bench: Workbench) -> Iterator[Line]:
@@ -119,37 +94,39 @@ def frontier(bench: Workbench) -> Iterator[Line]:
     curves, cuts, size, seeds = (
         (QUICK_CURVES, QUICK_CUTS_ALONE, QUICK, 1) if quick else (CURVES, CUTS_ALONE, FULL, SEEDS)
     )
-    kept = Kept(bench, size)
+    cache = OutcomeCache(bench, size)
     found: dict[Point, Outcome] = {}
     task = get_task(TASK)
     assert isinstance(task, LabelTask)
+    metric = task.metrics[0]
     with ExitStack() as things:
         server: ServerProcess | None = None
         for point in points(curves, cuts, seeds):
-            outcome = kept.get(point)
+            outcome = cache.get(point)
             if outcome is None:
                 with bench.step(f"fine-tuning and attacks: {point}"):
-                    server = server or things.enter_context(_server(bench, size))
+                    if server is None:
+                        options = ("--dtype", size.dtype)
+                        server = ServerProcess(bench.settings.model, threads=bench.settings.threads, options=options)
+                        things.enter_context(server)
                     outcome = measure(bench, server, task, data / task.title, point, size)
-                kept.put(point, outcome)
+                cache.put(point, outcome)
             found[point] = outcome
-    if not any(not point.mechanism and not one.error for point, one in found.items()):
+    free = noise_free(found)
+    if not free:
         raise FedSEAError("the training without noise broke off, so there is no score to compare with")
-    places, alone = list(_places(curves, found, task.metrics[0])), list(_alone(cuts, found, task.metrics[0]))
-    words = _words(bench, size, found, task)
-    for place in places:
-        yield _line(place, task.metrics[0], words)
-    for lonely in alone:
-        yield _line_alone(lonely, task.metrics[0], words)
-    yield _best(name, target, places)
-    yield _least(places)
+    places = places_of(found, metric)
+    protected, alone = ([one for one in places if (one.point.mechanism == ALONE) is lone] for lone in (False, True))
+    words = _words(bench, size, list(free.values()), metric)
+    yield from (_line(place, metric, words) for place in protected)
+    yield from (_line_alone(place, metric, words) for place in alone)
+    yield _best(name, target, protected)
+    yield _least(protected)
     if bench.settings.plots is not None:
-        path = bench.settings.plots / "privacy-frontier.png"
-        draw(curves, places, alone, _constant(found, task), path, bench.settings.model)
-
-
-def _server(bench: Workbench, size: Size) -> ServerProcess:
-    return ServerProcess(bench.settings.model, threads=bench.settings.threads, options=("--dtype", size.dtype))
+        # What the most frequent label keeps of the score, whatever is asked: nothing is learnt for it.
+        majority = next(iter(free.values())).majority
+        constant = majority / (statistics.mean(one.metrics[metric] for one in free.values()) or 1.0)
+        draw(curves, protected, alone, constant, bench.settings.plots / "privacy-frontier.png", bench.settings.model)
 
 
 def points(curves: Mapping[Curve, Sequence[float]], cuts: Sequence[tuple[int, int]], seeds: int) -> Iterator[Point]:
@@ -163,13 +140,10 @@ def points(curves: Mapping[Curve, Sequence[float]], cuts: Sequence[tuple[int, in
                 yield Point(family.format(f"{strength:g}"), input_layers, seed)
 
 
-class Kept:
+class OutcomeCache:
     """Outcomes on disk, a line of JSON each; nowhere, if the bench keeps no drawings either.
 
-    Raises
-    ------
-    UsageError
-        If the file is damaged.
+    Raises UsageError if the file is damaged.
     """
 
     def __init__(self, bench: Workbench, size: Size) -> None:
@@ -202,61 +176,37 @@ class Kept:
             stream.write(json.dumps({**self._common, "point": asdict(point), "outcome": asdict(outcome)}) + "\n")
 
 
-def _places(curves: Mapping[Curve, Sequence[float]], found: Mapping[Point, Outcome], metric: str) -> Iterator[Place]:
-    """Of every mechanism that was trained to the end with some seed, in the order of the curves."""
-    free = {point.seed: one for point, one in found.items() if not point.mechanism and not one.error}
-    for (family, input_layers), strengths in curves.items():
-        for strength in strengths:
-            mechanism = family.format(f"{strength:g}")
-            of_seeds = {
-                point.seed: one
-                for point, one in found.items()
-                if (point.mechanism, point.input_layers) == (mechanism, input_layers)
-                and point.seed in free
-                and not one.error
-            }
-            if of_seeds:
-                kept, learnt = _kept(of_seeds, free, metric)
-                yield Place(mechanism, input_layers, tuple(of_seeds.values()), kept, learnt)
+def noise_free(found: Mapping[Point, Outcome]) -> dict[int, Outcome]:
+    """Trainings without noise that came to their end, by seed."""
+    return {point.seed: one for point, one in found.items() if not point.mechanism and not one.error}
 
 
-def _alone(cuts: Sequence[tuple[int, int]], found: Mapping[Point, Outcome], metric: str) -> Iterator[Alone]:
-    """Of each of these partitions, without a provider."""
-    free = {point.seed: one for point, one in found.items() if not point.mechanism and not one.error}
-    for input_layers, output_layers in cuts:
-        own = {seed: found.get(Point(ALONE, input_layers, seed, output_layers)) for seed in free}
-        of_seeds = {seed: one for seed, one in own.items() if one is not None and not one.error}
-        if of_seeds:
-            kept, _ = _kept(of_seeds, free, metric)
-            yield Alone(input_layers, output_layers, tuple(of_seeds.values()), kept)
-
-
-def _kept(of_seeds: Mapping[int, Outcome], free: Mapping[int, Outcome], metric: str) -> tuple[float, float | None]:
-    """`Place.kept` and `Place.learnt`, of outcomes by seed."""
-    score = statistics.mean(one.metrics[metric] for one in of_seeds.values())
-    without = statistics.mean(free[seed].metrics[metric] for seed in of_seeds)
-    majority = free[next(iter(of_seeds))].majority
-    learnt = (score - majority) / (without - majority) if without > majority else None
-    return score / without if without else 0.0, learnt  # where nothing was learnt, nothing is kept
-
-
-def _constant(found: Mapping[Point, Outcome], task: LabelTask) -> float:
-    """Share of the noise-free score that the most frequent label has, whatever is asked: nothing is learnt for it."""
-    free = [one for point, one in found.items() if not point.mechanism and not one.error]
-    return free[0].majority / (statistics.mean(one.metrics[task.metrics[0]] for one in free) or 1.0)
+def places_of(found: Mapping[Point, Outcome], metric: str) -> list[Place]:
+    """Of everything that was trained to the end with a seed of which the training without noise was, too."""
+    free = noise_free(found)
+    by_place: dict[Point, dict[int, Outcome]] = {}
+    for point, one in found.items():
+        if point.mechanism and point.seed in free and not one.error:
+            by_place.setdefault(replace(point, seed=0), {})[point.seed] = one
+    places = []
+    for point, outcomes in by_place.items():
+        score = statistics.mean(one.metrics[metric] for one in outcomes.values())
+        without = statistics.mean(free[seed].metrics[metric] for seed in outcomes)
+        majority = free[next(iter(outcomes))].majority
+        learnt = (score - majority) / (without - majority) if without > majority else None
+        kept = score / without if without else 0.0  # where nothing was learnt, nothing is kept
+        places.append(Place(point, tuple(outcomes.values()), kept, learnt))
+    return places
 
 
 def _line(place: Place, metric: str, words: str) -> Line:
     first = place.outcomes[0]
-    scores = " ".join(f"{one.metrics[metric]:.3f}" for one in place.outcomes)
-    losses = " ".join(f"{one.metrics['answer_loss']:.3f}" for one in place.outcomes)
     read = ", ".join(f"{name} {statistics.mean(one.read[name] for one in place.outcomes):.3f}" for name in first.read)
-    stronger = [one.above_prior_with_adapter for one in place.outcomes]
-    known = [value for value in stronger if value is not None]
+    known = [value for one in place.outcomes if (value := one.above_prior_with_adapter) is not None]
+    above = f", {place.learnt:.2f} of what that has above the most frequent label" if place.learnt is not None else ""
     parts = [
-        f"{place.kept:.3f} of the noise-free {metric} kept"
-        + (f", {place.learnt:.2f} of what that has above the most frequent label" if place.learnt is not None else ""),
-        f"{metric} {scores}, answer loss {losses}",
+        f"{place.kept:.3f} of the noise-free {metric} kept{above}",
+        place.scores(metric),
         f"read: {read} (best: {first.best})",
         f"{statistics.mean(known):.1f} points with the adapter known" if known else "",
         f"bound {max(one.bound for one in place.outcomes):.2f} ({max(one.bits for one in place.outcomes):.2f} bits)",
@@ -271,16 +221,13 @@ def _line(place: Place, metric: str, words: str) -> Line:
     )
 
 
-def _line_alone(alone: Alone, metric: str, words: str) -> Line:
-    scores = " ".join(f"{one.metrics[metric]:.3f}" for one in alone.outcomes)
-    losses = " ".join(f"{one.metrics['answer_loss']:.3f}" for one in alone.outcomes)
-    return Line.of(
-        f"frontier, the client alone, p = {alone.input_layers}, q = {alone.output_layers}: share of the score kept",
-        alone.kept,
-        "x",
-        conditions=f"nothing is sent: a mechanism that hides the text must do better; {metric} {scores}, answer loss "
-        f"{losses}; {words}",
-    )
+def _cuts(place: Place) -> str:
+    return f"the client alone, p = {place.point.input_layers}, q = {place.point.output_layers}"
+
+
+def _line_alone(place: Place, metric: str, words: str) -> Line:
+    said = f"nothing is sent: a mechanism that hides the text must do better; {place.scores(metric)}; {words}"
+    return Line.of(f"frontier, {_cuts(place)}: share of the score kept", place.kept, "x", conditions=said)
 
 
 def _best(name: str, target: str, places: Sequence[Place]) -> Line:
@@ -315,11 +262,8 @@ def _least(places: Sequence[Place]) -> Line:
     )
 
 
-def _words(bench: Workbench, size: Size, found: Mapping[Point, Outcome], task: LabelTask) -> str:
-    metric = task.metrics[0]
-    free = [one for point, one in found.items() if not point.mechanism and not one.error]
-    without = " ".join(f"{one.metrics[metric]:.3f}" for one in free)
-    losses = " ".join(f"{one.metrics['answer_loss']:.3f}" for one in free)
+def _words(bench: Workbench, size: Size, free: Sequence[Outcome], metric: str) -> str:
+    without, losses = (" ".join(f"{one.metrics[name]:.3f}" for one in free) for name in (metric, LOSS))
     return (
         f"without noise {without}, loss {losses}; most frequent label {free[0].majority:.3f}; "
         f"{size.steps} steps of {size.batch_size} texts of at most {size.max_tokens} tokens, lr {size.lr:g}, LoRA of "
@@ -331,43 +275,36 @@ def _words(bench: Workbench, size: Size, found: Mapping[Point, Outcome], task: L
 
 def draw(
     curves: Mapping[Curve, Sequence[float]],
-    places: Sequence[Place],
-    alone: Sequence[Alone],
+    protected: Sequence[Place],
+    alone: Sequence[Place],
     constant: float,
     path: Path,
     model: str,
 ) -> None:
     """Draw leakage against utility, a curve a family, as a PNG; `constant` is what one answer to everything keeps."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.5, 5), layout="constrained")
-    axes = figure.subplots()
-    axes.fill_between([KEPT, 10], -10, READ, color="tab:green", alpha=0.15, label="the target")
-    axes.axhline(READ, color="grey", linestyle="--", linewidth=1)
-    axes.axvline(KEPT, color="grey", linestyle="--", linewidth=1)
-    axes.axvline(constant, color="grey", linestyle=":", linewidth=1, label="always the most frequent label")
-    for (family, input_layers), strengths in curves.items():
-        names = [family.format(f"{strength:g}") for strength in strengths]
-        mine = [place for place in places if place.input_layers == input_layers and place.mechanism in names]
-        if not mine:
-            continue
-        style = "s-" if family.startswith("relative:") else "o-"
-        label = f"{family.format('…')}, p = {input_layers}"
-        axes.plot([place.kept for place in mine], [place.leaked for place in mine], style, label=label)
-        for place in mine:
-            strength = strengths[names.index(place.mechanism)]
-            axes.annotate(f"{strength:g}", (place.kept, place.leaked), (4, 4), textcoords="offset points", fontsize=7)
-    for lonely, marker in zip(alone, "*Pd", strict=False):
-        label = f"the client alone, p = {lonely.input_layers}, q = {lonely.output_layers}: nothing sent"
-        axes.plot([lonely.kept], [0.0], marker, color="black", label=label)
-    shares = [*(place.kept for place in places), *(lonely.kept for lonely in alone)]
-    axes.set(
-        xlabel=f"share of the noise-free score kept ({TASK})",
-        ylabel="read above prior by the best attack (points of token accuracy)",
-        title=f"{model}, fine-tuned under the mechanism",
-        ylim=(-5, 105),
-        xlim=(min([0.5, *shares]) - 0.03, max([1.0, *shares]) + 0.05),
-    )
-    axes.legend(fontsize="x-small", loc="center left")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    with drawing(path, 7.5, 5) as ((axes,),):
+        axes.fill_between([KEPT, 10], -10, READ, color="tab:green", alpha=0.15, label="the target")
+        axes.axhline(READ, color="grey", linestyle="--", linewidth=1)
+        axes.axvline(KEPT, color="grey", linestyle="--", linewidth=1)
+        axes.axvline(constant, color="grey", linestyle=":", linewidth=1, label="always the most frequent label")
+        for (family, input_layers), strengths in curves.items():
+            by_point = {Point(family.format(f"{strength:g}"), input_layers): strength for strength in strengths}
+            mine = [place for place in protected if place.point in by_point]
+            if mine:
+                style, label = "s-" if family.startswith("relative:") else "o-", family.format("…")
+                shown = ([place.kept for place in mine], [place.leaked for place in mine])
+                axes.plot(*shown, style, label=f"{label}, p = {input_layers}")
+            for place in mine:
+                at, strength = (place.kept, place.leaked), f"{by_point[place.point]:g}"
+                axes.annotate(strength, at, (4, 4), textcoords="offset points", fontsize=7)
+        for place, marker in zip(alone, "*Pd", strict=False):
+            axes.plot([place.kept], [0.0], marker, color="black", label=f"{_cuts(place)}: nothing sent")
+        shares = [place.kept for place in (*protected, *alone)]
+        axes.set(
+            xlabel=f"share of the noise-free score kept ({TASK})",
+            ylabel="read above prior by the best attack (points of token accuracy)",
+            title=f"{model}, fine-tuned under the mechanism",
+            ylim=(-5, 105),
+            xlim=(min([0.5, *shares]) - 0.03, max([1.0, *shares]) + 0.05),
+        )
+        axes.legend(fontsize="x-small", loc="center left")

@@ -16,6 +16,7 @@ from fedsea.audit.run import Auditor
 from fedsea.audit.scores import Score
 from fedsea.partition import Partition
 from fedsea.privacy import RelativeGaussianNoise
+from fedsea_bench.plots import drawing
 from fedsea_bench.privacy_case import Case
 from fedsea_bench.results import Line
 from fedsea_bench.workbench import Workbench
@@ -99,26 +100,20 @@ def _claim(curves: dict[int, list[Point]]) -> Iterator[Line]:
 
 def draw(curves: dict[int, list[Point]], path: Path, model: str) -> None:
     """Draw what each decoder reads over the noise level, a panel for each number of input layers, as a PNG."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(3.2 * len(curves) + 0.6, 3.4), layout="constrained")
-    figure.suptitle(
-        f"{model}: the paper's attack and the same one trained for the state's own token", fontsize="medium"
-    )
-    grid = figure.subplots(1, len(curves), squeeze=False, sharey=True)[0]
-    for axes, (p, points) in zip(grid, curves.items(), strict=True):
-        places = range(len(points))
-        for label, style, chosen in (
-            ("decoder (own token)", "o-", [point.ours for point in points]),
-            ("paper-decoder (next token)", "s-", [point.paper for point in points]),
-        ):
-            low = [one.mean - one.low for one in chosen]
-            high = [one.high - one.mean for one in chosen]
-            axes.errorbar(places, [one.mean for one in chosen], [low, high], fmt=style, capsize=2, label=label)
-        axes.plot(places, [point.prior.mean for point in points], "k:", label="prior (no look)")
-        axes.set(ylim=(-0.03, 1.03), title=f"p = {p}", xlabel="noise level (x mean |h_A|)")
-        axes.set_xticks(places, [f"{point.level:g}" for point in points])
-    grid[0].set_ylabel("share of tokens read")
-    grid[-1].legend(fontsize="x-small", loc="center left")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    columns = len(curves)
+    with drawing(path, 3.2 * columns + 0.6, 3.4, columns=columns, sharey=True) as (grid,):
+        title = f"{model}: the paper's attack and the same one trained for the state's own token"
+        grid[0].figure.suptitle(title, fontsize="medium")
+        for axes, (p, points) in zip(grid, curves.items(), strict=True):
+            places = range(len(points))
+            for label, style, chosen in (
+                ("decoder (own token)", "o-", [point.ours for point in points]),
+                ("paper-decoder (next token)", "s-", [point.paper for point in points]),
+            ):
+                errors = [[one.mean - one.low for one in chosen], [one.high - one.mean for one in chosen]]
+                axes.errorbar(places, [one.mean for one in chosen], errors, fmt=style, capsize=2, label=label)
+            axes.plot(places, [point.prior.mean for point in points], "k:", label="prior (sees nothing)")
+            axes.set(ylim=(-0.03, 1.03), title=f"p = {p}", xlabel="noise level (x mean |h_A|)")
+            axes.set_xticks(places, [f"{point.level:g}" for point in points])
+        grid[0].set_ylabel("share of tokens read")
+        grid[-1].legend(fontsize="x-small", loc="center left")

@@ -6,6 +6,7 @@ from pathlib import Path
 from fedsea.audit.run import Auditor
 from fedsea.partition import Partition
 from fedsea.privacy import RelativeGaussianNoise
+from fedsea_bench.plots import drawing
 from fedsea_bench.privacy_case import Case
 from fedsea_bench.results import Line
 from fedsea_bench.workbench import Workbench, described
@@ -64,39 +65,25 @@ def partition_study(bench: Workbench) -> Iterator[Line]:
 
 
 def draw(
-    depths: tuple[int, ...],
-    text: Cells,
-    answer: Cells,
-    losses: dict[int, tuple[float, float]],
-    path: Path,
-    model: str,
+    depths: tuple[int, ...], text: Cells, answer: Cells, losses: dict[int, tuple[float, float]], path: Path, model: str
 ) -> None:
     """Draw, as a PNG: what is read of the text and the loss over p, and what is read of the answer over p and q."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    left.plot(depths, [text[p, depths[0]] for p in depths], "o-", label="share of the text read")
-    left.set(xlabel="input layers p", ylabel="share of tokens read", ylim=(-0.02, 1.02), xticks=depths)
-    left.set_title(f"{model}, noise level {LEVEL:g}")
-    cost = left.twinx()
-    cost.plot(depths, [losses[p][1] for p in depths], "s--", color="tab:red", label="loss under noise")
-    cost.set(ylabel="loss (nats a token)")
-    cost.legend(*(one + other for one, other in zip(*_handles(left, cost), strict=True)), fontsize="small")
-    image = right.imshow(
-        [[answer[p, q] for q in depths] for p in depths], vmin=0, vmax=1, cmap="viridis", origin="lower"
-    )
-    right.set(xlabel="output layers q", ylabel="input layers p", title="share of the answer that read-out reads")
-    right.set_xticks(range(len(depths)), depths)
-    right.set_yticks(range(len(depths)), depths)
-    for row, p in enumerate(depths):
-        for column, q in enumerate(depths):
-            color = "black" if answer[p, q] > 0.5 else "white"
-            right.text(column, row, f"{answer[p, q]:.2f}", ha="center", va="center", color=color)
-    figure.colorbar(image, ax=right)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-
-
-def _handles(*axes: object) -> list[tuple[list[object], list[str]]]:
-    return [one.get_legend_handles_labels() for one in axes]  # type: ignore[attr-defined]
+    with drawing(path, 10, 4, columns=2) as ((left, right),):
+        read = left.plot(depths, [text[p, depths[0]] for p in depths], "o-", label="share of the text read")
+        left.set(xlabel="input layers p", ylabel="share of tokens read", ylim=(-0.02, 1.02), xticks=depths)
+        left.set_title(f"{model}, noise level {LEVEL:g}")
+        cost = left.twinx()
+        noisy = [losses[p][1] for p in depths]
+        cost.set(ylabel="loss (nats a token)")
+        shown = [*read, *cost.plot(depths, noisy, "s--", color="tab:red", label="loss under noise")]
+        cost.legend(handles=shown, fontsize="small")
+        cells = [[answer[p, q] for q in depths] for p in depths]
+        image = right.imshow(cells, vmin=0, vmax=1, cmap="viridis", origin="lower")
+        right.set(xlabel="output layers q", ylabel="input layers p", title="share of the answer that read-out reads")
+        right.set_xticks(range(len(depths)), depths)
+        right.set_yticks(range(len(depths)), depths)
+        for row, values in enumerate(cells):
+            for column, value in enumerate(values):
+                color = "black" if value > 0.5 else "white"
+                right.text(column, row, f"{value:.2f}", ha="center", va="center", color=color)
+        right.figure.colorbar(image, ax=right)

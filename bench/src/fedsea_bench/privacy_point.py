@@ -3,13 +3,13 @@
 The training goes through a real block server, and so does the evaluation, each under the mechanism. Then the client
 sends the task's validation texts, with the adapter, to a provider that keeps what it sees, and attacks read that.
 
-What a point has to be better than is a client that asks nobody: its own blocks, fine-tuned with the middle left out.
+What a point has to be better than is a client that sends nothing: its own blocks, fine-tuned with the middle left out.
 """
 
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
@@ -20,27 +20,25 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from fedsea.audit.attacks import get_attack
-from fedsea.audit.knowledge import Knowledge, KnownAdapter, SharedKnowledge
-from fedsea.audit.limits import Limit, find_limits
+from fedsea.audit.limits import find_limits
 from fedsea.audit.observation import Observation, Subject
-from fedsea.audit.observe import observe_sessions
 from fedsea.audit.plan import Plan
-from fedsea.audit.scores import score
+from fedsea.audit.run import Auditor
+from fedsea.audit.samples import TaskText
 from fedsea.checkpoints import load_tokenizer, load_whole_model, open_checkpoint
 from fedsea.client.model import SplitModelForCausalLM
 from fedsea.errors import FedSEAError, NonFiniteError
-from fedsea.partition import PROJECT, Partition
+from fedsea.partition import Partition
 from fedsea.parts.cut_files import read_cut
 from fedsea.privacy import GaussianNoise, Noise, parse_mechanism
 from fedsea.server.process import ServerProcess
 from fedsea.tasks import Example, encode, evaluate
 from fedsea.tasks.base import LabelTask
-from fedsea.tasks.encoding import encode_prompt
 from fedsea.training.batches import Batches
 from fedsea.training.folder import RunFolder
 from fedsea.training.loop import FineTuning
 from fedsea.training.recipe import Recipe
-from fedsea_bench.quality import train_whole
+from fedsea_bench.training_case import train_whole
 from fedsea_bench.workbench import Workbench
 
 ATTACKS = ("prior", "nearest", "search", "search-map", "read-out", "decoder")
@@ -52,47 +50,27 @@ LAST_STEPS = 10  # over which the loss at a training's end is averaged
 
 @dataclass(frozen=True)
 class Size:
-    """How much is done for a point.
+    """How much is done for a point."""
 
-    Attributes
-    ----------
-    steps, batch_size, lr
-        Of the training.
-    max_tokens
-        Longest text, in training and evaluation.
-    examples
-        Of the validation split that are scored; None for all.
-    texts, tokens
-        Of the validation split that are attacked, and how many tokens of each: those after what all texts begin with.
-    modules, dtype
-        The linear modules that have LoRA, in all three parts, and what all parts compute in.
-    attacks, with_adapter
-        By attackers who know the public weights, and by such who have the client's adapter as well.
-    """
-
-    steps: int
+    steps: int  # of the training, like the next two
     batch_size: int
     lr: float
-    max_tokens: int
-    examples: int | None
-    texts: int
-    tokens: int
-    modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
-    dtype: str = "bfloat16"
-    attacks: tuple[str, ...] = ATTACKS
-    with_adapter: tuple[str, ...] = ()
+    max_tokens: int  # of a text, in training and evaluation
+    examples: int | None  # of the validation split that are scored; None for all
+    texts: int  # of the validation split that are attacked
+    tokens: int  # of each of them, after what all texts begin with
+    modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")  # that have LoRA, in all three parts
+    dtype: str = "bfloat16"  # what all parts compute in
+    attacks: tuple[str, ...] = ATTACKS  # by attackers who know the public weights
+    with_adapter: tuple[str, ...] = ()  # by attackers who have the client's adapter as well
 
 
 @dataclass(frozen=True)
 class Point:
     """What is measured: a mechanism as users write it, after so many input layers, once.
 
-    Attributes
-    ----------
-    mechanism
-        Empty for none; `ALONE` for nothing sent at all.
-    output_layers
-        One for all that is attacked: what is read of the text does not depend on it.
+    The mechanism is empty for none, and `ALONE` for nothing sent at all. What is read of the text does not depend on
+    the output layers: there is one for all that is attacked.
     """
 
     mechanism: str
@@ -117,37 +95,18 @@ class Point:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a point.
+    """What came of a point."""
 
-    Attributes
-    ----------
-    metrics
-        The task's, and `answer_loss`.
-    majority
-        The main metric of always giving the most frequent label.
-    read, read_with_adapter
-        Share of tokens that each attack names; empty without a mechanism.
-    bits, bound
-        What a token's state carries at most, and the share of such tokens that anybody could name then; of a mechanism
-        that clips, the bits are a guarantee. `bound` is 1 where nothing is ruled out.
-    first_loss, last_loss
-        Of the training: of its first step, and the mean of its last.
-    seconds
-        It took.
-    error
-        Why the training broke off; empty if it did not.
-    """
-
-    metrics: dict[str, float] = field(default_factory=dict)
-    majority: float = 0.0
-    read: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)  # the task's, and `answer_loss`
+    majority: float = 0.0  # the main metric of always giving the most frequent label
+    read: dict[str, float] = field(default_factory=dict)  # share of tokens that each attack names; none without noise
     read_with_adapter: dict[str, float] = field(default_factory=dict)
-    bits: float = 0.0
-    bound: float = 1.0
-    first_loss: float = 0.0
-    last_loss: float = 0.0
+    bits: float = 0.0  # that a token's state carries at most: guaranteed of a mechanism that clips
+    bound: float = 1.0  # share of such tokens that anybody could name; 1 where nothing is ruled out
+    first_loss: float = 0.0  # of the training's first step
+    last_loss: float = 0.0  # the mean of its last
     seconds: float = 0.0
-    error: str = ""
+    error: str = ""  # why the training broke off
 
     @property
     def best(self) -> str:
@@ -168,16 +127,10 @@ class Outcome:
 
 
 def measure(bench: Workbench, server: ServerProcess, task: LabelTask, data: Path, point: Point, size: Size) -> Outcome:
-    """Fine-tune, evaluate, attack.
-
-    Raises
-    ------
-    FedSEAError
-        Whatever is wrong with the model, the task's files or the server.
-    """
+    """Fine-tune, evaluate, attack."""
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="fedsea-bench-") as scratch:
-        folder = RunFolder(Path(scratch) / "run", _unheard)
+        folder = RunFolder(Path(scratch) / "run", _ignore)
         try:
             if point.mechanism == ALONE:
                 made = _alone(bench, task, data, point, size)
@@ -186,9 +139,9 @@ def measure(bench: Workbench, server: ServerProcess, task: LabelTask, data: Path
         except NonFiniteError as error:
             return Outcome(error=str(error), seconds=round(time.monotonic() - began, 1))
         # Without a mechanism a search reads everything, and alone there is nothing to read: their scores are wanted.
-        bare = point.mechanism in ("", ALONE)
-        attacked = {} if bare else _attacked(bench, task, data, point, size, folder.adapter)
-    return replace(made, **attacked, seconds=round(time.monotonic() - began, 1))
+        if point.mechanism not in ("", ALONE):
+            made = _attacked(bench, task, data, point, size, folder.adapter, made)
+    return replace(made, seconds=round(time.monotonic() - began, 1))
 
 
 def _trained(
@@ -197,16 +150,12 @@ def _trained(
     """The adapter, in the folder, and what the model is worth with it."""
     recipe, batches, lora = _recipe(bench, task, data, point, size)
     losses: list[float] = []
+    connection = {**server.connection, "dtype": size.dtype, "notice": _ignore}
     with SplitModelForCausalLM.from_pretrained(
-        bench.settings.model,
-        partition=point.partition,
-        noise=point.noise,
-        dtype=size.dtype,
-        notice=_unheard,
-        **server.connection,
+        bench.settings.model, partition=point.partition, noise=point.noise, **connection
     ) as model:
         model.add_adapter(lora, run=folder.begin({"task": task.name}), seed=point.seed)
-        training = FineTuning(model, batches, recipe, folder, lora=lora, base_model=None, notice=_unheard)
+        training = FineTuning(model, batches, recipe, folder, lora=lora, base_model=None, notice=_ignore)
         training.run(lambda figures: losses.append(figures.loss))
         outcome = _scored(bench, model, task, data, size, losses)
         model.end_run()
@@ -252,56 +201,57 @@ def _scored(bench: Workbench, model: Any, task: LabelTask, data: Path, size: Siz
     tokenizer, examples = load_tokenizer(bench.settings.model), _validation(task, data, size)
     found = evaluate(model, tokenizer, task, examples, max_tokens=size.max_tokens, answer_loss=True)
     assert found.majority is not None
-    return Outcome(
-        metrics=found.metrics,
-        majority=found.majority[1][task.metrics[0]],
-        first_loss=losses[0],
-        last_loss=statistics.mean(losses[-LAST_STEPS:]),
-    )
+    majority = found.majority[1][task.metrics[0]]
+    last = statistics.mean(losses[-LAST_STEPS:])
+    return Outcome(metrics=found.metrics, majority=majority, first_loss=losses[0], last_loss=last)
 
 
 def _attacked(
-    bench: Workbench, task: LabelTask, data: Path, point: Point, size: Size, adapter: Path
-) -> Mapping[str, Any]:
-    """What is read of the validation texts' sessions, and what could be."""
-    checkpoint = open_checkpoint(bench.settings.model)
-    tokenizer = checkpoint.tokenizer()
-    examples = _validation(task, data, size)[: size.texts]
-    prompts = [list(encode_prompt(task, example, tokenizer, size.max_tokens).input_ids) for example in examples]
-    start, end = _shared(prompts), len(_shared([ids[::-1] for ids in prompts]))
-    cut = read_cut(adapter)
+    bench: Workbench, task: LabelTask, data: Path, point: Point, size: Size, adapter: Path, made: Outcome
+) -> Outcome:
+    """With what is read of the validation texts' sessions, and what could be."""
     plan = Plan(
-        checkpoint,
-        [tokenizer.decode(ids) for ids in prompts],
+        open_checkpoint(bench.settings.model),
+        [TaskText(task, example) for example in _validation(task, data, size)[: size.texts]],
         partition=point.partition,
         # An adapter with a cut brings its mechanism, at the strengths of its training.
-        noise=GaussianNoise(0.0) if cut is not None else point.noise,
+        noise=GaussianNoise(0.0) if read_cut(adapter) is not None else point.noise,
+        tokens=size.max_tokens,
         adapter=adapter,
     )
-    whole, noise = observe_sessions(plan, checkpoint, prompts, lambda *_progress: None)
+    auditor = Auditor(plan)
+    whole = auditor.observe()
+    prompts = [one.tokens for one in whole.subjects]
+    # What all texts of the task begin with is public, their question's words included.
+    start, end = _common(prompts), len(_common([ids[::-1] for ids in prompts]))
+    knowledge = replace(whole.knowledge, start=start)
     # States depend on what is before them only, so a text may be attacked as far as one likes.
-    subjects = [_first(one, min(len(start) + size.tokens, len(one.tokens) - end)) for one in whole]
-    projection = cut[1][PROJECT] if cut is not None else None
-    knowledge = Knowledge(
-        SharedKnowledge(checkpoint, point.partition, tokenizer, projection=projection), noise, start=start
-    )
-    read = {name: _tokens_read(name, subjects, knowledge) for name in size.attacks}
-    limit = _limit(subjects, knowledge)
-    stronger: dict[str, float] = {}
+    subjects = [_first(one, min(len(start) + size.tokens, len(one.tokens) - end)) for one in whole.subjects]
+    observed = replace(whole, subjects=subjects, knowledge=knowledge)
+
+    def share_read(name: str) -> float:
+        return auditor.attack(get_attack(name), observed).prompt["tokens"].mean
+
+    read = {name: share_read(name) for name in size.attacks}
+    limits = find_limits(knowledge, [one.tokens for one in subjects], known=max(len(start), 1)).limits
+    of_text = [limit for limit in limits if limit.guessable]
+    if not of_text:
+        raise FedSEAError("the texts are too short to estimate what any attacker could read of them")
+    # By the clip if there is one, else by the estimate.
+    limit = next((limit for limit in of_text if limit.bits_guaranteed), of_text[-1])
     if size.with_adapter:
-        known = KnownAdapter.read(adapter, checkpoint.config)
-        shared = SharedKnowledge(checkpoint, point.partition, tokenizer, adapter=known, projection=projection)
-        having = replace(knowledge, shared=shared)
-        stronger = {name: _tokens_read(name, subjects, having) for name in size.with_adapter}
-    return {"read": read, "read_with_adapter": stronger, "bits": limit.bits, "bound": limit.accuracy}
+        having = Auditor(replace(plan, attacker_has_adapter=True)).shared
+        observed = replace(observed, knowledge=replace(knowledge, shared=having))
+    stronger = {name: share_read(name) for name in size.with_adapter}
+    return replace(made, read=read, read_with_adapter=stronger, bits=limit.bits, bound=limit.accuracy)
 
 
 def _validation(task: LabelTask, data: Path, size: Size) -> list[Example]:
     return task.read(str(data), "validation")[: size.examples]
 
 
-def _shared(rows: Sequence[Sequence[int]]) -> tuple[int, ...]:
-    """What all rows begin with, at most all but one token of the shortest: a chat template, a question's words."""
+def _common(rows: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """What all rows begin with, at most all but one token of the shortest."""
     shortest = min(map(len, rows)) - 1
     places = takewhile(lambda place: len({row[place] for row in rows}) == 1, range(shortest))
     return tuple(rows[0][place] for place in places)
@@ -316,21 +266,5 @@ def _first(subject: Subject, count: int) -> Subject:
     return Subject(observations, subject.tokens[:count], count)
 
 
-def _tokens_read(name: str, subjects: Sequence[Subject], knowledge: Knowledge) -> float:
-    recoveries = get_attack(name).run([subject.observations for subject in subjects], knowledge)
-    masks = [[place >= len(knowledge.start) for place in range(len(subject.tokens))] for subject in subjects]
-    return score([subject.tokens for subject in subjects], recoveries, masks=masks)["tokens"].mean
-
-
-def _limit(subjects: Sequence[Subject], knowledge: Knowledge) -> Limit:
-    """The bound for texts like these after what all begin with: by the clip if there is one, else by the estimate."""
-    known = max(len(knowledge.start), 1)
-    limits = find_limits(knowledge, [subject.tokens for subject in subjects], known=known).limits
-    of_text = [limit for limit in limits if limit.guessable]
-    if not of_text:
-        raise FedSEAError("the texts are too short to estimate what any attacker could read of them")
-    return next((limit for limit in of_text if limit.bits_guaranteed), of_text[-1])
-
-
-def _unheard(_message: str) -> None:
+def _ignore(_message: str) -> None:
     pass

@@ -23,12 +23,8 @@ def environment(threads: int) -> dict[str, str]:
 def run_fresh(function: Callable[..., Any], *, threads: int, **arguments: Any) -> Any:
     """Call a module's function in a new Python process and return its result.
 
-    The process is executed, not forked: its memory peak is its own.
-
-    Raises
-    ------
-    FedSEAError
-        If it fails; its own message is on standard error.
+    The process is executed, not forked: its memory peak is its own. Raises FedSEAError if it fails; its own message is
+    on standard error.
     """
     name = f"{function.__module__}:{function.__qualname__}"
     command = module_command("fedsea_bench.processes", name, json.dumps(arguments))
@@ -39,13 +35,7 @@ def run_fresh(function: Callable[..., Any], *, threads: int, **arguments: Any) -
 
 
 def process_memory(field: str, pid: int | None = None) -> int:
-    """Bytes of a process, by default this one. Linux only.
-
-    Parameters
-    ----------
-    field
-        `VmRSS`, resident now, or `VmHWM`, the most that was ever resident.
-    """
+    """Bytes of a process, by default this one: `VmRSS`, resident now, or `VmHWM`, at most ever. Linux only."""
     with open(f"/proc/{pid or 'self'}/status") as status:  # noqa: PTH123 - no path of anybody's
         return next(1024 * int(line.split()[1]) for line in status if line.startswith(f"{field}:"))
 

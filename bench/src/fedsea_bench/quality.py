@@ -16,17 +16,15 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import get_scheduler
 
 from fedsea.checkpoints import load_tokenizer, load_whole_model
 from fedsea.client.model import SplitModelForCausalLM
@@ -39,7 +37,7 @@ from fedsea.training.batches import Batches
 from fedsea.training.folder import RunFolder
 from fedsea.training.loop import Figures, FineTuning
 from fedsea.training.recipe import Recipe
-from fedsea_bench.training_case import adapter_config, peft_on
+from fedsea_bench.training_case import adapter_config, peft_on, train_whole
 from fedsea_bench.workbench import PARTITION
 
 LAST_STEPS = 10  # over which the loss at a training's end is averaged
@@ -74,41 +72,19 @@ UNTRAINED, WHOLE = Setting("untrained"), Setting("whole")
 
 @dataclass(frozen=True)
 class Plan:
-    """What to compare.
+    """What to compare."""
 
-    Parameters
-    ----------
-    data
-        A folder with a folder for each task, named as the task's title (CB, RTE, MultiRC, XSum), with its splits.
-    tasks
-        Their names.
-    levels
-        Noise levels of the split model; 0 is none.
-    mechanisms
-        Further protections of the split model, as users write them (`--mechanism`).
-    seeds
-        How many times each training is done, with seeds 0, 1 and so on.
-    steps, batch_size, lr
-        Of each training.
-    max_tokens
-        Longest text, in training and evaluation.
-    examples
-        Of each task's validation split, the first so many; None for all.
-    dtype, device, threads
-        What all parts compute in, where, and on how many threads a process.
-    """
-
-    data: Path
+    data: Path  # a folder with a folder for each task, named as the task's title (CB, RTE, MultiRC, XSum)
     tasks: tuple[str, ...] = ("cb", "rte", "multirc", "xsum")
-    levels: tuple[float, ...] = (0.0, 0.1, 0.3, 1.0)
-    mechanisms: tuple[str, ...] = ()
-    seeds: int = 3
+    levels: tuple[float, ...] = (0.0, 0.1, 0.3, 1.0)  # of noise, of the split model; 0 is none
+    mechanisms: tuple[str, ...] = ()  # further protections of the split model, as users write them
+    seeds: int = 3  # how many times each training is done, with seeds 0, 1 and so on
     model: str = "smollm2-135m"
-    steps: int = 150
+    steps: int = 150  # of each training, like the next two
     batch_size: int = 4
     lr: float = 5e-4
-    max_tokens: int = 512
-    examples: int | None = 300
+    max_tokens: int = 512  # of a text, in training and evaluation
+    examples: int | None = 300  # of each task's validation split, the first so many; None for all
     dtype: str = "float32"
     device: str = "cpu"
     threads: int = field(default=2, compare=False)
@@ -168,54 +144,26 @@ class Job:
 
 @dataclass(frozen=True)
 class Result:
-    """What came of a job.
+    """What came of a job."""
 
-    Attributes
-    ----------
-    metrics
-        The task's own, and `answer_loss` in nats a token; empty if the training broke off.
-    majority
-        The metrics of always giving the most frequent label; empty for tasks without labels.
-    count, unparsed, cut
-        Examples evaluated, answers that could not be read, contexts that were cut.
-    first_loss, last_loss
-        Of the training: of its first step, and the mean of its last.
-    seconds
-        It took.
-    error
-        Why the training broke off; empty if it did not.
-    """
-
-    metrics: dict[str, float] = field(default_factory=dict)
-    majority: dict[str, float] = field(default_factory=dict)
-    count: int = 0
-    unparsed: int = 0
-    cut: int = 0
-    first_loss: float | None = None
-    last_loss: float | None = None
+    metrics: dict[str, float] = field(default_factory=dict)  # the task's own, and `answer_loss` in nats a token
+    majority: dict[str, float] = field(default_factory=dict)  # of always giving the most frequent label, if there are
+    count: int = 0  # examples evaluated
+    unparsed: int = 0  # answers that could not be read
+    cut: int = 0  # contexts that were cut
+    first_loss: float | None = None  # of the training's first step
+    last_loss: float | None = None  # the mean of its last
     seconds: float = 0.0
-    error: str = ""
+    error: str = ""  # why the training broke off
 
 
 Results = dict[Job, Result]
 
 
 class QualityBench:
-    """Makes results and keeps them; a context manager, which ends the block server.
+    """Makes results and keeps them in a folder; a context manager, which ends the block server.
 
-    Parameters
-    ----------
-    plan
-        What to compare.
-    output
-        Where results are kept.
-    console
-        Told what is being done, and how long it will take.
-
-    Raises
-    ------
-    UsageError
-        If the folder has results of another plan, or cannot be written.
+    Raises UsageError if the folder has results of another plan, or cannot be written.
     """
 
     def __init__(self, plan: Plan, output: Path, console: Console) -> None:
@@ -231,13 +179,7 @@ class QualityBench:
         self._things.close()
 
     def run(self) -> Results:
-        """Make all results that are not there yet, and return all.
-
-        Raises
-        ------
-        FedSEAError
-            If a task's files or the server fail. What was done is kept.
-        """
+        """Make all results that are not there yet, and return all. What was done is kept if something fails."""
         jobs = self.plan.jobs
         for task in self.plan.tasks:
             for split in ("train", "validation"):
@@ -347,8 +289,7 @@ class QualityBench:
     @cached_property
     def _server(self) -> ServerProcess:
         options = ("--device", self.plan.device, "--dtype", self.plan.dtype)
-        secure = find_spec("cryptography") is not None
-        server = ServerProcess(self.plan.model, threads=self.plan.threads, secure=secure, options=options)
+        server = ServerProcess(self.plan.model, threads=self.plan.threads, options=options)
         return self._things.enter_context(server)
 
     def _connect(self, setting: Setting) -> SplitModelForCausalLM:
@@ -378,48 +319,6 @@ class QualityBench:
         file = self._file(job)
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, asdict(result))
-
-
-def train_whole(
-    model: Any, batches: Batches, recipe: Recipe, on_step: Callable[[int], None] = lambda _step: None
-) -> list[float]:
-    """The recipe as PEFT's users write it, on a whole model with its adapter; returns each step's loss.
-
-    `on_step` is told each step's number, from 1.
-
-    Raises
-    ------
-    NonFiniteError
-        If a loss is not finite.
-    """
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=recipe.lr, weight_decay=recipe.weight_decay)
-    schedule = get_scheduler(recipe.schedule, optimizer, recipe.warmup, recipe.steps)
-    losses = []
-    model.train()
-    for step in range(recipe.steps):
-        first = step * recipe.accumulation
-        chosen = [batches[first + index].to(model.device) for index in range(recipe.accumulation)]
-        items = sum(batch.learnt for batch in chosen)
-        total = 0.0
-        for batch in chosen:
-            loss = model(
-                input_ids=batch.input_ids,
-                attention_mask=batch.attention_mask,
-                labels=batch.labels,
-                num_items_in_batch=items,
-            ).loss
-            loss.backward()
-            total += float(loss.detach())
-        if not math.isfinite(total):
-            raise NonFiniteError(f"the loss of step {step + 1} of the whole model is {total}")
-        torch.nn.utils.clip_grad_norm_(trained, recipe.max_grad_norm)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        losses.append(total)
-        on_step(step + 1)
-    return losses
 
 
 def time_left(jobs: Sequence[Job], results: Results) -> float:

@@ -6,9 +6,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.console import Console
+
 from fedsea.tasks import get_task
+from fedsea_bench.plots import drawing
 from fedsea_bench.quality import UNTRAINED, WHOLE, Plan, Results, Setting, jobs_of
-from fedsea_bench.results import Line
+from fedsea_bench.results import Line, Report
 from fedsea_bench.training_case import ADAPTER_TEXT
 from fedsea_bench.workbench import PARTITION, described
 
@@ -18,13 +21,7 @@ SPLIT = Setting("split")
 
 @dataclass(frozen=True)
 class Summary:
-    """A metric over the seeds.
-
-    Attributes
-    ----------
-    samples
-        One a seed.
-    """
+    """A metric over the seeds: a sample each."""
 
     samples: tuple[float, ...]
 
@@ -131,27 +128,30 @@ def _table(plan: Plan, results: Results, task: str) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
 
 
+def report_quality(plan: Plan, results: Results, folder: Path, console: Console) -> Report:
+    """Print the lines, write the tables and the drawing into a folder; returns the lines."""
+    report = Report(console)
+    for line in lines(plan, results):
+        report.add(line)
+    (folder / "quality.md").write_text(tables(plan, results))
+    draw(plan, results, folder / "quality.png")
+    console.print(f"Tables are in {folder / 'quality.md'}, the drawing in {folder / 'quality.png'}.", highlight=False)
+    return report
+
+
 def draw(plan: Plan, results: Results, path: Path) -> None:
     """Draw each task's main metric over the noise level as a PNG, beside what does without the split."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4.5 * len(plan.tasks), 4), layout="constrained")
-    for axes, task in zip(figure.subplots(1, len(plan.tasks), squeeze=False)[0], plan.tasks, strict=True):
-        metric = get_task(task).metrics[0]
-        points = _points(plan, results, task, metric)
-        axes.errorbar(
-            [level for level, _ in points],
-            [one.mean for _, one in points],
-            yerr=[one.error or 0.0 for _, one in points],
-            marker="o",
-            capsize=3,
-            label="split",
-        )
-        for label, style, height in _references(results, task, metric):
-            axes.axhline(height, color="grey", linestyle=style, linewidth=1, label=label)
-        axes.set(xlabel="noise level (x mean |h_A|)", ylabel=metric, title=f"{get_task(task).title}, {plan.model}")
-        axes.legend(fontsize="small")
-    figure.savefig(path, dpi=150)
+    with drawing(path, 4.5 * len(plan.tasks), 4, columns=len(plan.tasks)) as (row,):
+        for axes, task in zip(row, plan.tasks, strict=True):
+            metric = get_task(task).metrics[0]
+            points = _points(plan, results, task, metric)
+            levels, means = [level for level, _ in points], [one.mean for _, one in points]
+            errors = [one.error or 0.0 for _, one in points]
+            axes.errorbar(levels, means, yerr=errors, marker="o", capsize=3, label="split")
+            for label, style, height in _references(results, task, metric):
+                axes.axhline(height, color="grey", linestyle=style, linewidth=1, label=label)
+            axes.set(xlabel="noise level (x mean |h_A|)", ylabel=metric, title=f"{get_task(task).title}, {plan.model}")
+            axes.legend(fontsize="small")
 
 
 def _points(plan: Plan, results: Results, task: str, metric: str) -> Sequence[tuple[float, Summary]]:

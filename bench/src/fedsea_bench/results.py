@@ -19,23 +19,13 @@ from rich.table import Table
 
 from fedsea.errors import UsageError
 
-_COMPARISONS: dict[str, Callable[[float, float], bool]] = {
-    ">=": operator.ge,
-    "<=": operator.le,
-    "==": operator.eq,
-}
+_COMPARISONS: dict[str, Callable[[float, float], bool]] = {">=": operator.ge, "<=": operator.le, "==": operator.eq}
 _TARGET = re.compile(r"(>=|<=|==) (\S+)")
 _MARKS = {True: "[green]holds[/]", False: "[red]FAILS[/]"}
 
 
 def meets(measured: float, target: str) -> bool:
-    """Whether a figure meets a target, which is written as a comparison with one number: ">= 0.95".
-
-    Raises
-    ------
-    UsageError
-        If the target is not of that form.
-    """
+    """Whether a figure meets a target, which is written as a comparison with one number: ">= 0.95"."""
     match = _TARGET.fullmatch(target)
     try:
         if match is not None:
@@ -118,13 +108,7 @@ def number(value: float) -> str:
 
 
 class Report:
-    """Collects a bench's lines and prints each as it comes in, as a row of a table.
-
-    Parameters
-    ----------
-    console
-        Where to print; the table is as wide as the console.
-    """
+    """Collects a bench's lines and prints each as it comes in, as a row of a table as wide as the console."""
 
     def __init__(self, console: Console) -> None:
         self.console = console

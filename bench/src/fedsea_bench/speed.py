@@ -78,12 +78,7 @@ def slow_link(bench: Workbench) -> Iterator[Line]:
             tokens,
         )
         repeating = _in_turns(
-            {
-                "guessing": _chat_loop(far, again, guesses=GUESSES),
-                "not": _chat_loop(far, again),
-            },
-            rounds,
-            tokens,
+            {"guessing": _chat_loop(far, again, guesses=GUESSES), "not": _chat_loop(far, again)}, rounds, tokens
         )
     shares = [slow * (RTT_SECONDS + 1 / fast) for slow, fast in zip(rates["far"], rates["near"], strict=True)]
     yield Line.median(

@@ -1,50 +1,87 @@
-"""Runs the topics of a bench: each is a function of a workbench that gives lines."""
+"""The topics of each bench, and how they are run: each is a function of a workbench that gives lines.
 
+They are named here by module and function, so that help and a wrong name need nothing that is slow to load.
+"""
+
+import pkgutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from rich.console import Console
+from fedsea.errors import UsageError
 
-from fedsea_bench.context import require_plotting
-from fedsea_bench.names import check_topics
-from fedsea_bench.results import Line, Report
-from fedsea_bench.workbench import Settings, Workbench
+if TYPE_CHECKING:
+    from rich.console import Console
 
-Topics = Mapping[str, Callable[[Workbench], Iterator[Line]]]
+    from fedsea_bench.results import Line, Report
+    from fedsea_bench.workbench import Settings
+
+TOPICS: Mapping[str, Mapping[str, str]] = {
+    "inference": {
+        "exactness": "exactness:exactness",
+        "decode-speed": "speed:decode_speed",
+        "link-bytes": "traffic:link_bytes",
+        "row-entries": "traffic:row_entries",
+        "kv-cache": "context:kv_cache",
+        "client-weights": "memory:client_weights",
+        "client-memory": "memory:client_memory",
+        "slow-link": "speed:slow_link",
+        "gpu": "memory:gpu",
+    },
+    "training": {
+        "exactness": "training_exactness:training_exactness",
+        "speed": "training_speed:training_speed",
+        "link-bytes": "traffic:training_bytes",
+        "slow-link": "training_speed:training_link",
+        "client-memory": "training_memory:training_client_memory",
+        "server-runs": "training_memory:server_runs",
+        "gpu": "training_memory:training_gpu_memory",
+    },
+    "federation": {
+        "exactness": "federation_exactness:federation_exactness",
+        "speed": "federation_speed:federation_speed",
+        "server-memory": "federation_speed:federation_memory",
+        "flower": "federation_flower:federation_overhead",
+        "quality": "federation_quality:federation_quality",
+        "scale": "federation_flower:federation_scale",
+    },
+    "privacy": {
+        "search": "privacy_search:search_reads",
+        "speed": "privacy_search:search_speed",
+        "bound": "privacy_bound:bound_holds",
+        "partition": "privacy_partition:partition_study",
+        "adaptive": "privacy_adaptive:adaptive_noise",
+        "paper": "privacy_paper:paper_claim",
+        "frontier": "privacy_frontier:frontier",
+    },
+}
 
 
-def run_topics(topics: Topics, settings: Settings, console: Console, only: Sequence[str] = ()) -> Report:
-    """Measure and print, line by line.
+def check_topics(bench: str, wanted: Sequence[str]) -> None:
+    """Check that a bench has these topics; if not, the UsageError names those that there are."""
+    unknown = [name for name in wanted if name not in TOPICS[bench]]
+    if unknown:
+        raise UsageError(f"no topic {', '.join(unknown)} in this bench; there are {', '.join(TOPICS[bench])}")
 
-    Parameters
-    ----------
-    topics
-        By name, in the order in which they run.
-    settings
-        Model, threads, and how thoroughly.
-    console
-        Where lines and progress go.
-    only
-        Names of the topics to run, in their usual order; all if empty.
 
-    Returns
-    -------
-    Report
-        The lines.
+def run_topics(bench: str, settings: "Settings", console: "Console", only: Sequence[str] = ()) -> "Report":
+    """Measure and print a bench's topics, or `only` some, in their usual order, line by line.
 
     Raises
     ------
     UsageError
-        If a topic is not known, or a drawing is asked for and cannot be made.
+        If a topic is not known.
     FedSEAError
         If a server or a measurement fails: a bench without its figures is not a result.
     """
-    check_topics(only, list(topics))
-    if settings.plots is not None:
-        require_plotting("leave --plots out")
+    from fedsea_bench.results import Report
+    from fedsea_bench.workbench import Workbench
+
+    check_topics(bench, only)
     report = Report(console)
-    with Workbench(settings, console) as bench:
-        for name, measure in topics.items():
+    with Workbench(settings, console) as workbench:
+        for name, function in TOPICS[bench].items():
             if not only or name in only:
-                for line in measure(bench):
+                measure: Callable[[Workbench], Iterator[Line]] = pkgutil.resolve_name(f"fedsea_bench.{function}")
+                for line in measure(workbench):
                     report.add(line)
     return report

@@ -4,7 +4,7 @@ import math
 import random
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,10 @@ from transformers import get_scheduler
 
 from fedsea.checkpoints import open_checkpoint
 from fedsea.client.model import SplitModelForCausalLM
-from fedsea.errors import ModelNotFoundError
+from fedsea.errors import ModelNotFoundError, NonFiniteError
 from fedsea.parts.adapters import adapter_parameters
+from fedsea.training.batches import Batches
+from fedsea.training.recipe import Recipe
 from fedsea_bench.workbench import Workbench
 
 Batch = dict[str, Tensor]
@@ -124,10 +126,10 @@ def saved_start(model: SplitModelForCausalLM) -> Iterator[Path]:
         yield Path(folder)
 
 
-def adamw(model: Any) -> torch.optim.AdamW:
+def adamw(model: Any, lr: float = LR, weight_decay: float = WEIGHT_DECAY) -> torch.optim.AdamW:
     """The bench's optimizer, over whatever of a model is trained."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return torch.optim.AdamW(trained, lr=LR, weight_decay=WEIGHT_DECAY)
+    return torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay)
 
 
 def batch_loss(model: Any, batch: Batch) -> Tensor:
@@ -150,10 +152,11 @@ def loss_row_by_row(model: Any, batch: Batch) -> Tensor:
 def train_step(
     model: Any,
     optimizer: torch.optim.Optimizer,
-    batches: Sequence[Batch],
-    loss_of: Callable[[Any, Batch], Tensor] = batch_loss,
+    batches: Sequence[Any],
+    loss_of: Callable[[Any, Any], Tensor] = batch_loss,
+    clip: float = MAX_NORM,
 ) -> float:
-    """One optimizer step, whose gradient is that of all the batches; returns their mean loss.
+    """One optimizer step, whose gradient is that of all the batches, clipped unless `clip` is 0; their mean loss.
 
     Returns once the step is done at the block server as well.
     """
@@ -162,7 +165,8 @@ def train_step(
         loss = loss_of(model, batch)
         (loss / len(batches)).backward()
         total += float(loss.detach()) / len(batches)
-    torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
+    if clip:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
     optimizer.step()
     optimizer.zero_grad()
     if isinstance(model, SplitModelForCausalLM) and model._run is not None:
@@ -183,6 +187,48 @@ def train(
         losses.append(train_step(model, optimizer, batches[first : first + accumulation], loss_of))
         schedule.step()
     return losses
+
+
+def train_whole(
+    model: Any, batches: Batches, recipe: Recipe, on_step: Callable[[int], None] = lambda _step: None
+) -> list[float]:
+    """The recipe as PEFT's users write it, on a whole model with its adapter; returns each step's loss.
+
+    `on_step` is told each step's number, from 1. Raises NonFiniteError if a loss is not finite.
+    """
+    optimizer = adamw(model, recipe.lr, recipe.weight_decay)
+    schedule = get_scheduler(recipe.schedule, optimizer, recipe.warmup, recipe.steps)
+    losses = []
+    model.train()
+    for step in range(recipe.steps):
+        places = range(step * recipe.accumulation, (step + 1) * recipe.accumulation)
+        chosen = [batches[place].to(model.device) for place in places]
+        # The mean over the learnt tokens of all these batches: shares of it that `train_step` averages.
+        share = len(chosen) / sum(batch.learnt for batch in chosen)
+
+        def loss_of(model: Any, batch: Any, share: float = share) -> Tensor:
+            inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "labels": batch.labels}
+            loss: Tensor = model(**inputs, num_items_in_batch=1).loss * share
+            return loss
+
+        losses.append(train_step(model, optimizer, chosen, loss_of, recipe.max_grad_norm))
+        if not math.isfinite(losses[-1]):
+            raise NonFiniteError(f"the loss of step {step + 1} of the whole model is {losses[-1]}")
+        schedule.step()
+        on_step(step + 1)
+    return losses
+
+
+def relative_differences(losses: Sequence[float], reference: Sequence[float]) -> list[float]:
+    """Of each step's loss."""
+    return [abs(mine / theirs - 1) for mine, theirs in zip(losses, reference, strict=True)]
+
+
+def largest_difference(adapter: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> float:
+    """Of a weight of two adapters; infinite if they do not have the same weights."""
+    if adapter.keys() != reference.keys():
+        return math.inf
+    return max(float((weight - reference[name]).abs().max()) for name, weight in adapter.items())
 
 
 def whole_adapter(adapted: Any) -> dict[str, Tensor]:

@@ -15,8 +15,10 @@ from fedsea_bench.training_case import (
     Batch,
     add_adapter,
     batch_loss,
+    largest_difference,
     loss_row_by_row,
     peft_on,
+    relative_differences,
     saved_start,
     text_batches,
     tokens_of,
@@ -38,21 +40,6 @@ class _Outcome:
     losses: list[float]
     adapter: Mapping[str, Tensor]
 
-    def loss_differences(self, reference: "_Outcome") -> list[float]:
-        """Relative, at each step."""
-        return [abs(mine / theirs - 1) for mine, theirs in zip(self.losses, reference.losses, strict=True)]
-
-    def adapter_difference(self, reference: "_Outcome") -> float:
-        """The largest of a weight.
-
-        Raises
-        ------
-        KeyError
-            If the adapters do not have the same weights.
-        """
-        names = self.adapter.keys() | reference.adapter.keys()
-        return max(float((self.adapter[name] - reference.adapter[name]).abs().max()) for name in names)
-
 
 def training_exactness(bench: Workbench) -> Iterator[Line]:
     """The same training by PEFT on the whole model, through the split in float32, and through it in 16 bits."""
@@ -69,7 +56,9 @@ def training_exactness(bench: Workbench) -> Iterator[Line]:
         f"{reference.losses[-1]:.3f}"
     )
     partitions = " ".join(described(partition) for partition in _partitions(bench, few=quick))
-    differences = [difference for split in splits for difference in split.loss_differences(reference)]
+    differences = [
+        difference for split in splits for difference in relative_differences(split.losses, reference.losses)
+    ]
     yield Line.of(
         "fine-tuning: largest relative difference of a step's loss",
         max(differences),
@@ -78,7 +67,7 @@ def training_exactness(bench: Workbench) -> Iterator[Line]:
         samples=differences,
         conditions=f"from PEFT on the whole model; float32 wire, partitions {partitions}; {conditions}",
     )
-    distances = [split.adapter_difference(reference) for split in splits]
+    distances = [largest_difference(split.adapter, reference.adapter) for split in splits]
     yield Line.of(
         "fine-tuning: largest difference of a weight of the final adapter",
         max(distances),
@@ -90,9 +79,9 @@ def training_exactness(bench: Workbench) -> Iterator[Line]:
     if rounding is not None:
         yield Line.of(
             "fine-tuning: the whole model's own rounding, of a loss",
-            max(rounding.loss_differences(reference)),
+            max(rounded := relative_differences(rounding.losses, reference.losses)),
             "",
-            samples=rounding.loss_differences(reference),
+            samples=rounded,
             conditions=(
                 "PEFT on the whole model against itself, each text of a batch passed through alone and their losses "
                 "added up: the same sums in another order, what the differences above are to be read beside"
@@ -100,7 +89,7 @@ def training_exactness(bench: Workbench) -> Iterator[Line]:
         )
         yield Line.of(
             "fine-tuning: the whole model's own rounding, of a weight",
-            rounding.adapter_difference(reference),
+            largest_difference(rounding.adapter, reference.adapter),
             "",
             conditions="of the same two trainings",
         )
@@ -108,9 +97,10 @@ def training_exactness(bench: Workbench) -> Iterator[Line]:
 
 
 def _wire_line(short: _Outcome, reference: _Outcome, conditions: str) -> Line:
-    percent = [100 * difference for difference in short.loss_differences(reference)]
+    percent = [100 * difference for difference in relative_differences(short.losses, reference.losses)]
     last = min(LAST_STEPS, len(percent))
     ends = [sum(outcome.losses[-last:]) / last for outcome in (short, reference)]
+    apart = largest_difference(short.adapter, reference.adapter)
     return Line.of(
         "fine-tuning over the 16-bit wire: difference of the final loss",
         percent[-1],
@@ -120,7 +110,7 @@ def _wire_line(short: _Outcome, reference: _Outcome, conditions: str) -> Line:
         conditions=(
             f"{short.losses[-1]:.5f} beside {reference.losses[-1]:.5f} at the last step, partition "
             f"{described(PARTITION)}; mean of the last {last} steps {ends[0]:.5f} beside {ends[1]:.5f}; the adapters "
-            f"end {short.adapter_difference(reference):.1g} apart at most; the spread is over the steps; {conditions}"
+            f"end {apart:.1g} apart at most; the spread is over the steps; {conditions}"
         ),
     )
 

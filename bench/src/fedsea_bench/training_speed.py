@@ -10,7 +10,7 @@ import torch
 
 from fedsea.client.model import SplitModelForCausalLM
 from fedsea.client.training import MICRO_BATCHES
-from fedsea_bench.clock import in_turns, seconds_of
+from fedsea_bench.clock import in_turns, milliseconds, ratios, seconds_of
 from fedsea_bench.link import Link
 from fedsea_bench.results import Line
 from fedsea_bench.speed import LINK_MBIT, RTT_SECONDS
@@ -57,7 +57,7 @@ def training_speed(bench: Workbench) -> Iterator[Line]:
     for count in (1, 2, MICRO_BATCHES):
         yield Line.median(
             f"step of training, split / PEFT on the whole model, {_micros(count)}",
-            _ratios(seconds[f"split {count}"], seconds["whole"]),
+            ratios(seconds[f"split {count}"], seconds["whole"]),
             "x",
             # The default where client and server share a machine, as here.
             target=STEP_TARGET if count == 1 else "",
@@ -134,13 +134,14 @@ def _over_link(
     least = [max(computed, passing) for computed in computing]
     for count in (micro_batches, 1):
         far_seconds, near_seconds = seconds[f"far {count}"], seconds[f"near {count}"]
+        medians = [milliseconds([statistics.median(one)]) for one in (far_seconds, near_seconds)]
         name = "a link as slow as computation" if matched else "slow link"
         yield Line.median(
             f"{name}: (training step - 2 RTT) / max(computation, bytes / bandwidth), {_micros(count)}",
             [(far - 2 * RTT_SECONDS) / bound for far, bound in zip(far_seconds, least, strict=True)],
             "x",
             target=OVERLAP_TARGET if count > 1 and not matched else "",
-            conditions=f"{_ms(far_seconds)} over the link, {_ms(near_seconds)} on loopback, medians; {conditions}",
+            conditions=f"{medians[0]} over the link, {medians[1]} on loopback, medians; {conditions}",
         )
 
 
@@ -164,13 +165,5 @@ def _warm_up(contenders: dict[str, Callable[[], float]]) -> None:
     in_turns(contenders, WARM_UP_STEPS)
 
 
-def _ratios(ours: list[float], reference: list[float]) -> list[float]:
-    return [mine / theirs for mine, theirs in zip(ours, reference, strict=True)]
-
-
 def _micros(count: int) -> str:
     return f"{count} micro-batches" if count > 1 else "no overlap (1 micro-batch)"
-
-
-def _ms(seconds: list[float]) -> str:
-    return f"{1000 * statistics.median(seconds):,.0f} ms"

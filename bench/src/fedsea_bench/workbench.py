@@ -8,7 +8,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import torch
@@ -27,27 +26,13 @@ _Model = TypeVar("_Model")
 
 @dataclass(frozen=True)
 class Settings:
-    """How a bench is run.
+    """How a bench is run."""
 
-    Parameters
-    ----------
-    model
-        The model that is measured, as `open_checkpoint` takes it.
-    quick
-        Fewer repetitions and smaller cases.
-    threads
-        Compute threads of each side: the whole model, the client, and the server.
-    plots
-        Folder for drawings; None draws none.
-    data
-        Folder with a folder for each task, named as the task's title; None leaves out what needs one.
-    """
-
-    model: str = "smollm2-135m"
-    quick: bool = False
-    threads: int = 2
-    plots: Path | None = None
-    data: Path | None = None
+    model: str = "smollm2-135m"  # as `open_checkpoint` takes it
+    quick: bool = False  # fewer repetitions and smaller cases
+    threads: int = 2  # of each side: the whole model, the client, and the server
+    plots: Path | None = None  # folder for drawings
+    data: Path | None = None  # folder with a folder for each task, named as the task's title
 
 
 class Workbench:
@@ -62,9 +47,7 @@ class Workbench:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_what: object) -> None:
         self._things.close()
 
     @contextmanager
