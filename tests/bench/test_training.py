@@ -111,8 +111,8 @@ def test_step_ends_when_the_server_has_done_it(bench: Workbench) -> None:
         start = {name: weight.clone() for name, weight in model.adapter_state().items()}
         (loss, _) = train(model, [even_batch(bench.config.vocab_size, 2, 9)] * 4, accumulation=2)
         assert math.isfinite(loss)
-        assert model._run is not None
-        assert not model._run.channel._pending
+        assert model.middle.run is not None
+        assert not model.middle.run.channel.pending
         moved = model.adapter_state()
         assert all(not torch.equal(moved[name], start[name]) for name in start if "lora_B" in name)
 

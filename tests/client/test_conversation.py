@@ -93,7 +93,7 @@ def test_a_step_that_fails_leaves_the_conversation_as_before_the_question(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Session, "forward", interrupted)
+        patch.setattr(Session, "receive", interrupted)
         with pytest.raises(KeyboardInterrupt):
             list(conversation.ask(SECOND))
     assert conversation.messages == before
@@ -130,7 +130,7 @@ def test_reset_forgets_all_but_the_system_message(model: SplitModelForCausalLM, 
 def test_a_conversation_that_outgrows_the_limit_says_so_and_can_be_reset(
     model: SplitModelForCausalLM, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model, "max_tokens", 50)
+    monkeypatch.setattr(model.model, "max_tokens", 50)
     conversation = Conversation(model, tokenizer, max_new_tokens=40)
     answer = "".join(conversation.ask(FIRST))
     with pytest.raises(LimitExceededError, match=r"allow 50: start anew \(/reset\)"):

@@ -211,9 +211,9 @@ def test_models_that_come_and_go_leave_no_threads_and_no_connections(server: Run
 def test_a_refused_model_that_the_servers_own_thread_collects_stops_nobody(server: RunningServer) -> None:
     """In one process, the garbage collector may close a model in the thread that would have to answer it."""
     model = adapted(server)
-    assert model._run is not None
+    assert model.middle.run is not None
     with pytest.raises(ProtocolError, match="has no weight 'nothing'"):
-        model._run.load({"adapter/nothing": torch.zeros(1)})
+        model.middle.run.load({"adapter/nothing": torch.zeros(1)})
     model.cycle = model
     del model
     server._loop.call_soon_threadsafe(gc.collect)

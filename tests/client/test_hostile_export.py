@@ -103,8 +103,12 @@ def test_a_server_that_exports_anything_else_is_told_and_nothing_is_saved(
     model: SplitModelForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     optimizer = adamw(model.parameters())
-    before = model.training_state(optimizer)[0]
-    for take in (lambda: model.save_adapter(tmp_path / "a"), lambda: model.training_state(optimizer), model.state_dict):
+    before = model.adapter.training_state(optimizer)[0]
+    for take in (
+        lambda: model.save_adapter(tmp_path / "a"),
+        lambda: model.adapter.training_state(optimizer),
+        model.state_dict,
+    ):
         with monkeypatch.context() as patch:
             arriving(patch, CHANGES[kind])
             with pytest.raises(ProtocolError, match="export"):
@@ -126,7 +130,7 @@ def test_the_coordinator_takes_no_average_of_anything_else(
     with BlockServerAdmin(server.address, insecure=True) as admin:
         ticket = invite(admin, spec, start, ["a"], "server-hierarchical", label="hostile.1")["a"]
         member = seated(server, ticket, start)
-        member.finish_round()
+        member.adapter.finish_round()
         with monkeypatch.context() as patch:
             arriving(patch, CHANGES[kind])
             with pytest.raises(ProtocolError, match="export"):

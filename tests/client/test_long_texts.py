@@ -124,7 +124,7 @@ def test_training_computes_a_batch_of_both_kinds_as_in_transformers(
     torch.testing.assert_close(
         split(ids, attention_mask=mask, labels=labels).loss.detach(), expected, atol=1e-4, rtol=0
     )
-    monkeypatch.setattr("fedsea.client.passes.MAX_PLACES", 200)
+    monkeypatch.setattr("fedsea.client.train_forward.MAX_PLACES", 200)
     with pytest.raises(UsageError, match=f"up to {TURN} tokens"):
         split(ids, attention_mask=mask, labels=labels)
 

@@ -145,7 +145,7 @@ def test_a_lost_connection_amid_guesses_changes_nothing(
 def test_the_models_length_is_used_up_and_not_passed(
     model: SplitModelForCausalLM, foretell: Callable[..., None]
 ) -> None:
-    model.max_tokens = PROMPT.shape[1] + 9
+    model.model.max_tokens = PROMPT.shape[1] + 9
 
     def until_the_limit(**options: Any) -> list[int]:
         tokens: list[int] = []

@@ -187,7 +187,7 @@ def test_an_evaluation_waits_for_an_optimizer_step_that_got_lost(server: Running
         model.eval()
         with torch.no_grad():
             logits = model(prompt()).logits
-            model._run.channel.settle()
+            model.middle.run.channel.settle()
             assert torch.equal(model(prompt()).logits, logits)
 
 
@@ -231,7 +231,7 @@ def test_a_server_restarted_without_the_run_says_what_to_do(start_server: Callab
             train(model, batches(1), optimizer=optimizer)
     with torch.no_grad(), pytest.raises(RunLostError, match="does not have the run"):
         model(prompt())
-    model.begin_run_again()
+    model.adapter.begin_run_again()
     model.set_adapter_state(adapter)
     optimizer = adamw(trained(model))
     train(model, batches(1), optimizer=optimizer)
@@ -275,7 +275,7 @@ optimizer = model.create_optimizer(lr=1e-2)
 ids = torch.tensor([[5, 6, 7, 8]])
 model(input_ids=ids, labels=ids).loss.backward()
 optimizer.step()
-model._run.channel.settle()
+model.middle.run.channel.settle()
 print("ready", flush=True)
 if sys.argv[3] == "stay":
     model(input_ids=ids, labels=ids).loss
@@ -310,7 +310,7 @@ def test_a_killed_clients_run_is_taken_up_by_its_name_and_one_that_just_ends_say
     trainer: Trainer = run.trainer
     left = {name: weight.detach().clone() for name, weight in trainer.parameters.items()}
     with adapted(forgetful, run="named", take_up=True) as model:
-        assert model._run.version == 1
+        assert model.middle.run.version == 1
         found = snapshot(model)
         assert all(torch.equal(found[name], weight) for name, weight in left.items())
         assert any(bool(weight.any()) for name, weight in left.items() if ".lora_B." in name)
@@ -328,5 +328,5 @@ def test_the_same_run_in_two_processes_is_the_later_ones(server: RunningServer) 
         with pytest.raises(ProtocolError, match="another connection has taken the run up"):
             first(**batch())
         second(**batch()).loss.backward()
-        second.end_run()
+        second.adapter.end_run()
         second.close()

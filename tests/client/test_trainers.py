@@ -190,7 +190,7 @@ def test_sft_trainer_with_a_peft_config_and_gradient_checkpointing(
             config = lora(task_type="CAUSAL_LM")
             folder = tmp_path / str(checkpointing)
             losses.append(sft(model, folder, sentences, peft_config=config, gradient_checkpointing=checkpointing))
-            assert model.gradient_checkpointing == checkpointing
+            assert model.is_gradient_checkpointing == checkpointing
             weights = read_adapter(folder / "saved")[1]
             assert weights.keys() == model.adapter_state().keys()
     assert losses[0][-2] < losses[0][0] - 0.5

@@ -362,17 +362,17 @@ def test_float16_gradients_are_the_same_for_the_models_loss_and_ones_own(half_se
 def test_a_float16_overflow_leaves_a_step_out_and_halves_the_scale(half_server: RunningServer) -> None:
     with adapted(half_server, dtype="float16", wire_dtype=None) as model:
         optimizer = model.create_optimizer(lr=1e-2)
-        model._run.scale.exponent = 30
+        model.middle.run.scale.exponent = 30
         before = snapshot(model)
         model(**batch()).loss.backward()
         assert not torch.isfinite(model.clip_grad_norm_(1.0))
         optimizer.step()
-        assert model._run.scale.exponent == 29
+        assert model.middle.run.scale.exponent == 29
         assert all(parameter.grad is None for parameter in trained(model))
         after = snapshot(model)
         assert all(torch.equal(before[name], after[name]) for name in before)
         losses = train(model, [batch()] * 14, optimizer=optimizer)
-        assert 10 < model._run.scale.exponent < 29
+        assert 10 < model.middle.run.scale.exponent < 29
         assert losses[-1] < losses[0] - 0.1
 
 
@@ -445,7 +445,7 @@ def test_padding_does_not_cross_and_a_step_costs_its_tokens(tiny_server: Running
         for lengths in (LENGTHS, (200, 15, 7, 12)):
             before = model.traffic.copy()
             train(model, [batch(lengths=lengths)], optimizer=optimizer)
-            model._run.channel.settle()
+            model.middle.run.channel.settle()
             counts[lengths] = model.traffic.since(before)
     for lengths, used in counts.items():
         tensors = 2 * sum(lengths) * 64 * 2
@@ -531,7 +531,7 @@ def test_base_weights_are_shared_and_a_closed_run_leaves_nothing(start_server: C
     models = [adapted(server) for _ in range(3)]
     for model in models:
         train(model, batches(2))
-        model._run.channel.settle()
+        model.middle.run.channel.settle()
     trainers = [run.trainer for run in runs]
     base = {weight.data_ptr() for weight in server.server.middle.parameters()}
     for trainer in trainers:
@@ -557,7 +557,7 @@ def test_a_model_is_closed_once_the_server_knows_though_nobody_read_its_last_ans
     server = start_server()
     model = adapted(server)
     train(model, batches(1))
-    assert model._run.channel._pending
+    assert model.middle.run.channel.pending
     model.close()
     assert not connection._closing  # else it gave up waiting
     assert eventually(lambda: len(server.server.runs) == 0)
@@ -566,12 +566,12 @@ def test_a_model_is_closed_once_the_server_knows_though_nobody_read_its_last_ans
 
 def test_a_forgotten_loss_is_given_up_at_the_server(tiny_server: RunningServer) -> None:
     with adapted(tiny_server) as model:
-        [run] = [one for one in tiny_server.server.runs if one.name == model._run.channel.name]
+        [run] = [one for one in tiny_server.server.runs if one.name == model.middle.run.channel.name]
         for seed in range(3):
             model(**batch(seed))
         gc.collect()
         model(**batch()).loss.backward()
-        model._run.channel.settle()
+        model.middle.run.channel.settle()
         assert run.trainer.waiting == {}
         assert run.trainer.graph_bytes == 0
 
@@ -627,8 +627,8 @@ def test_a_batch_is_cut_to_the_servers_frames(start_server: Callable[..., Runnin
 
 
 LIMITS: dict[str, tuple[Limits, str]] = {
-    "runs": (Limits(runs=1), "the server has 1 runs, its limit"),
-    "runs of a client": (Limits(client_runs=1), "has 1 runs, the limit of runs per client"),
+    "runs": (Limits(runs=1), "the server has 1 runs open, its limit"),
+    "runs of a client": (Limits(client_runs=1), "has 1 runs open, the limit of runs per client"),
     "memory": (Limits(run_bytes=60_000), "memory for adapters .* is used up"),
 }
 

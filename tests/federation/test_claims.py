@@ -176,9 +176,9 @@ def part(model: Any, number: int, lr: float = STEP.lr, steps: int = 1) -> str:
     """A member's local steps; gives what it is refused for."""
     try:
         train(model, [batch(10 * number + step) for step in range(steps)], make=lambda some: adamw(some, lr))
-        model.finish_round()
+        model.adapter.finish_round()
     except FedSEAError as error:
-        model.leave_round()
+        model.adapter.leave_round()
         return str(error)
     return ""
 
@@ -193,11 +193,11 @@ def test_a_seat_weighs_what_the_coordinator_says(server: RunningServer, admin: B
         admin.open_round(RoundPlan(label, "client-batch", SPEC, members, 20.0, 20.0, STEP, 10.0), START)
         models = [seated(server, ticket, START) for _, ticket in seats]
         # Nor is it asked how many tokens a member learns.
-        assert not any(model._run.channel.shared for model in models)
+        assert not any(model.middle.run.channel.shared for model in models)
         if claim is not None:
-            models[0]._run.channel.shared = True  # it says so without being asked
-            send = models[0]._run.send_gradient
-            models[0]._run.send_gradient = lambda *given, send=send, claim=claim, **_weight: send(*given[:3], claim)
+            models[0].middle.run.channel.shared = True  # it says so without being asked
+            send = models[0].middle.run.send_gradient
+            models[0].middle.run.send_gradient = lambda *given, send=send, claim=claim, **_weight: send(*given[:3], claim)
         assert together(*(partial(part, model, number) for number, model in enumerate(models))) == ["", ""]
         averages.append(admin.aggregate(label, {"a": 1.0, "b": 1.0}))
         for model in models:

@@ -155,17 +155,17 @@ def test_clip_and_noise_follow_the_states_together(
                     for name, weight in adapter_parameters(model.input_blocks).items():
                         weight.mul_(4.0 if chain and "project" in name else 1.0).add_(0.3 if not chain else 0.0)
 
-        before = model.measure_states().norm
+        before = model.protection.measure().norm
         training.run(grow)
         scale = looks_of(training).decided[1].scale
         assert looks_of(training).decided[0].scale == 1
-        assert scale == rounded_scale(model.measure_states().norm / before) != 1
+        assert scale == rounded_scale(model.protection.measure().norm / before) != 1
         # Used from now on, and on record with a cut, at the level's ratio of clip to noise.
         channel = model.noise.channel
         assert channel.clip == pytest.approx(scale * level.clip)
         assert channel.std == pytest.approx(scale * level.std)
         if chain:
-            record = model.cut_record()
+            record = model.adapter.cut_record()
             assert record is not None
             assert record.mechanism == str(model.noise)
         precision = looks_of(training).budget.spent[1]
@@ -257,8 +257,8 @@ def test_what_is_done_again_after_a_crash_is_no_finer_than_the_level(
 
     def note(self: Looks, step: int, passes: range) -> None:
         begin(self, step, passes)
-        assert self._model._look is not None
-        begun.append((step, (self._model.noise.channel.std / self._model._look.channel.std) ** 2))
+        assert self._model.protection.in_training is not None
+        begun.append((step, (self._model.noise.channel.std / self._model.protection.in_training.channel.std) ** 2))
 
     def crash(figures: Figures) -> None:
         if figures.step == STEPS - 1:
@@ -285,8 +285,8 @@ def test_what_is_done_again_after_a_crash_is_no_finer_than_the_level(
         looks.load(state, 0, 0)
         for step in range(STEPS + 1):
             looks.begin(step, range(1))
-            assert model._look is not None
-            precision = (model.noise.channel.std / model._look.channel.std) ** 2
+            assert model.protection.in_training is not None
+            precision = (model.noise.channel.std / model.protection.in_training.channel.std) ** 2
             expected = looks.decided[0].precision
             assert precision == pytest.approx(min(1.0, expected) if step < STEPS else expected)
 

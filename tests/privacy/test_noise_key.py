@@ -108,8 +108,8 @@ def swapped(passes: Passes) -> None:  # as averages of weights are, before an ev
 
 
 def rounds_adapter(passes: Passes) -> None:
-    weights = passes.model.local_adapter_state()
-    passes.model.set_local_adapter({name: weight + 0.1 for name, weight in weights.items()})
+    weights = passes.model.adapter.local_state()
+    passes.model.adapter.set_local({name: weight + 0.1 for name, weight in weights.items()})
 
 
 def whole_adapter(passes: Passes) -> None:
@@ -119,8 +119,10 @@ def whole_adapter(passes: Passes) -> None:
 
 def training_state(passes: Passes) -> None:
     optimizer = passes.model.create_optimizer(lr=0.1)
-    adapter, states = passes.model.training_state(optimizer)
-    passes.model.set_training_state(optimizer, {name: weight + 0.1 for name, weight in adapter.items()}, states, 0)
+    adapter, states = passes.model.adapter.training_state(optimizer)
+    passes.model.adapter.set_training_state(
+        optimizer, {name: weight + 0.1 for name, weight in adapter.items()}, states, 0
+    )
 
 
 def of_lora(do: Callable[[Linear], object]) -> Callable[[Passes], None]:
@@ -230,7 +232,7 @@ def test_what_is_drawn_on_the_way_changes_the_noise(
 def test_a_state_that_did_not_change_carries_the_same_noise(passes: Passes) -> None:
     model = passes.model
     first = passes.send()
-    model.set_local_adapter(model.local_adapter_state())
+    model.adapter.set_local(model.adapter.local_state())
     assert torch.equal(passes.send(), first)
     model.set_adapter_state(model.adapter_state())
     assert torch.equal(passes.send(), first)
@@ -244,9 +246,9 @@ def test_a_state_that_did_not_change_carries_the_same_noise(passes: Passes) -> N
     assert torch.equal(passes.send(backward=True), first)
     assert len(passes._seen) == sent + 1
     # Changed and back: the draw of the first time, not a further look.
-    weights = model.local_adapter_state()
+    weights = model.adapter.local_state()
     for change in (0.2, 0.0):
-        model.set_local_adapter({name: weight + change for name, weight in weights.items()})
+        model.adapter.set_local({name: weight + change for name, weight in weights.items()})
         assert torch.equal(passes.send(), first) == (change == 0.0)
     model.noise = clipped_gaussian(1e9, STD)
     assert not are_the_same(passes.send() / STD, first / STD)
@@ -327,9 +329,12 @@ def test_two_models_share_no_draw_and_a_copy_of_a_source_has_its_secret(tiny_ser
     for _ in range(2):
         with connect(tiny_server, noise=GaussianNoise(STD)) as model, torch.no_grad():
             sent.append(capture(model, lambda model=model: model(TEXT))[-1].states / STD)  # type: ignore[misc]
-            source = copy.deepcopy(model._source)
+            source = copy.deepcopy(model.protection.source)
             digests = source.extend(b"", [1, 2])
-            assert torch.equal(source.normals(digests, 8), model._source.normals(model._source.extend(b"", [1, 2]), 8))
+            assert torch.equal(
+                source.normals(digests, 8),
+                model.protection.source.normals(model.protection.source.extend(b"", [1, 2]), 8),
+            )
     assert not are_the_same(*sent)
 
 

@@ -294,7 +294,7 @@ def record_training(server: RunningServer, recorder: Recorder) -> Frames:
             model(**batch(1, TEXTS))
             gc.collect()
             train(model, [batch(2, TEXTS)], optimizer=optimizer)
-            model.training_state(optimizer)
+            model.adapter.training_state(optimizer)
 
     streams = recorder.record(work)
     return max(streams, key=len)
@@ -360,8 +360,8 @@ def record_round(server: RunningServer, recorder: Recorder, admin: BlockServerAd
 
     def member(name: str, seed: int) -> None:
         with connect(server) as model:
-            model.join_round(tickets[name], lora())
-            model.set_local_adapter(weights)
+            model.adapter.join_round(tickets[name], lora())
+            model.adapter.set_local(weights)
             take_part(model.train(), [batch(seed, TEXTS)])
 
     # Nobody is given up for being slow.

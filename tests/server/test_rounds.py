@@ -159,8 +159,8 @@ def test_client_batch_with_a_round_a_step_equals_one_client_on_all_three_parts(
             models = [seated(server, tickets[name], now, partition=Partition(1, 1)) for name in names]
         else:
             for model, name in zip(models, names, strict=True):
-                model.join_round(tickets[name], lora())
-                model.set_local_adapter(now)
+                model.adapter.join_round(tickets[name], lora())
+                model.adapter.set_local(now)
         results = together(
             *(lambda m=model, d=one[step]: take_part(m, [d], sgd) for model, one in zip(models, data, strict=True))
         )
@@ -228,7 +228,7 @@ def test_a_client_that_hangs_costs_the_others_one_deadline(
         woken.wait(30)
         loss.backward()
         optimizer.step()
-        slow.finish_round()
+        slow.adapter.finish_round()
 
     def work() -> float:
         began = time.monotonic()
@@ -249,7 +249,7 @@ def test_a_client_that_hangs_costs_the_others_one_deadline(
     assert not members["quick"].straggled
     admin.aggregate("test.1", {"quick": 1.0})
     again = invite(admin, spec, start, ["slow"], strategy)
-    slow.join_round(again["slow"], lora())
+    slow.adapter.join_round(again["slow"], lora())
     slow.zero_grad()
     take_part(slow, [batch(1)])
     for model in (quick, slow):
@@ -284,7 +284,7 @@ def test_a_client_that_leaves_is_not_waited_for(
 
     def leave() -> None:
         train(leaves, [batch(1)])
-        leaves.leave_round()
+        leaves.adapter.leave_round()
 
     began = time.monotonic()
     together(lambda: take_part(stays, [batch(2), batch(3), batch(4)]), leave)
@@ -315,7 +315,7 @@ def test_a_client_that_is_interrupted_while_it_waits_gives_its_seat_up(
     finally:
         timer.join()
         signal.signal(signal.SIGUSR1, before)
-    models["b"].leave_round()
+    models["b"].adapter.leave_round()
     models["b"].close()
     take_part(models["a"], [batch(2)])
     states = {member.client: member for member in admin.status("test.1").members}
@@ -334,7 +334,7 @@ def test_a_client_that_is_not_a_number_is_refused_and_the_others_go_on(
         (loss * float("nan")).backward()
         with pytest.raises(NonFiniteError):
             adamw(trained(bad)).step()
-        bad.leave_round()
+        bad.adapter.leave_round()
 
     (losses, _), _ = together(lambda: take_part(good, [batch(2), batch(3)]), fail)
     assert all(loss == loss for loss in losses)
@@ -352,9 +352,9 @@ def test_an_optimizer_step_unlike_the_others_is_refused(
     def other() -> str:
         try:
             train(models["other"], [batch(1)], make=sgd)
-            models["other"].finish_round()
+            models["other"].adapter.finish_round()
         except FedSEAError as error:
-            models["other"].leave_round()
+            models["other"].adapter.leave_round()
             return str(error)
         return ""
 
@@ -410,10 +410,10 @@ def test_another_adapter_model_or_server_is_refused_with_the_reason(
     tickets = invite(admin, spec, start, ["a", "b"], "server-hierarchical")
     model = connect(server)
     with pytest.raises(ModelMismatchError, match="rank"):
-        model.join_round(tickets["a"], lora(r=2))
-    model.join_round(tickets["a"], lora())  # the ticket was not used up by that
+        model.adapter.join_round(tickets["a"], lora(r=2))
+    model.adapter.join_round(tickets["a"], lora())  # the ticket was not used up by that
     with pytest.raises(ModelMismatchError, match="is missing"):
-        model.set_local_adapter({})
+        model.adapter.set_local({})
     model.close()
 
 
@@ -503,7 +503,7 @@ def test_a_large_adapter_goes_in_pages(
     with BlockServerAdmin(server.address, insecure=True) as admin:
         ticket = invite(admin, spec, start, ["a"], "server-hierarchical")["a"]
         model = seated(server, ticket, start)
-        model.finish_round()
+        model.adapter.finish_round()
         average = admin.aggregate("test.1", {"a": 1.0})
         assert sum(weight.nbytes for weight in average.values()) > 8_000
         for name, weight in average.items():

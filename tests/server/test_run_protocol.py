@@ -266,12 +266,12 @@ def test_a_named_run_is_taken_up_with_the_same_adapter_only(server: RunningServe
     with connect(server) as model, pytest.raises(UsageError, match="is at the server already, after 1 optimizer steps"):
         model.add_adapter(lora(), run="named")
     with adapted(server, run="named", take_up=True) as model:
-        assert model._run.version == 1
+        assert model.middle.run.version == 1
         train(model, [batch()])
-        model.end_run()
+        model.adapter.end_run()
     with connect(server) as model:
         model.add_adapter(lora(), run="named")  # the name is free again
-        model.end_run()
+        model.adapter.end_run()
 
 
 def test_a_client_of_another_model_is_told_what_differs(server: RunningServer) -> None:

@@ -35,16 +35,16 @@ def seated(server: RunningServer, ticket: Ticket, weights: Weights, **how: Any) 
     """A client that has taken its seat."""
     how.setdefault("notice", lambda _line: None)
     model = connect(server, **how)
-    model.join_round(ticket, lora())
-    model.set_local_adapter(weights)
+    model.adapter.join_round(ticket, lora())
+    model.adapter.set_local(weights)
     return model.train()
 
 
 def take_part(model: SplitModelForCausalLM, data: list[Batch], make: Any = adamw) -> tuple[list[float], Weights]:
     """A client's local steps; returns losses, and A's and C's adapter."""
     losses = train(model, data, make=make)
-    model.finish_round()
-    return losses, model.local_adapter_state()
+    model.adapter.finish_round()
+    return losses, model.adapter.local_state()
 
 
 def together(*work: Callable[[], Any]) -> list[Any]:

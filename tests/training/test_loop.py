@@ -143,7 +143,7 @@ def test_it_goes_on_in_another_partition(server: ServerProcess, tmp_path: Path) 
                 training = FineTuning(model, batches, RECIPE, folder, lora=plain, base_model=None, notice=print)
                 assert training.resume() == (number == 1)
                 training.run(*stop_after(3)) if number == 0 else training.run(nothing)
-                model.end_run()
+                model.adapter.end_run()
         results.append(losses(tmp_path / name))
     assert results[0] == pytest.approx(results[1], rel=1e-5)
 

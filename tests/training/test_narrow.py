@@ -127,8 +127,8 @@ def test_gradients_through_the_wire_are_those_of_finite_differences(tiny_server:
     one, step = batch(), 1e-2
     with adapted(tiny_server, noise=CUT) as model:
         project = model.narrow_cut["project"].weight
-        assert model._run is not None
-        run = tiny_server.server.runs.find(model._run.channel.name, "anonymous")
+        assert model.middle.run is not None
+        run = tiny_server.server.runs.find(model.middle.run.channel.name, "anonymous")
 
         def loss() -> float:
             with torch.no_grad():
@@ -141,9 +141,9 @@ def test_gradients_through_the_wire_are_those_of_finite_differences(tiny_server:
         start = project.detach().clone()
         slopes = []
         for sign in (1, -1):
-            model._run.load({f"adapter/{LIFT}": lift + sign * step * at_lift / at_lift.norm()})
+            model.middle.run.load({f"adapter/{LIFT}": lift + sign * step * at_lift / at_lift.norm()})
             slopes.append(sign * loss() / (2 * step))
-        model._run.load({f"adapter/{LIFT}": lift})
+        model.middle.run.load({f"adapter/{LIFT}": lift})
         assert sum(slopes) == pytest.approx(float(at_lift.norm()), rel=1e-2)
         slopes = []
         for sign in (1, -1):
@@ -258,7 +258,7 @@ def test_a_session_goes_on_after_a_cut_and_is_replayed_if_it_is_gone(tiny_server
             reference = model.generate(prompt(), **how)
 
             def lose() -> None:
-                for session in list(table._sessions.values()):
+                for session in list(table):
                     table.close(session)
                 link.cut()
 
@@ -279,12 +279,12 @@ def test_a_training_state_goes_on_elsewhere_as_here(tiny_server: RunningServer) 
     with adapted(tiny_server, noise=CUT) as model, adapted(tiny_server, noise=CUT) as other:
         optimizer = model.create_optimizer(lr=5e-3)
         train(model, data[:2], optimizer=optimizer)
-        state = model.training_state(optimizer)
+        state = model.adapter.training_state(optimizer)
         assert {f"{kind}/{name}" for kind in ("exp_avg", "exp_avg_sq") for name in (PROJECT, LIFT)} <= state[1].keys()
         losses = train(model, data[2:], optimizer=optimizer)
         train(other, data[3:])
         again = other.create_optimizer(lr=5e-3)
-        other.set_training_state(again, *state, 2)
+        other.adapter.set_training_state(again, *state, 2)
         assert train(other, data[2:], optimizer=again) == losses
         one, two = snapshot(model), snapshot(other)
         assert all(torch.equal(one[name], two[name]) for name in one)
@@ -320,7 +320,7 @@ def test_a_fine_tuning_goes_on_from_its_checkpoint_and_in_its_own_place_only(
 ) -> None:
     with connect(tiny_server, noise=CUT) as model:
         assert tuning(model, tmp_path / "whole").run(lambda _figures: None)
-        model.end_run()
+        model.adapter.end_run()
     runs, figures = tiny_server.server.runs, []
     with connect(tiny_server, noise=CUT) as model:
         training = tuning(model, tmp_path / "run")
@@ -328,7 +328,7 @@ def test_a_fine_tuning_goes_on_from_its_checkpoint_and_in_its_own_place_only(
         def on_step(one: Any) -> None:
             figures.append(one)
             if len(figures) == 3:  # the server loses the run: back to step 2, by itself
-                runs.close(runs.find(model._run.channel.name, "anonymous"))  # type: ignore[union-attr]
+                runs.close(runs.find(model.middle.run.channel.name, "anonymous"))  # type: ignore[union-attr]
 
         assert not training.run(on_step, lambda: len(figures) == 5)
     elsewhere: dict[str, Any] = {"noise": CUT, "partition": Partition(2, 1)}
@@ -336,11 +336,11 @@ def test_a_fine_tuning_goes_on_from_its_checkpoint_and_in_its_own_place_only(
         tuning(model, tmp_path / "run", resume=True)
     with connect(tiny_server, noise=CUT) as model:
         assert tuning(model, tmp_path / "run", resume=True).run(lambda _figures: None)
-        model.end_run()
+        model.adapter.end_run()
     with connect(tiny_server, **elsewhere) as model:  # its run is no more at the server
         with pytest.raises(PartitionError, match="trained after 1 input layers, here there are 2"):
             tuning(model, tmp_path / "run", resume=True)
-        model.end_run()
+        model.adapter.end_run()
     losses = [[line["loss"] for line in RunFolder(tmp_path / name, print).metrics()] for name in ("whole", "run")]
     assert losses[0] == losses[1]
 
@@ -445,7 +445,7 @@ def test_what_cannot_be_is_said_in_one_line_before_anything_leaves(tiny_server: 
         for action, says in [
             (lambda: model(prompt()), "fine-tune with it first, or load the adapter that was trained with it"),
             (lambda: model.generate(prompt(), max_new_tokens=2, pad_token_id=0), "fine-tune with it first"),
-            (lambda: model.join_round(ticket, lora()), "federated rounds train no narrow cuts"),
+            (lambda: model.adapter.join_round(ticket, lora()), "federated rounds train no narrow cuts"),
         ]:
             sent = capture(model, lambda action=action, says=says: refused(action, says))
             assert not sent
@@ -466,9 +466,9 @@ def refused(action: Callable[[], object], says: str) -> None:
 def test_a_session_that_is_cut_otherwise_than_its_run_is_one_clear_line(tiny_server: RunningServer) -> None:
     with adapted(tiny_server, noise=CUT) as model:
         model.eval()
-        model._settings = replace(model._settings, narrow=8)
+        model.middle.settings = replace(model.middle.settings, narrow=8)
         model.input_blocks.narrow(torch.zeros(8, HIDDEN))
-        model._protect(NarrowCut(8), model._measure)
+        model.protection.use(NarrowCut(8))
         with torch.no_grad(), pytest.raises(ProtocolError, match=r"narrow cut has rank 16, the session's .* rank 8"):
             model(prompt())
         with pytest.raises(ProtocolError, match="narrow cut has rank 16, the states that came have 8 numbers"):
@@ -478,9 +478,9 @@ def test_a_session_that_is_cut_otherwise_than_its_run_is_one_clear_line(tiny_ser
 def test_a_server_that_has_lost_the_run_says_so(tiny_server: RunningServer) -> None:
     with adapted(tiny_server, noise=CUT) as model:
         model.eval()
-        assert model._run is not None
+        assert model.middle.run is not None
         runs = tiny_server.server.runs
-        runs.close(runs.find(model._run.channel.name, "anonymous"))
+        runs.close(runs.find(model.middle.run.channel.name, "anonymous"))
         with torch.no_grad(), pytest.raises(RunLostError):
             model(prompt())
 

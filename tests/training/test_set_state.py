@@ -130,10 +130,10 @@ def test_a_state_is_set_in_the_middle_of_a_sum_of_gradients(tiny_server: Running
     with adapted(tiny_server) as model:
         optimizer = model.create_optimizer(lr=5e-3)
         train(model, batches(1), optimizer=optimizer)
-        state = model.training_state(optimizer)
+        state = model.adapter.training_state(optimizer)
         expected = train(model, batches(2), optimizer=optimizer, clip=0.1), snapshot(model)
         model(**batch(5)).loss.backward()
-        model.set_training_state(optimizer, *state, 1)
+        model.adapter.set_training_state(optimizer, *state, 1)
         found = train(model, batches(2), optimizer=optimizer, clip=0.1), snapshot(model)
     assert found[0] == expected[0]
     assert all(torch.equal(found[1][name], expected[1][name]) for name in found[1])
@@ -143,10 +143,10 @@ def test_a_state_of_another_adapter_sets_nothing(tiny_server: RunningServer) -> 
     with adapted(tiny_server) as model:
         optimizer = model.create_optimizer(lr=5e-3)
         train(model, batches(2), optimizer=optimizer)
-        before = model.training_state(optimizer)
+        before = model.adapter.training_state(optimizer)
         with pytest.raises(ModelMismatchError, match="is on one side only"):
-            model.set_training_state(optimizer, {}, {}, 0)
-        after = model.training_state(optimizer)
+            model.adapter.set_training_state(optimizer, {}, {}, 0)
+        after = model.adapter.training_state(optimizer)
     for one, other in zip(before, after, strict=True):
         assert one.keys() == other.keys()
         assert all(torch.equal(one[name], other[name]) for name in one)
@@ -176,28 +176,28 @@ def test_the_loss_scale_is_part_of_the_state(start_server: Callable[..., Running
     server = start_server(dtype=torch.float16)
     half: Any = {"dtype": "float16", "wire_dtype": None}
     with adapted(server, **half) as model, adapted(server, **half) as other, adapted(server, **half) as third:
-        start = model.loss_scale
+        start = model.adapter.loss_scale
         optimizer = adamw(trained(model))
-        model.set_loss_scale([11, 7])
+        model.adapter.loss_scale = [11, 7]
         train(model, batches(1), optimizer=optimizer)
-        assert model.loss_scale == [11, 8]
+        assert model.adapter.loss_scale == [11, 8]
         again = adamw(trained(other))
         again.load_state_dict(optimizer.state_dict())
         other(**batch(0)).loss.backward()
-        assert other.loss_scale == [11, 8]  # from the first pass on, before any step
+        assert other.adapter.loss_scale == [11, 8]  # from the first pass on, before any step
         again.step()
-        assert other.loss_scale == [11, 9]
+        assert other.adapter.loss_scale == [11, 9]
         # Where another optimizer has stepped last, one step may be left out, and what was loaded counts from there on.
         later = adamw(trained(other))
         later.load_state_dict(optimizer.state_dict())
-        other.set_loss_scale([30, 0])
+        other.adapter.loss_scale = [30, 0]
         other(**batch(0)).loss.backward()
         later.step()
-        assert other.loss_scale == [11, 8]
-        third.set_loss_scale(model.loss_scale)
-        assert third.loss_scale == [11, 8]
-        third.set_loss_scale(None)
-        assert third.loss_scale == start
+        assert other.adapter.loss_scale == [11, 8]
+        third.adapter.loss_scale = model.adapter.loss_scale
+        assert third.adapter.loss_scale == [11, 8]
+        third.adapter.loss_scale = None
+        assert third.adapter.loss_scale == start
     server.stop()
 
 
@@ -213,9 +213,9 @@ def test_a_round_that_broke_off_leaves_nothing_in_the_next(tiny_server: RunningS
             member = seated(tiny_server, ticket, start)
             if broken:
                 member(**batch(8)).loss.backward()
-                member.leave_round()
-                member.join_round(invite(admin, spec, start, ["a"], strategy)["a"], lora())
-                member.set_local_adapter(start)
+                member.adapter.leave_round()
+                member.adapter.join_round(invite(admin, spec, start, ["a"], strategy)["a"], lora())
+                member.adapter.set_local(start)
             results.append((*take_part(member, [batch(1), batch(2)]), admin.aggregate("test.1", {"a": 1.0})))
             member.close()
     assert results[0][0] == results[1][0]

@@ -104,11 +104,11 @@ def _client() -> None:
         print(json.dumps({"ready": True}), flush=True)
         for line in sys.stdin:
             request = json.loads(line)
-            model.join_round(Ticket.from_body(request["ticket"]), adapter_config())
+            model.adapter.join_round(Ticket.from_body(request["ticket"]), adapter_config())
             model.train()
             optimizer = adamw(model)
             losses = [train_step(model, optimizer, [batch]) for _ in range(request["steps"])]
-            model.finish_round()
+            model.adapter.finish_round()
             print(json.dumps({"loss": losses[-1]}), flush=True)
 
 

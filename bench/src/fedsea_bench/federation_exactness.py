@@ -168,11 +168,11 @@ class _Clients:
         with SplitModelForCausalLM.from_pretrained(
             self._bench.settings.model, server=ticket.server, insecure=True, partition=partition, wire_dtype="float32"
         ) as model:
-            model.join_round(ticket, adapter_config())
-            model.set_local_adapter(weights)
+            model.adapter.join_round(ticket, adapter_config())
+            model.adapter.set_local(weights)
             losses = _steps(model.train(), batches, clip)
-            model.finish_round()
-            return losses, model.local_adapter_state()
+            model.adapter.finish_round()
+            return losses, model.adapter.local_state()
 
 
 def _steps(model: Any, batches: Sequence[Batch], clip: float) -> list[float]:

@@ -140,7 +140,7 @@ def train(bench: Workbench, arm: str, seed: int, size: Size) -> Curve:
             training.looks = Looks(model, adaptive, first_over_last=1 / FIRST_OVER_LAST)
         if arm == SHORT:
             finer = relative_clipped_gaussian(CLIP, LEVEL * math.sqrt(passes / size.passes))
-            model.protect_look(finer.calibrated(model.measure_states), model.noise)
+            model.protection.in_training = finer.calibrated(model.protection.measure)
 
         def measure(figures: Figures | None) -> None:
             step = figures.step if figures is not None else 0
@@ -149,7 +149,7 @@ def train(bench: Workbench, arm: str, seed: int, size: Size) -> Curve:
 
         measure(None)
         training.run(measure)
-        model.end_run()
+        model.adapter.end_run()
     return curve
 
 

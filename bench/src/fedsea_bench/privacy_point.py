@@ -158,7 +158,7 @@ def _trained(
         training = FineTuning(model, batches, recipe, folder, lora=lora, base_model=None, notice=_ignore)
         training.run(lambda figures: losses.append(figures.loss))
         outcome = _scored(bench, model, task, data, size, losses)
-        model.end_run()
+        model.adapter.end_run()
     return outcome
 
 

@@ -244,7 +244,7 @@ class QualityBench:
                 self._tell(f"going on from the checkpoint of step {training.step}")
             training.run(_ignore)
             result = self._evaluated(job, model, [figures["loss"] for figures in folder.metrics()])
-            model.end_run()
+            model.adapter.end_run()
         shutil.rmtree(folder.checkpoints.path, ignore_errors=True)  # the adapter stays
         return result
 

@@ -169,9 +169,9 @@ def train_step(
         torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
     optimizer.step()
     optimizer.zero_grad()
-    if isinstance(model, SplitModelForCausalLM) and model._run is not None:
+    if isinstance(model, SplitModelForCausalLM) and model.middle is not None and model.middle.run is not None:
         # The client need not wait for this, but a step that is timed has to end before something else begins.
-        model._run.channel.settle()
+        model.middle.run.channel.settle()
     return total
 
 

@@ -75,12 +75,13 @@ class LiveLeakage:
 
     def __init__(self, conversation: Conversation, checkpoint: Checkpoint) -> None:
         model = conversation.model
-        if not model.partition.middle(checkpoint.config.num_hidden_layers):
+        if model.middle is None:
             raise UsageError("this partition leaves no middle: nothing leaves the client, and there is nothing to read")
         self._conversation, self._tokenizer = conversation, conversation.tokenizer
-        shared = SharedKnowledge(checkpoint, model.partition, self._tokenizer, projection=model.projection)
+        shared = SharedKnowledge(checkpoint, model.partition, self._tokenizer, projection=model.protection.projection)
         self._knowledge = Knowledge(shared, model.noise, wire_dtype=model.wire_dtype)
-        self._tap = model.tap = Tap()
+        self._tap = Tap()
+        model.middle.tap = self._tap
         self._search, self._read_out = get_attack("search"), get_attack("read-out")
         self._read: tuple[int | None, ...] = ()
 

@@ -104,6 +104,7 @@ def finetune(
     with working("loading libraries"):
         from peft import LoraConfig
 
+        from fedsea.parts.adapters import AdapterSpec
         from fedsea.training.batches import Batches
         from fedsea.training.folder import RunFolder
         from fedsea.training.loop import FineTuning
@@ -130,7 +131,7 @@ def finetune(
         if recompute:
             model.activation_checkpointing_enable()
         config = LoraConfig(**lora.arguments())
-        model.check_adapter(config)
+        AdapterSpec.from_config(config, model.config)  # refuses what cannot be trained
         # The folder only now: a wrong address or adapter leaves nothing behind.
         name = name if name is not None else folder.begin(settings)
         model.add_adapter(config, run=name, take_up=resume, seed=recipe.seed)
@@ -147,7 +148,7 @@ def finetune(
             tell(f"going on from the checkpoint of step {training.step}")
         done = _train(training, folder, as_json=as_json)
         if done:
-            model.end_run()
+            model.adapter.end_run()
     summary = _summary(folder, training, done=done)
     if as_json:
         print_json(summary)

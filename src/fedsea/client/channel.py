@@ -14,11 +14,11 @@ from functools import partial
 
 from torch import Tensor
 
-from fedsea.client.connection import GOODBYE_SECONDS, Connection, ConnectionLost, Endpoint
-from fedsea.client.patience import Patience
+from fedsea.client.connection import CLOSING_SECONDS, ConnectionLost, Endpoint
 from fedsea.client.session import SessionSettings
+from fedsea.client.stream import ReconnectingStream
 from fedsea.client.traffic import Traffic
-from fedsea.errors import FedSEAError, ProtocolError, RunLostError, ServerUnavailableError
+from fedsea.errors import FedSEAError, ProtocolError, RunLostError
 from fedsea.parts.adapters import AdapterSpec
 from fedsea.wire import contract
 from fedsea.wire.frames import Command, Kind, Message, Operation, Outcome, Reply, States, Tensors
@@ -32,14 +32,20 @@ class RunChannel:
     def __init__(
         self, endpoint: Endpoint, settings: SessionSettings, adapter: AdapterSpec, name: str, traffic: Traffic
     ) -> None:
-        self._endpoint, self._settings, self._adapter = endpoint, settings, adapter
-        self.name, self._traffic = name, traffic
-        self._connection: Connection | None = None
-        self._pending: OrderedDict[int, Operation] = OrderedDict()
-        self._unasked: set[int] = set()  # operations whose answer nobody waits for
+        self._settings, self._adapter, self.name = settings, adapter, name
+        self._stream = ReconnectingStream(
+            endpoint,
+            traffic,
+            seconds=settings.reconnect_seconds,
+            notice=settings.notice,
+            of="run",
+            path=contract.RUN_PATH,
+        )
+        self.pending: OrderedDict[int, Operation] = OrderedDict()  # by number: those that are not known to be done
+        self._not_waited_for: set[int] = set()  # operations whose answer only matters if it is an error
         self._answers: dict[int, Reply] = {}
         self._number = self._received = 0
-        self._closed = self._refused = False
+        self._refused = False
         self.frame_bytes = self.micro_batches = 0
         self.shared = False
         self.changes = 0  # of the adapter, by what was sent
@@ -59,30 +65,29 @@ class RunChannel:
                 try:
                     return self._connect(begin=False)
                 except RunLostError:
-                    self._drop()
+                    self._stream.drop()
             return self._connect(begin=True, token=token)
         except ConnectionLost as lost:
-            self._drop()
-            raise self._endpoint.explain(str(lost)) from None
+            self._stream.drop()
+            raise self._stream.endpoint.explain(str(lost)) from None
 
-    def submit(self, make: Callable[[int], Operation], *, asked: bool = True) -> int:
+    def submit(self, make: Callable[[int], Operation], *, wait_for_reply: bool = True) -> int:
         """Send an operation, made with its number, and return the number; does not wait.
 
-        An operation that is not `asked` for has an answer that only matters if it is an error: whoever waits next gets
-        that.
+        Without `wait_for_reply` the answer only matters if it is an error: who waits next gets that.
         """
-        if self._closed:
-            raise ServerUnavailableError("the run is closed")
-        if self._connection is None and not self._pending:
-            self._recover(lambda: None)
+        if self._stream.closed:
+            raise self._stream.closed_error()
+        if self._stream.connection is None and not self.pending:
+            self._keep_trying(lambda: None)
         self._number += 1
         operation = make(self._number)
         if isinstance(operation, Tensors) or (isinstance(operation, Command) and operation.body["do"] == "update"):
             self.changes += 1
-        self._pending[self._number] = operation
-        if not asked:
-            self._unasked.add(self._number)
-        if self._connection is not None:
+        self.pending[self._number] = operation
+        if not wait_for_reply:
+            self._not_waited_for.add(self._number)
+        if self._stream.connection is not None:
             self._put(operation)
         return self._number
 
@@ -99,49 +104,35 @@ class RunChannel:
             What the server refuses: this operation, or one before it.
         """
         if number not in self._answers:
-            self._recover(lambda: self._read_until(number))
+            self._keep_trying(lambda: self._read_until(number))
         return self._answers.pop(number)
 
     def call(self, make: Callable[[int], Operation]) -> Reply:
         """Send an operation and wait for its answer."""
         return self.answer(self.submit(make))
 
-    def _recover(self, work: Callable[[], None]) -> None:
-        """Do what needs the connection, and connect anew as often as it takes."""
-        patience = Patience(self._settings.reconnect_seconds)
-        before = self._received
+    def _keep_trying(self, work: Callable[[], None]) -> None:
+        """Do what needs the connection, and connect anew after each loss."""
         self._refused = False
-        while True:
-            try:
-                if self._connection is None:
-                    self._connect(begin=False)
-                    if patience.reconnecting:
-                        self._settings.notice("the connection to the block server is back; going on")
-                work()
-                return
-            except ConnectionLost as lost:
-                self._drop()
-                if patience.begin(progressed=self._received > before):
-                    self._traffic.reconnections += 1
-                    what = lost.farewell or "the connection to the block server is lost"
-                    self._settings.notice(f"{what}; reconnecting")
-                before = self._received
-                if not patience.wait():
-                    why = self._endpoint.explain(str(lost))
-                    bound = self._settings.reconnect_seconds
-                    raise ServerUnavailableError(f"{why} (tried again for {bound:g} s)") from None
-            except BaseException:
-                # Refused: what was sent behind it is not done either. The run itself goes on, from where it is.
-                # Or interrupted, by Ctrl-C or a signal: gRPC has cancelled the stream, and nothing can be said on it.
-                self._drop()
-                self._forget()
+        try:
+            self._stream.keep_trying(partial(self._connect, begin=False), work)
+        except BaseException:
+            # Refused: what was sent behind it is not done either. The run itself goes on, from where it is.
+            # Or interrupted, by Ctrl-C or a signal: gRPC has cancelled the stream, and nothing can be said on it.
+            # Without a connection the server is out of reach: what was sent is kept, to be sent again.
+            if self._stream.connection is not None:
+                self._stream.drop()
+                self.pending.clear()
+                self._not_waited_for.clear()
+                self._answers.clear()
                 self._refused = True
-                raise
+            raise
 
     def _connect(self, *, begin: bool, token: str | None = None) -> Attached:
         settings = self._settings
-        connection = self._connection = self._endpoint.stream(self._traffic, contract.RUN_PATH)
-        wish = Attach(
+        self._stream.connect()
+        connection = self._stream.live
+        request = Attach(
             self.name,
             settings.partition,
             settings.fingerprint,
@@ -151,29 +142,27 @@ class RunChannel:
             begin,
             token,
         )
-        connection.send(Message(Kind.OPEN, wish.to_body()))
+        connection.send(Message(Kind.OPEN, request.to_body()))
         frame = connection.receive()
         if not isinstance(frame, Message) or frame.kind is not Kind.OPENED:
             raise ProtocolError("the block server did not answer OPEN with OPENED")
         attached = Attached.from_body(frame.body)
         self.frame_bytes, self.micro_batches = attached.frame_bytes, attached.micro_batches
         self.shared = attached.shared
-        if not self._pending:
+        if not self.pending:
             # Nothing of ours is under way: go on from wherever the run is.
             self._number = self._received = attached.number
-        for number, operation in self._pending.items():
+        for number, operation in self.pending.items():
             if number > attached.number:
                 self._put(operation)
         return attached
 
     def _put(self, operation: Operation) -> None:
-        assert self._connection is not None
-        self._connection.send(replace(operation, received=self._received))
+        self._stream.live.send(replace(operation, received=self._received))
 
     def _read_until(self, number: int) -> None:
-        assert self._connection is not None
         while self._received < number:
-            frame = self._connection.receive(knows=lambda _name: True)  # `read_pages` checks the names
+            frame = self._stream.live.receive(knows=lambda _name: True)  # `read_pages` checks the names
             if not isinstance(frame, States | Outcome | Tensors):
                 raise ProtocolError("the block server sent something that is no answer")
             if frame.number <= self._received:
@@ -181,40 +170,30 @@ class RunChannel:
             if frame.number != self._received + 1:
                 raise ProtocolError(f"answer {frame.number} came after answer {self._received}")
             self._received = frame.number
-            self._pending.pop(frame.number, None)
-            if frame.number in self._unasked:
-                self._unasked.discard(frame.number)
+            self._stream.progress += 1
+            self.pending.pop(frame.number, None)
+            if frame.number in self._not_waited_for:
+                self._not_waited_for.discard(frame.number)
             else:
                 self._answers[frame.number] = frame
-        self._traffic.round_trips += 1
-
-    def _drop(self) -> None:
-        if self._connection is not None:
-            self._endpoint.lost(self._connection)
-            self._connection.close()
-            self._connection = None
-
-    def _forget(self) -> None:
-        self._pending.clear()
-        self._unasked.clear()
-        self._answers.clear()
+        self._stream.traffic.round_trips += 1
 
     def settle(self) -> None:
         """Wait until everything that was sent is done; raises what `answer` does."""
-        if self._pending:
-            self._recover(lambda: self._read_until(self._number))
+        if self.pending:
+            self._keep_trying(lambda: self._read_until(self._number))
 
     def drain(self) -> None:
-        """Read what nobody asked for, for a moment at most: a stream is over only once all of it is read."""
+        """Read what is left to read, for a moment at most: a stream is over only once all of it is read."""
 
         def read() -> None:
             with contextlib.suppress(ConnectionLost, FedSEAError, ValueError):  # gRPC's own, if a read was interrupted
                 self._read_until(self._number)
 
-        if self._connection is not None and self._pending:
+        if self._stream.connection is not None and self.pending:
             reading = threading.Thread(target=read, daemon=True)
             reading.start()
-            reading.join(GOODBYE_SECONDS)
+            reading.join(CLOSING_SECONDS)
 
     def export(self, weights: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
         """All of the middle's weights and optimizer states, `adapter/NAME`, `exp_avg/NAME` and so on, float32.
@@ -246,9 +225,9 @@ class RunChannel:
 
     def close(self, *, end: bool) -> None:
         """Let go of the connection; with `end`, the server gives the run up. Safe to call twice."""
-        self._closed = True
-        if end and self._connection is None and self._refused:
-            # The server is there and has the run: whoever waits for it there should not wait in vain.
+        self._stream.closed = True
+        if end and self._stream.connection is None and self._refused:
+            # The server is there and has the run: those who wait for it there should not wait in vain.
             with contextlib.suppress(ConnectionLost, FedSEAError):
                 self._connect(begin=False)
         self.abandon(end=end)
@@ -258,8 +237,6 @@ class RunChannel:
 
         The garbage collector does, and may have stopped the very thread that would have to answer.
         """
-        self._closed = True
-        self.changes += 1  # whoever takes the run up may change it
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            connection.close(Message(Kind.CLOSE, {}) if end else None)
+        self._stream.closed = True
+        self.changes += 1  # one who takes the run up may change it
+        self._stream.leave(Message(Kind.CLOSE, {}) if end else None)

@@ -23,7 +23,7 @@ from fedsea.wire.frames import Backward, Frame, Message
 
 # The longest result that is accepted: a full step of a hidden size of 16,384 in float32.
 FRAME_BYTES = MAX_PLACES * 16_384 * 4
-GOODBYE_SECONDS = 2.0
+CLOSING_SECONDS = 2.0
 
 
 def client_credentials(
@@ -57,13 +57,13 @@ class ConnectionLost(Exception):  # noqa: N818 - not an error for the user: the 
     ----------
     detail
         What gRPC says.
-    farewell
+    end_reason
         What the server said itself, if it left on purpose.
     """
 
-    def __init__(self, detail: str, farewell: str | None = None) -> None:
+    def __init__(self, detail: str, end_reason: str | None = None) -> None:
         super().__init__(detail)
-        self.farewell = farewell
+        self.end_reason = end_reason
 
 
 class Endpoint:
@@ -128,11 +128,11 @@ class Endpoint:
                 self._channel = None
 
     def close(self) -> None:
-        """Close the channel, and whatever streams are left on it, once the goodbyes on it are said."""
+        """Close the channel, and whatever streams are left on it, once those that are being closed are over."""
         with self._lock:
             channel, self._channel = self._channel, None
         if channel is not None and os.getpid() == self._process:
-            _wait_for_goodbyes(channel)
+            _wait_for_closing(channel)
             channel.close()
 
 
@@ -199,30 +199,30 @@ class Connection:
         if refused is None:
             return ConnectionLost(details)
         if isinstance(refused, ServerUnavailableError):
-            return ConnectionLost(details, farewell=details)
+            return ConnectionLost(details, end_reason=details)
         return refused
 
-    def close(self, goodbye: Message | None = None) -> None:
-        """End the stream: at once, or politely if there is a goodbye to send (which goes on in the background).
+    def close(self, last: Message | None = None) -> None:
+        """End the stream: at once, or in the background once a last message is sent.
 
         Any thread may call it, in the middle of anything: the garbage collector does.
         """
         if not self._open or os.getpid() != self._process:
             return
         self._open = False
-        if goodbye is None:
+        if last is None:
             self._outgoing.put(None)
             self._call.cancel()
             return
-        # A call that is forgotten is cancelled, and would take the goodbye with it: hold it until it is over.
+        # A call that is forgotten is cancelled, and would take the message with it: hold it until it is over.
         _closing.add(self)
         if not self._call.add_callback(self._finished):
             self._finished()
-        self._outgoing.put(encode(goodbye))
+        self._outgoing.put(encode(last))
         self._outgoing.put(None)
 
     def wait_until_over(self, seconds: float) -> None:
-        """Wait, after a goodbye, until the server has ended the stream."""
+        """Wait, after a last message, until the server has ended the stream."""
         self._over.wait(seconds)
 
     def _finished(self) -> None:
@@ -239,13 +239,13 @@ def _state_bytes(frame: Frame) -> int:
 _closing: set[Connection] = set()
 
 
-def _wait_for_goodbyes(channel: grpc.Channel | None = None) -> None:
+def _wait_for_closing(channel: grpc.Channel | None = None) -> None:
     """Wait a moment for the streams that are being closed, on one channel or on all."""
-    deadline = time.monotonic() + GOODBYE_SECONDS
+    deadline = time.monotonic() + CLOSING_SECONDS
     for connection in list(_closing):
         if channel is None or connection.channel is channel:
             connection.wait_until_over(max(0.0, deadline - time.monotonic()))
 
 
 # A script that ends without closing its model: finalizers close the sessions then, and the server should hear of it.
-atexit.register(_wait_for_goodbyes)
+atexit.register(_wait_for_closing)

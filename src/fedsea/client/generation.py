@@ -3,15 +3,14 @@
 `docs/generate.md` has the table of them.
 """
 
-from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
-from transformers import GenerationConfig, GenerationMixin
+from torch import Tensor
+from transformers import GenerationConfig
 
 from fedsea.client.cache import SplitCache
 from fedsea.errors import UsageError
-from fedsea.parts.cache import CACHE
 
 _OF_THE_HUB = "transformers has moved it to code at the hub, which is written for whole models"
 # Arguments of `generate`, and fields of its configuration, that a split model cannot honour: why.
@@ -33,80 +32,7 @@ REFUSED = {
 }
 _CACHES = ("dynamic", "static", "dynamic_full", "hybrid", "sliding_window")  # they decide the speed alone
 # `generate` passes these on to the model with whatever else it does not know.
-_NOT_THE_MODELS = ("tokenizer", "assistant_tokenizer")
-
-
-class SplitGenerationMixin(GenerationMixin):
-    """`generate` of `SplitModelForCausalLM`."""
-
-    new_cache: Callable[[], SplitCache]
-
-    def generate(
-        self, inputs: Any = None, generation_config: GenerationConfig | None = None, *args: Any, **kwargs: Any
-    ) -> Any:
-        """As transformers' models, in all modes; what it returns is the whole model's.
-
-        Parameters
-        ----------
-        inputs
-            Token ids of the prompts, `[rows, tokens]`, int64; padded at the left where they differ in length.
-        past_key_values, cache
-            A `SplitCache` to go on from, by either name.
-
-        Raises
-        ------
-        UsageError
-            If an argument is not supported. Nothing has been sent then.
-        LimitExceededError
-            If a row would be longer than the model or the server allows.
-        """
-        _check(kwargs, generation_config or self.generation_config)
-        given = the_cache(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
-        if given is not None:
-            kwargs[CACHE] = given
-        whole: Any = super()
-        return whole.generate(inputs, generation_config, *args, **kwargs)
-
-    def init_continuous_batching(self, *_args: Any, **_kwargs: Any) -> NoReturn:
-        """Refused: it needs the whole model in one process.
-
-        Raises
-        ------
-        UsageError
-            Always.
-        """
-        raise UsageError("a split model has no continuous batching: give generate all prompts as one padded batch")
-
-    continuous_batching_context_manager = generate_batch = init_continuous_batching
-
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
-        """As transformers' models, without what is not for `forward`."""
-        for name in _NOT_THE_MODELS:
-            kwargs.pop(name, None)
-        whole: Any = super()
-        return whole.prepare_inputs_for_generation(*args, **kwargs)
-
-    def _update_model_kwargs_for_generation(
-        self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> dict[str, Any]:
-        """A text goes on after its last token, where transformers goes on after padding at the right of a prompt."""
-        whole: Any = super()
-        before = model_kwargs.get("position_ids")
-        updated: dict[str, Any] = whole._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
-        after = updated.get("position_ids")
-        if before is not None and after is not None and after.shape[-1] > before.shape[-1]:
-            new = torch.arange(1, after.shape[-1] - before.shape[-1] + 1, device=after.device)
-            updated["position_ids"] = torch.cat([before, before.amax(-1, keepdim=True) + new], dim=-1)
-        return updated
-
-    def _prepare_cache_for_generation(  # type: ignore[override]
-        self, generation_config: Any, model_kwargs: dict[str, Any], *_args: Any, **_kwargs: Any
-    ) -> None:
-        """`generate` asks for a cache: a split one, unless the user brings one or wants none."""
-        # A session sends a prompt in pieces by itself. transformers' would have pieces of padding alone.
-        generation_config.prefill_chunk_size = None
-        if model_kwargs.get(CACHE) is None and generation_config.use_cache is not False:
-            model_kwargs[CACHE] = self.new_cache()
+NOT_THE_MODELS = ("tokenizer", "assistant_tokenizer")
 
 
 def the_cache(past_key_values: SplitCache | None, cache: SplitCache | None) -> SplitCache | None:
@@ -120,7 +46,14 @@ def _asks_nothing(name: str, value: Any) -> bool:
     return value is None or (isinstance(value, int | float) and (not value or (name, value) == ("num_beam_groups", 1)))
 
 
-def _check(arguments: dict[str, Any], config: GenerationConfig) -> None:
+def check_arguments(arguments: dict[str, Any], config: GenerationConfig) -> None:
+    """Refuse arguments of `generate` that a split model cannot honour.
+
+    Raises
+    ------
+    UsageError
+        Which, and why.
+    """
     for name, why in REFUSED.items():
         value = arguments.get(name, getattr(config, name, None))
         if not _asks_nothing(name, value):
@@ -133,3 +66,11 @@ def _check(arguments: dict[str, Any], config: GenerationConfig) -> None:
         )
     if isinstance(arguments.get("custom_generate"), str):
         raise UsageError("a split model's generate does not take custom_generate as a name at the hub: give a function")
+
+
+def go_on_after_last_token(before: Tensor | None, after: Tensor | None) -> Tensor | None:
+    """transformers' next positions `[rows, columns]`: a text goes on after its last token, not after its padding."""
+    if before is None or after is None or after.shape[-1] <= before.shape[-1]:
+        return after
+    new = torch.arange(1, after.shape[-1] - before.shape[-1] + 1, device=after.device)
+    return torch.cat([before, before.amax(-1, keepdim=True) + new], dim=-1)

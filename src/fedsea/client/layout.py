@@ -81,6 +81,37 @@ class Layout:
             )
 
 
+def read_batch(
+    input_ids: Tensor | None,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    cache: Any,
+    config: Any,
+    others: Mapping[str, Any],
+) -> tuple[Tensor, Layout]:
+    """The arguments of `SplitModelForCausalLM.forward`, checked: its token ids `[rows, columns]`, and their layout.
+
+    Raises
+    ------
+    UsageError
+        If there are no tokens, or `others` or the configuration ask for what a split model does not have.
+    """
+    packing = {name: others[name] for name in PACKING if others.get(name) is not None}
+    given = {key: value for key, value in others.items() if value is not None and key not in PACKING}
+    unsupported = [key for key, value in given.items() if value is not False]
+    if config.output_hidden_states and "output_hidden_states" not in given:
+        unsupported.append("output_hidden_states")  # the configuration asks for them in every call
+    if unsupported:
+        raise UsageError(f"a split model does not take {', '.join(sorted(unsupported))}")
+    if input_ids is None or input_ids.numel() == 0:
+        raise UsageError("the prompt is empty; the model needs at least one token")
+    if input_ids.dim() != 2:
+        raise UsageError(f"input_ids must be [rows, tokens]; got the shape {list(input_ids.shape)}")
+    if cache is not None and not isinstance(cache, SplitCache):
+        raise UsageError("the cache of a split model comes from its own new_cache()")
+    return input_ids, read_layout(input_ids, attention_mask, position_ids, packing, cache, config)
+
+
 def read_layout(
     ids: Tensor,
     attention_mask: Tensor | None,

@@ -4,7 +4,7 @@ import threading
 import weakref
 from typing import Protocol
 
-from fedsea.client.connection import GOODBYE_SECONDS, Connection
+from fedsea.client.connection import CLOSING_SECONDS, Connection
 
 OPEN_SESSIONS = 8
 
@@ -64,5 +64,5 @@ class Places:
     def _wait(self) -> None:
         """Until the server knows of the one that left before: seldom any time, and it never has many that are going."""
         if self._leaving is not None:
-            self._leaving.wait_until_over(GOODBYE_SECONDS)
+            self._leaving.wait_until_over(CLOSING_SECONDS)
             self._leaving = None

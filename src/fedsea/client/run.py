@@ -8,20 +8,22 @@ accelerate does to all gradients (test them for infinity, take their global norm
 too, and the factor by which the handle's gradient has changed is the factor that the middle's is to be multiplied by.
 """
 
-import gc
 import math
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from fedsea.client.channel import RunChannel
-from fedsea.client.graph import Exchange, Receive, Send
+from fedsea.client.graph import Receive, ScaleGradient, Send, SpoilStep
+from fedsea.client.loss_scale import LossScale
+from fedsea.client.optimizer import STATE, all_finite, keep_state, optimizers_of, register_handle
+from fedsea.client.session import SessionSettings
 from fedsea.errors import NonFiniteError, ProtocolError, UsageError
 from fedsea.partition import layer_of
 from fedsea.parts import Rows
@@ -31,8 +33,7 @@ from fedsea.wire.pages import ADAPTER
 from fedsea.wire.runs import OptimizerStep
 from fedsea.wire.tensors import gradient_to_wire, to_wire
 
-STATE = "middle"  # under which an optimizer's state_dict has the middle's part of it
-INITIAL_EXPONENT, GROWTH_STEPS, MAX_EXPONENT = 16, 1000, 24
+WINDOW = 32  # micro-batches that are under way at most
 _KINDS: dict[type[torch.optim.Optimizer], str] = {
     torch.optim.AdamW: "adamw",
     torch.optim.Adam: "adam",
@@ -40,32 +41,72 @@ _KINDS: dict[type[torch.optim.Optimizer], str] = {
 }
 
 
-class LossScale:
-    """The power of two that a float16 model's loss is multiplied by, so that small gradients do not vanish.
+@dataclass(eq=False)
+class Exchange:
+    """One micro-batch on its way through the middle and back.
 
-    Halved when a gradient overflows (that step is left out), doubled after many that did not. Attributes: `exponent`.
+    Attributes
+    ----------
+    rows
+        Its texts.
+    micro
+        Its name at the server.
+    number
+        The operation whose answer is awaited: FORWARD, then BACKWARD.
+    want_gradient
+        Whether the gradient at what was sent is wanted.
+    loss_exponent
+        Its gradient is multiplied by 2 to the power of it on its way here.
+    weight
+        How much the loss counts beside those of other clients, where they train one adapter: its learnt tokens.
     """
 
-    def __init__(self) -> None:
-        self.set(None)
+    run: "MiddleRun"
+    rows: Rows
+    micro: int
+    number: int
+    want_gradient: bool
+    dtype: torch.dtype
+    device: torch.device
+    loss_exponent: int
+    weight: float
+    nonfinite: bool = False
+    _sent_back: bool = field(default=False, repr=False)
 
-    def state(self) -> list[int]:
-        """All that it remembers: the exponent, and the steps since the last that overflowed."""
-        return [self.exponent, self._good]
+    def receive_states(self) -> Tensor:
+        """`h_B`, `[tokens, hidden]`."""
+        return self._local(self.run.states_of(self.number).states, self.run.settings.hidden_size)
 
-    def set(self, state: Sequence[int] | None) -> None:
-        """Go on from what `state` gave; None begins anew."""
-        self.exponent, self._good = state if state is not None else (INITIAL_EXPONENT, 0)
+    def send_gradient(self, gradient: Tensor) -> None:
+        """The gradient at `h_B`, `[tokens, hidden]`; one that is not finite stays here, and spoils the step."""
+        self._sent_back = True
+        if not bool(torch.isfinite(gradient).all()):
+            self.nonfinite = True
+            self.run.spoil("the gradient is not finite: first in the output blocks or the loss")
+            self.run.discard(self.micro)
+            return
+        self.number = self.run.send_gradient(self.micro, gradient, self.loss_exponent, self.weight)
 
-    def overflowed(self) -> None:
-        """A gradient was not finite."""
-        self.exponent, self._good = self.exponent - 1, 0
+    def receive_gradient(self) -> Tensor | None:
+        """The gradient at what was sent, `[tokens, width]`; None if it is not wanted."""
+        width, answer = self.run.settings.width, None
+        if not self.nonfinite:
+            answer = self.run.gradient_of(self.number)
+            if answer.states is None and not self.want_gradient:
+                return None
+        if answer is None or answer.states is None:
+            return self._local(torch.full((self.rows.total, width), math.nan), width)
+        return self._local(answer.states.float() * 2.0 ** (self.loss_exponent - answer.exponent), width)
 
-    def succeeded(self) -> None:
-        """A step's gradients were finite."""
-        self._good += 1
-        if self._good >= GROWTH_STEPS and self.exponent < MAX_EXPONENT:
-            self.exponent, self._good = self.exponent + 1, 0
+    def _local(self, states: Tensor | None, width: int) -> Tensor:
+        if states is None or states.shape != (self.rows.total, width):
+            raise ProtocolError("the block server answered with states of another shape")
+        return states.to(device=self.device, dtype=self.dtype)
+
+    def __del__(self) -> None:
+        # A loss that was never backpropagated: the server need not keep its activations.
+        if not self._sent_back:
+            self.run.discard(self.micro)
 
 
 class MiddleRun:
@@ -79,10 +120,8 @@ class MiddleRun:
         The parameter that stands for the middle's adapter, `[1]`.
     version
         Optimizer steps that the run has done.
-    hidden_size, wire_dtype
-        Of the states and gradients that cross.
-    width
-        Numbers of a state on its way up, and of the gradient at it: `hidden_size`, or the rank of a narrow cut.
+    settings
+        Of the sessions that have the run's adapter.
     scale
         How the loss is scaled, as float16 needs; None for other dtypes.
     context
@@ -105,19 +144,14 @@ class MiddleRun:
         channel: RunChannel,
         handle: nn.Parameter,
         version: int,
+        settings: SessionSettings,
         *,
-        hidden_size: int,
-        width: int,
-        wire_dtype: torch.dtype,
         scale: LossScale | None,
         context: str,
         weights: Callable[[], Mapping[str, tuple[int, ...]]],
     ) -> None:
-        self.channel, self.handle, self.version = channel, handle, version
-        self._weights = weights
-        self.hidden_size, self.width = hidden_size, width
-        self._wire_dtype, self._context = wire_dtype, context
-        self.scale = scale
+        self.channel, self.handle, self.version, self.settings = channel, handle, version, settings
+        self.scale, self._context, self._weights = scale, context, weights
         self.trouble: str | None = None
         self.local: dict[str, dict[str, nn.Parameter]] = {}
         self._norm = 0.0
@@ -125,39 +159,86 @@ class MiddleRun:
         self._overflow = False
         self._owner: weakref.ref[torch.optim.Optimizer] | None = None  # whose states the middle's optimizer has
         self._abandoned: deque[int] = deque()  # without a lock: the collector may come in the middle of anything
-        _RUNS[id(handle)] = self
+        register_handle(self)
 
-    def send(
-        self, hidden: Tensor, rows: Rows, *, want_gradient: bool, training: bool, recompute: bool, seed: int
+    def forward(
+        self,
+        micro_batches: Iterable[tuple[Rows, Tensor]],
+        *,
+        training: bool,
+        recompute: bool,
+        seed: Callable[[], int],
+        weight: float,
+    ) -> Iterator[tuple[Rows, Tensor]]:
+        """Micro-batches through the middle, in autograd's graph: `h_A` `[tokens, width]` -> `h_B` `[tokens, hidden]`.
+
+        They come back in order, the first when `WINDOW` or all of them have been sent.
+
+        Parameters
+        ----------
+        training, recompute
+            Whether the middle's adapter drops out, and whether the middle keeps no activations.
+        seed
+            Draws one for a micro-batch's dropout.
+        weight
+            How much the loss counts beside those of other clients.
+        """
+        sent = deque[tuple[Rows, Exchange, Tensor]]()
+        for rows, hidden in micro_batches:
+            sent.append((rows, *self._send(hidden, rows, training, recompute, seed(), weight)))
+            if len(sent) >= WINDOW:
+                yield _received(*sent.popleft())
+        while sent:
+            yield _received(*sent.popleft())
+
+    def _send(
+        self, hidden: Tensor, rows: Rows, training: bool, recompute: bool, seed: int, weight: float
     ) -> tuple[Exchange, Tensor]:
-        """Send a micro-batch's `h_A` `[tokens, width]`; returns its exchange, and the token to receive `h_B` with."""
-        self._tell_abandoned()
+        """Send a micro-batch; returns its exchange, and the token to receive it with."""
+        self._discard_abandoned()
         self._micro += 1
-        leaving = to_wire(hidden, self._wire_dtype)
-        number = self.channel.submit(
-            partial(
-                Forward,
-                micro=self._micro,
-                rows=rows,
-                states=leaving,
-                training=training,
-                recompute=recompute,
-                want_gradient=want_gradient,
-                seed=seed,
-            )
+        operation = partial(
+            Forward,
+            micro=self._micro,
+            rows=rows,
+            states=to_wire(hidden, self.settings.wire_dtype),
+            training=training,
+            recompute=recompute,
+            want_gradient=hidden.requires_grad,
+            seed=seed,
         )
-        exchange = Exchange(self, rows, self._micro, number, want_gradient, hidden.dtype, hidden.device)
+        exchange = Exchange(
+            self,
+            rows,
+            self._micro,
+            self.channel.submit(operation),
+            hidden.requires_grad,
+            hidden.dtype,
+            hidden.device,
+            loss_exponent=self.scale.exponent if self.scale is not None else 0,
+            weight=weight,
+        )
         return exchange, Send.apply(hidden, self.handle, exchange)
 
-    def receive(self, exchange: Exchange, token: Tensor) -> Tensor:
-        """Wait for a micro-batch's `h_B`, `[tokens, hidden]`."""
-        states: Tensor = Receive.apply(token, exchange)
-        return states
+    def scaled(self, states: Tensor) -> Tensor:
+        """States or logits as they are, on which every loss depends; their gradient scaled, as float16 needs it."""
+        if self.scale is None or not states.requires_grad:
+            return states
+        return ScaleGradient.apply(states, self.scale.exponent)  # type: ignore[no-any-return]
+
+    def checked(self, loss: Tensor, hidden: Tensor, logits: Tensor) -> Tensor:
+        """The loss; one that is not finite spoils the step when it is backpropagated, and says why."""
+        if bool(torch.isfinite(loss)):
+            return loss
+        where = "the loss" if bool(torch.isfinite(logits).all()) else "the logits"
+        where = where if bool(torch.isfinite(hidden).all()) else "the states of the output blocks"
+        trouble = f"the loss is not finite: {where} came out so first, in the output blocks"
+        return SpoilStep.apply(loss, self.spoil, trouble)  # type: ignore[no-any-return]
 
     def tokens_of_frame(self, rows: int) -> int:
-        """How many tokens a frame of the server's may have, with so many rows."""
+        """How many tokens a frame of the server may have, with this number of rows."""
         room = self.channel.frame_bytes - overhead(Kind.FORWARD, rows)
-        return room // (self.hidden_size * self._wire_dtype.itemsize)
+        return room // (self.settings.hidden_size * self.settings.wire_dtype.itemsize)
 
     def states_of(self, number: int) -> States:
         """The answer to a FORWARD or BACKWARD."""
@@ -170,14 +251,14 @@ class MiddleRun:
         """Send a gradient at `h_B`; the first after the handle's gradient was set to None or 0 begins a new sum."""
         fresh = self.handle.grad is None or not bool(self.handle.grad.any())
         if not self.handle.requires_grad:
-            self.handle.grad = None  # frozen: nobody steps it, and no norm is to count it
+            self.handle.grad = None  # frozen: it is not stepped, and no norm is to count it
         elif fresh:
             # Filled in when the middle has answered; until then it only says that a sum has begun.
             self.handle.grad = torch.full_like(self.handle, math.nan)
             self._overflow = False
         else:
             self._rescale()
-        scaled, exponent = gradient_to_wire(gradient, self._wire_dtype)
+        scaled, exponent = gradient_to_wire(gradient, self.settings.wire_dtype)
         return self.channel.submit(
             partial(
                 Backward,
@@ -185,7 +266,7 @@ class MiddleRun:
                 gradient=scaled,
                 exponent=exponent + loss_exponent,
                 fresh=fresh,
-                weight=weight if self.channel.shared else 1.0,  # else it is nobody's business
+                weight=weight if self.channel.shared else 1.0,  # else it concerns no other client
             )
         )
 
@@ -206,7 +287,9 @@ class MiddleRun:
         """If the sum so far was clipped, or scaled in another way, have the middle's scaled alike before more comes."""
         value = float(self.handle.grad) if self.handle.grad is not None else 0.0
         if math.isfinite(value) and self._norm and value != self._norm:
-            self.channel.submit(partial(Command, body={"do": "rescale", "factor": value / self._norm}), asked=False)
+            self.channel.submit(
+                partial(Command, body={"do": "rescale", "factor": value / self._norm}), wait_for_reply=False
+            )
             self._norm = value
 
     def spoil(self, trouble: str | None) -> None:
@@ -220,10 +303,10 @@ class MiddleRun:
         """Have the server forget a micro-batch, at the next occasion. Any thread may call it: the collector does."""
         self._abandoned.append(micro)
 
-    def _tell_abandoned(self) -> None:
+    def _discard_abandoned(self) -> None:
         micros = [self._abandoned.popleft() for _ in range(len(self._abandoned))]
         if micros:
-            self.channel.submit(partial(Command, body={"do": "discard", "micros": micros}), asked=False)
+            self.channel.submit(partial(Command, body={"do": "discard", "micros": micros}), wait_for_reply=False)
 
     def before_step(self, optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> None:
         """An optimizer that has the handle in `group` is about to step: have the middle step alike.
@@ -240,7 +323,7 @@ class MiddleRun:
         if gradient is None or (found is not None and bool(found)):
             return  # torch leaves parameters without a gradient alone, and fused optimizers skip an overflow
         loaded = self._restore_scale(optimizer)
-        if not _all_finite(optimizer):
+        if not all_finite(optimizer):
             self._refuse_step(optimizer, halve=not loaded)
             return
         kind = _KINDS.get(type(optimizer))
@@ -272,7 +355,7 @@ class MiddleRun:
             amsgrad=bool(group.get("amsgrad")),
             fresh=self._owner is not None and (self._owner() is not optimizer or empty),
         )
-        self.channel.submit(partial(Command, body={"do": "update", **step.to_body()}), asked=False)
+        self.channel.submit(partial(Command, body={"do": "update", **step.to_body()}), wait_for_reply=False)
         self.version, self._norm, self.trouble = step.step, value, None
         self._owner = weakref.ref(optimizer)
         if self.scale is not None:
@@ -337,14 +420,14 @@ class MiddleRun:
             self.load({name: tensor for name, tensor in loaded.items() if name not in ("version", "loss_scale")})
 
     def begin_sum(self) -> None:
-        """A pass begins whose gradient is the first of a step: a scale that was loaded counts from here on.
+        """A forward pass begins whose gradient is the first of a step: a scale that was loaded counts from here on.
 
-        torch tells nobody that an optimizer's state was loaded, so the optimizer is looked for; only where it matters,
+        torch does not tell that an optimizer's state was loaded, so the optimizer is looked for; only where it matters,
         and until it has made its first step.
         """
         known = self._owner() if self._owner is not None else None
         if self.scale is not None and self.handle.grad is None and known is None:
-            for optimizer in _optimizers_of(self.handle):
+            for optimizer in optimizers_of(self.handle):
                 self._restore_scale(optimizer)
 
     def _restore_scale(self, optimizer: torch.optim.Optimizer) -> bool:
@@ -386,62 +469,5 @@ class MiddleRun:
         self.channel.close(end=end)
 
 
-_RUNS: "weakref.WeakValueDictionary[int, MiddleRun]" = weakref.WeakValueDictionary()
-
-
-def keep_state(optimizer: torch.optim.Optimizer) -> None:
-    """Have the optimizer's `state_dict` hold the middle's states as well, so that saving and loading it is enough."""
-    if not getattr(optimizer, "_keeps_middle", False):
-        optimizer.register_state_dict_post_hook(_add_middle)
-        optimizer._keeps_middle = True  # type: ignore[attr-defined]
-
-
-def _add_middle(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    for group, numbers in zip(optimizer.param_groups, saved["param_groups"], strict=True):
-        for parameter, number in zip(group["params"], numbers["params"], strict=True):
-            run = _RUNS.get(id(parameter))
-            held = saved["state"].get(number)
-            # One that has not stepped has no states, and torch takes any that it has for all of them.
-            if run is not None and run.handle is parameter and held and STATE not in held:
-                saved["state"][number] = {
-                    **held,
-                    STATE: run.state(),
-                }  # a new dict: the saved one is the optimizer's own
-
-
-def _all_finite(optimizer: torch.optim.Optimizer) -> bool:
-    gradients = [
-        parameter.grad
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-        if parameter.grad is not None and parameter.grad.numel()
-    ]
-    norms = torch.stack([norm.cpu() for norm in torch._foreach_norm(gradients)])
-    return bool(torch.isfinite(norms).all())
-
-
-def _optimizers_of(handle: nn.Parameter) -> list[torch.optim.Optimizer]:
-    every = [one for one in gc.get_objects() if issubclass(type(one), torch.optim.Optimizer)]
-    return [
-        one
-        for one in every
-        if any(handle is own for group in getattr(one, "param_groups", ()) for own in group["params"])
-    ]
-
-
-def _handles(optimizer: torch.optim.Optimizer) -> Iterable[tuple[MiddleRun, dict[str, Any]]]:
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            run = _RUNS.get(id(parameter))
-            if run is not None and run.handle is parameter:
-                yield run, group
-
-
-def _before_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    for run, group in _handles(optimizer):
-        if kwargs.get("closure", args[1] if len(args) > 1 else None) is not None:
-            raise UsageError("a split model's optimizer steps without a closure; call loss.backward() before step()")
-        run.before_step(optimizer, group)
-
-
-register_optimizer_step_pre_hook(_before_step)
+def _received(rows: Rows, exchange: Exchange, token: Tensor) -> tuple[Rows, Tensor]:
+    return rows, Receive.apply(token, exchange)

@@ -1,35 +1,39 @@
 """A session with the middle blocks: hidden states in, hidden states out, whatever happens to the connection.
 
-What was sent is kept (`Journal`), noise included, so that a lost connection costs time and nothing else: the session is
-taken up where the server still has it, or built anew from the journal, and the interrupted step is done again.
+What was sent is kept (`SentStates`), noise included, so that a lost connection costs time and nothing else: the session
+is taken up where the server still has it, or built anew from that, and the interrupted step is done again.
 
 For the same reason a session need not stay open while nobody uses it. Where a model has many (outputs that are kept,
-each with its cache), those that were used longest ago are parked: ended at the server, and built anew from the journal
-when they are used again.
+each with its cache), those that were used longest ago are parked: ended at the server, and built anew from what was
+sent when they are used again.
 """
 
 import itertools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from fedsea.checkpoints import Fingerprint
 from fedsea.client.connection import Connection, ConnectionLost, Endpoint
-from fedsea.client.journal import Journal
-from fedsea.client.patience import Patience
 from fedsea.client.places import Places
+from fedsea.client.sent import SentStates
+from fedsea.client.stream import ReconnectingStream
 from fedsea.client.traffic import Traffic
-from fedsea.errors import LimitExceededError, ProtocolError, ServerUnavailableError
+from fedsea.errors import LimitExceededError, ProtocolError
 from fedsea.partition import Partition
 from fedsea.parts import Rows
 from fedsea.wire.codec import MAX_PLACES, overhead
 from fedsea.wire.frames import Kind, Message, Result, Step
 from fedsea.wire.handshake import Open, Opened
 
+T = TypeVar("T")
 _USES = itertools.count(1)
+_CLOSE = Message(Kind.CLOSE, {})
 CHUNK_TOKENS = 512  # of a long prompt, so that client, link and server work on different chunks at once
 
 
@@ -42,7 +46,7 @@ class SessionSettings:
     reconnect_seconds
         How long a lost connection is tried again before it is an error.
     notice
-        Told one line when a connection is lost and when it is back.
+        Called with one line when a connection is lost and when it is back.
     run
         The run whose adapter the middle has; None for the base model.
     narrow
@@ -82,14 +86,16 @@ class Session:
     """One KV-cached conversation with the middle blocks. One step at a time, whichever threads use it."""
 
     def __init__(self, endpoint: Endpoint, settings: SessionSettings, traffic: Traffic) -> None:
-        self._endpoint, self._settings, self._traffic = endpoint, settings, traffic
-        self._journal = Journal(settings.width, settings.wire_dtype)
-        self._connection: Connection | None = None
+        self.settings = settings
+        self._stream = ReconnectingStream(
+            endpoint, traffic, seconds=settings.reconnect_seconds, notice=settings.notice, of="session"
+        )
+        self._sent = SentStates(settings.width, settings.wire_dtype)
         self._name: str | None = None  # the server's name for it; None until OPENED came
         self._whole = True  # the server's session has all that came before the step that is under way
         self._awaits_opened = False
-        self._step = 0  # the last step sent to the server's session
-        self._closed = False
+        self._number = 0  # of the last step that was sent to the server's session
+        self._step = _Step([], None)
         self._begun = False  # whether it was ever open
         self._changes = 0  # of the adapter, before this text began
         self._using = threading.Lock()
@@ -97,19 +103,9 @@ class Session:
         self._turned: tuple[int, ...] | None = None  # from where on each row was computed as a long text
 
     @property
-    def width(self) -> int:
-        """Numbers of a state on its way up."""
-        return self._settings.width
-
-    @property
-    def run(self) -> str | None:
-        """The run whose adapter the middle has; None for the base model."""
-        return self._settings.run
-
-    @property
     def is_open(self) -> bool:
         """Whether it has a place at the server."""
-        return self._connection is not None
+        return self._stream.connection is not None
 
     def open(self) -> Opened:
         """Open the session and wait for the server's answer; tried once, so that a wrong address shows at once.
@@ -124,28 +120,24 @@ class Session:
             return self._await_opened()
         except ConnectionLost as lost:
             self.close()
-            raise self._endpoint.explain(str(lost)) from None
+            raise self._stream.endpoint.explain(str(lost)) from None
         except BaseException:
             self.close()
             raise
 
-    def forward(self, states: Callable[[Rows], Tensor], rows: Rows, row_map: Sequence[int] | None = None) -> Tensor:
-        """Exchange new tokens' `h_A` for their `h_B`.
+    @contextmanager
+    def step(self, rows: Rows, row_map: Sequence[int] | None = None) -> Iterator[list[Rows]]:
+        """Exchange new tokens' `h_A` for their `h_B`: `send` each of the chunks that this gives, then `receive`.
+
+        While the server works on one chunk, the client prepares the next. An error ends the session: the two sides may
+        differ then.
 
         Parameters
         ----------
-        states
-            Gives `h_A` of some of the step's places, `[tokens, width]`, ready to leave, in the wire dtype. It is
-            asked chunk by chunk, each place once: while the server works on one, the client prepares the next.
         rows
             All places of the step.
         row_map
             Applied before the step: row `i` continues what row `row_map[i]` was.
-
-        Returns
-        -------
-        Tensor
-            `h_B`, `[rows.total, hidden]`, in the wire dtype.
 
         Raises
         ------
@@ -156,61 +148,55 @@ class Session:
         """
         with self._using:
             self.last_used = next(_USES)
-            return self._forward(states, rows, row_map)
-
-    def _forward(self, states: Callable[[Rows], Tensor], rows: Rows, row_map: Sequence[int] | None) -> Tensor:
-        if self._closed:
-            raise _closed()
-        if row_map is not None:
-            self._journal.select(row_map)
-        self._note_turn(rows, row_map)
-        if not any(rows.starts):
-            self._changes = self._settings.changes()
-        exchange = _Exchange(self._chunks(rows), row_map)
-        patience = Patience(self._settings.reconnect_seconds)
-        while True:
+            if self._stream.closed:
+                raise self._stream.closed_error()
             try:
-                if self._connection is None and self._begun:
-                    self._restore(exchange)
-                if patience.reconnecting:
-                    self._settings.notice("the connection to the block server is back; going on")
-                return self._run(exchange, states)
-            except ConnectionLost as lost:
-                if self._closed:  # by another thread: that is no loss
-                    raise _closed() from None
-                self._drop()
-                if patience.begin(progressed=exchange.progressed):
-                    self._traffic.reconnections += 1
-                    what = lost.farewell or "the connection to the block server is lost"
-                    self._settings.notice(f"{what}; reconnecting")
-                exchange.progressed = False
-                if not patience.wait():
-                    self.close()
-                    why = self._endpoint.explain(str(lost))
-                    bound = self._settings.reconnect_seconds
-                    raise ServerUnavailableError(f"{why} (tried again for {bound:g} s)") from None
-            except BaseException as error:
-                if self._may_try_again(error):
-                    continue
-                # Refused, interrupted, or no noise to be had: the two sides may differ now, so the session is over.
+                if row_map is not None:
+                    self._sent.select(row_map)
+                if self.settings.turn is not None:
+                    self._note_turn(self.settings.turn, rows, row_map)
+                if not any(rows.starts):
+                    self._changes = self.settings.changes()
+                self._step = _Step(self._chunks(rows), row_map)
+                if self._begun and not self.is_open:
+                    self._connected(lambda: None)
+                yield self._step.chunks
+            except BaseException:  # refused, interrupted, or no noise to be had
                 self.close()
                 raise
 
-    def _may_try_again(self, error: BaseException) -> bool:
-        """Whether the server had no place for this session, and another has given its own up."""
-        if not isinstance(error, LimitExceededError) or not self._awaits_opened or self._closed:
-            return False
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
-        return self._settings.places.give_way(self)
+    def send(self, states: Tensor) -> None:
+        """Send `h_A` of the step's next chunk, `[chunk.total, width]`, ready to leave, in the wire dtype."""
+        chunk = self._step.chunks[self._step.prepared]
+        self._sent.write(chunk, states)
+        self._step.prepared += 1
+        if not self._begun:
+            self._connect(resume=None)
+        self._put(chunk, states)
+
+    def receive(self) -> Tensor:
+        """Wait for the step's `h_B`, `[rows.total, hidden]`, in the wire dtype."""
+        return self._connected(self._collect)
+
+    def _connected(self, work: Callable[[], T]) -> T:
+        """Do what needs the connection, and restore that after each loss."""
+        while True:
+            try:
+                return self._stream.keep_trying(self._restore, work)
+            except LimitExceededError:
+                # Where the server has no place for this session, another may give its own up.
+                if not self._awaits_opened or self._stream.closed:
+                    raise
+                self._stream.leave(None)
+                if not self.settings.places.give_way(self):
+                    raise
 
     def park(self) -> Connection | None:
         """End the session at the server, to be built anew when it is used; None if it is in use, or has no place."""
         if not self._using.acquire(blocking=False):
             return None
         try:
-            if (connection := self._leave()) is not None:
+            if (connection := self._stream.leave(_CLOSE)) is not None:
                 self._name = None
             return connection
         finally:
@@ -218,56 +204,51 @@ class Session:
 
     def sent(self, rows: Rows) -> Tensor:
         """What was sent for these places last, `[rows.total, hidden]`, in the wire dtype."""
-        return self._journal.read(rows)
+        return self._sent.read(rows)
 
-    def _run(self, exchange: "_Exchange", states: Callable[[Rows], Tensor]) -> Tensor:
-        """Send the chunks that have no result yet; collect the results."""
-        if self._connection is None:
-            self._connect(resume=None)
-        numbers = []
-        for index in range(len(exchange.results), len(exchange.chunks)):
-            chunk = exchange.chunks[index]
-            if index == exchange.prepared:
-                self._journal.write(chunk, states(chunk))
-                exchange.prepared += 1
-            row_map = None if index or exchange.map_done else exchange.row_map
-            numbers.append(self._send(chunk, row_map))
-            if row_map is not None:
-                exchange.map_step = numbers[-1]
+    def _collect(self) -> Tensor:
+        step = self._step
         if self._awaits_opened:
             self._await_opened()
-        for number, chunk in zip(numbers, exchange.chunks[len(exchange.results) :], strict=True):
+        for chunk, number in zip(step.chunks[len(step.results) :], step.numbers[len(step.results) :], strict=True):
             result = self._result(number)
-            if result is None or result.shape != (chunk.total, self._settings.hidden_size):
+            if result is None or result.shape != (chunk.total, self.settings.hidden_size):
                 raise ProtocolError("the block server answered with states of another shape")
-            exchange.results.append(result)
-            exchange.progressed = True
-        self._traffic.round_trips += 1
-        return _join(exchange.chunks, exchange.results)
+            step.results.append(result)
+            self._stream.progress += 1
+        self._stream.traffic.round_trips += 1
+        results, step.results = step.results, []
+        return _join(step.chunks, results) if len(results) > 1 else results[0]
 
-    def _restore(self, exchange: "_Exchange") -> None:
-        """Connect anew and bring the server to where the exchange was interrupted."""
-        lost = self._name
+    def _restore(self) -> None:
+        """Connect anew and bring the server to where the step was interrupted."""
+        lost, step = self._name, self._step
         self._connect(resume=lost)
         opened = self._await_opened()
-        self._step = opened.step
+        self._number = opened.step
         if opened.session != lost:
             self._whole = False
-            exchange.map_done = True  # the journal has moved its rows already
-        elif exchange.map_step is not None and opened.step >= exchange.map_step:
-            exchange.map_done = True
-        # What a session that is still there did of the exchange without our knowing is done again: the frames say where
+            step.map_done = True  # what was sent is kept with its rows moved already
+        elif step.map_number is not None and opened.step >= step.map_number:
+            step.map_done = True
+        # What a session that is still there did of the step without our knowing is done again: the frames say where
         # they start. Only moving rows twice would be wrong.
-        before = exchange.chunks[len(exchange.results)].starts
+        done = len(step.results)
+        before = step.chunks[done].starts
         if not self._whole and any(before):
-            if self._settings.run is not None and self._changes != self._settings.changes():
+            if self.settings.run is not None and self._changes != self.settings.changes():
                 raise ProtocolError("the adapter was trained since this session's text began; begin it anew")
             for chunk in [chunk for piece in self._as_computed(before) for chunk in self._chunks(piece)]:
-                self._result(self._send(chunk, None, want_result=False))
+                self._number += 1
+                self._stream.live.send(Step(self._number, chunk, self._sent.read(chunk), None, want_result=False))
+                self._result(self._number)
         self._whole = True
+        del step.numbers[done:]
+        for chunk in step.chunks[done : step.prepared]:
+            self._put(chunk, self._sent.read(chunk))
 
-    def _note_turn(self, rows: Rows, row_map: Sequence[int] | None) -> None:
-        if self._settings.turn is None or rows.furthest <= self._settings.turn:
+    def _note_turn(self, turn: int, rows: Rows, row_map: Sequence[int] | None) -> None:
+        if rows.furthest <= turn:
             self._turned = None
         elif self._turned is None or not any(rows.starts):
             self._turned = rows.starts
@@ -278,91 +259,74 @@ class Session:
         """All that came before these ends, in pieces that are computed as they were: as a short text or a long one."""
         turned = ends if self._turned is None else tuple(map(min, self._turned, ends))
         rest = tuple(end - start for start, end in zip(turned, ends, strict=True))
-        pieces = [Rows((0,) * len(ends), turned), Rows(turned, rest, (self._settings.turn or 0) + 1)]
+        pieces = [Rows((0,) * len(ends), turned), Rows(turned, rest, (self.settings.turn or 0) + 1)]
         return [piece for piece in pieces if piece.total]
 
     def _connect(self, resume: str | None) -> None:
-        settings = self._settings
-        self._connection = self._endpoint.stream(self._traffic)
+        settings = self.settings
+        self._stream.connect()
         self._awaits_opened = self._begun = True
         settings.places.take(self)
-        wish = Open(settings.partition, settings.fingerprint, settings.wire_name, resume, settings.run, settings.narrow)
-        self._connection.send(Message(Kind.OPEN, wish.to_body()))
+        request = Open(
+            settings.partition, settings.fingerprint, settings.wire_name, resume, settings.run, settings.narrow
+        )
+        self._stream.live.send(Message(Kind.OPEN, request.to_body()))
 
     def _await_opened(self) -> Opened:
-        frame = self._live().receive()
+        frame = self._stream.live.receive()
         if not isinstance(frame, Message) or frame.kind is not Kind.OPENED:
             raise ProtocolError("the block server did not answer OPEN with OPENED")
         opened = Opened.from_body(frame.body)
         self._name, self._awaits_opened = opened.session, False
-        self._endpoint.frame_bytes = opened.frame_bytes
+        self._stream.endpoint.frame_bytes = opened.frame_bytes
         return opened
 
     def _chunks(self, rows: Rows) -> list[Rows]:
         """A step as frames that are short enough for the server."""
-        tokens, limit = CHUNK_TOKENS, self._endpoint.frame_bytes
+        tokens, limit = CHUNK_TOKENS, self._stream.endpoint.frame_bytes
         if limit is not None:
-            a_token = self._settings.hidden_size * self._settings.wire_dtype.itemsize
-            tokens = max(1, min(tokens, (limit - overhead(Kind.STEP, len(rows))) // a_token))
+            a_token = self.settings.hidden_size * self.settings.wire_dtype.itemsize
+            tokens = max(1, min(tokens, (limit - overhead(Kind.STEP, len(rows.starts))) // a_token))
         return rows.chunks(tokens, MAX_PLACES)
 
-    def _send(self, rows: Rows, row_map: Sequence[int] | None, *, want_result: bool = True) -> int:
-        self._step += 1
-        mapping = tuple(row_map) if row_map is not None else None
-        self._live().send(Step(self._step, rows, self._journal.read(rows), mapping, want_result))
-        return self._step
+    def _put(self, chunk: Rows, states: Tensor) -> None:
+        """Put the step's next frame on its way; the first has the row map."""
+        step = self._step
+        row_map = None if step.map_done or step.numbers or step.results or step.row_map is None else step.row_map
+        self._number += 1
+        step.numbers.append(self._number)
+        if row_map is not None:
+            step.map_number, row_map = self._number, tuple(row_map)
+        self._stream.live.send(Step(self._number, chunk, states, row_map))
 
     def _result(self, number: int) -> Tensor | None:
-        frame = self._live().receive()
+        frame = self._stream.live.receive()
         if not isinstance(frame, Result) or frame.number != number:
             raise ProtocolError(f"the block server did not answer step {number} with its result")
         return frame.states
 
-    def _live(self) -> Connection:
-        if self._closed or self._connection is None:
-            raise _closed()
-        return self._connection
-
-    def _drop(self) -> None:
-        if self._connection is not None:
-            self._endpoint.lost(self._connection)
-            self._connection.close()
-            self._connection = None
-
     def close(self, *, wait_seconds: float = 0.0) -> None:
         """End the session; the server frees its cache, which is waited for so long. Safe to call twice."""
-        self._closed = True
-        connection = self._leave()
+        self._stream.closed = True
+        connection = self._stream.leave(_CLOSE)
         if connection is not None:
             connection.wait_until_over(wait_seconds)
 
-    def _leave(self) -> Connection | None:
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            connection.close(Message(Kind.CLOSE, {}))
-        return connection
-
 
 @dataclass
-class _Exchange:
+class _Step:
     """How far a step, possibly in several chunks, has come."""
 
     chunks: list[Rows]
     row_map: Sequence[int] | None
+    numbers: list[int] = field(default_factory=list)  # under which chunks were sent
     results: list[Tensor] = field(default_factory=list)
-    prepared: int = 0  # chunks that are in the journal
-    map_step: int | None = None  # the step that carried the row map to the server's session
+    prepared: int = 0  # chunks whose states are kept
+    map_number: int | None = None  # of the frame that carried the row map to the server's session
     map_done: bool = False  # the server's session has moved its rows
-    progressed: bool = False  # something came back since the last loss
 
 
 def _join(chunks: list[Rows], results: list[Tensor]) -> Tensor:
     """Results of chunks, each row after row, as one tensor, row after row."""
-    if len(results) == 1:
-        return results[0]
     pieces = [result.split(chunk.counts) for chunk, result in zip(chunks, results, strict=True)]
     return torch.cat([of_chunk[row] for row in range(len(chunks[0])) for of_chunk in pieces])
-
-
-def _closed() -> ServerUnavailableError:
-    return ServerUnavailableError("the session is closed; start a new one")

@@ -127,7 +127,7 @@ def run_finetuning_demo(
             model.eval()
             after = _answer(model, tokenizer, prompt, audience, QUESTION)
             weights, ends = model.adapter_state(), stop_ids(model, tokenizer)
-            model.end_run()
+            model.adapter.end_run()
         with audience.step("Loading the adapter into the whole model with peft.PeftModel, asking it the same"):
             whole = whole_with_adapter(load_whole_model(name), folder.adapter)
             expected = _whole_answer(whole, tokenizer, prompt, ends)

@@ -60,16 +60,13 @@ class Part(nn.Module):
                 self.model.norm = family.norm(config.hidden_size, eps=config.rms_norm_eps)
                 self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
-    def follow(self, whole: Any) -> Self:
-        """Compute with the modules that a model has now under the names of this part's own."""
-        ends = [(self.model, whole.model, name) for name in ("embed_tokens", "norm") if hasattr(self.model, name)]
-        if hasattr(self, "lm_head"):
-            ends.append((self, whole, "lm_head"))
+    def follow(self, decoder: Any) -> Self:
+        """Compute with the modules that a decoder has now under the names of this part's own."""
         # Looked at for every token, and hardly ever another: registering a module takes longer than asking for it.
-        for own, other, name in ends:
-            if getattr(own, name) is not (module := getattr(other, name)):
-                setattr(own, name, module)
-        own, other = self.model.layers, whole.model.layers
+        for name in ("embed_tokens", "norm"):
+            if name in self.model._modules and getattr(self.model, name) is not (module := getattr(decoder, name)):
+                setattr(self.model, name, module)
+        own, other = self.model.layers, decoder.layers
         for layer in own:
             if own[layer] is not (module := other[layer]):
                 own[layer] = module

@@ -67,7 +67,7 @@ class Looks:
         *,
         first_over_last: float = FIRST_OVER_LAST,
     ) -> None:
-        self._model, self._spec, channel = model, model.asked, model.noise.channel
+        self._model, self._spec, channel = model, model.protection.spec, model.noise.channel
         # What the states were measured to be when the model was loaded.
         self._loaded = Magnitude(channel.std / (mechanism.level or 1.0), channel.clip / mechanism.clip)
         self.planned, self._first_over_last = mechanism.epochs, first_over_last
@@ -79,14 +79,14 @@ class Looks:
     @classmethod
     def of(cls, model: SplitModelForCausalLM) -> Self | None:
         """Those of a model whose mechanism is adaptive; None for any other."""
-        mechanism = adaptive_part(model.asked)
+        mechanism = adaptive_part(model.protection.spec)
         return cls(model, mechanism) if mechanism is not None else None
 
     def decide(self, passes: range) -> bool:
         """Decide the looks of all passes up to the last of these; returns whether there were any to decide."""
         new = len(self.decided) < passes.stop
         while len(self.decided) < passes.stop:
-            scale = rounded_scale(self._model.measure_states().norm / self._loaded.norm)
+            scale = rounded_scale(self._model.protection.measure().norm / self._loaded.norm)
             precision = self.budget.spend(self._share()) if self.budget.later else 1.0
             self.decided.append(Look(precision, scale))
         return new
@@ -102,11 +102,11 @@ class Looks:
             precisions.append(1.0)
         self.begun = max(self.begun, step + 1)
         scale = self.decided[passes[-1]].scale
-        self._model.protect_look(self._noise(Look(min(precisions), scale)), self._lasting(scale))
+        self._protect(self._noise(Look(min(precisions), scale)), self._lasting(scale))
 
     def end(self) -> None:
         """All that leaves from now on has the strength of the level."""
-        self._model.protect_look(None, self._model.noise)
+        self._protect(None, self._model.noise)
 
     def learnt(self, passes: range, loss: float) -> None:
         """Take note of the loss of a step that began in the first of these passes."""
@@ -114,6 +114,10 @@ class Looks:
             self._losses.append((0.0, 0))
         total, steps = self._losses[passes.start]
         self._losses[passes.start] = (total + loss, steps + 1)
+
+    def _protect(self, look: Noise | None, lasting: Noise) -> None:
+        protection = self._model.protection
+        protection.noise, protection.in_training = lasting, look
 
     def _lasting(self, scale: float) -> Noise:
         """What protects all that is no planned look: the level, where the states are now."""
@@ -180,6 +184,6 @@ class Looks:
         self.budget = LookBudget(self.planned, tuple(look.precision for look in decided[: self.planned]))
         self.decided, self._losses = decided, losses
         if decided:
-            self._model.protect_look(None, self._lasting(decided[-1].scale))
+            self._protect(None, self._lasting(decided[-1].scale))
         self.begun = max(self.begun, begun, recorded + 1)
         return self.begun > begun

@@ -118,9 +118,9 @@ class FineTuning:
             return False
         if checkpoint.cut is not None:
             checkpoint.cut.check_place(self.model.partition.input_layers, self.folder.path)
-        self.model.set_training_state(self.optimizer, checkpoint.adapter, checkpoint.optimizer, checkpoint.step)
+        self.model.adapter.set_training_state(self.optimizer, checkpoint.adapter, checkpoint.optimizer, checkpoint.step)
         set_random_state(checkpoint.random)
-        self.model.set_loss_scale(checkpoint.state.get("loss_scale"))
+        self.model.adapter.loss_scale = checkpoint.state.get("loss_scale")
         self.step = checkpoint.step
         if self.looks is not None:
             recorded = max((figures["step"] for figures in self.folder.metrics()), default=self.step)
@@ -142,11 +142,11 @@ class FineTuning:
         UsageError
             If it cannot be written; those before it are untouched.
         """
-        adapter, states = self.model.training_state(self.optimizer)
-        state = {"recipe": asdict(self.recipe), "loss_scale": self.model.loss_scale}
+        adapter, states = self.model.adapter.training_state(self.optimizer)
+        state = {"recipe": asdict(self.recipe), "loss_scale": self.model.adapter.loss_scale}
         if self.looks is not None:
             state["looks"] = self.looks.state()
-        checkpoint = TrainingState(self.step, adapter, states, random_state(), state, self.model.cut_record())
+        checkpoint = TrainingState(self.step, adapter, states, random_state(), state, self.model.adapter.cut_record())
         self.folder.checkpoints.save(checkpoint, self._lora, self._base_model)
         self._saved_at = time.monotonic()
 
@@ -181,7 +181,7 @@ class FineTuning:
 
     def _begin_again(self) -> None:
         """The server has lost the run: give it the last checkpoint."""
-        self.model.begin_run_again()
+        self.model.adapter.begin_run_again()
         if not self.resume() and self.step > 0:
             raise UsageError(
                 "the block server has lost the run, and there is no checkpoint to go on from; begin anew, in another "

@@ -113,8 +113,8 @@ class Participant:
             with self._joined(body, _start(own, body, _tensors(weights))) as model:
                 before = model.traffic.copy()
                 figures = self._steps(model, recipe, first)
-                model.finish_round()
-                trained = model.local_adapter_state()
+                model.adapter.finish_round()
+                trained = model.adapter.local_state()
             if not all(bool(torch.isfinite(weight).all()) for weight in trained.values()):
                 raise NonFiniteError("the adapter is not finite after the round; a lower learning rate may help")
             if own is not None:
@@ -155,7 +155,7 @@ class Participant:
                     max_tokens=self._texts.max_tokens,
                     answer_loss=True,
                 )
-                model.finish_round()
+                model.adapter.finish_round()
             metrics = {name: value for name, value in result.metrics.items() if math.isfinite(value)}
             return {"num-examples": result.count, **metrics}
 
@@ -229,14 +229,14 @@ class Participant:
                 f"{self._texts.max_tokens}: it has to join with --max-tokens {model.max_tokens}"
             )
         try:
-            model.join_round(ticket, config)
+            model.adapter.join_round(ticket, config)
             extra = weights.keys() - adapter_parameters(model).keys()
             if extra:
                 raise ModelMismatchError(f"the adapter that came has {min(extra)}, which this client does not train")
-            model.set_local_adapter(weights)
+            model.adapter.set_local(weights)
             yield model
         except BaseException as error:
-            model.leave_round()
+            model.adapter.leave_round()
             if not isinstance(error, FedSEAError):
                 self._models.forget(model)  # whatever has happened to it, the next round gets a new one
             raise

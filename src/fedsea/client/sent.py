@@ -9,7 +9,7 @@ from fedsea.parts import Rows
 from fedsea.parts.rows import gather_rows
 
 
-class Journal:
+class SentStates:
     """The states that a session has sent, `[rows, positions, width]` in the wire dtype, exactly as they left."""
 
     def __init__(self, width: int, dtype: torch.dtype) -> None:
@@ -24,22 +24,18 @@ class Journal:
     def write(self, rows: Rows, states: Tensor) -> None:
         """Keep a step's states `[rows.total, width]`; what a row held from its start position on is dropped."""
         if not self.lengths:
-            self._states = self._states.new_empty(len(rows), 0, self._states.shape[2])
-        if self._states.shape[1] < rows.reach:
-            capacity = max(rows.reach, min(2 * self._states.shape[1], self._states.shape[1] + 4096))
-            grown = self._states.new_empty(len(rows), capacity, self._states.shape[2])
-            grown[:, : self._states.shape[1]] = self._states
-            self._states = grown
-        padded = rows.unpack(states)
+            self._states = self._states.new_empty(len(rows.starts), 0, self._states.shape[2])
+        capacity = self._states.shape[1]
+        if capacity < rows.reach:
+            more = max(rows.reach, min(2 * capacity, capacity + 4096)) - capacity
+            self._states = torch.cat([self._states, self._states.new_empty(len(rows.starts), more, states.shape[1])], 1)
+        first = 0
         for row, (start, count) in enumerate(zip(rows.starts, rows.counts, strict=True)):
-            self._states[row, start : start + count] = padded[row, :count]
+            self._states[row, start : start + count] = states[first : first + count]
+            first += count
         self.lengths = list(rows.ends)
 
     def read(self, rows: Rows) -> Tensor:
         """The states at these places, `[rows.total, width]`."""
-        return torch.cat(
-            [
-                self._states[row, start : start + count]
-                for row, (start, count) in enumerate(zip(rows.starts, rows.counts, strict=True))
-            ]
-        )
+        places = zip(rows.starts, rows.counts, strict=True)
+        return torch.cat([self._states[row, start : start + count] for row, (start, count) in enumerate(places)])

@@ -1,0 +1,197 @@
+"""What is done to `h_A` before it leaves: the mechanism, its draws, and the count of how often a text leaves."""
+
+import secrets
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from fedsea.checkpoints import Checkpoint
+from fedsea.client.origin import Origin, Watch, is_coarse, row_bytes
+from fedsea.errors import UsageError
+from fedsea.partition import LIFT, PROJECT
+from fedsea.parts import InputBlocks, RowCache, Rows
+from fedsea.parts.cut_files import CutRecord
+from fedsea.parts.narrow import principal_directions
+from fedsea.privacy import (
+    LookLedger,
+    Magnitude,
+    Noise,
+    NoiseSource,
+    measure_magnitude,
+    parse_mechanism,
+    public_states,
+    taken_up,
+)
+from fedsea.privacy.source import DIGEST_BYTES
+
+
+class Protection:
+    """How the hidden states of one model are protected when they leave.
+
+    Parameters
+    ----------
+    spec
+        The mechanism as the user has named it. A narrow cut that it has starts along the principal directions of a
+        public text's states.
+    blocks
+        The input blocks whose states it is calibrated to.
+    checkpoint
+        Gives the public text.
+
+    Attributes
+    ----------
+    spec
+        The mechanism as it was named, or taken up with an adapter: not calibrated.
+    noise
+        The same, calibrated: what protects all that leaves, and what is on record with a narrow cut.
+    in_training
+        What protects forward passes whose loss may be backpropagated instead; None for `noise`.
+    source
+        Where draws come from; `NoiseSource` says what keys them.
+    ledger
+        Counts how often each text leaves under fresh noise, and refuses what is beyond its number; None for no count.
+    """
+
+    def __init__(self, spec: Noise, blocks: InputBlocks, checkpoint: Checkpoint) -> None:
+        self._blocks, self._checkpoint = blocks, checkpoint
+        self._origin = Origin()
+        self.in_training: Noise | None = None
+        self.ledger: LookLedger | None = None
+        if spec.width is not None:
+            blocks.narrow(principal_directions(public_states(blocks, checkpoint), spec.width))
+        self.use(spec)
+
+    def use(self, spec: Noise) -> None:
+        """Protect by this mechanism from now on, calibrated to the model as it is now."""
+        self.spec, self.noise = spec, spec.calibrated(self.measure)
+        self.source = NoiseSource(self.noise)
+
+    def measure(self) -> Magnitude:
+        """How large the states of a public text are now, with the adapter and the narrow cut."""
+        training = [module for module in self._blocks.modules() if module.training]
+        self._blocks.eval()  # dropout would draw, and a measure is to be the same whenever it is taken
+        try:
+            return measure_magnitude(self._blocks, self._checkpoint)
+        finally:
+            for module in training:
+                module.training = True
+
+    def states(
+        self,
+        blocks: InputBlocks,
+        tokens: Tensor,
+        rows: Rows,
+        chunk: Rows,
+        cache: RowCache | None,
+        digests: list[list[bytes]],
+        *,
+        training: bool = False,
+        base: bool = True,
+    ) -> Tensor:
+        """Run the input blocks on some of a step's places; returns what may leave for these, `[chunk.total, width]`.
+
+        Parameters
+        ----------
+        tokens, rows
+            All of the step, `[rows, width]`.
+        chunk
+            Its places that are computed now.
+        digests
+            Of each row, the keys of its draws up to where the chunk starts. Those of the chunk are added.
+        training
+            Whether the loss may be backpropagated.
+        base
+            Whether base weights may be others than when they were read last.
+        """
+        noise = (self.in_training or self.noise) if training else self.noise
+        ids = tokens
+        if chunk is not rows:
+            first = max(start - begin for start, begin in zip(chunk.starts, rows.starts, strict=True))
+            ids = tokens[:, first : first + chunk.width]
+        alters = noise.alters
+        watch = Watch(blocks) if alters else None
+        embedded = blocks.model.embed_tokens(ids)
+        hidden = chunk.pack(blocks.run_embedded(embedded, chunk, cache))
+        if hidden.dtype is torch.float64:  # for measuring, and not put on the grid of what leaves
+            hidden = hidden.float()
+        if watch is None:
+            return hidden
+        source = self.source = self.source.under(noise)
+
+        def normals() -> Tensor:
+            here = self._origin.digest(blocks, base=base)
+            places = chunk.pack(chunk.positions(torch.device("cpu")).expand(len(chunk), -1).unsqueeze(2))
+            parts = (row_bytes(places), row_bytes(chunk.pack(embedded)), watch.of_states(hidden))
+            made = [here + place + token + state for place, token, state in zip(*parts, strict=True)]
+            drawn = _extend(digests, source, ids, chunk, made)
+            self._charge(tokens, rows, chunk.starts, drawn)
+            states = row_bytes(hidden) if is_coarse(hidden, embedded) else None
+            return source.normals([key for row in drawn for key in row], hidden.shape[1], states)
+
+        return noise.apply(hidden, normals)
+
+    def _charge(self, tokens: Tensor, rows: Rows, starts: Sequence[int], drawn: list[list[bytes]]) -> None:
+        """A text is counted where it begins to leave, as what it is in this step."""
+        if self.ledger is not None:
+            texts = zip(tokens.tolist(), rows.counts, starts, drawn, strict=True)
+            self.ledger.charge([(row[:count], keys[-1]) for row, count, start, keys in texts if keys and not start])
+
+    # A narrow cut
+
+    @property
+    def projection(self) -> Tensor | None:
+        """The narrow cut's half that is here, `[rank, hidden]`; None without one."""
+        cut = self._blocks.narrow_cut
+        return cut["project"].get_parameter("weight").detach() if cut else None
+
+    def take_up(self, cut: CutRecord, weights: Mapping[str, Tensor], source: object) -> str:
+        """Go through an adapter's narrow cut from now on, and protect what is left; says how, in one line.
+
+        Raises
+        ------
+        ModelMismatchError, UsageError
+            If the user asks for a cut of another rank, or the weights are another model's.
+        """
+        own = parse_mechanism(cut.mechanism)
+        if own.width != cut.rank:
+            raise UsageError(f"the narrow cut in {source} says two things of its rank: {cut.rank} and {own}")
+        spec = taken_up(self.spec, own, source)
+        hidden = self._checkpoint.config.hidden_size
+        if weights[PROJECT].shape != (cut.rank, hidden) or weights[LIFT].shape != (hidden, cut.rank):
+            raise UsageError(f"the narrow cut in {source} is of another model: this one's states have {hidden} numbers")
+        self._blocks.narrow(weights[PROJECT])
+        self.use(spec)
+        trained = "" if spec == own else f"; the adapter was trained with {own}"
+        return f"what leaves goes through the adapter's narrow cut, protected by {self.noise}{trained}"
+
+
+def check_rank(noise: Noise, hidden_size: int, middle: range) -> None:
+    """Refuse a narrow cut that a model cannot have.
+
+    Raises
+    ------
+    UsageError
+        If it is as wide as the states, or nothing crosses.
+    """
+    if noise.width is None:
+        return
+    if not middle:
+        raise UsageError("with no middle blocks nothing leaves, so there is no cut to make narrow")
+    if noise.width >= hidden_size:
+        raise UsageError(f"a narrow cut of rank {noise.width} narrows nothing: this model's states have {hidden_size}")
+
+
+def _extend(
+    digests: list[list[bytes]], source: NoiseSource, tokens: Tensor, rows: Rows, made: list[bytes]
+) -> list[list[bytes]]:
+    """The keys of draws for tokens `[rows, width]`, row by row, which are added to what is known of each row."""
+    drawn, done = [], 0
+    for known, start, count, row in zip(digests, rows.starts, rows.counts, tokens.tolist(), strict=True):
+        # What left before there was noise is not known here: no other text may have the keys of this one then.
+        known.extend(secrets.token_bytes(DIGEST_BYTES) for _ in range(start - len(known)))
+        before = known[start - 1] if start else b""
+        known[start:] = source.extend(before, row[:count], made[done : done + count])
+        drawn.append(known[start:])
+        done += count
+    return drawn
