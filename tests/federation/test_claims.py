@@ -195,9 +195,10 @@ def test_a_seat_weighs_what_the_coordinator_says(server: RunningServer, admin: B
         # Nor is it asked how many tokens a member learns.
         assert not any(model.middle.run.channel.shared for model in models)
         if claim is not None:
-            models[0].middle.run.channel.shared = True  # it says so without being asked
-            send = models[0].middle.run.send_gradient
-            models[0].middle.run.send_gradient = lambda *given, send=send, claim=claim, **_weight: send(*given[:3], claim)
+            run = models[0].middle.run
+            run.channel.shared = True  # it says so without being asked
+            send = run.send_gradient
+            run.send_gradient = lambda *given, send=send, claim=claim, **_weight: send(*given[:3], claim)
         assert together(*(partial(part, model, number) for number, model in enumerate(models))) == ["", ""]
         averages.append(admin.aggregate(label, {"a": 1.0, "b": 1.0}))
         for model in models:
