@@ -166,7 +166,7 @@ def test_the_gradients_at_states_and_projection_are_those_of_finite_differences(
 
 def test_the_gradients_at_what_came_and_at_the_lift_are_those_of_finite_differences() -> None:
     blocks = MiddleBlocks.from_checkpoint(CHECKPOINT, range(2, 3), dtype=torch.float64)
-    blocks.widen(drawn(HIDDEN, 1, dtype=torch.float64))
+    blocks.add_narrow_cut(drawn(HIDDEN, 1, dtype=torch.float64))
     rows = Rows.uniform(1, 0, 3)
     weight = blocks.narrow_cut["lift"].weight.requires_grad_()
 

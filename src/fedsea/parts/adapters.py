@@ -1,4 +1,4 @@
-"""LoRA adapters on a part of the model: PEFT's own modules, called by their names in the whole model.
+"""LoRA adapters: their description, which is small and checked, and the weights that they start with.
 
 One `LoraConfig` of the user becomes an `AdapterSpec`: which linear modules of which layers, of what rank. The spec is
 small and checked, so it may come from anybody; each side puts PEFT's modules on the layers that it holds. Where the
@@ -7,101 +7,47 @@ without sending it. Adapters are float32 whatever the model computes in: an upda
 rate of 1e-5 is about one unit in its last place, and would vanish.
 """
 
-import copy
 import hashlib
 import math
 import re
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
+from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from fedsea.errors import ProtocolError, UsageError
 from fedsea.fields import Fields
 from fedsea.partition import LIFT, PROJECT, layer_of
+from fedsea.parts.lora_layers import Targets, find_targets, inject
 
 MAX_RANK = 4096
 MAX_NARROW = 1 << 16
 MAX_TARGETS = 1 << 16
 SUFFIXES = re.compile(r"[a-z_]+\.[a-z_]+")
-_FIELDS = {"r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform"}
-_FIELDS |= {"layers_pattern", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "init_lora_weights"}
-# Say nothing about the weights: bookkeeping, and how a given target runs.
-_FIELDS |= {"task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"}
-_FIELDS |= {"inference_mode", "megatron_core", "runtime_config", "ensure_weight_tying", "qalora_group_size"}
 
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """A LoRA adapter of a whole model, without its weights.
+    """A LoRA adapter of a whole model, without its weights."""
 
-    Attributes
-    ----------
-    targets
-        Rank and alpha of each adapted linear module, by the module's name in the whole model.
-    dropout
-        Probability that an input of the adapter is dropped in training.
-    use_rslora
-        Scale by alpha / sqrt(rank) instead of alpha / rank (arXiv 2312.03732).
-    use_dora
-        Learn the magnitudes of the weights' columns as well (arXiv 2402.09353).
-    gaussian
-        Start from a Gaussian instead of PEFT's default, Kaiming's uniform.
-    seed
-        What the start depends on, with the names.
-    narrow
-        Rank of the narrow cut that is trained with it; 0 if states cross as they are.
-    """
-
-    targets: Mapping[str, tuple[int, float]]
-    dropout: float = 0.0
-    use_rslora: bool = False
-    use_dora: bool = False
-    gaussian: bool = False
-    seed: int = field(default=0, compare=False)
-    narrow: int = 0
+    targets: Targets
+    dropout: float = 0.0  # probability that an input of the adapter is dropped in training
+    use_rslora: bool = False  # scaled by alpha / sqrt(rank) instead of alpha / rank (arXiv 2312.03732)
+    use_dora: bool = False  # learns the magnitudes of the weights' columns as well (arXiv 2402.09353)
+    gaussian: bool = False  # starts from a Gaussian instead of PEFT's default, Kaiming's uniform
+    seed: int = field(default=0, compare=False)  # what the start depends on, with the names
+    narrow: int = 0  # rank of the narrow cut that is trained with it; 0 if states cross as they are
 
     @classmethod
     def from_config(
         cls, lora: LoraConfig, config: PreTrainedConfig, seed: int = 0, *, fresh: bool = True
     ) -> "AdapterSpec":
-        """What a `LoraConfig` means for a model: PEFT itself picks the targets, on a model without weights.
-
-        An adapter that is not `fresh` has weights already, and how they once began does not matter.
-
-        Raises
-        ------
-        UsageError
-            If the configuration asks for what cannot be trained through the split.
-        """
-        if not isinstance(lora, LoraConfig):
-            raise UsageError(f"the adapter must be a peft.LoraConfig; got {type(lora).__name__}")
-        _refuse_unsupported(lora, fresh=fresh)
-        chosen = copy.deepcopy(lora)
-        with torch.device("meta"):
-            whole = AutoModelForCausalLM.from_config(config)
-        try:
-            # Not by PEFT's low_cpu_mem_usage: it patches torch for all threads, and others may be building modules.
-            with torch.device("meta"), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                inject_adapter_in_model(chosen, whole, "default")
-            targets = {
-                name: (module.r["default"], float(module.lora_alpha["default"]))
-                for name, module in whole.named_modules()
-                if hasattr(module, "lora_A") and "default" in getattr(module, "r", {})
-            }
-        except Exception as error:  # of any kind: a configuration may come from a stranger's file
-            raise UsageError(f"PEFT refuses the adapter's configuration: {error}") from None
-        outside = [name for name in targets if layer_of(name) is None]
-        if outside:
-            raise UsageError(
-                f"adapters go on the linear modules of decoder layers; leave out {', '.join(sorted(outside))}"
-            )
+        """The adapter that a `LoraConfig` describes for a model; arguments and errors are those of `find_targets`."""
+        targets = find_targets(lora, config, fresh=fresh)
         spec = cls(
             targets,
             dropout=lora.lora_dropout,
@@ -152,7 +98,7 @@ class AdapterSpec:
         narrow = read.count("narrow", 0, MAX_NARROW) if "narrow" in read.body else 0
         return cls(targets, dropout, seed=seed, narrow=narrow, **switches)
 
-    def within(self, layers: range) -> dict[str, tuple[int, float]]:
+    def within(self, layers: range) -> Targets:
         """Those of the targets that are in the given layers."""
         return {name: sizes for name, sizes in self.targets.items() if layer_of(name) in layers}
 
@@ -162,18 +108,7 @@ class AdapterSpec:
         return {f"{name}.{kind}.weight" for name in self.within(layers) for kind in kinds}
 
     def weight_shapes(self, modules: Mapping[str, tuple[int, int]], layers: range) -> dict[str, tuple[int, ...]]:
-        """Shapes of the adapter's weights in the given layers, by name.
-
-        Parameters
-        ----------
-        modules
-            The model's linear modules by name: (out features, in features).
-
-        Raises
-        ------
-        ProtocolError
-            If a target is none of them.
-        """
+        """Shapes of the adapter's weights in the given layers, by name; `modules` are (out features, in features)."""
         shapes: dict[str, tuple[int, ...]] = {}
         for name, (rank, _alpha) in self.within(layers).items():
             if name not in modules:
@@ -195,10 +130,7 @@ class AdapterSpec:
     def put_on(self, module: nn.Module, layers: Iterable[int], adapter: str = "default") -> None:
         """Put PEFT's modules on those of a part's layers that are targets, at their start; only they are trainable.
 
-        Raises
-        ------
-        ProtocolError
-            If a target is not a linear module of the part.
+        A ProtocolError if a target is not a linear module of the part.
         """
         held = set(layers)
         targets = {name: sizes for name, sizes in self.targets.items() if layer_of(name) in held}
@@ -211,19 +143,7 @@ class AdapterSpec:
                 raise ProtocolError(f"{name} is not a linear module of the model")
         if not targets:
             return
-        lora = LoraConfig(
-            r=1,
-            target_modules=sorted(targets),
-            rank_pattern={re.escape(name): rank for name, (rank, _) in targets.items()},
-            alpha_pattern={re.escape(name): alpha for name, (_, alpha) in targets.items()},
-            lora_dropout=self.dropout,
-            use_rslora=self.use_rslora,
-            use_dora=self.use_dora,
-        )
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            inject_adapter_in_model(lora, module, adapter)
-        module.train(module.training)  # PEFT's new modules think they are in training
+        inject(module, targets, adapter, lora_dropout=self.dropout, use_rslora=self.use_rslora, use_dora=self.use_dora)
         for name, parameter in adapter_parameters(module, adapter).items():
             parameter.data = parameter.data.float()
             if ".lora_A." in name:
@@ -269,18 +189,6 @@ def adapter_parameters(module: nn.Module, adapter: str = "default") -> dict[str,
         for name, parameter in module.named_parameters()
         if (".lora_" in name and infix in name) or name in (PROJECT, LIFT)
     }
-
-
-def _refuse_unsupported(lora: LoraConfig, *, fresh: bool) -> None:
-    default = LoraConfig()
-    for name, value in vars(lora).items():
-        if name not in _FIELDS and value != getattr(default, name, None):
-            raise UsageError(f"{name}={value!r} is not supported by a split model; leave it out of the LoraConfig")
-    # Other starts than these change the base weights, and the adapter means nothing without that.
-    if lora.init_lora_weights not in (True, "gaussian") and (fresh or lora.init_lora_weights is not False):
-        raise UsageError(
-            f"init_lora_weights={lora.init_lora_weights!r} is not supported by a split model; use True or 'gaussian'"
-        )
 
 
 def _cut_words(rank: int) -> str:

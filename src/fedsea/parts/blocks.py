@@ -94,24 +94,11 @@ class Part(nn.Module):
         return 2 * len(self.layers if layers is None else layers) * heads * head_dim * dtype.itemsize
 
     def run_layers(self, hidden: Tensor, rows: Rows, cache: RowCache | None, layers: range) -> Tensor:
-        """Run decoder layers on new tokens.
+        """Run layers, by their numbers in the whole model, on new tokens: `[rows, width, hidden]` -> the same shape.
 
-        Parameters
-        ----------
-        hidden
-            `[rows, width, hidden]`, padded at the right where rows differ in length.
-        rows
-            Start and number of new tokens of each row.
-        cache
-            Holds what came before; gets the new tokens' keys and values. None for whole texts of which nothing is kept,
-            as in training; their rows start at 0.
-        layers
-            Which of this part's layers, by their numbers in the whole model.
-
-        Returns
-        -------
-        Tensor
-            `[rows, width, hidden]`; what stands at padded places means nothing.
+        Rows that differ in length are padded at the right; what comes out at padded places means nothing. The cache
+        holds what came before and gets the new tokens' keys and values; None for whole texts of which nothing is kept,
+        as in training, whose rows start at 0.
         """
         if not layers:
             return hidden
@@ -228,27 +215,21 @@ class MiddleBlocks(Part):
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
     ) -> Self:
-        """Read these layers, and no others, from a checkpoint.
-
-        Raises
-        ------
-        PartitionError
-            If the model does not have them.
-        """
+        """Read these layers, and no others, from a checkpoint; a PartitionError if the model does not have them."""
         count = checkpoint.config.num_hidden_layers
         if not layers or layers.start < 0 or layers.stop > count:
             raise PartitionError(f"layers {layers.start}:{layers.stop} are not in the model, which has 0:{count}")
         return cls(checkpoint.config, layers)._load(checkpoint, dtype=dtype, device=device)
 
-    def twin(self) -> "MiddleBlocks":
-        """Modules of their own on the same weights, which are not copied: for a run's adapters to be put on."""
+    def second_adapter_copy(self) -> "MiddleBlocks":
+        """Other modules on the same weights, which are not copied: for a run's adapters to be put on."""
         other = MiddleBlocks(self.config, self.layers)
         other.load_state_dict(self.state_dict(), strict=True, assign=True)
         other.requires_grad_(False)
         other.rotary = self.rotary
         return other
 
-    def widen(self, weight: Tensor) -> None:
+    def add_narrow_cut(self, weight: Tensor) -> None:
         """Take what a narrow cut leaves of `h_A` from now on, and lift it by a copy of a weight `[hidden, rank]`."""
         self.narrow_cut["lift"] = LinearMap(weight).to(self.device)
 

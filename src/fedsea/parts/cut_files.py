@@ -24,30 +24,14 @@ CUT, CUT_WEIGHTS = "narrow_cut.json", "narrow_cut.safetensors"
 
 @dataclass(frozen=True)
 class CutRecord:
-    """What is to be known of a narrow cut beside its weights.
+    """What is to be known of a narrow cut beside its weights."""
 
-    Attributes
-    ----------
-    rank
-        Numbers that are left of a state.
-    input_layers
-        Decoder layers before it: it belongs there, and nowhere else.
-    mechanism
-        How what leaves was protected in training, as `parse_mechanism` reads it, the cut itself included.
-    """
-
-    rank: int
-    input_layers: int
-    mechanism: str
+    rank: int  # numbers that are left of a state
+    input_layers: int  # decoder layers before it: it belongs there, and nowhere else
+    mechanism: str  # that protected what left in training, as `parse_mechanism` reads it, the cut itself included
 
     def check_place(self, input_layers: int, source: object) -> None:
-        """Refuse another place.
-
-        Raises
-        ------
-        PartitionError
-            If the model is cut after another layer.
-        """
+        """A PartitionError if the model is cut after another layer."""
         if input_layers != self.input_layers:
             raise PartitionError(
                 f"the narrow cut in {source} was trained after {self.input_layers} input layers, here there are "
@@ -56,13 +40,7 @@ class CutRecord:
 
 
 def save_cut(folder: Path, weights: Mapping[str, Tensor], cut: CutRecord | None) -> None:
-    """Write a cut's weights, which are among `weights`, and its record; None removes what an earlier one has left.
-
-    Raises
-    ------
-    OSError, SafetensorError, UsageError
-        If the folder cannot be written.
-    """
+    """Write a cut's weights, which are among `weights`, and its record; None removes what an earlier one has left."""
     if cut is None:
         for name in (CUT, CUT_WEIGHTS):
             (folder / name).unlink(missing_ok=True)

@@ -112,7 +112,7 @@ class OneConfig(dict[str, LoraConfig]):
         return dict, (dict(self),)  # a copy is a dictionary like any other
 
 
-class Elsewhere(Held, nn.Module, LoraLayer):
+class RemoteModule(Held, nn.Module, LoraLayer):
     """Stands where a target module of another process would be, so that PEFT counts its weights as the adapter's.
 
     PEFT tells by its modules which entries of a state belong to an adapter. This one has PEFT's names and no weights.
@@ -132,9 +132,9 @@ def _held(kind: type) -> type:
     return type(kind.__name__, (Held, kind), {"__module__": kind.__module__})
 
 
-def hold(module: nn.Module, elsewhere: Iterable[str], holder: Holder) -> None:
+def hold(module: nn.Module, remote: Iterable[str], holder: Holder) -> None:
     """Hold a part's adapter, and let modules of these names stand for what is in other processes."""
-    for name in elsewhere:
+    for name in remote:
         here = module
         *path, last = name.split(".")
         for step in path:
@@ -144,7 +144,7 @@ def hold(module: nn.Module, elsewhere: Iterable[str], holder: Holder) -> None:
                 here.add_module(step, found)
             here = found
         if last not in dict(here.named_children()):
-            here.add_module(last, Elsewhere())
+            here.add_module(last, RemoteModule())
     for layer in module.modules():
         if isinstance(layer, BaseTunerLayer) and not isinstance(layer, Held):
             layer.__class__ = _held(type(layer))

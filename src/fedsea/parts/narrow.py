@@ -13,13 +13,7 @@ SEED = 0  # of the directions that a sample of states says nothing of
 
 
 class LinearMap(nn.Module):
-    """A trained linear map in float32, whatever the model computes in.
-
-    Parameters
-    ----------
-    weight
-        `[to, from]`, where it starts; copied.
-    """
+    """A trained linear map in float32, whatever the model computes in; it starts as a copy of `[to, from]`."""
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
@@ -44,13 +38,6 @@ def principal_directions(states: Tensor, rank: int) -> Tensor:
     position of a text, whose state is far larger than others in most models, has one direction and not all of them.
     The mean is not taken off, as the maps have no bias to put it back. Where there are fewer states than directions,
     the others are drawn, orthogonal to those, always the same.
-
-    Parameters
-    ----------
-    states
-        `[tokens, hidden]`.
-    rank
-        Less than `hidden`.
     """
     exact = states.detach().to("cpu", torch.float64)
     directions: Tensor = torch.linalg.svd(nn.functional.normalize(exact, dim=1), full_matrices=False)[2][:rank]

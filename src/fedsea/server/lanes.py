@@ -162,7 +162,7 @@ _TWINS: WeakKeyDictionary[MiddleBlocks, tuple[MiddleBlocks, ActiveLanes]] = Weak
 def twin_of(base: MiddleBlocks) -> tuple[MiddleBlocks, ActiveLanes]:
     """Modules of the joint passes on the base's weights, made once."""
     if base not in _TWINS:
-        twin, active = base.twin(), ActiveLanes()
+        twin, active = base.second_adapter_copy(), ActiveLanes()
         for name, module in list(twin.model.layers.named_modules(prefix="model.layers")):
             if isinstance(module, nn.Linear):
                 parent, _, last = name.rpartition(".")

@@ -48,13 +48,13 @@ class Trainer:
         self.base, self.spec, self.layers, self.dtype, self.room = middle, spec, layers, dtype, room
         self._max_micros, self._relieve = max_micros, relieve
         if share is None:
-            self.blocks = middle.twin()
+            self.blocks = middle.second_adapter_copy()
             spec.put_on(self.blocks, layers)
             self._draws = torch.Generator(middle.device)
             _draw_from(self._draws, self.blocks, spec.dropout)
             if spec.narrow:
                 # Its client says where it starts.
-                self.blocks.widen(torch.zeros(middle.config.hidden_size, spec.narrow))
+                self.blocks.add_narrow_cut(torch.zeros(middle.config.hidden_size, spec.narrow))
                 self.blocks.narrow_cut.requires_grad_(True)
             self.adapter = TrainedAdapter(adapter_parameters(self.blocks))
         else:
