@@ -106,7 +106,7 @@ def test_an_unregistered_supernode_is_not_let_in(
 ) -> None:
     stranger = tmp_path / "bob"
     shutil.copytree(superlink.deployment.client("bob"), stranger)
-    (stranger / SUPERNODE_KEY).write_bytes(control_module.new_key()[0])
+    (stranger / SUPERNODE_KEY).write_bytes(control_module.new_key())
     monkeypatch.setattr(join_module, "LET_IN_SECONDS", 0.0)
     monkeypatch.setattr(join_module, "TRY_AGAIN_SECONDS", 0.1)
     running = member(stranger)

@@ -3,20 +3,78 @@
     coordinator's machine                                 a data owner's machine, one of several
 
     fedsea federation up  (coordinator/up.py)             fedsea federation join  (owner/join.py)
-      │ starts, watches, restarts                           │ starts, watches, restarts
+      │ starts, watches, starts again                       │ starts, watches, starts again
       ├─ SuperLink  (flower/superlink.py)  <── TLS ──>      ├─ SuperNode  (flower/supernode.py)
-      │    │ starts for a run                  messages     │    │ starts for each message
+      │    │ starts for a run                 messages      │    │ starts for each message
       │  ServerApp  (flower/server_app.py)                  │  ClientApp  (flower/client_app.py): thin, no torch
       │    │ opens rounds, takes averages                   │    │ Unix socket: JSON and safetensors
       │    v                                                │    v
-      └─ block server  (fedsea serve)  <── mTLS ──────────  └─ worker  (owner/worker_process.py): model and data, warm
-                                 hidden states, gradients
+      └─ block server  (fedsea serve)  <── mTLS ────────>   └─ worker  (owner/worker_process.py): model and data
+                                hidden states, gradients
 
-Through Flower go, each round: to a client its ticket for a seat at a block server, the recipe, and A's and C's adapter;
+Flower carries, each round: to a client its ticket for a seat at a block server, the recipe, and A's and C's adapter;
 back, the trained adapter and metrics. Hidden states and gradients go from worker to block server and nowhere else. The
 middle's adapter goes from the block server to the ServerApp, averaged.
 
 coordinator/  what runs at the coordinator: servers, rounds, clients, their replies, the folder of results
 owner/        what runs at a data owner: worker, data, model, the adapter that stays private
-flower/       what Flower loads and starts: the app's two halves, the strategy, the patches of its own processes
+flower/       what Flower loads and starts: the app's two halves, the strategies, the patches of its own processes
+
+`Federation` and `OwnerProcess` are what the commands run, with `Settings`, `UpOptions` and `ParticipantOptions`.
 """
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fedsea.federation.coordinator.block_server_admin import BlockServerAdmin as BlockServerAdmin
+    from fedsea.federation.coordinator.deployment import Deployment as Deployment
+    from fedsea.federation.coordinator.status import FederationStatus as FederationStatus
+    from fedsea.federation.coordinator.status import read_status as read_status
+    from fedsea.federation.coordinator.up import Federation as Federation
+    from fedsea.federation.coordinator.up import UpOptions as UpOptions
+    from fedsea.federation.owner.join import OwnerProcess as OwnerProcess
+    from fedsea.federation.owner.join import kept_running as kept_running
+    from fedsea.federation.owner.participant_options import ParticipantOptions as ParticipantOptions
+    from fedsea.federation.owner.private_adapter import read_private_adapter as read_private_adapter
+    from fedsea.federation.owner.shards import Sharding as Sharding
+    from fedsea.federation.owner.shards import read_shard as read_shard
+    from fedsea.federation.settings import Settings as Settings
+
+_HOMES = {
+    "BlockServerAdmin": "coordinator.block_server_admin",
+    "Deployment": "coordinator.deployment",
+    "Federation": "coordinator.up",
+    "FederationStatus": "coordinator.status",
+    "OwnerProcess": "owner.join",
+    "ParticipantOptions": "owner.participant_options",
+    "Settings": "settings",
+    "Sharding": "owner.shards",
+    "UpOptions": "coordinator.up",
+    "kept_running": "owner.join",
+    "read_private_adapter": "owner.private_adapter",
+    "read_shard": "owner.shards",
+    "read_status": "coordinator.status",
+}
+__all__ = [
+    "BlockServerAdmin",
+    "Deployment",
+    "Federation",
+    "FederationStatus",
+    "OwnerProcess",
+    "ParticipantOptions",
+    "Settings",
+    "Sharding",
+    "UpOptions",
+    "kept_running",
+    "read_private_adapter",
+    "read_shard",
+    "read_status",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a name when it is first used: a ClientApp is started for every message, and needs no torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

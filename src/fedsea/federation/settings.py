@@ -1,4 +1,4 @@
-"""What a federation is told: the keys of `[tool.flwr.app.config]`, their defaults, and what is wrong with a value.
+"""The settings of a federation: the keys of `[tool.flwr.app.config]`, their defaults, and what is wrong with a value.
 
 A key is a field's name with dashes: `local_steps` is `local-steps`. `flwr run . -c "rounds=5 local-steps=20"` replaces
 some. Imports neither torch nor flwr: a ClientApp reads it for every message.
@@ -33,47 +33,43 @@ class Settings:
     ----------
     name
         Of the federation: rounds at block servers are called after it.
-    model
-        What `fedsea serve` serves; the coordinator reads its configuration only.
-    task
-        Whose data clients must have; empty for that of the first client.
-    servers
-        Addresses of the block servers, `HOST:PORT`, with commas between them.
-    dial
-        Where the coordinator itself connects to for them, in the same order; empty for the same addresses.
+    model, task
+        What `fedsea serve` serves (the coordinator reads its configuration only), and the clients' task; empty for that
+        of the first client.
+    servers, dial
+        Addresses of the block servers, `HOST:PORT`, with commas between them; and where the coordinator itself connects
+        to for them, in the same order, empty for the same addresses.
     credentials, insecure
         The coordinator's folder of `fedsea credentials init`; or no TLS, on this machine only.
     mode
         `server-hierarchical`, `client-batch` or `sequential`: how the middle is trained.
     strategy, strategy_options
-        One of Flower's (`FedAvg`, `FedProx`, `FedAdam`, ...), and what it takes, as `eta=0.01, tau=0.001`.
+        One of Flower's (`FedAvg`, `FedProx`, `FedAdam`, ...), and its options, as `eta=0.01, tau=0.001`.
     rounds
         In all, those before a restart included.
     clients, min_clients
-        The first round begins when so many clients are there; later ones with so many.
+        Clients needed to start the first round, and later ones.
     members
         Which client each of Flower's nodes is, as the SuperLink has registered it: `ward-a=123, ward-b=456`. Empty
-        where nobody knows; then a client is who it says it is.
+        where that is not known; then a client is believed its name.
     max_examples
-        A client that says it has more counts as much as one with so many.
+        A client that says it has more counts as one with as many.
     max_norm
         In `client-batch`: the norm with which a client's gradient of one step counts at most. 0 for any.
     reach
         A client's update of its own blocks counts up to `reach` x lr x local-steps for each weight. AdamW does not go
         farther than 7.3, so 8 cuts nothing that was trained; more where clients add noise of their own. 0 for no limit.
-    fraction_train
-        Share of the clients that takes part in a round.
+    fraction_train, fraction_evaluate
+        Share of the clients that takes part in a round, and in an evaluation.
     clients_at_once
-        So many train at a time, the others of the round after them; 0 for all. In simulation: how many actors Ray has.
+        Clients that train at a time, the others of the round after them; 0 for all. In simulation: Ray's actors.
     seed
         Decides where the adapter starts, and how simulated clients' data are cut.
     wait_seconds
-        So long the first round waits for clients while nothing changes: then the federation ends, and says who is
+        How long the first round waits for clients while nothing changes: then the federation ends, and says who is
         missing or refused. 0 for ever.
-    join_seconds
-        So long a round waits for a client that does not come.
-    straggler_seconds
-        So long it waits for one that has come and is silent.
+    join_seconds, straggler_seconds
+        How long a round waits for a client that does not come, and for one that has come and is silent.
     round_seconds
         The longest that a round may take.
     lora_rank, lora_alpha, lora_dropout, lora_targets, lora_kind
@@ -82,25 +78,27 @@ class Settings:
         A PEFT adapter's folder whose weights to start from; it must be as the lora settings say.
     local_steps, batch_size, accumulation, lr, weight_decay, max_grad_norm
         What each client does in a round: AdamW, at a constant rate, its moments new in each round.
-    eval_every
-        Every so many rounds the clients evaluate; 0 for never.
-    eval_examples, eval_batch_size
-        Each on so many examples of its own (0 for all of its validation split).
-    fraction_evaluate
-        Share of the clients that evaluates.
+    eval_every, eval_examples, eval_batch_size
+        Rounds from one evaluation to the next (0 for never), and its examples of each client (0 for all of its
+        validation split).
     dp_clip, dp_epsilon, dp_delta, dp_sensitivity
-        Local differential privacy of what the coordinator gets (`flower/client_app.py`); off at a clip of 0.
-        A sensitivity of 0 is twice the clip.
+        Local differential privacy of what the coordinator gets (`flower/client_app.py`); off at a clip of 0. A
+        sensitivity of 0 is twice the clip.
     private_ends
         Each client keeps the adapter of its input and output blocks to itself; only the middle is averaged
-        (`fedsea.federation.owner.private_adapter`).
+        (`owner/private_adapter.py`).
     output, resume
         Where rounds and adapters are written; whether to go on with the federation that is there.
     data, shards, input_layers, output_layers, max_tokens, noise_level, mechanism, dtype, threads, client_credentials
         Of simulated clients: where the data are and how they are cut (`iid`, `dirichlet=0.5`, `source=COLUMN`,
         `folders`), the partition, the longest text, how what leaves is protected (one of the two, as for
-        `fedsea finetune`), what they compute in and with how many threads each, and
-        the folder with a folder of credentials for each client (`client-0`, ...), empty for no TLS.
+        `fedsea finetune`), what they compute in and with how many threads each, and the folder with a folder of
+        credentials for each client (`client-0`, ...), empty for no TLS.
+
+    Raises
+    ------
+    UsageError
+        If a value cannot be used.
     """
 
     name: str = "fedsea"

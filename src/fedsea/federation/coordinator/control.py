@@ -1,11 +1,10 @@
-"""What a coordinator asks of its SuperLink: who is there, start a run, how does it stand. Flower's Control API."""
+"""What a coordinator needs of its SuperLink: who is there, start a run, how does it stand. Flower's Control API."""
 
 import hashlib
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from fedsea.errors import FedSEAError, ServerUnavailableError
@@ -18,7 +17,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Node:
-    """A data owner's SuperNode, as the SuperLink knows it: its number, its name, whether it is there, its key (PEM)."""
+    """A data owner's SuperNode, as the SuperLink knows it; its key is PEM."""
 
     number: int
     name: str
@@ -28,16 +27,10 @@ class Node:
 
 @dataclass(frozen=True)
 class FlowerRun:
-    """How a run of the app stands.
+    """How a run of the app stands, in Flower's words.
 
-    Attributes
-    ----------
-    status
-        `pending`, `starting`, `running` or `finished`.
-    outcome
-        Of a finished one: `completed`, `failed` or `stopped`.
-    details
-        What Flower says about it.
+    Its status is `pending`, `starting`, `running` or `finished`, a finished one's outcome `completed`, `failed` or
+    `stopped`.
     """
 
     status: str
@@ -46,14 +39,9 @@ class FlowerRun:
 
 
 class Control:
-    """A SuperLink's Control API; a context manager.
+    """The Control API of a SuperLink on this machine, whose certificate the authority (a PEM file) has issued.
 
-    Parameters
-    ----------
-    address
-        `HOST:PORT`, of this machine.
-    authority
-        The PEM file of the authority that issued the SuperLink's certificate.
+    A context manager. What the SuperLink refuses is a FedSEAError; ServerUnavailableError if it does not answer.
     """
 
     def __init__(self, address: str, authority: Path) -> None:
@@ -73,19 +61,18 @@ class Control:
         """Let in the SuperNode that has this key (PEM), unless it is in already."""
         from flwr.proto.control_pb2 import RegisterNodeRequest
 
-        if any(node.public_key == public_key for node in self._nodes()):
-            return
-        self._ask(lambda: self._client.RegisterNode(RegisterNodeRequest(public_key=public_key, name=name)))
+        if all(node.public_key != public_key for node in self.nodes()):
+            self._call(self._client.RegisterNode, RegisterNodeRequest(public_key=public_key, name=name))
 
     def nodes(self) -> list[Node]:
         """The SuperNodes that are let in, and which of them are there."""
-        return [Node(node.node_id, node.name, node.status == "online", node.public_key) for node in self._nodes()]
-
-    def _nodes(self) -> Any:
         from flwr.proto.control_pb2 import ListNodesRequest
 
-        nodes = self._ask(lambda: self._client.ListNodes(ListNodesRequest())).nodes_info
-        return [node for node in nodes if node.status != "unregistered"]
+        return [
+            Node(node.node_id, node.name, node.status == "online", node.public_key)
+            for node in self._call(self._client.ListNodes, ListNodesRequest()).nodes_info
+            if node.status != "unregistered"
+        ]
 
     def start(self, settings: Mapping[str, str | int | float | bool]) -> int:
         """Start a run of the app with these settings (`local-steps` and so on); returns its number."""
@@ -98,7 +85,7 @@ class Control:
             fab=fab_to_proto(Fab(hashlib.sha256(content).hexdigest(), content, {})),
             override_config=user_config_to_proto(dict(settings)),
         )
-        answer = self._ask(lambda: self._client.StartRun(request))
+        answer = self._call(self._client.StartRun, request)
         if not answer.HasField("run_id"):
             raise FedSEAError("the SuperLink did not start the run; superlink.log says why")
         return int(answer.run_id)
@@ -107,15 +94,14 @@ class Control:
         """How a run stands."""
         from flwr.proto.control_pb2 import ListRunsRequest
 
-        runs = self._ask(lambda: self._client.ListRuns(ListRunsRequest(run_id=number))).run_dict
-        status = runs[number].status
+        status = self._call(self._client.ListRuns, ListRunsRequest(run_id=number)).run_dict[number].status
         return FlowerRun(status.status, status.sub_status, status.details)
 
     def stop(self, number: int) -> None:
         """Stop a run."""
         from flwr.proto.control_pb2 import StopRunRequest
 
-        self._ask(lambda: self._client.StopRun(StopRunRequest(run_id=number)))
+        self._call(self._client.StopRun, StopRunRequest(run_id=number))
 
     def close(self) -> None:
         """Let go of the connection."""
@@ -124,16 +110,14 @@ class Control:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_what: object) -> None:
         self.close()
 
-    def _ask(self, call: Callable[[], T]) -> T:
+    def _call(self, call: Callable[[Any], T], request: Any) -> T:
         import httpx
 
         try:
-            return call()
+            return call(request)
         except httpx.HTTPStatusError as error:
             text = " ".join(error.response.text.split())[:300]
             raise FedSEAError(f"the SuperLink refused ({error.response.status_code}): {text}") from None
@@ -141,26 +125,19 @@ class Control:
             raise ServerUnavailableError(f"no SuperLink answers at {self._address}: {error}") from None
 
 
-def new_key() -> tuple[bytes, bytes]:
-    """A SuperNode's private key as OpenSSH has it, and its public key: both PEM, EC P-384."""
+def new_key() -> bytes:
+    """A SuperNode's private key: EC P-384, PEM as OpenSSH has it."""
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric import ec
 
     key = ec.generate_private_key(ec.SECP384R1())
-    private = key.private_bytes(
+    return key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
     )
-    return private, public_key_of(private)
 
 
 def public_key_of(private: bytes) -> bytes:
-    """The public key (PEM) that belongs to what `new_key` made.
-
-    Raises
-    ------
-    ValueError
-        If it is no such key.
-    """
+    """The public key (PEM) that belongs to what `new_key` made; ValueError if it is no such key."""
     from cryptography.hazmat.primitives import serialization
 
     key = serialization.load_ssh_private_key(private, None)

@@ -56,7 +56,7 @@ class Deployment:
                 for file in ("authority.pem", "certificate.pem", "key.pem"):
                     write_file(folder / file, (self.credentials / name / file).read_bytes())
                 if not (folder / SUPERNODE_KEY).exists():
-                    write_file(folder / SUPERNODE_KEY, new_key()[0])
+                    write_file(folder / SUPERNODE_KEY, new_key())
         except OSError as error:
             raise CredentialsError(f"cannot write {error.filename or self.path}: {error.strerror}") from error
 

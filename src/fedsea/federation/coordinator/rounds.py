@@ -117,7 +117,7 @@ class FederatedTraining:
         return this, [messages[member.node] for member in members]
 
     def _conduct(self, this: RoundContext, messages: Sequence[Message]) -> list[Message]:
-        """Send to and hear from all clients, so many at a time as may be; the replies as the strategy takes them."""
+        """Send to all clients, as many at a time as may be; returns their replies as the strategy takes them."""
         if not messages:
             return []
         settings = self._settings

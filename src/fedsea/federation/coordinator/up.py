@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from shlex import quote
-from types import TracebackType
 from typing import Any, Self
 
 from fedsea.errors import FedSEAError, ServerUnavailableError, UsageError
@@ -282,9 +281,7 @@ class Federation:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_what: object) -> None:
         self.close()
 
     def _start_block_server(self) -> Child:

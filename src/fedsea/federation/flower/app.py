@@ -1,15 +1,18 @@
 """The Flower app of a FedSEA federation: a pyproject.toml that names components of the installed package, no code.
 
 A SuperLink sends its app to all SuperNodes, which run it. With an app that holds no code, a data owner runs what it has
-installed itself, and can refuse anything else (`supernode.py`).
+installed itself, and can refuse anything else (`patches.py`).
 """
 
+import dataclasses
 import io
 import json
+import tomllib
 import zipfile
 from collections import Counter
 
 from fedsea.errors import UsageError
+from fedsea.federation.settings import Settings
 
 NAME = "fedsea-federation"
 COMPONENTS = {
@@ -18,15 +21,11 @@ COMPONENTS = {
 }
 _HARMLESS = {"pyproject.toml", ".info/CONTENT", "README.md", "LICENSE"}
 _MAX_BYTES = 1 << 18
-RUNS = ("", "flwr-serverapp")  # of a federation; Flower leaves it empty where a run is not yet known as anything else
+RUNS = ("", "flwr-serverapp")  # of a federation; empty where Flower does not know it as anything else yet
 
 
 def project_file() -> str:
     """The app's pyproject.toml, with every setting and its default."""
-    import dataclasses
-
-    from fedsea.federation.settings import Settings
-
     settings = "\n".join(
         f"{field.name.replace('_', '-')} = {json.dumps(field.default)}" for field in dataclasses.fields(Settings)
     )
@@ -59,15 +58,9 @@ def bundle() -> bytes:
 def check_bundle(content: bytes) -> None:
     """Check that an app is this installation's: its pyproject.toml says what `project_file` says, and there is no code.
 
-    Nothing else in it could be of use: what a coordinator decides, it says in the run's configuration.
-
-    Raises
-    ------
-    UsageError
-        If it is anything else.
+    UsageError if it is anything else. Nothing else could be of use: what a coordinator decides is in the run's
+    configuration.
     """
-    import tomllib
-
     try:
         if len(content) > _MAX_BYTES:
             raise UsageError(f"the coordinator's app has {len(content)} bytes: not run here")
@@ -101,17 +94,9 @@ def _first_difference(found: object, ours: object, path: str = "") -> str:
 
 
 def check_run(task_type: str) -> None:
-    """Check that a run is one that a ClientApp takes part in.
+    """Check, by what Flower calls a run's own task, that a ClientApp takes part in it; UsageError if not.
 
-    Parameters
-    ----------
-    task_type
-        What Flower calls the run's own task. For an agent's it would start other components than the ClientApp.
-
-    Raises
-    ------
-    UsageError
-        If it is another.
+    For an agent's run Flower would start other components than the ClientApp.
     """
     if task_type not in RUNS:
         raise UsageError(f"the coordinator's run is a {task_type!r}: not run here")

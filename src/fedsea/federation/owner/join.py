@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from fedsea.errors import CredentialsError, FedSEAError, UsageError
@@ -178,9 +177,7 @@ class OwnerProcess:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_what: object) -> None:
         self.close()
 
     def _start_worker(self) -> Child:

@@ -6,6 +6,7 @@ the examples' order, the scheme and the seed alone (Python's Mersenne Twister, t
 
 import random
 import re
+from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any, Literal, cast
 
 from fedsea.errors import UsageError
 from fedsea.tasks.base import Example, LabelTask, Split, Task
-from fedsea.tasks.reading import Row, read_rows
+from fedsea.tasks.reading import read_rows
 
 Scheme = Literal["iid", "dirichlet", "source", "folders"]
 SCHEMES: tuple[Scheme, ...] = ("iid", "dirichlet", "source", "folders")
@@ -94,8 +95,8 @@ def read_shard(
 
     Parameters
     ----------
-    path
-        As `Task.read` takes it; for `folders` the folder above the clients' folders.
+    task, path, split
+        As for `Task.read`; for `folders` the path of the folder above the clients' folders.
     sharding
         None for all examples.
     client
@@ -114,9 +115,8 @@ def read_shard(
         return _by_source(task, path, sharding, split)
     if sharding.scheme == "dirichlet" and not isinstance(task, LabelTask):
         raise UsageError(f"{task.title} has no labels to cut by; use iid, source or folders")
-    return shard(
-        task.read(path, split), sharding.scheme, sharding.index, sharding.count, sharding.seed, alpha=sharding.alpha
-    )
+    examples = task.read(path, split)
+    return shard(examples, sharding.scheme, sharding.index, sharding.count, sharding.seed, alpha=sharding.alpha)
 
 
 def client_folder(path: str, client: str) -> Path:
@@ -191,14 +191,10 @@ def by_label(labels: Sequence[str], count: int, alpha: float, seed: int) -> list
             for item in items[begin:end]:
                 places[item] = place
             begin = max(begin, end)
-    sizes = [places.count(place) for place in range(count)]
     for place in range(count):
-        if sizes[place] == 0:
-            largest = sizes.index(max(sizes))
-            item = places.index(largest)
-            places[item] = place
-            sizes[largest] -= 1
-            sizes[place] += 1
+        if place not in places:
+            sizes = [places.count(one) for one in range(count)]
+            places[places.index(sizes.index(max(sizes)))] = place
     return places
 
 
@@ -213,9 +209,7 @@ def _dirichlet(draw: random.Random, alpha: float, count: int) -> list[float]:
 
 def by_key(keys: Sequence[Hashable], count: int) -> list[int]:
     """Give each key's items to one shard whole, so that the shards are about equally large: for each item its shard."""
-    sizes: dict[Hashable, int] = {}
-    for key in keys:
-        sizes[key] = sizes.get(key, 0) + 1
+    sizes = Counter(keys)
     if len(sizes) < count:
         raise UsageError(f"{len(sizes)} sources cannot be given to {count} clients: one would have none")
     loads = [0] * count
@@ -235,19 +229,13 @@ def _units(examples: Sequence[Example]) -> list[list[int]]:
 
 
 def _by_source(task: Task, path: str, sharding: Sharding, split: Split) -> list[Example]:
-    rows = list(read_rows(path, split, task.files[split], f"{task.title} needs {task.needs}"))
     examples: list[Example] = []
     sources: list[Hashable] = []
-    for row in rows:
-        source = _source(row, sharding.field)
-        for example in task.examples(row):
-            examples.append(example)
-            sources.append(source)
+    for row in read_rows(path, split, task.files[split], f"{task.title} needs {task.needs}"):
+        value = row.value(sharding.field)
+        if not isinstance(value, str | int):
+            raise row.wrong(f"the column '{sharding.field}' is no text or number to cut by")
+        found = list(task.examples(row))
+        examples += found
+        sources += [str(value)] * len(found)
     return shard(examples, "source", sharding.index, sharding.count, sharding.seed, sources=sources)
-
-
-def _source(row: Row, field: str) -> str:
-    value = row.value(field)
-    if not isinstance(value, str | int):
-        raise row.wrong(f"the column '{field}' is no text or number to cut by")
-    return str(value)
