@@ -72,7 +72,7 @@ def test_an_error_is_one_line_that_says_what_is_wrong(tmp_path: Path, capsys: py
                 2,
                 f"port {port} is taken; choose another with --port",
             ),
-            ([*up[:7], port], 2, "see --superlink-port"),
+            ([*up[:7], port], 2, "choose another with --superlink-port"),
             ([*up, "--server", "nowhere"], 2, "HOST:PORT"),
             (["up", str(tmp_path / "full"), "--clients", "a"], 2, "is not empty and holds no federation"),
             ([*up, "--model", "no-such-model", "--threads", "1"], 1, "no model 'no-such-model'"),
