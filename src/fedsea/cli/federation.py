@@ -238,6 +238,7 @@ def join(
 
 
 @app.command()
+@spread
 def status(
     directory: Annotated[
         Path, typer.Argument(metavar="DIR", help="The folder of fedsea federation up, or its output.")
