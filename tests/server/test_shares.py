@@ -22,7 +22,6 @@ from fedsea.wire.codec import decode, encode
 from fedsea.wire.credentials import Credentials
 from fedsea.wire.frames import Command, Forward, Kind, Message, Result, States, Step, Tensors
 from fedsea.wire.handshake import Open
-from fedsea.wire.pages import pages
 from fedsea.wire.runs import Attached
 from fedsea.wire.tensors import MAX_TENSORS
 from tests.conftest import RunningServer
@@ -314,16 +313,6 @@ def test_tensors_are_checked_by_their_names_before_any_is_made(monkeypatch: pyte
     ):
         with pytest.raises(ProtocolError, match=says):
             decode(frame_of(header), knows=lambda name: name == "x")
-
-
-def test_an_adapter_of_more_tensors_than_a_frame_may_have_goes_in_pages() -> None:
-    some = {f"n{number:05}": torch.tensor([float(number)]) for number in range(MAX_TENSORS + 5)}
-    found: dict[str, torch.Tensor] = {}
-    for page in pages(some, 1 << 30):
-        frame = decode(encode(Tensors(1, page)), knows=some.__contains__)
-        assert isinstance(frame, Tensors)
-        found |= frame.tensors
-    assert found.keys() == some.keys()
 
 
 # Streams, counts, words

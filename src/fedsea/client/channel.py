@@ -22,7 +22,7 @@ from fedsea.errors import FedSEAError, ProtocolError, RunLostError
 from fedsea.parts.adapters import AdapterSpec
 from fedsea.wire import contract
 from fedsea.wire.frames import Command, Kind, Message, Operation, Outcome, Reply, States, Tensors
-from fedsea.wire.pages import ADAPTER, export_shapes, pages, read_pages
+from fedsea.wire.pages import ADAPTER, export_shapes, read_pages, send_pages
 from fedsea.wire.runs import Attach, Attached
 
 
@@ -210,18 +210,12 @@ class RunChannel:
         FedSEAError
             As `answer`.
         """
-        found = read_pages(
-            lambda after: self.call(partial(Command, body={"do": "export", "after": after})), export_shapes(weights)
-        )
-        missing = sorted(name for name in weights if f"{ADAPTER}/{name}" not in found)
-        if missing:
-            raise ProtocolError(f"the block server's export lacks {missing[0]}")
-        return found
+        needed = [f"{ADAPTER}/{name}" for name in weights]
+        return read_pages(self.call, {"do": "export"}, export_shapes(weights), needed)
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Set the middle's weights and optimizer states, named as in `export`."""
-        for some in pages(tensors, self.frame_bytes // 2):
-            self.call(partial(Tensors, tensors=some))
+        send_pages(self.call, tensors, self.frame_bytes // 2)
 
     def close(self, *, end: bool) -> None:
         """Let go of the connection; with `end`, the server gives the run up. Safe to call twice."""

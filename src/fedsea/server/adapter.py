@@ -192,8 +192,7 @@ class TrainedAdapter:
 
     def export(self, number: int, after: str, limit: int, layers: range) -> Tensors:
         """The tensors that `load` takes, those behind `after`, as many as fit into `limit` bytes (one at least)."""
-        chosen, more = page(dict(self._everything(layers)), after, limit)
-        return Tensors(number, chosen, more)
+        return page(dict(self._everything(layers)), number, after, limit)
 
     def _everything(self, layers: range) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self.parameters.items():

@@ -99,8 +99,7 @@ class CoordinatorStream(ServedStream):
         average = self.state.rounds.find(read.text("label")).average
         if average is None:
             raise ProtocolError("an average is asked for after 'aggregate'")
-        chosen, more = page(average, read.text("after"), self.state.limits.frame_bytes // 2)
-        return Tensors(number, chosen, more)
+        return page(average, number, read.text("after"), self.state.limits.frame_bytes // 2)
 
 
 def _weights(body: Any) -> dict[str, float]:

@@ -1,53 +1,56 @@
-"""Pages: more named tensors than one frame may have, over a stream of commands and replies.
+"""Pages: more named tensors than a frame may have, as operations and their replies. Names go up from page to page."""
 
-Names go up from page to page, and each page is asked for by the last name of the one before.
-"""
-
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fedsea.errors import ProtocolError
-from fedsea.wire.frames import Reply, Tensors
+from fedsea.wire.frames import Command, Operation, Reply, Tensors
 from fedsea.wire.tensors import MAX_TENSORS
 
 ADAPTER = "adapter"  # the kind of tensor that is a weight: `adapter/NAME`; others are the optimizer's, `exp_avg/NAME`
 STATES = ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")  # of torch's optimizers, by name
 
+Call = Callable[[Callable[[int], Operation]], Reply]
+"""Sends an operation, which is made with its number, and gives the reply."""
 
-def page(tensors: Mapping[str, Tensor], after: str, limit: int) -> tuple[dict[str, Tensor], bool]:
-    """Those behind a name, in order, that fit into a frame with `limit` bytes (one at least); and if there are more.
 
-    As they travel: float32, on the CPU.
-    """
+def page(tensors: Mapping[str, Tensor], number: int, after: str, limit: int) -> Tensors:
+    """As many tensors behind a name as fit into `limit` bytes, one at least: float32, on the CPU."""
     names, chosen, size = sorted(name for name in tensors if name > after), dict[str, Tensor](), 0
     for name in names[:MAX_TENSORS]:
         size += 4 * tensors[name].numel() + len(name) + 64
         if chosen and size > limit:
             break
         chosen[name] = tensors[name].detach().to("cpu", torch.float32).contiguous()
-    return chosen, len(chosen) < len(names)
+    return Tensors(number, chosen, more=len(chosen) < len(names))
 
 
-def pages(tensors: Mapping[str, Tensor], limit: int) -> Iterator[dict[str, Tensor]]:
-    """All of them, page by page."""
-    more, after = bool(tensors), ""
+def send_pages(call: Call, tensors: Mapping[str, Tensor], limit: int) -> None:
+    """Send all of the tensors, in frames of about `limit` bytes."""
+    after, more = "", bool(tensors)
     while more:
-        chosen, more = page(tensors, after, limit)
-        after = max(chosen)
-        yield chosen
+        one = page(tensors, 0, after, limit)
+        call(partial(Tensors, tensors=one.tensors))
+        after, more = max(one.tensors), one.more
 
 
-def read_pages(ask: Callable[[str], Reply], shapes: Mapping[str, tuple[int, ...] | None]) -> dict[str, Tensor]:
-    """Take what a server exports, page by page: tensors of these names and shapes, each once, and nothing else.
+def read_pages(
+    call: Call, command: dict[str, Any], shapes: Mapping[str, tuple[int, ...] | None], needed: Collection[str] = ()
+) -> dict[str, Tensor]:
+    """Ask for tensors until there are no more; each has one of these names and its shape, and comes once.
 
     Parameters
     ----------
-    ask
-        Asks for the page behind a name; names go up.
+    command
+        What asks for a page; the name to go on after is added to it.
     shapes
-        Of every name that the server may send; None where any will do. It may leave some out.
+        Of every name that the server may send; None where any will do.
+    needed
+        Names that it may not leave out.
 
     Raises
     ------
@@ -57,16 +60,18 @@ def read_pages(ask: Callable[[str], Reply], shapes: Mapping[str, tuple[int, ...]
     found: dict[str, Tensor] = {}
     more, last = True, ""
     while more:
-        page = ask(last)
-        if not isinstance(page, Tensors) or (page.more and not page.tensors):
+        reply = call(partial(Command, body={**command, "after": last}))
+        if not isinstance(reply, Tensors) or (reply.more and not reply.tensors):
             raise ProtocolError("the block server did not answer an export with tensors")
-        for name, tensor in page.tensors.items():
+        for name, tensor in reply.tensors.items():
             if name <= last or name not in shapes:
                 raise ProtocolError(f"the block server exports {name[:100]!r}, which was not asked for")
             if (shape := shapes[name]) is not None and tuple(tensor.shape) != shape:
                 raise ProtocolError(f"the block server exports {name} as {list(tensor.shape)}, not {list(shape)}")
-        found |= page.tensors
-        more, last = page.more, max(page.tensors, default=last)
+        found |= reply.tensors
+        more, last = reply.more, max(reply.tensors, default=last)
+    if missing := sorted(set(needed) - found.keys()):
+        raise ProtocolError(f"the block server's export lacks {missing[0]}")
     return found
 
 

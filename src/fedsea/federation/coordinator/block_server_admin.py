@@ -15,7 +15,7 @@ from fedsea.partition import layer_of
 from fedsea.wire import contract
 from fedsea.wire.credentials import Credentials
 from fedsea.wire.frames import Command, Kind, Message, Operation, Outcome, Reply, Tensors
-from fedsea.wire.pages import pages, read_pages
+from fedsea.wire.pages import read_pages, send_pages
 from fedsea.wire.rounds import RoundPlan, RoundStatus, ServerDescription
 
 T = TypeVar("T")
@@ -86,8 +86,7 @@ class BlockServerAdmin:
             held = call.description.layers
             call.command({"do": "open", **plan.to_body()})
             here = {name: weight for name, weight in weights.items() if layer_of(name) in held}
-            for page in pages(here, call.frame_bytes // 2):
-                call.ask(lambda number, page=page: Tensors(number, page))  # type: ignore[misc]
+            send_pages(call.ask, here, call.frame_bytes // 2)
             call.command({"do": "start"})
             names = plan.adapter.weight_names(held)
             self._shapes[plan.label] = {name: tuple(here[name].shape) if name in here else None for name in names}
@@ -130,12 +129,7 @@ class BlockServerAdmin:
 
         def work(call: "_Call") -> dict[str, Tensor]:
             call.command({"do": "aggregate", "label": label, "weights": dict(weights)})
-            average = read_pages(
-                lambda after: call.ask(
-                    lambda number: Command(number, {"do": "export", "label": label, "after": after})
-                ),
-                shapes,
-            )
+            average = read_pages(call.ask, {"do": "export", "label": label}, shapes)
             with contextlib.suppress(ConnectionLost):
                 call.command({"do": "close", "label": label})
             return average
