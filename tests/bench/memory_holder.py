@@ -1,4 +1,4 @@
-"""What a fresh process is asked to do in tests/bench/test_inference.py; it imports nothing heavy."""
+"""What a fresh process does in tests/bench/test_inference.py; it imports nothing heavy."""
 
 from fedsea_bench.processes import process_memory
 

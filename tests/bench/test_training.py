@@ -24,7 +24,8 @@ from fedsea_bench import quality
 from fedsea_bench.clock import in_turns
 from fedsea_bench.command import app
 from fedsea_bench.peak import PeakCase
-from fedsea_bench.quality import UNTRAINED, WHOLE, Job, Plan, QualityBench, Result, Setting, time_left
+from fedsea_bench.quality import QualityBench, time_left
+from fedsea_bench.quality_plan import UNTRAINED, WHOLE, Job, Plan, Result, Setting
 from fedsea_bench.quality_report import Summary, draw, lines, summary, tables
 from fedsea_bench.topics import TOPICS, run_topics
 from fedsea_bench.traffic import training_bytes
@@ -206,9 +207,7 @@ class Letters:
 
 
 def plan(data: Path = Path(), **how: Any) -> Plan:
-    return Plan(
-        data, **({"tasks": ("cb",), "levels": (0.0, 0.3), "seeds": 2, "model": "random:tiny", "steps": 2} | how)
-    )
+    return Plan(data, **({"tasks": "cb", "levels": "0,0.3", "seeds": 2, "model": "random:tiny", "steps": 2} | how))
 
 
 def results() -> dict[Job, Result]:
@@ -298,7 +297,7 @@ def test_whole_model_is_trained_as_the_recipe_says() -> None:
 
 def test_results_of_another_plan_are_refused(tmp_path: Path) -> None:
     QualityBench(plan(), tmp_path, silent())
-    QualityBench(plan(seeds=3, levels=(0.0,)), tmp_path, silent())  # more of the same is welcome
+    QualityBench(plan(seeds=3, levels="0"), tmp_path, silent())  # more of the same is welcome
     with pytest.raises(UsageError, match="steps was 2 and is 9 now"):
         QualityBench(plan(steps=9), tmp_path, silent())
     (tmp_path / "plan.json").unlink()
@@ -367,13 +366,13 @@ def test_quality_keeps_each_result_and_goes_on_where_it_was(
 
 def test_any_mechanism_is_a_setting(quality_bench: QualityBench) -> None:
     text = "clip:norm=0.1+gaussian:std=2"
-    setting = plan(mechanisms=(text, text)).settings[-1]
+    setting = plan(noise=[text, text]).settings[-1]
     assert (setting, setting.name) == (Setting("split", mechanism=text), "split-clip-norm-0.1-gaussian-std-2")
     assert setting not in plan().settings
     result = quality_bench._do(Job("cb", setting, 0))
     assert result.first_loss != quality_bench._do(Job("cb", SPLIT, 0)).first_loss
     found = {**results(), Job("cb", setting, 0): result}
-    assert f"| split, {text} | 0.5000 |" in tables(plan(mechanisms=(text,)), found)
+    assert f"| split, {text} | 0.5000 |" in tables(plan(mechanism=[text]), found)
 
 
 def test_quality_goes_on_with_a_training_that_was_interrupted(
@@ -414,9 +413,10 @@ def test_quality_says_which_file_is_missing_before_it_begins(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ({"levels": (-1.0,)}, "noise level"),
-        ({"mechanisms": ("gauss:std=1",)}, "no mechanism 'gauss'"),
-        ({"tasks": ("cbs",)}, "no task"),
+        ({"levels": "-1"}, "noise level"),
+        ({"levels": "1,x"}, "noise levels are numbers"),
+        ({"noise": ["gauss:std=1"]}, "no mechanism 'gauss'"),
+        ({"tasks": "cbs"}, "no task"),
         ({"steps": 0}, "steps"),
         ({"seeds": 0}, "0"),
     ],

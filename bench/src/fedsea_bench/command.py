@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedsea.cli.options import ComputeDtype, Device, Threads, prepare_torch, require_folders, spread
-from fedsea.errors import UsageError
+from fedsea.cli.options import Threads, prepare_torch, require_folders, spread
+from fedsea.flags import Flag
+from fedsea_bench.quality_plan import SEVERAL, Plan
 from fedsea_bench.topics import TOPICS, check_topics, run_topics
 
 if TYPE_CHECKING:  # --help needs no torch
@@ -20,25 +21,21 @@ def _topics(bench: str) -> str:
     return f"Topics: {', '.join(TOPICS[bench])}."
 
 
-JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the lines as a JSON list.")]
-Plots = Annotated[Path | None, typer.Option(metavar="DIR", help="Draw curves as PNG files.")]
-Strict = Annotated[
-    bool, typer.Option("--strict", help="Exit with 1 if a measured target is missed; by default that is a result.")
-]
+JsonFile = Annotated[Path | None, Flag("Write the lines as a JSON list.", "--json", metavar="FILE")]
+Plots = Annotated[Path | None, Flag("Draw curves as PNG files.", metavar="DIR")]
+Strict = Annotated[bool, Flag("Exit with 1 if a measured target is missed; by default that is a result.", "--strict")]
 
 
 @dataclasses.dataclass(frozen=True)
 class BenchOptions:
     """What is measured, how thoroughly, and where the lines go."""
 
-    model: Annotated[str, typer.Option(help="The model to measure with.")] = "smollm2-135m"
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer repetitions, smaller cases, rougher figures.")] = False
-    only: Annotated[
-        list[str] | None, typer.Option(metavar="TOPIC", help="Measure this only; may be given several times.")
-    ] = None
+    model: Annotated[str, Flag("The model to measure with.")] = "smollm2-135m"
+    quick: Annotated[bool, Flag("Fewer repetitions, smaller cases, rougher figures.", "--quick")] = False
+    only: Annotated[list[str] | None, Flag(f"Measure this only; {SEVERAL}.", metavar="TOPIC")] = None
     threads: Threads = None
     json_file: JsonFile = None
-    markdown: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the lines as a Markdown table.")] = None
+    markdown: Annotated[Path | None, Flag("Write the lines as a Markdown table.", metavar="FILE")] = None
     strict: Strict = False
 
     def run(self, bench: str, plots: Path | None = None, data: Path | None = None) -> None:
@@ -92,9 +89,7 @@ def training(options: BenchOptions) -> None:
 @spread
 def federation(
     options: BenchOptions,
-    data: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="For the topic quality: a folder each for CB and COPA.")
-    ] = None,
+    data: Annotated[Path | None, Flag("For the topic quality: a folder each for CB and COPA.", metavar="DIR")] = None,
     plots: Plots = None,
 ) -> None:
     """Training together: each strategy beside its definition, its time, its memory, and how good the adapter is."""
@@ -105,76 +100,32 @@ def federation(
 @spread
 def privacy(
     options: BenchOptions,
-    data: Annotated[Path | None, typer.Option(metavar="DIR", help="For the topic frontier: a folder for CB.")] = None,
+    data: Annotated[Path | None, Flag("For the topic frontier: a folder for CB.", metavar="DIR")] = None,
     plots: Plots = None,
 ) -> None:
-    """What a provider reads of what is sent, beside a bound on what anybody can; by noise, attack and partition."""
+    """What a provider reads of what is sent, beside a bound on any attacker; by noise, attack and partition."""
     options.run("privacy", plots, data)
 
 
 @app.command()
 @spread
 def quality(
-    data: Annotated[
-        Path, typer.Option(metavar="DIR", help="Holds a folder for each task: CB, RTE, MultiRC, XSum, with its splits.")
-    ],
-    output: Annotated[
-        Path, typer.Option(metavar="DIR", help="Where results are kept; the same again goes on where it was.")
-    ] = Path("fedsea-quality"),
-    tasks: Annotated[str, typer.Option(metavar="NAMES", help="Names of tasks, with commas.")] = "cb,rte,multirc,xsum",
-    levels: Annotated[
-        str, typer.Option(metavar="LEVELS", help="Noise levels, multiples of the mean |h_A|, with commas.")
-    ] = "0,0.1,0.3,1.0",
-    mechanism: Annotated[
-        list[str] | None,
-        typer.Option(metavar="TEXT", help="A further protection, as for fedsea chat; may be given several times."),
-    ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="How many times each training is done.")] = 3,
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of each training.")] = 150,
-    batch_size: Annotated[int, typer.Option(min=1, help="Examples a step.")] = 4,
-    lr: Annotated[float, typer.Option(help="Learning rate.")] = 5e-4,
-    max_tokens: Annotated[int, typer.Option(min=2, help="Longest text, in training and evaluation.")] = 512,
-    examples: Annotated[int, typer.Option(min=1, metavar="N", help="Evaluate on the first N of each task only.")] = 300,
-    model: Annotated[str, typer.Option(help="The model to fine-tune.")] = "smollm2-135m",
-    dtype: ComputeDtype = "float32",
-    device: Device = "cpu",
-    threads: Threads = None,
+    plan: Plan,
+    output: Annotated[Path, Flag("Where results are kept; the same again goes on where it was.", metavar="DIR")] = Path(
+        "fedsea-quality"
+    ),
     json_file: JsonFile = None,
     strict: Strict = False,
 ) -> None:
     """Fine-tune the whole model, the split, and the split with noise, and score all of them. Takes hours on a CPU."""
     require_folders(json_file)
-    prepare_torch(device, threads)
-    import torch
+    prepare_torch(plan.device, plan.threads)
     from rich.console import Console
 
-    from fedsea_bench.quality import Plan, QualityBench
+    from fedsea_bench.quality import QualityBench
     from fedsea_bench.quality_report import report_quality
 
-    plan = Plan(
-        data=data,
-        tasks=tuple(name.strip().lower() for name in tasks.split(",") if name.strip()),
-        levels=_numbers(levels),
-        mechanisms=tuple(mechanism or ()),
-        seeds=seeds,
-        model=model,
-        steps=steps,
-        batch_size=batch_size,
-        lr=lr,
-        max_tokens=max_tokens,
-        examples=examples,
-        dtype=dtype,
-        device=device,
-        threads=threads or torch.get_num_threads(),
-    )
     console = Console()
     with QualityBench(plan, output, console) as bench:
         results = bench.run()
     _end(report_quality(plan, results, output, console), json_file, strict)
-
-
-def _numbers(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in text.split(",") if part.strip())
-    except ValueError:
-        raise UsageError(f"noise levels are numbers with commas between them; got {text!r}") from None

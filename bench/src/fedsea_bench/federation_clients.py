@@ -1,4 +1,4 @@
-"""Benched federations without Flower: client processes, each behind a link of its own if asked, and their rounds.
+"""Benched federations without Flower: client processes, each behind a link of its own if need be, and their rounds.
 
 Run as a module, it is one of those clients: rounds are requested on standard input, a line each.
 """
@@ -73,7 +73,7 @@ class ClientProcesses:
         self._things.close()
 
     def round(self, strategy: Strategy, clients: Sequence[int], steps: int) -> float:
-        """Let some clients train a round of so many steps each, and average; returns the seconds."""
+        """Let some clients train a round of `steps` steps each, and average; returns the seconds."""
         began = time.perf_counter()
         if strategy == "sequential":
             for number in clients:

@@ -98,11 +98,11 @@ def federation_scale(bench: Workbench) -> Iterator[Line]:
         }
         resident: dict[int, int] = {}
 
-        def look() -> None:
+        def note_memory() -> None:
             resident[len(_rounds(output))] = process_memory("VmRSS", server.pid)
 
-        link.run(settings, 2, look)
-        look()
+        link.run(settings, 2, note_memory)
+        note_memory()
         reports = _rounds(output)
         trained = [len(report["clients"]) for report in reports]
         after_first = resident.get(1) or min(resident.values())
@@ -124,13 +124,13 @@ def _deployed(folder: Path, data: Path, settings: Settings, threads: int) -> lis
     options = UpOptions(names, port=0, superlink_port=0)
     with ExitStack() as things:
         running = things.enter_context(
-            Federation(folder / "hub", settings, options, _unheard, ("--threads", str(threads)))
+            Federation(folder / "hub", settings, options, _ignore, ("--threads", str(threads)))
         )
         running.start()
         members = []
         for number, name in enumerate(names):
             own = ParticipantOptions(str(data), shard=f"iid:{number}/{CLIENTS}", threads=1)
-            members.append(things.enter_context(OwnerProcess(running.deployment.client(name), own, _unheard)))
+            members.append(things.enter_context(OwnerProcess(running.deployment.client(name), own, _ignore)))
         with ThreadPoolExecutor(CLIENTS) as pool:
             list(pool.map(OwnerProcess.start, members))
         with kept_running(members):
@@ -166,5 +166,5 @@ def _write_data(folder: Path, count: int) -> Path:
     return folder
 
 
-def _unheard(_line: str) -> None:
-    """Nobody is told."""
+def _ignore(_line: str) -> None:
+    """Not shown: a bench has lines of its own."""

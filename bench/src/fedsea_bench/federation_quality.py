@@ -179,7 +179,7 @@ def _federated(bench: Workbench, task: Task, data: Path, size: Size, mode: str) 
             "insecure": True,
             "data": str(data),
             "output": folder,
-            "join-seconds": 600.0,  # nobody is to be left out for being slow: that is not what is compared
+            "join-seconds": 600.0,  # no client is left out because it is slow: that is not what is compared
             "straggler-seconds": 600.0,
         }
         link.run(settings, actors=CLIENTS)
@@ -205,7 +205,7 @@ def train_in_one_place(
     batch_size: int,
     every: int,
 ) -> list[tuple[int, dict[str, float]]]:
-    """PEFT on the whole model, as the federation's clients train: the scores after every so many rounds' steps."""
+    """PEFT on the whole model, as the federation's clients train: the scores after every `every` rounds."""
     tokenizer = load_tokenizer(bench.settings.model)
     encoded = [encode(task, example, tokenizer, MAX_TOKENS) for example in train]
     recipe = Recipe(size.rounds * size.steps, batch_size, lr=LR, schedule="constant", seed=SEED)
@@ -213,13 +213,13 @@ def train_in_one_place(
     torch.manual_seed(SEED)
     model: Any = get_peft_model(whole, adapter_config())
 
-    def look(step: int) -> None:
+    def evaluate_at(step: int) -> None:
         if step % (every * size.steps) == 0:
             points.append((step // size.steps, _scores(bench, model, task, validation)))
             model.train()
 
     try:
-        train_whole(model, Batches(encoded, batch_size, SEED), recipe, look)
+        train_whole(model, Batches(encoded, batch_size, SEED), recipe, evaluate_at)
     finally:
         model.unload()
         whole.eval()

@@ -17,7 +17,7 @@ from fedsea.process import TOOLS, Child
 
 START_SECONDS = 60.0
 RUN_SECONDS = 3600.0
-LOOK_SECONDS = 0.5
+POLL_SECONDS = 0.5
 RAY_ATTEMPTS = 3
 RAY_DID_NOT_START = "in init_ray"  # in the traceback of a simulation that ends before it begins
 
@@ -47,7 +47,7 @@ class SimulationLink:
         options = ["--insecure", "--simulation", "--host", "127.0.0.1", "--port", str(port)]
         options += ["--disable-runtime-dependency-installation"]
         module, log = "fedsea.federation.flower.superlink", home / "superlink.log"
-        # Ray's processes import from where they run, whatever Python is told.
+        # Ray's processes import from where they run, whatever Python's flags say.
         self._process = Child(module, options, log, self._environment, folder=home)
         try:
             self._await(port)
@@ -69,7 +69,7 @@ class SimulationLink:
         self,
         settings: Mapping[str, Any],
         actors: int,
-        on_look: Callable[[], None] = lambda: None,
+        on_poll: Callable[[], None] = lambda: None,
         app: Path | None = None,
     ) -> None:
         """Run FedSEA's app, or the one in a folder, with `actors` clients computing at a time.
@@ -87,7 +87,7 @@ class SimulationLink:
             *("run", app, "here", "--stream", "-c", given, "--federation-config", simulated),
         ]
         for attempt in range(RAY_ATTEMPTS):
-            failed, text = self._run_once(command, on_look)
+            failed, text = self._run_once(command, on_poll)
             # Ray's own processes now and then die as they start, long before a client has trained.
             if not failed or RAY_DID_NOT_START not in text or attempt == RAY_ATTEMPTS - 1:
                 break
@@ -95,7 +95,7 @@ class SimulationLink:
         if failed:
             raise FedSEAError(f"the simulated federation did not end well: {' '.join(text.split())[-600:]}")
 
-    def _run_once(self, command: Sequence[str | Path], on_look: Callable[[], None]) -> tuple[bool, str]:
+    def _run_once(self, command: Sequence[str | Path], on_poll: Callable[[], None]) -> tuple[bool, str]:
         """Whether the run failed, and all that it said."""
         said = Path(self._folder.name) / "run.log"
         with said.open("wb") as log:
@@ -104,8 +104,8 @@ class SimulationLink:
         while run.poll() is None:
             if time.monotonic() > end:
                 run.kill()
-            on_look()
-            time.sleep(LOOK_SECONDS)
+            on_poll()
+            time.sleep(POLL_SECONDS)
         text = said.read_text(errors="replace")
         return run.returncode != 0 or "the adapter is in" not in text, text
 

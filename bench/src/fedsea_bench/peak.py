@@ -108,7 +108,7 @@ def _train(model: Any, case: PeakCase) -> tuple[float, ...]:
         add_adapter(model)
     else:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # deprecations between PEFT and transformers are nobody's business here
+            warnings.simplefilter("ignore")  # deprecations between PEFT and transformers
             model = get_peft_model(model, adapter_config()).train()
     batch = even_batch(model.config.vocab_size, case.rows, case.tokens)
     optimizer = adamw(model)

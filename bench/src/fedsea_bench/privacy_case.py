@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from fedsea.audit.observation import Observation, Subject
 from fedsea.audit.plan import Plan
 from fedsea.audit.samples import SAMPLES
 from fedsea.partition import Partition
@@ -40,3 +41,12 @@ class Case:
             f"{self.texts} texts of at most {self.tokens} tokens (fedsea.audit.samples), inference, one observation, "
             f"16-bit wire, partition {described(partition)}; {bench.place}"
         )
+
+
+def first_tokens(subject: Subject, count: int) -> Subject:
+    """A text's first tokens, as the provider sees them."""
+    observations = tuple(
+        Observation(one.sent[:count], one.returned[:count] if one.returned is not None else None)
+        for one in subject.observations
+    )
+    return Subject(observations, subject.tokens[:count], count)

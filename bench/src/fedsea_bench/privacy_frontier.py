@@ -56,7 +56,7 @@ QUICK_CURVES: Mapping[Curve, Sequence[float]] = {
     ("narrow-cut:rank=8+relative-clip:norm=1+relative:level={}", 1): (2.0,),
 }
 NOISE_FREE = Point("", 1)
-CUTS_ALONE, QUICK_CUTS_ALONE = ((1, 1), (4, 4)), ((1, 1),)  # input and output blocks of a client that asks nobody
+CUTS_ALONE, QUICK_CUTS_ALONE = ((1, 1), (4, 4)), ((1, 1),)  # input and output blocks of a client that sends nothing
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def frontier(bench: Workbench) -> Iterator[Line]:
     yield _best(name, target, protected)
     yield _least(protected)
     if bench.settings.plots is not None:
-        # What the most frequent label keeps of the score, whatever is asked: nothing is learnt for it.
+        # What the most frequent label keeps of the score, whatever the question: nothing is learnt for it.
         majority = next(iter(free.values())).majority
         constant = majority / (statistics.mean(one.metrics[metric] for one in free.values()) or 1.0)
         draw(curves, protected, alone, constant, bench.settings.plots / "privacy-frontier.png", bench.settings.model)

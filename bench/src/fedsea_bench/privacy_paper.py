@@ -30,7 +30,7 @@ NEAR_ZERO = 0.05  # what "near zero" is taken to mean
 
 @dataclass(frozen=True)
 class Point:
-    """What the decoders read at one noise level, and what is guessed without a look."""
+    """What the decoders read at one noise level, and what is guessed without them."""
 
     level: float
     ours: Score
@@ -54,7 +54,7 @@ def paper_claim(bench: Workbench) -> Iterator[Line]:
                 point = Point(level, *(auditor.attack(one, observed).prompt["tokens"] for one in attacks))
             curves[p].append(point)
             conditions = (
-                f"each trained for {steps} steps of 8 x 64 tokens; without a look {point.prior.mean:.3f}; "
+                f"each trained for {steps} steps of 8 x 64 tokens; guessed without them {point.prior.mean:.3f}; "
                 f"{case.words(bench, partition)}"
             )
             for name, found in (("decoder", point.ours), ("paper-decoder", point.paper)):

@@ -21,7 +21,6 @@ from torch import nn
 
 from fedsea.audit.attacks import get_attack
 from fedsea.audit.limits import find_limits
-from fedsea.audit.observation import Observation, Subject
 from fedsea.audit.plan import Plan
 from fedsea.audit.run import Auditor
 from fedsea.audit.samples import TaskText
@@ -38,6 +37,7 @@ from fedsea.training.batches import Batches
 from fedsea.training.folder import RunFolder
 from fedsea.training.loop import FineTuning
 from fedsea.training.recipe import Recipe
+from fedsea_bench.privacy_case import first_tokens
 from fedsea_bench.training_case import train_whole
 from fedsea_bench.workbench import Workbench
 
@@ -102,7 +102,7 @@ class Outcome:
     read: dict[str, float] = field(default_factory=dict)  # share of tokens that each attack names; none without noise
     read_with_adapter: dict[str, float] = field(default_factory=dict)
     bits: float = 0.0  # that a token's state carries at most: guaranteed of a mechanism that clips
-    bound: float = 1.0  # share of such tokens that anybody could name; 1 where nothing is ruled out
+    bound: float = 1.0  # share of such tokens that any attacker could name; 1 where nothing is ruled out
     first_loss: float = 0.0  # of the training's first step
     last_loss: float = 0.0  # the mean of its last
     seconds: float = 0.0
@@ -110,7 +110,7 @@ class Outcome:
 
     @property
     def best(self) -> str:
-        """The attack that reads most, among those that look."""
+        """The attack that reads most, among those that use what was observed."""
         return max((name for name in self.read if name != FLOOR), key=lambda name: self.read[name])
 
     @property
@@ -226,7 +226,7 @@ def _attacked(
     start, end = _common(prompts), len(_common([ids[::-1] for ids in prompts]))
     knowledge = replace(whole.knowledge, start=start)
     # States depend on what is before them only, so a text may be attacked as far as one likes.
-    subjects = [_first(one, min(len(start) + size.tokens, len(one.tokens) - end)) for one in whole.subjects]
+    subjects = [first_tokens(one, min(len(start) + size.tokens, len(one.tokens) - end)) for one in whole.subjects]
     observed = replace(whole, subjects=subjects, knowledge=knowledge)
 
     def share_read(name: str) -> float:
@@ -255,15 +255,6 @@ def _common(rows: Sequence[Sequence[int]]) -> tuple[int, ...]:
     shortest = min(map(len, rows)) - 1
     places = takewhile(lambda place: len({row[place] for row in rows}) == 1, range(shortest))
     return tuple(rows[0][place] for place in places)
-
-
-def _first(subject: Subject, count: int) -> Subject:
-    """A text's first tokens, as the provider sees them."""
-    observations = tuple(
-        Observation(one.sent[:count], one.returned[:count] if one.returned is not None else None)
-        for one in subject.observations
-    )
-    return Subject(observations, subject.tokens[:count], count)
 
 
 def _ignore(_message: str) -> None:

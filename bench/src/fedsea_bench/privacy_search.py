@@ -1,13 +1,13 @@
 """What a search of the vocabulary reads under the paper's noise and above it, and what it takes."""
 
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import replace
 
 from fedsea.audit.attacks.search import Search
-from fedsea.audit.observation import Observation
 from fedsea.audit.run import Auditor
 from fedsea.privacy import RelativeGaussianNoise
-from fedsea_bench.privacy_case import Case
+from fedsea_bench.clock import seconds_of
+from fedsea_bench.privacy_case import Case, first_tokens
 from fedsea_bench.results import Line
 from fedsea_bench.workbench import Workbench
 
@@ -45,23 +45,16 @@ def search_speed(bench: Workbench) -> Iterator[Line]:
     """Seconds a token of the search, and of the one that runs the whole vocabulary."""
     case = Case.of(bench)
     with bench.step(f"the search's speed at noise level {PAPER_LEVEL:g}"):
-        observed = Auditor(case.plan(bench, RelativeGaussianNoise(PAPER_LEVEL))).observe()
-        subjects, knowledge = observed.subjects, observed.knowledge
-        search, plain = Search(), Search(limit=None)
-        began = time.perf_counter()
-        search.prepare(knowledge)
-        prepared = time.perf_counter() - began
-        seen = [subject.observations for subject in subjects]
-        quick: list[float] = []
-        for one, subject in zip(seen, subjects, strict=True):
-            began = time.perf_counter()
-            search.run([one], knowledge)
-            quick.append((time.perf_counter() - began) / len(subject.tokens))
-        short = [_first(seen[0], EXACT_TOKENS)]
-        began = time.perf_counter()
-        every = plain.run(short, knowledge)
-        slow = (time.perf_counter() - began) / EXACT_TOKENS
-        few = search.run(short, knowledge)
+        auditor = Auditor(case.plan(bench, RelativeGaussianNoise(PAPER_LEVEL)))
+        observed = auditor.observe()
+        knowledge = observed.knowledge
+        search = Search()
+        prepared = seconds_of(lambda: search.prepare(knowledge))
+        alone = [replace(observed, subjects=[one]) for one in observed.subjects]
+        quick = [auditor.attack(search, one).seconds_per_token for one in alone]
+        short = replace(observed, subjects=[first_tokens(observed.subjects[0], EXACT_TOKENS)])
+        every, few = (auditor.attack(one, short) for one in (Search(limit=None), search))
+    slow = every.seconds_per_token
     words = (
         f"noise level {PAPER_LEVEL:g}, vocabulary of {knowledge.candidates.vocabulary}; tables {prepared:.1f} s once; "
     )
@@ -80,12 +73,8 @@ def search_speed(bench: Workbench) -> Iterator[Line]:
     )
     yield Line.of(
         "search: tokens that differ from a search of the whole vocabulary",
-        sum(one != other for one, other in zip(every[0].tokens, few[0].tokens, strict=True)),
+        sum(one != other for one, other in zip(every.recoveries[0].tokens, few.recoveries[0].tokens, strict=True)),
         "",
         target="== 0",
         conditions=f"of {EXACT_TOKENS}; {words}{case.words(bench)}",
     )
-
-
-def _first(seen: Sequence[Observation], tokens: int) -> list[Observation]:
-    return [Observation(one.sent[:tokens]) for one in seen]

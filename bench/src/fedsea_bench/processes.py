@@ -36,7 +36,7 @@ def run_fresh(function: Callable[..., Any], *, threads: int, **arguments: Any) -
 
 def process_memory(field: str, pid: int | None = None) -> int:
     """Bytes of a process, by default this one: `VmRSS`, resident now, or `VmHWM`, at most ever. Linux only."""
-    with open(f"/proc/{pid or 'self'}/status") as status:  # noqa: PTH123 - no path of anybody's
+    with open(f"/proc/{pid or 'self'}/status") as status:  # noqa: PTH123 - no path from outside
         return next(1024 * int(line.split()[1]) for line in status if line.startswith(f"{field}:"))
 
 

@@ -10,15 +10,13 @@ checkpoint. PEFT's training of the whole model begins again.
 """
 
 import json
-import math
-import re
 import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -30,134 +28,16 @@ from fedsea.checkpoints import load_tokenizer, load_whole_model
 from fedsea.client.model import SplitModelForCausalLM
 from fedsea.errors import NonFiniteError, UsageError
 from fedsea.files import write_json
-from fedsea.privacy import Noise, RelativeGaussianNoise, parse_mechanism
 from fedsea.server.process import ServerProcess
 from fedsea.tasks import Example, Task, encode, evaluate, get_task
 from fedsea.training.batches import Batches
 from fedsea.training.folder import RunFolder
 from fedsea.training.loop import Figures, FineTuning
-from fedsea.training.recipe import Recipe
+from fedsea_bench.quality_plan import UNTRAINED, Job, Plan, Result, Results, Setting
 from fedsea_bench.training_case import adapter_config, peft_on, train_whole
 from fedsea_bench.workbench import PARTITION
 
 LAST_STEPS = 10  # over which the loss at a training's end is averaged
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One way to have a model: `untrained`, `whole`, or `split` with a noise `level` (a multiple of the mean |h_A|).
-
-    Or `split` with another mechanism, as users write it.
-    """
-
-    kind: str
-    level: float = 0.0
-    mechanism: str = ""
-
-    @property
-    def name(self) -> str:
-        """As tables and folders call it."""
-        if self.mechanism:
-            return f"{self.kind}-{re.sub('[^a-z0-9.]+', '-', self.mechanism.lower())}"
-        return f"{self.kind}-noise-{self.level:g}" if self.level else self.kind
-
-    @property
-    def noise(self) -> Noise:
-        """How what leaves is protected, not calibrated."""
-        return parse_mechanism(self.mechanism) if self.mechanism else RelativeGaussianNoise(self.level)
-
-
-UNTRAINED, WHOLE = Setting("untrained"), Setting("whole")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What to compare."""
-
-    data: Path  # a folder with a folder for each task, named as the task's title (CB, RTE, MultiRC, XSum)
-    tasks: tuple[str, ...] = ("cb", "rte", "multirc", "xsum")
-    levels: tuple[float, ...] = (0.0, 0.1, 0.3, 1.0)  # of noise, of the split model; 0 is none
-    mechanisms: tuple[str, ...] = ()  # further protections of the split model, as users write them
-    seeds: int = 3  # how many times each training is done, with seeds 0, 1 and so on
-    model: str = "smollm2-135m"
-    steps: int = 150  # of each training, like the next two
-    batch_size: int = 4
-    lr: float = 5e-4
-    max_tokens: int = 512  # of a text, in training and evaluation
-    examples: int | None = 300  # of each task's validation split, the first so many; None for all
-    dtype: str = "float32"
-    device: str = "cpu"
-    threads: int = field(default=2, compare=False)
-
-    def __post_init__(self) -> None:
-        for name in self.tasks:
-            get_task(name)
-        if not all(math.isfinite(level) and level >= 0 for level in self.levels):
-            raise UsageError("a noise level is a number, 0 or more")
-        for text in self.mechanisms:
-            parse_mechanism(text)
-        if self.seeds < 1:
-            raise UsageError(f"each training is done at least once; got {self.seeds} seeds")
-        self.recipe(0)
-
-    @property
-    def settings(self) -> list[Setting]:
-        """Those that are trained."""
-        levels = [Setting("split", level) for level in sorted(set(self.levels))]
-        return [WHOLE, *levels, *(Setting("split", mechanism=text) for text in dict.fromkeys(self.mechanisms))]
-
-    @property
-    def jobs(self) -> list["Job"]:
-        """All results, in the order in which they are made: a first seed of everything, then a second."""
-        untrained = [Job(task, UNTRAINED, 0) for task in self.tasks]
-        trained = [
-            Job(task, setting, seed) for seed in range(self.seeds) for task in self.tasks for setting in self.settings
-        ]
-        return untrained + trained
-
-    def recipe(self, seed: int) -> Recipe:
-        """How each training goes."""
-        return Recipe(steps=self.steps, batch_size=self.batch_size, lr=self.lr, seed=seed)
-
-    def common(self) -> dict[str, Any]:
-        """What all results of a folder must have in common; further tasks, settings and seeds may come later."""
-        free = {"data", "tasks", "levels", "mechanisms", "seeds", "threads"}
-        return {name: value for name, value in asdict(self).items() if name not in free}
-
-
-@dataclass(frozen=True)
-class Job:
-    """One training and its evaluation."""
-
-    task: str
-    setting: Setting
-    seed: int
-
-    @property
-    def path(self) -> Path:
-        """Where it is kept, within the results or the runs."""
-        return Path(self.task, self.setting.name, f"seed-{self.seed}")
-
-    def __str__(self) -> str:
-        return f"{self.task}, {self.setting.name}" + ("" if self.setting == UNTRAINED else f", seed {self.seed}")
-
-
-@dataclass(frozen=True)
-class Result:
-    """What came of a job."""
-
-    metrics: dict[str, float] = field(default_factory=dict)  # the task's own, and `answer_loss` in nats a token
-    majority: dict[str, float] = field(default_factory=dict)  # of always giving the most frequent label, if there are
-    count: int = 0  # examples evaluated
-    unparsed: int = 0  # answers that could not be read
-    cut: int = 0  # contexts that were cut
-    first_loss: float | None = None  # of the training's first step
-    last_loss: float | None = None  # the mean of its last
-    seconds: float = 0.0
-    error: str = ""  # why the training broke off
-
-
-Results = dict[Job, Result]
 
 
 class QualityBench:
@@ -169,7 +49,8 @@ class QualityBench:
     def __init__(self, plan: Plan, output: Path, console: Console) -> None:
         self.plan, self.output, self.console = plan, output, console
         self._things = ExitStack()
-        torch.set_num_threads(plan.threads)
+        self._threads = plan.threads or torch.get_num_threads()
+        torch.set_num_threads(self._threads)
         _claim(output, plan.common())
 
     def __enter__(self) -> "QualityBench":
@@ -181,7 +62,7 @@ class QualityBench:
     def run(self) -> Results:
         """Make all results that are not there yet, and return all. What was done is kept if something fails."""
         jobs = self.plan.jobs
-        for task in self.plan.tasks:
+        for task in self.plan.names:
             for split in ("train", "validation"):
                 self._examples(task, split)  # a missing file shows at once
         results = {job: result for job in jobs if (result := self._kept(job)) is not None}
@@ -289,7 +170,7 @@ class QualityBench:
     @cached_property
     def _server(self) -> ServerProcess:
         options = ("--device", self.plan.device, "--dtype", self.plan.dtype)
-        server = ServerProcess(self.plan.model, threads=self.plan.threads, options=options)
+        server = ServerProcess(self.plan.model, threads=self._threads, options=options)
         return self._things.enter_context(server)
 
     def _connect(self, setting: Setting) -> SplitModelForCausalLM:
@@ -367,10 +248,3 @@ def _in_words(result: Result) -> str:
 
 def _ignore(_figures: Figures) -> None:
     pass
-
-
-def jobs_of(results: Results, task: str, setting: Setting) -> Iterator[Result]:
-    """A task's results in a setting, one a seed, those that broke off left out."""
-    for job, result in results.items():
-        if job.task == task and job.setting == setting and not result.error:
-            yield result

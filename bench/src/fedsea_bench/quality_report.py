@@ -10,7 +10,7 @@ from rich.console import Console
 
 from fedsea.tasks import get_task
 from fedsea_bench.plots import drawing
-from fedsea_bench.quality import UNTRAINED, WHOLE, Plan, Results, Setting, jobs_of
+from fedsea_bench.quality_plan import UNTRAINED, WHOLE, Plan, Results, Setting, results_of
 from fedsea_bench.results import Line, Report
 from fedsea_bench.training_case import ADAPTER_TEXT
 from fedsea_bench.workbench import PARTITION, described
@@ -43,7 +43,7 @@ class Summary:
 
 def summary(results: Results, task: str, setting: Setting, metric: str) -> Summary | None:
     """A metric of a setting; None if there is no result that has it."""
-    samples = [found.metrics[metric] for found in jobs_of(results, task, setting) if metric in found.metrics]
+    samples = [found.metrics[metric] for found in results_of(results, task, setting) if metric in found.metrics]
     return Summary(tuple(samples)) if samples else None
 
 
@@ -54,7 +54,7 @@ def shown_metrics(task: str) -> list[str]:
 
 def lines(plan: Plan, results: Results) -> Iterator[Line]:
     """Per task: whether the split without noise is as good as the whole model, then every metric of every setting."""
-    for task in plan.tasks:
+    for task in plan.names:
         conditions = _conditions(plan, results, task)
         main = get_task(task).metrics[0]
         if SPLIT in plan.settings:
@@ -91,7 +91,7 @@ def _comparison(results: Results, task: str, metric: str, conditions: str) -> Li
 
 
 def _conditions(plan: Plan, results: Results, task: str) -> str:
-    first = next(jobs_of(results, task, UNTRAINED))
+    first = results_of(results, task, UNTRAINED)[0]
     main = get_task(task).metrics[0]
     said = [
         f"{plan.model}, {plan.dtype} on {plan.device}, partition {described(PARTITION)}, 16-bit wire; {ADAPTER_TEXT}, "
@@ -108,12 +108,12 @@ def _conditions(plan: Plan, results: Results, task: str) -> str:
 
 def tables(plan: Plan, results: Results) -> str:
     """A Markdown table a task: settings down, metrics across, mean ± standard error over the seeds."""
-    return "\n".join(_table(plan, results, task) for task in plan.tasks)
+    return "\n".join(_table(plan, results, task) for task in plan.names)
 
 
 def _table(plan: Plan, results: Results, task: str) -> str:
     metrics = shown_metrics(task)
-    first = next(jobs_of(results, task, UNTRAINED))
+    first = results_of(results, task, UNTRAINED)[0]
     rows = [[f"**{get_task(task).title}** (n = {first.count})", *metrics, "training loss, last steps"]]
     rows.append(["---"] * len(rows[0]))
     if first.majority:
@@ -121,7 +121,7 @@ def _table(plan: Plan, results: Results, task: str) -> str:
         rows.append(["most frequent label", *cells, "–"])
     for setting in [UNTRAINED, *plan.settings]:
         shown = [summary(results, task, setting, metric) for metric in metrics]
-        ends = [found.last_loss for found in jobs_of(results, task, setting) if found.last_loss is not None]
+        ends = [found.last_loss for found in results_of(results, task, setting) if found.last_loss is not None]
         cells = [str(one) if one is not None else "broke off" for one in shown]
         name = f"split, {setting.mechanism}" if setting.mechanism else setting.name.replace("-noise-", ", noise ")
         rows.append([name, *cells, str(Summary(tuple(ends))) if ends else "–"])
@@ -141,8 +141,8 @@ def report_quality(plan: Plan, results: Results, folder: Path, console: Console)
 
 def draw(plan: Plan, results: Results, path: Path) -> None:
     """Draw each task's main metric over the noise level as a PNG, beside what does without the split."""
-    with drawing(path, 4.5 * len(plan.tasks), 4, columns=len(plan.tasks)) as (row,):
-        for axes, task in zip(row, plan.tasks, strict=True):
+    with drawing(path, 4.5 * len(plan.names), 4, columns=len(plan.names)) as (row,):
+        for axes, task in zip(row, plan.names, strict=True):
             metric = get_task(task).metrics[0]
             points = _points(plan, results, task, metric)
             levels, means = [level for level, _ in points], [one.mean for _, one in points]
@@ -166,6 +166,6 @@ def _references(results: Results, task: str, metric: str) -> Iterator[tuple[str,
         yield "PEFT on the whole model", "-", whole.mean
     if untrained is not None:
         yield "untrained", ":", untrained.mean
-    majority = next(jobs_of(results, task, UNTRAINED)).majority
+    majority = results_of(results, task, UNTRAINED)[0].majority
     if metric in majority:
         yield "most frequent label", "--", majority[metric]

@@ -16,7 +16,7 @@ from fedsea_bench.workbench import Workbench
 
 PROMPT_TOKENS = 32
 WARM_UP_TOKENS = 4
-_Loop = Callable[[int], list[float]]  # decodes so many tokens; returns when each came
+_Loop = Callable[[int], list[float]]  # decodes a number of tokens; returns when each came
 RTT_SECONDS = 0.020
 LINK_MBIT = 100.0
 

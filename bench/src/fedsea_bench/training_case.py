@@ -53,7 +53,7 @@ def texts(count: int, seed: int = 0) -> list[str]:
 
 
 def text_batches(bench: Workbench, count: int, rows: int) -> list[Batch]:
-    """So many batches of texts of different lengths; drawn tokens for a model without a tokenizer."""
+    """Batches of texts of different lengths; drawn tokens for a model without a tokenizer."""
     total = count * rows
     try:
         tokenizer = open_checkpoint(bench.settings.model).tokenizer()
@@ -91,7 +91,7 @@ def tokens_of(batch: Batch) -> int:
 
 
 def adapter_config() -> LoraConfig:
-    """The adapter that `fedsea finetune` trains unless asked otherwise: rank 8 on all linear modules, no dropout."""
+    """The adapter that `fedsea finetune` trains by default: rank 8 on all linear modules, no dropout."""
     return LoraConfig(r=RANK, lora_alpha=2 * RANK, lora_dropout=0.0, target_modules="all-linear")
 
 
@@ -109,7 +109,7 @@ def add_adapter(model: SplitModelForCausalLM, *, run: str | None = None) -> Spli
 def peft_on(whole: Any, start: Path) -> Iterator[Any]:
     """PEFT on a whole model, with the saved adapter `start`, trained; afterwards the model is as it was."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecations between PEFT and transformers are nobody's business here
+        warnings.simplefilter("ignore")  # deprecations between PEFT and transformers
         adapted: Any = PeftModel.from_pretrained(whole, str(start), is_trainable=True).train()
     try:
         yield adapted
@@ -194,7 +194,7 @@ def train_whole(
 ) -> list[float]:
     """The recipe as PEFT's users write it, on a whole model with its adapter; returns each step's loss.
 
-    `on_step` is told each step's number, from 1. Raises NonFiniteError if a loss is not finite.
+    `on_step` is called with each step's number, from 1. Raises NonFiniteError if a loss is not finite.
     """
     optimizer = adamw(model, recipe.lr, recipe.weight_decay)
     schedule = get_scheduler(recipe.schedule, optimizer, recipe.warmup, recipe.steps)

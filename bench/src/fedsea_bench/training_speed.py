@@ -91,7 +91,7 @@ def training_link(bench: Workbench) -> Iterator[Line]:
 def _over_link(
     bench: Workbench, rows: int, tokens: int, micro_batches: int, *, rounds: int, mbit: float | None
 ) -> Iterator[Line]:
-    """Steps on loopback and over a link of so many Mbit/s; None for as many as make it take as long as computation."""
+    """Steps on loopback and over a link of `mbit`; None for as slow a link as makes it take as long as computation."""
     batch = even_batch(bench.config.vocab_size, rows, tokens)
     delay_ms = RTT_SECONDS * 500
     matched = mbit is None

@@ -36,7 +36,7 @@ class Settings:
 
 
 class Workbench:
-    """Sets up what several topics need once, when the first of them asks; a context manager, which ends it."""
+    """Sets up what several topics need once, when it is first needed; a context manager, which ends it."""
 
     def __init__(self, settings: Settings, console: Console) -> None:
         self.settings = settings
@@ -102,7 +102,7 @@ class Workbench:
 
 
 def endless(model: _Model) -> _Model:
-    """Make `generate` go on for as many tokens as it is asked for: greedy, with no end-of-text token."""
+    """Make `generate` write as many tokens as `max_new_tokens` says: greedy, with no end-of-text token."""
     model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)  # type: ignore[attr-defined]
     return model
 
