@@ -101,6 +101,18 @@ def assert_same(joint: Any, separate: Any) -> None:
         assert_close(one, other)
 
 
+def assert_forward(ones: Sequence[Member], others: Sequence[Member], step: int = 1) -> None:
+    """Forward passes of the ones together are those of the others by themselves."""
+    for one, other in zip(forward_together([one.forward(step) for one in ones]), others, strict=True):
+        assert_same(one, alone(other.forward(step)))
+
+
+def assert_backward(ones: Sequence[Member], others: Sequence[Member], step: int = 1) -> None:
+    """And so are backward passes."""
+    for one, other in zip(backward_together([one.backward(step) for one in ones]), others, strict=True):
+        assert_same(one, alone(other.backward(step)))
+
+
 def assert_close(one: torch.Tensor, other: torch.Tensor) -> None:
     """Up to a part of the largest value: hidden states go up to some tens."""
     torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * max(1.0, float(other.abs().max())))
@@ -159,25 +171,15 @@ CASES: dict[str, list[dict[str, Any]]] = {
 def test_runs_in_one_pass_get_what_each_gets_by_itself(case: str) -> None:
     ones, others = members(CASES[case]), members(CASES[case])
     for step in (1, 2, 3):
-        for there, back in zip(
-            forward_together([one.forward(step) for one in ones]),
-            [alone(other.forward(step)) for other in others],
-            strict=True,
-        ):
-            assert_same(there, back)
-        for there, back in zip(
-            backward_together([one.backward(step) for one in ones]),
-            [alone(other.backward(step)) for other in others],
-            strict=True,
-        ):
-            assert_same(there, back)
+        assert_forward(ones, others, step)
+        assert_backward(ones, others, step)
         for one in [*ones, *others]:
             one.update(step)
         assert_same_adapters(ones, others)
         assert [one.trainer.graph_bytes for one in ones] == [0] * len(ones)
 
 
-def test_one_pass_is_one_pass() -> None:
+def test_runs_of_any_shape_and_partition_are_one_pass_over_the_base_layers() -> None:
     ones = members(CASES["ragged dropout and other partitions"] + CASES["other ranks"])
     calls = []
     twin, _active = twin_of(MIDDLE)
@@ -216,10 +218,8 @@ def test_other_families_compute_together_too(name: str) -> None:
     spec = AdapterSpec.from_config(lora(target_modules="all-linear"), checkpoint.config, 1)
     cases = [{"middle": middle, "spec": spec, "counts": counts} for counts in (*SOME, (40, 30))]
     ones, others = members(cases), members(cases)
-    for one, other in zip(forward_together([one.forward() for one in ones]), others, strict=True):
-        assert_same(one, alone(other.forward()))
-    for one, other in zip(backward_together([one.backward() for one in ones]), others, strict=True):
-        assert_same(one, alone(other.backward()))
+    assert_forward(ones, others)
+    assert_backward(ones, others)
 
 
 def test_a_rotary_embedding_that_depends_on_the_longest_text_sees_each_runs_own(tmp_path: Path) -> None:
@@ -230,13 +230,12 @@ def test_a_rotary_embedding_that_depends_on_the_longest_text_sees_each_runs_own(
     spec = AdapterSpec.from_config(lora(), checkpoint.config, 1)
     cases = [{"middle": middle, "spec": spec, "layers": range(1, 3), "counts": (count,)} for count in (5, 20)]
     ones, others = members(cases), members(cases)
-    for one, other in zip(forward_together([one.forward() for one in ones]), others, strict=True):
-        assert_same(one, alone(other.forward()))
+    assert_forward(ones, others)
 
 
 def test_runs_on_other_base_weights_and_two_micro_batches_of_one_run_may_come_in_one_call() -> None:
     middle = MiddleBlocks.from_checkpoint(CHECKPOINT, range(1, 5), dtype=DTYPE)
-    cases: list[dict[str, Any]] = [{}, {"middle": middle}, {}, {"middle": middle}]
+    cases: list[dict[str, Any]] = [{}, {"middle": middle}, DORA, {"middle": middle}]
     ones, others = members(cases), members(cases)
     for number in (1, 2):
         for other in others:
@@ -254,15 +253,13 @@ def test_runs_on_other_base_weights_and_two_micro_batches_of_one_run_may_come_in
 
 def test_who_is_missing_computes_again_when_it_comes_though_the_others_have_gone_on() -> None:
     ones, others = members([DROPS] * 4), members([DROPS] * 4)
-    for one, other in zip(forward_together([one.forward() for one in ones]), others, strict=True):
-        assert_same(one, alone(other.forward()))
-    late = [alone(other.backward()) for other in others]
-    for one, other in zip(backward_together([one.backward() for one in ones[:3]]), late[:3], strict=True):
-        assert_same(one, other)
+    assert_forward(ones, others)
+    assert_backward(ones[:3], others[:3])
+    late = alone(others[3].backward())
     assert ones[3].trainer.graph_bytes == 0  # the graph is spent, and nothing is kept for a guest that may not come
     for member in ones[:3]:
         member.update()
-    assert_same(backward_together([ones[3].backward()])[0], late[3])
+    assert_same(backward_together([ones[3].backward()])[0], late)
 
 
 def test_a_few_of_many_leave_the_graph_to_the_others() -> None:
@@ -295,9 +292,8 @@ def test_a_gradient_that_comes_after_the_weights_have_changed_is_that_of_the_new
         alone(other.backward())
     for member in (ones[0], others[0], ones[1], others[1]):
         member.update()
-    for one, other in zip(backward_together([one.backward(2) for one in ones[:2]]), others, strict=False):
-        assert_same(one, alone(other.backward(2)))
-    assert_same(alone(ones[2].backward(2)), alone(others[2].backward(2)))
+    assert_backward(ones[:2], others[:2], step=2)
+    assert_backward(ones[2:], others[2:], step=2)
 
 
 def test_a_graph_is_used_though_few_have_come_where_there_is_no_room_for_another() -> None:
@@ -395,8 +391,7 @@ def test_gradients_that_are_not_finite_or_do_not_fit_are_their_own_runs_alone() 
     ones, others = members([{}] * 4), members([{}] * 4)
     for some in (ones, others):
         spoil(some[1], 0.0, 3e38)
-    for one, other in zip(forward_together([one.forward() for one in ones]), others, strict=True):
-        assert_same(one, alone(other.forward()))
+    assert_forward(ones, others)
     jobs = [one.backward() for one in ones]
     jobs[2] = ones[2].backward(gradient=torch.zeros(3, HIDDEN))
     answers = backward_together(jobs)

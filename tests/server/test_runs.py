@@ -30,7 +30,6 @@ from tests.support.server_runs import (
     MIDDLE,
     ROWS,
     SPEC,
-    Clock,
     backward,
     begin,
     do,
@@ -46,13 +45,8 @@ from tests.support.server_runs import (
 
 
 @pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
-def table(clock: Clock) -> RunTable:
-    return table_of(clock)
+def table() -> RunTable:
+    return table_of()
 
 
 def weights(run: Run) -> dict[str, torch.Tensor]:
@@ -391,42 +385,17 @@ def test_answers_are_kept_until_the_client_has_them(table: RunTable) -> None:
         table.admit(run, Command(REPLIES + 3, {"do": "explain"}, received=2))
 
 
-def test_a_run_whose_client_stays_away_ends_and_one_that_is_attached_never_does(table: RunTable, clock: Clock) -> None:
-    run, attached = begin(table), begin(table, "attached")
-    table.detach(run)
-    clock.now = table.limits.run_seconds
-    assert table.expire() == []
-    clock.now += 1
-    assert table.expire() == [run]
-    assert table.find("attached", "a") is attached
+def test_a_run_that_has_ended_does_nothing_more(table: RunTable) -> None:
+    run = begin(table)
+    table.close(run)
     with pytest.raises(RunLostError, match="has ended"):
         table.do(run, forward(1))
     with pytest.raises(RunLostError):
         begin(table, begin=False)
 
 
-def test_a_client_at_its_limit_gives_up_the_run_it_left_first(clock: Clock) -> None:
-    table = table_of(clock, client_runs=2)
-    first, second = begin(table, "first"), begin(table, "second")
-    other = begin(table, "other", "b")
-    with pytest.raises(LimitExceededError, match="client 'a' has 2 runs open, the limit of runs per client"):
-        begin(table, "third")
-    for run in (other, second, first):
-        clock.now += 1
-        table.detach(run)
-    begin(table, "third")
-    with pytest.raises(RunLostError):
-        table.find("second", "a")
-    assert table.find("first", "a") is first
-    assert table.find("other", "b") is other
-
-
-def test_the_limits_of_all_runs_name_themselves() -> None:
-    table = table_of(runs=1)
-    begin(table)
-    with pytest.raises(LimitExceededError, match="the server has 1 runs open, its limit"):
-        begin(table, "two", "b")
-    weights = SPEC.weight_shapes(table.modules, range(1, 5)).values()
+def test_memory_for_adapters_is_limited_over_all_runs() -> None:
+    weights = SPEC.weight_shapes(table_of().modules, range(1, 5)).values()
     table = table_of(run_bytes=4 * 4 * sum(map(math.prod, weights)))  # of its four middle layers, once
     begin(table)
     with pytest.raises(LimitExceededError, match=r"memory for adapters .* is used up: the run needs 0.1 MiB"):
