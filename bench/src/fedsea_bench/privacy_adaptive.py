@@ -19,8 +19,8 @@ from fedsea.privacy import AdaptiveGaussianNoise, relative_clipped_gaussian
 from fedsea.training.batches import Batch, Batches
 from fedsea.training.examples import Encoded
 from fedsea.training.folder import RunFolder
-from fedsea.training.looks import FIRST_OVER_LAST, Looks
 from fedsea.training.loop import Figures, FineTuning
+from fedsea.training.recalibration import FIRST_OVER_LAST, Recalibration
 from fedsea.training.recipe import Recipe
 from fedsea_bench.results import Line
 from fedsea_bench.training_case import ADAPTER_SEED, ADAPTER_TEXT, adapter_config, text_batches
@@ -137,7 +137,7 @@ def train(bench: Workbench, arm: str, seed: int, size: Size) -> Curve:
             model, batches, recipe, kept, lora=adapter_config(), base_model=None, notice=bench.console.print
         )
         if arm == LATE:
-            training.looks = Looks(model, adaptive, first_over_last=1 / FIRST_OVER_LAST)
+            training.callback = Recalibration(model, adaptive, first_over_last=1 / FIRST_OVER_LAST)
         if arm == SHORT:
             finer = relative_clipped_gaussian(CLIP, LEVEL * math.sqrt(passes / size.passes))
             model.protection.in_training = finer.calibrated(model.protection.measure)

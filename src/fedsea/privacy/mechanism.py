@@ -91,11 +91,6 @@ class Noise(ABC):
     adaptive: ClassVar[bool] = False
 
     @property
-    def name(self) -> str:
-        """What users call it."""
-        return next(name for name, form in FORMS.items() if form.make is type(self))
-
-    @property
     def unit(self) -> Unit:
         """That of its options. What is relative has to be calibrated to a model before it is of use."""
         return Unit.ABSOLUTE
@@ -167,9 +162,10 @@ class Noise(ABC):
         """
 
     def __str__(self) -> str:
-        """As users write it: `gaussian:std=0.5`."""
+        """As users write it: `gaussian:std=0.5`. This one is for a class that is registered under a name."""
+        name = next(name for name, form in FORMS.items() if form.make is type(self))
         options = ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))  # type: ignore[arg-type]
-        return f"{self.name}:{','.join(f'{name}={value!r}' for name, value in options)}"
+        return f"{name}:{','.join(f'{option}={value!r}' for option, value in options)}"
 
     def require_absolute(self) -> Self:
         """The mechanism itself.

@@ -40,14 +40,14 @@ class Batch:
 
 
 class Batches:
-    """Batches of examples in an order of their own for each pass over them.
+    """Batches of examples, in another order for each epoch.
 
     Parameters
     ----------
     examples
         At least one, and each with something to learn.
     batch_size
-        Examples a batch; a batch may go over from one pass to the next.
+        Examples a batch; a batch may go over from one epoch to the next.
     seed
         Decides the orders.
     padding
@@ -63,7 +63,6 @@ class Batches:
         if batch_size < 1:
             raise UsageError(f"a batch needs at least one example; got {batch_size}")
         self._examples = [example for example in examples if any(label != IGNORED for label in example.labels[1:])]
-        self.left_out = len(examples) - len(self._examples)
         if not self._examples:
             raise UsageError("there is nothing to learn: no example has a token to predict")
         self._size, self._seed, self._padding = batch_size, seed, padding
@@ -88,14 +87,16 @@ class Batches:
             padded([example.labels for example in chosen], IGNORED),
         )
 
-    def passes(self, numbers: range) -> range:
-        """Which passes over the examples, from 0, some batches are of."""
+    def epochs(self, numbers: range) -> range:
+        """Of which epochs, from 0, some batches are."""
+        if not numbers:
+            return range(0)
         return range(numbers.start * self._size // len(self), (numbers.stop * self._size - 1) // len(self) + 1)
 
     def _order(self, epoch: int) -> list[int]:
         if epoch not in self._orders:
             generator = torch.Generator().manual_seed((self._seed * 1_000_003 + epoch) % (1 << 63))
-            # A step needs two neighbouring passes at most.
+            # A step needs two neighbouring epochs at most.
             self._orders = {key: order for key, order in self._orders.items() if key == epoch - 1}
             self._orders[epoch] = torch.randperm(len(self), generator=generator).tolist()
         return self._orders[epoch]

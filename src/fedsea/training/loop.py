@@ -10,9 +10,10 @@ from transformers import get_scheduler
 from fedsea.client.model import SplitModelForCausalLM
 from fedsea.errors import RunLostError, UsageError
 from fedsea.training.batches import Batch, Batches
+from fedsea.training.callback import Callback
 from fedsea.training.checkpoints import TrainingState, random_state, set_random_state
 from fedsea.training.folder import RunFolder
-from fedsea.training.looks import Looks
+from fedsea.training.recalibration import recalibration_of
 from fedsea.training.recipe import Recipe
 
 SAVE_SECONDS = 600.0  # a checkpoint at least so often, however slow the steps are
@@ -78,7 +79,9 @@ class FineTuning:
     lora, base_model
         What the adapter's files say of it.
     notice
-        Told one line about what is unusual.
+        Called with one line about what is unusual.
+    callback
+        What takes part in it; by default what recalibrates the noise, if that is adaptive.
     """
 
     def __init__(
@@ -91,6 +94,7 @@ class FineTuning:
         lora: Any,
         base_model: str | None,
         notice: Callable[[str], None],
+        callback: Callback | None = None,
     ) -> None:
         self.model, self.batches, self.recipe, self.folder = model, batches, recipe, folder
         self._lora, self._base_model, self._notice = lora, base_model, notice
@@ -98,7 +102,7 @@ class FineTuning:
         schedule: Any = get_scheduler(recipe.schedule, self.optimizer, recipe.warmup, recipe.steps)
         self._factor: Callable[[int], float] = schedule.lr_lambdas[0]
         self.step = 0
-        self.looks = Looks.of(model)
+        self.callback = callback or recalibration_of(model) or Callback()
         self._saved_at = time.monotonic()
 
     def resume(self) -> bool:
@@ -111,7 +115,7 @@ class FineTuning:
         PartitionError
             If its narrow cut is after another layer.
         UsageError
-            If the noise is adaptive, and it does not say what was spent.
+            If the callback cannot go on from it.
         """
         checkpoint = self.folder.checkpoints.load()
         if checkpoint is None:
@@ -122,15 +126,12 @@ class FineTuning:
         set_random_state(checkpoint.random)
         self.model.adapter.loss_scale = checkpoint.state.get("loss_scale")
         self.step = checkpoint.step
-        if self.looks is not None:
-            recorded = max((figures["step"] for figures in self.folder.metrics()), default=self.step)
-            seen = self.batches.passes(range(recorded * self.recipe.accumulation)).stop if recorded else 0
-            if self.looks.load(checkpoint.state.get("looks"), recorded, seen) and recorded > self.step:
-                self._notice(
-                    f"steps {self.step + 1} to {recorded} are done again, with the level's noise at least: a further "
-                    "look at their texts"
-                )
-                self.save()  # the figures that tell of these steps are about to go
+        recorded = max((figures["step"] for figures in self.folder.metrics()), default=self.step)
+        epochs = self.batches.epochs(self._numbers(0, recorded)).stop
+        line = self.callback.load(checkpoint.state, self.step, recorded, epochs)
+        if line:
+            self._notice(line)
+            self.save()  # the figures that tell of steps after it are about to go
         self.folder.forget_after(self.step)
         return True
 
@@ -143,9 +144,7 @@ class FineTuning:
             If it cannot be written; those before it are untouched.
         """
         adapter, states = self.model.adapter.training_state(self.optimizer)
-        state = {"recipe": asdict(self.recipe), "loss_scale": self.model.adapter.loss_scale}
-        if self.looks is not None:
-            state["looks"] = self.looks.state()
+        state = {"recipe": asdict(self.recipe), "loss_scale": self.model.adapter.loss_scale, **self.callback.state()}
         checkpoint = TrainingState(self.step, adapter, states, random_state(), state, self.model.adapter.cut_record())
         self.folder.checkpoints.save(checkpoint, self._lora, self._base_model)
         self._saved_at = time.monotonic()
@@ -163,8 +162,10 @@ class FineTuning:
             What the server refuses, or that it is gone for too long; the last checkpoint has what is needed.
         """
         self.model.train()
-        if self.looks is not None:
-            self._tell_of_looks(self.looks)
+        steps = self.recipe.steps
+        line = self.callback.begin(steps, self.batches.epochs(self._numbers(0, steps)).stop)
+        if line:
+            self._notice(line)
         lost = False
         try:
             while True:
@@ -176,8 +177,7 @@ class FineTuning:
                 except RunLostError:
                     lost = True
         finally:
-            if self.looks is not None:
-                self.looks.end()
+            self.callback.end()
 
     def _begin_again(self) -> None:
         """The server has lost the run: give it the last checkpoint."""
@@ -190,15 +190,17 @@ class FineTuning:
         self._notice(f"the block server had lost the run; going on from the checkpoint of step {self.step}")
 
     def _run(self, on_step: Callable[[Figures], None], stop: Callable[[], bool]) -> bool:
-        if self.step == 0 and self.looks is None:
+        if self.step == 0:
             self.save()
         while self.step < self.recipe.steps:
             if stop():
                 self.save()
                 return False
-            if self.looks is not None and self.looks.decide(self._passes()):
+            epochs = self.batches.epochs(self._numbers(self.step, self.step + 1))
+            if self.callback.before_step(self.step, epochs):
                 self.save()  # before any text is seen: what is spent is never forgotten
             figures = self._one_step()
+            self.callback.after_step(epochs, figures.loss)
             self.folder.record(asdict(figures))
             on_step(figures)
             late = time.monotonic() - self._saved_at > SAVE_SECONDS
@@ -210,10 +212,7 @@ class FineTuning:
     def _one_step(self) -> Figures:
         began, before = time.perf_counter(), self.model.traffic.copy()
         recipe = self.recipe
-        batches = [self.batches[number] for number in self._numbers()]
-        passes = self._passes()
-        if self.looks is not None:
-            self.looks.begin(self.step, passes)
+        batches = [self.batches[number] for number in self._numbers(self.step, self.step + 1)]
         lr = recipe.lr * self._factor(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -222,31 +221,12 @@ class FineTuning:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
-        if self.looks is not None:
-            self.looks.learnt(passes, total)
         seconds, moved = time.perf_counter() - began, self.model.traffic.since(before)
         tokens = sum(batch.tokens for batch in batches)
         return Figures(
             self.step, total, norm, lr, tokens, tokens / seconds, moved.bytes_up, moved.bytes_down, round(seconds, 4)
         )
 
-    def _numbers(self) -> range:
-        """Of the batches of the next step."""
-        return range(self.step * self.recipe.accumulation, (self.step + 1) * self.recipe.accumulation)
-
-    def _passes(self) -> range:
-        """Which passes over the texts the next step is of."""
-        return self.batches.passes(self._numbers())
-
-    def _tell_of_looks(self, looks: Looks) -> None:
-        passes = self.batches.passes(range(self.recipe.steps * self.recipe.accumulation)).stop
-        if passes > looks.planned:
-            self._notice(
-                f"{self.recipe.steps} steps are {passes} looks at the texts, the mechanism plans for {looks.planned}; "
-                f"those beyond have the noise of its level. To divide it over all: epochs={passes}"
-            )
-        elif passes < looks.planned:
-            self._notice(
-                f"{self.recipe.steps} steps are {passes} looks at the texts, the mechanism plans for {looks.planned}; "
-                f"what is left stays unspent. To use it: epochs={passes}"
-            )
+    def _numbers(self, first: int, stop: int) -> range:
+        """Of the batches of some steps."""
+        return range(first * self.recipe.accumulation, stop * self.recipe.accumulation)
