@@ -33,8 +33,8 @@ from fedsea.privacy.bound import power_capacity
 from fedsea.training.batches import Batches
 from fedsea.training.folder import RunFolder
 from fedsea.training.loop import Figures, FineTuning
-from fedsea.training.recipe import Recipe
 from fedsea.training.recalibration import FINER, FLOOR, PrecisionBudget, Recalibration, recalibration_of, rounded_scale
+from fedsea.training.recipe import Recipe
 from fedsea.wire.frames import Forward
 from tests.conftest import RunningServer, connect
 from tests.privacy.test_noise import capture
