@@ -115,7 +115,8 @@ class SplitBackbone(nn.Module):
 
     def _train_forward(self, tokens: Tensor, rows: Rows, weight: float) -> Tensor:
         """Token ids `[rows, width]` through A, the middle and C in one graph: `[rows.total, hidden]`."""
-        self._check_lengths(rows)
+        if max(rows.ends) > self.max_tokens:
+            raise self._too_long(rows)
         blocks, output_blocks = self.input_blocks, self.output_blocks
         run = self.middle.run if self.middle is not None else None
         if self.middle is None or run is None:
@@ -135,17 +136,20 @@ class SplitBackbone(nn.Module):
 
     def step(self, ids: Tensor, layout: Layout, cache: SplitCache, logits_to_keep: int | Tensor) -> Tensor:
         """Token ids `[rows, columns]` through A, the middle and C, from what the cache holds: the kept columns."""
-        rows, tokens = layout.rows, layout.take(ids)
-        self._check_lengths(rows)
+        rows, plain = layout.rows, layout.mask is None and not layout.packed
+        tokens = ids if plain else layout.take(ids)
+        if max(rows.ends) > self.max_tokens:
+            raise self._too_long(rows)
+        first, last = self._parts
         # Inference mode spares the many small operations of a decode step some of their cost.
         with torch.inference_mode():
             if self.middle is None:
-                hidden = self.input_blocks(tokens, rows, cache.input_cache)
+                hidden = first.follow(self)(tokens, rows, cache.input_cache)
             else:
-                packed = self.middle.step(self.input_blocks, self.protection, tokens, rows, cache)
-                hidden = rows.unpack(packed.to(self._parts[1].lm_head.weight))  # its device and dtype
-            hidden = self.output_blocks(hidden, rows, cache.output_cache)
-            if layout.mask is not None or layout.packed:
+                packed = self.middle.step(first.follow(self), self.protection, tokens, rows, cache)
+                hidden = rows.unpack(packed.to(last.lm_head.weight))  # its device and dtype
+            hidden = last.follow(self)(hidden, rows, cache.output_cache)
+            if not plain:
                 # `generate` goes on from the last column, which may be padding: it goes on from the text then.
                 hidden = layout.carry_on(layout.place(rows.pack(hidden), ids.shape))
         cache.append(rows.ends, ids.shape[1], layout.mask)
@@ -166,12 +170,10 @@ class SplitBackbone(nn.Module):
                 return hidden[copies]
         return self.step(ids, layout, cache, logits_to_keep)
 
-    def _check_lengths(self, rows: Rows) -> None:
-        longest = max(rows.ends)
-        if longest > self.max_tokens:
-            raise LimitExceededError(
-                f"the text would have {longest} tokens; the model and the server allow {self.max_tokens}"
-            )
+    def _too_long(self, rows: Rows) -> LimitExceededError:
+        return LimitExceededError(
+            f"the text would have {max(rows.ends)} tokens; the model and the server allow {self.max_tokens}"
+        )
 
 
 def _kept(hidden: Tensor, logits_to_keep: int | Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from fedsea.wire.address import check_server, parse_address
 from fedsea.wire.codec import MAX_PLACES, decode, encode
 from fedsea.wire.credentials import Credentials, open_channel
 from fedsea.wire.diagnose import explain_unreachable
-from fedsea.wire.frames import Backward, Frame, Message
+from fedsea.wire.frames import Backward, Forward, Frame, Message, Result, States, Step
 
 # The longest result that is accepted: a full step of a hidden size of 16,384 in float32.
 FRAME_BYTES = MAX_PLACES * 16_384 * 4
@@ -159,7 +159,10 @@ class Connection:
         """Put a frame on its way."""
         data = encode(frame)
         self._traffic.bytes_up += len(data)
-        self._traffic.tensor_bytes_up += _state_bytes(frame)
+        if isinstance(frame, Step | Forward):
+            self._traffic.tensor_bytes_up += frame.states.nbytes
+        elif isinstance(frame, Backward):
+            self._traffic.tensor_bytes_up += frame.gradient.nbytes
         self._outgoing.put(data)
 
     def receive(self, **limits: Any) -> Frame:
@@ -185,7 +188,8 @@ class Connection:
             raise self._reason() from None
         frame = decode(data, **limits)
         self._traffic.bytes_down += len(data)
-        self._traffic.tensor_bytes_down += _state_bytes(frame)
+        if isinstance(frame, Result | States) and frame.states is not None:
+            self._traffic.tensor_bytes_down += frame.states.nbytes
         return frame
 
     def _reason(self) -> Exception:
@@ -228,12 +232,6 @@ class Connection:
     def _finished(self) -> None:
         _closing.discard(self)
         self._over.set()
-
-
-def _state_bytes(frame: Frame) -> int:
-    """Bytes of a frame's hidden states or gradients."""
-    states = frame.gradient if isinstance(frame, Backward) else getattr(frame, "states", None)
-    return states.nbytes if states is not None else 0
 
 
 _closing: set[Connection] = set()

@@ -142,7 +142,9 @@ def read_layout(
     before = cache.lengths if cache is not None and cache.lengths else [0] * len(ids)
     if len(before) != len(ids):
         raise UsageError(f"the cache holds {len(before)} rows, the batch has {len(ids)}")
-    if attention_mask is None and positions is None and not packing and _is_plain(cache):
+    plain = cache is None or (cache.mask is None and not any(cache.offsets))
+    if plain and attention_mask is None and positions is None and not packing:
+        # Never any padding, and positions begin at 0: as in most steps, which should cost nothing here.
         return Layout(Rows(tuple(before), (ids.shape[1],) * len(ids)), None, (0,) * len(ids))
     mask = _tokens(ids, attention_mask, cache, cached)
     counted = torch.arange(cached, cached + ids.shape[1], device=ids.device).unsqueeze(0)
@@ -159,11 +161,6 @@ def read_layout(
             "shorter one: leave out the padding, or give positions that begin at 0"
         )
     return layout
-
-
-def _is_plain(cache: SplitCache | None) -> bool:
-    """Whether there was never padding, and positions begin at 0: as in most steps, which should cost nothing here."""
-    return cache is None or (cache.mask is None and not any(cache.offsets))
 
 
 def _tokens(ids: Tensor, attention_mask: Tensor | None, cache: SplitCache | None, cached: int) -> Tensor | None:

@@ -158,7 +158,7 @@ class Session:
                 if not any(rows.starts):
                     self._changes = self.settings.changes()
                 self._step = _Step(self._chunks(rows), row_map)
-                if self._begun and not self.is_open:
+                if self._begun and self._stream.connection is None:
                     self._connected(lambda: None)
                 yield self._step.chunks
             except BaseException:  # refused, interrupted, or no noise to be had
@@ -211,10 +211,12 @@ class Session:
         if self._awaits_opened:
             self._await_opened()
         for chunk, number in zip(step.chunks[len(step.results) :], step.numbers[len(step.results) :], strict=True):
-            result = self._result(number)
-            if result is None or result.shape != (chunk.total, self.settings.hidden_size):
+            frame = self._stream.live.receive()
+            if not isinstance(frame, Result) or frame.number != number or frame.states is None:
+                raise ProtocolError(f"the block server did not answer step {number} with its result")
+            if frame.states.shape != (chunk.total, self.settings.hidden_size):
                 raise ProtocolError("the block server answered with states of another shape")
-            step.results.append(result)
+            step.results.append(frame.states)
             self._stream.progress += 1
         self._stream.traffic.round_trips += 1
         results, step.results = step.results, []
@@ -241,7 +243,9 @@ class Session:
             for chunk in [chunk for piece in self._as_computed(before) for chunk in self._chunks(piece)]:
                 self._number += 1
                 self._stream.live.send(Step(self._number, chunk, self._sent.read(chunk), None, want_result=False))
-                self._result(self._number)
+                frame = self._stream.live.receive()
+                if not isinstance(frame, Result) or frame.number != self._number:
+                    raise ProtocolError("the block server did not answer what was sent again")
         self._whole = True
         del step.numbers[done:]
         for chunk in step.chunks[done : step.prepared]:
@@ -298,12 +302,6 @@ class Session:
         if row_map is not None:
             step.map_number, row_map = self._number, tuple(row_map)
         self._stream.live.send(Step(self._number, chunk, states, row_map))
-
-    def _result(self, number: int) -> Tensor | None:
-        frame = self._stream.live.receive()
-        if not isinstance(frame, Result) or frame.number != number:
-            raise ProtocolError(f"the block server did not answer step {number} with its result")
-        return frame.states
 
     def close(self, *, wait_seconds: float = 0.0) -> None:
         """End the session; the server frees its cache, which is waited for so long. Safe to call twice."""

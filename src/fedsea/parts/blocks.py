@@ -107,7 +107,10 @@ class Part(nn.Module):
         # A rotary embedding that changes with the length of the text belongs to that text.
         embedding = cache.rotary if cache is not None else copy.deepcopy(self.rotary)
         positions = rows.positions(hidden.device)
-        rotary = _rotate(embedding, hidden, positions, rows)
+        if rows.reach == rows.furthest:
+            rotary = embedding(hidden, positions)
+        else:
+            rotary = _rotate_within(rows.furthest, embedding, hidden, positions)
         masks: dict[int | None, Tensor | None] = {}
         blocks = self.model.layers
         for layer in layers:
@@ -159,14 +162,11 @@ class Part(nn.Module):
         return self
 
 
-def _rotate(embedding: Any, hidden: Tensor, positions: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
-    """Rotary cosines and sines, of an embedding that may look at how long the text is, which is the whole step's."""
-    if rows.reach == rows.furthest:
-        cos, sin = embedding(hidden, positions)
-        return cos, sin
+def _rotate_within(tokens: int, embedding: Any, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotary cosines and sines of an embedding that may look at how long the text is: the whole step's `tokens`."""
     # Padded places must not make it believe in a longer text, nor a piece of a step in a shorter one.
-    last = positions.new_full((len(positions), 1), rows.furthest - 1)
-    cos, sin = embedding(hidden, torch.cat([positions.clamp(max=rows.furthest - 1), last], dim=1))
+    last = positions.new_full((len(positions), 1), tokens - 1)
+    cos, sin = embedding(hidden, torch.cat([positions.clamp(max=tokens - 1), last], dim=1))
     return cos[:, :-1], sin[:, :-1]
 
 
@@ -194,7 +194,8 @@ class InputBlocks(Part):
 
     def run_embedded(self, embedded: Tensor, rows: Rows, cache: RowCache | None) -> Tensor:
         """The same of what the embedding gave, `[rows, width, hidden]`."""
-        return self.narrowed(self.run_layers(embedded, rows, cache, self.layers))
+        hidden = self.run_layers(embedded, rows, cache, self.layers)
+        return self.narrowed(hidden) if self.narrow_cut else hidden
 
     def narrowed(self, hidden: Tensor) -> Tensor:
         """What leaves of states `[..., hidden]`; with a narrow cut `[..., hidden]` -> `[..., rank]`."""
@@ -244,7 +245,7 @@ class MiddleBlocks(Part):
 
         `hidden` is `h_A` `[rows, width, hidden]`, or with a narrow cut what that leaves of it, `[rows, width, rank]`.
         """
-        return self.run_layers(self.lifted(hidden), rows, cache, layers)
+        return self.run_layers(self.lifted(hidden) if self.narrow_cut else hidden, rows, cache, layers)
 
 
 class OutputBlocks(Part):

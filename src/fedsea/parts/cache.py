@@ -69,7 +69,8 @@ class RowCache(Cache):
         for start, length in zip(rows.starts, self.lengths, strict=True):
             if start > length:
                 raise IndexError(f"the cache holds {length} tokens of a row that is to go on at {start}")
-        self.capacity = self.capacity_for(rows)
+        if rows.reach > self.capacity:
+            self.capacity = self.capacity_for(rows)
         self._rows = rows
         self._index = None
 

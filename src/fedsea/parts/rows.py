@@ -7,8 +7,7 @@ its tokens. It is all that a peer needs to rebuild attention masks and position 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from operator import add
 
 import torch
@@ -28,11 +27,49 @@ class Rows:
     text
         Tokens that the longest row will have after the step that this is a piece of, where that is more than here. Some
         rotary embeddings depend on it.
+
+    Attributes
+    ----------
+    width
+        Tokens of the longest row.
+    total
+        Tokens of all rows together.
+    ends
+        Each row's number of tokens after this step.
+    furthest
+        Tokens that the longest row has after the whole step.
+    reach
+        Columns that a padded step touches: the furthest start and the width together.
+    same_start
+        Whether all rows start at one position.
+    same_count
+        Whether all rows have the same number of tokens, so that nothing is padded.
     """
 
     starts: tuple[int, ...]
     counts: tuple[int, ...]
     text: int = 0
+    width: int = field(init=False, repr=False, compare=False)
+    total: int = field(init=False, repr=False, compare=False)
+    ends: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    furthest: int = field(init=False, repr=False, compare=False)
+    reach: int = field(init=False, repr=False, compare=False)
+    same_start: bool = field(init=False, repr=False, compare=False)
+    same_count: bool = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        # At once: each step asks for all of them, and a property that is kept costs more than its number.
+        starts, counts = self.starts, self.counts
+        width, ends = max(counts, default=0), tuple(map(add, starts, counts))
+        vars(self).update(
+            width=width,
+            total=sum(counts),
+            ends=ends,
+            furthest=max(self.text, *ends) if ends else self.text,
+            reach=max(starts, default=0) + width,
+            same_start=len(set(starts)) == 1,
+            same_count=len(set(counts)) == 1,
+        )
 
     @classmethod
     def uniform(cls, rows: int, start: int, count: int) -> "Rows":
@@ -41,41 +78,6 @@ class Rows:
 
     def __len__(self) -> int:
         return len(self.starts)
-
-    @cached_property
-    def width(self) -> int:
-        """Tokens of the longest row."""
-        return max(self.counts)
-
-    @cached_property
-    def total(self) -> int:
-        """Tokens of all rows together."""
-        return sum(self.counts)
-
-    @cached_property
-    def ends(self) -> tuple[int, ...]:
-        """Each row's number of tokens after this step."""
-        return tuple(map(add, self.starts, self.counts))
-
-    @cached_property
-    def furthest(self) -> int:
-        """Tokens that the longest row has after the whole step."""
-        return max(self.text, *self.ends)
-
-    @cached_property
-    def reach(self) -> int:
-        """Columns that a padded step touches: the furthest start and the width together."""
-        return max(self.starts) + self.width
-
-    @cached_property
-    def same_start(self) -> bool:
-        """Whether all rows start at one position."""
-        return len(set(self.starts)) == 1
-
-    @cached_property
-    def same_count(self) -> bool:
-        """Whether all rows have the same number of tokens, so that nothing is padded."""
-        return len(set(self.counts)) == 1
 
     def positions(self, device: torch.device) -> Tensor:
         """Position of every token, `[rows or 1, width]`, int64; a padded place continues its row's count."""
@@ -111,7 +113,7 @@ class Rows:
         """
         limit = tokens
         if self.total <= tokens:
-            if places is None or len(self) * self.width <= places:
+            if places is None or len(self.starts) * self.width <= places:
                 return [self]
             limit = places
         size = max(1, limit // len(self))

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
@@ -96,20 +95,17 @@ def read_states(data: bytes, offset: int, code: int, tokens: int, width: int) ->
     if not expected or len(data) - offset != expected:
         raise ProtocolError(f"a tensor of {tokens} x {width} {dtype} has {expected} bytes, {len(data) - offset} came")
     exponent = _EXPONENT_BITS[dtype]
-    if not _all_finite(np.frombuffer(data, exponent.dtype, offset=offset), exponent):
+    bits = np.frombuffer(data, exponent.dtype, offset=offset)
+    if ((bits & exponent) == exponent).any():
         raise ProtocolError("a tensor holds values that are not finite")
     return torch.frombuffer(bytearray(memoryview(data)[offset:]), dtype=dtype).view(tokens, width)
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether a CPU tensor in a wire dtype holds no NaN and no infinity."""
-    integer = torch.int32 if tensor.dtype is torch.float32 else torch.int16
-    return _all_finite(tensor.contiguous().view(integer).numpy(), _EXPONENT_BITS[tensor.dtype])
-
-
-def _all_finite(bits: NDArray[Any], exponent: Any) -> bool:
-    """Whether no number's exponent is all ones. In numpy: a torch operation costs more than its work on one token."""
-    return not bool(((bits & exponent) == exponent).any())
+    """Whether a CPU tensor in a wire dtype holds no NaN and no infinity: no number's exponent is all ones."""
+    # In numpy: a torch operation costs more than its work on one token.
+    integer, exponent = torch.int32 if tensor.dtype is torch.float32 else torch.int16, _EXPONENT_BITS[tensor.dtype]
+    return not bool(((tensor.contiguous().view(integer).numpy() & exponent) == exponent).any())
 
 
 def read_named(data: bytes, knows: Callable[[str], bool]) -> dict[str, Tensor]:
