@@ -1,4 +1,4 @@
-"""How a field of a configuration is written on the command line.
+"""How a field of a configuration is written on the command line, and the fields that several configurations share.
 
 Each option is declared once: as a field of a dataclass, in the room that it configures. Name, type and default are the
 field's own; `Annotated[int, Flag("Examples a batch.", min=1)]` adds what only `--help` and the checks of the command
@@ -6,6 +6,7 @@ line need. Commands take such dataclasses as arguments (`fedsea.cli.options.spre
 """
 
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,3 +39,19 @@ class Flag:
     max: float | None = None
     unit: int = 1
     hidden: bool = False
+
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+ComputeDtype = Annotated[Dtype, Flag("Dtype to compute in.")]
+WireDtype = Annotated[Dtype | None, Flag("Dtype of hidden states on the wire.", default="16 bits")]
+Device = Annotated[str, Flag("Where to compute: cpu, cuda, cuda:1.")]
+Threads = Annotated[int | None, Flag("CPU threads to compute with.", min=1, default="one for each core")]
+NOISE = Flag(
+    "How hidden states are protected before they leave. 0.5: noise with this standard deviation. relative:0.5: the "
+    "same, as a multiple of the mean |h_A|. clip:norm=30+gaussian:std=4: clip, then add noise. docs/privacy.md lists "
+    "all mechanisms.",
+    metavar="MECHANISM",
+    default="none",
+)
+Noise = Annotated[str, NOISE]
+DATA = Flag("A file, a folder with one file for each split, hub:NAME or hub:NAME:CONFIG.", metavar="PATH")

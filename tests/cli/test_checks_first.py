@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from fedsea.cli.old_flags import rewritten
 from fedsea.errors import UsageError
 from fedsea.extras import install_line, require
+from fedsea.federation.settings import Settings
 
 # Runs commands in a process in which torch cannot be imported, and other modules seem not to be installed.
 SCRIPT = """
@@ -42,7 +44,7 @@ CONNECTING = [
     ([*FAR, "--credentials", "no/folder"], 1, "there is no folder no/folder"),
     ([*NEAR, "--noise", "relative:-1"], 2, "must be a number, 0 or more; got --noise relative:-1"),
     ([*NEAR, "--noise", "nan"], 2, "must be a number, 0 or more"),
-    ([*NEAR, "--noise", "1", "--noise", "relative:1"], 2, "give --noise once"),
+    ([*NEAR, "--noise", "1", "--noise", "relative:1"], 2, "give --noise once; got 1 and relative:1"),
 ]
 WRONG: list[tuple[Sequence[str], int, str]] = [
     *(([*one, *options], code, says) for one in ONES.values() for options, code, says in CONNECTING),
@@ -111,6 +113,27 @@ def test_a_wrong_command_is_one_line_without_torch(tmp_path: Path) -> None:
         assert got == code, (command, told)
         assert told.count("\n") == 1, (command, told)
         assert told.startswith("fedsea: error: "), (command, told)
+
+
+def test_the_flags_of_the_version_before_still_name_the_noise(capsys: pytest.CaptureFixture[str]) -> None:
+    typed = ["chat", "m", "--noise-level", "2", "--prompt", "--x"]
+    assert rewritten(typed) == ["chat", "m", "--noise", "relative:2", "--prompt", "--x"]
+    assert rewritten(["audit", "--noise-std=1", "--mechanism", "clip:3"]) == [
+        "audit",
+        "--noise",
+        "1",
+        "--noise",
+        "clip:3",
+    ]
+    assert rewritten(["bench", "quality", "--mechanism", "clip:3"]) == ["bench", "quality", "--mechanism", "clip:3"]
+    flag, *_ = capsys.readouterr().err.splitlines()
+    assert flag == "fedsea: --noise-level goes in the next release; write --noise relative:2"
+    with pytest.raises(UsageError, match="give --noise once; got 1 and relative:2"):
+        rewritten(["generate", "--noise-std", "1", "--noise-level", "2"])
+    assert Settings.from_run_config({"noise-level": 0.5, "mechanism": ""}).noise == "relative:0.5"
+    assert Settings.from_run_config({"noise-level": 0.0, "mechanism": "clip:3"}).noise == "clip:3"
+    with pytest.raises(UsageError, match="not both"):
+        Settings.from_run_config({"noise-level": 0.5, "mechanism": "clip:3"})
 
 
 def test_what_is_not_installed_is_named_at_once_with_the_line_that_installs_it(tmp_path: Path) -> None:

@@ -245,7 +245,7 @@ def test_partitions_differ_and_two_block_servers_share_the_middle(
     monkeypatch.setattr(
         client_app,
         "simulated_options",
-        lambda settings, place: usual(settings, place) | {"output_layers": 1 + int(place["partition-id"])},
+        lambda given, place: usual(given, place) | {"partition": {"output_layers": 1 + int(place["partition-id"])}},
     )
     given = config(f"{server.address},{other.address}", data, tmp_path / "out")
     # Where a layer is trained makes no difference, so neither does it to the federation.

@@ -393,17 +393,15 @@ def test_what_leaves_is_protected_as_its_owner_says(coordinator: Coordinator, da
     for mechanism in ("", "clip:norm=0.5"):
         (ticket,) = coordinator.open("ann", whole=whole)
         models = PreparedModels(1)
-        participant = Participant(options(data, mechanism=mechanism), models)
+        participant = Participant(options(data, noise=mechanism), models)
         metrics, _ = participant.train(body(ticket), local(whole))
         losses[mechanism] = metrics["train-loss"]
         (model,) = models
         assert model.noise == (parse_mechanism(mechanism) if mechanism else GaussianNoise(0.0))
         participant.close()
     assert abs(losses[""] - losses["clip:norm=0.5"]) > 1e-4
-    with pytest.raises(UsageError, match="not both"):
-        Participant(options(data, mechanism="gaussian:std=1", noise_level=1.0))
     with pytest.raises(UsageError, match="no mechanism 'gauss'"):
-        Participant(options(data, mechanism="gauss:std=1"))
+        Participant(options(data, noise="gauss:std=1"))
 
 
 def test_a_data_owner_insists_on_its_own_ends(coordinator: Coordinator, data: str, tmp_path: Path) -> None:

@@ -135,7 +135,7 @@ def test_a_coordinator_gets_no_more_looks_than_a_data_owner_allows(
 ) -> None:
     """Over rounds of weights that hardly move, their repetition, evaluations and restarts of the worker."""
     path, whole = tmp_path / "looks.db", weights()
-    given = options(data, mechanism=NOISE, looks=str(path), max_looks=4)
+    given = options(data, noise=NOISE, looks=str(path), max_looks=4)
     recipe = SETTINGS.recipe() | {"lr": 1e-8, "local_steps": 1, "batch_size": 4}
     refused, done = None, 0
     for number in range(6):
@@ -160,7 +160,7 @@ def test_a_coordinator_gets_no_more_looks_than_a_data_owner_allows(
 
 
 def test_evaluations_are_looks(coordinator: Coordinator, data: str, tmp_path: Path) -> None:
-    participant = Participant(options(data, mechanism=NOISE, looks=str(tmp_path / "looks.db"), max_looks=2))
+    participant = Participant(options(data, noise=NOISE, looks=str(tmp_path / "looks.db"), max_looks=2))
     whole = weights()
     for number in (0, 0, 1, 1):  # again with the same weights: the noise of before, and so no look
         (ticket,) = coordinator.open("ann")
@@ -185,7 +185,7 @@ def test_a_server_does_not_decide_where_texts_are_cut(
     start_server: Callable[..., RunningServer], data: str, tmp_path: Path
 ) -> None:
     coordinator = Coordinator(start_server("random:tiny", limits=Limits(session_tokens=100)))
-    participant = Participant(options(data, mechanism=NOISE, looks=str(tmp_path / "looks.db")))
+    participant = Participant(options(data, noise=NOISE, looks=str(tmp_path / "looks.db")))
     (ticket,) = coordinator.open("ann")
     with pytest.raises(TermsError, match="join with --max-tokens 100"):
         participant.train(body(ticket), local(weights()))
@@ -266,7 +266,7 @@ def test_commands_count_in_one_file(
 
 
 def test_an_audit_takes_its_looks_from_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for given, says in (("0", "1 or more"), (str(tmp_path / "none.db"), "the file where looks are counted")):
+    for given, says in (("0", "1 or more"), (str(tmp_path / "none.db"), "the file of another command's --looks")):
         assert command(["audit", "random:tiny", "--looks", given]) != 0
         assert says in capsys.readouterr().err
 

@@ -9,21 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedsea.audit.attacks import attack_names
-from fedsea.cli.options import (
-    Adapter,
-    Model,
-    NoiseTexts,
-    Threads,
-    WireDtype,
-    command_line,
-    parse_noise,
-    prepare_torch,
-    require_folders,
-    spread,
-)
+from fedsea.cli.options import Adapter, Model, command_line, parse_noise, prepare_torch, require_folders, spread
 from fedsea.cli.terminal import escape, progress_bar, write_json
 from fedsea.errors import UsageError
-from fedsea.flags import Flag
+from fedsea.flags import NOISE, Flag, Threads, WireDtype
 from fedsea.partition import Partition
 from fedsea.text import one_line
 
@@ -90,7 +79,7 @@ class AttackedModel:
 @spread
 def audit(
     model: AttackedModel,
-    noise: NoiseTexts = None,
+    noise: Annotated[list[str] | None, NOISE] = None,
     levels: Annotated[
         str | None,
         Flag(
@@ -205,7 +194,7 @@ def _noises(texts: Sequence[str] | None, levels: str | None) -> "list[Noise]":
         If one cannot be used, or `levels` are no numbers, 0 or more.
     """
     if levels is None:
-        return [parse_noise([text]) for text in texts or [""]]
+        return [parse_noise(text) for text in texts or [""]]
     try:
         strengths = [float(one) for one in levels.split(",")]
     except ValueError:

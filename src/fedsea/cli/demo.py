@@ -18,10 +18,10 @@ from fedsea.cli.demo_audit import show_audit
 from fedsea.cli.demo_federation import show_federation
 from fedsea.cli.demo_finetune import show_finetuning
 from fedsea.cli.generate import stats_json
-from fedsea.cli.options import AsJson, Threads, spread
+from fedsea.cli.options import AsJson, spread
 from fedsea.cli.terminal import escape, print_json
 from fedsea.errors import UsageError
-from fedsea.flags import Flag
+from fedsea.flags import Flag, Threads
 from fedsea.process import TOOLS
 
 if TYPE_CHECKING:  # --help needs no torch

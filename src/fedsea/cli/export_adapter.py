@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
-from fedsea.cli.options import ComputeDtype, spread
+from fedsea.cli.options import spread
 from fedsea.errors import UsageError
-from fedsea.flags import Flag
+from fedsea.flags import ComputeDtype, Flag
 
 
 @spread

@@ -5,91 +5,53 @@ import shlex
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from shlex import quote
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedsea.cli.options import AsJson, ComputeDtype, Device, Threads, WireDtype, spread
+from fedsea.cli.options import AsJson, Typed, spread
 from fedsea.cli.terminal import interrupt_on, print_json, tell
 from fedsea.errors import UsageError
+from fedsea.federation.owner.participant_options import ParticipantOptions
+from fedsea.federation.settings import Settings
+from fedsea.flags import ComputeDtype, Device, Flag, Threads
 
 if TYPE_CHECKING:  # --help needs neither torch nor Flower
     from fedsea.federation.coordinator.up import Federation, UpOptions
-    from fedsea.federation.settings import Settings
 
 app = typer.Typer(help="Train one adapter with several data owners, none of whom shows its text.", no_args_is_help=True)
-Mode = Literal["sequential", "client-batch", "server-hierarchical"]
-LOOK_SECONDS = 0.5
-
-
-@dataclass(frozen=True)
-class FederationOptions:
-    """What is trained and how. None: as before in DIR, else the default of `Settings`."""
-
-    model: Annotated[str | None, typer.Option(help="What to train.", show_default="smollm2-135m")] = None
-    task: Annotated[str | None, typer.Option(help="What all learn.", show_default="the first client's")] = None
-    mode: Annotated[
-        Mode | None, typer.Option(help="How the middle is trained.", show_default="server-hierarchical")
-    ] = None
-    rounds: Annotated[int | None, typer.Option(min=1, help="Rounds in all.", show_default="3")] = None
-    min_clients: Annotated[
-        int | None, typer.Option(min=1, help="So many must be there for a round.", show_default="1")
-    ] = None
-    local_steps: Annotated[
-        int | None, typer.Option(min=1, help="Optimizer steps of each client a round.", show_default="10")
-    ] = None
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Examples a batch.", show_default="4")] = None
-    lr: Annotated[float | None, typer.Option(help="Learning rate.", show_default="0.0005")] = None
-    lora_rank: Annotated[int | None, typer.Option(min=1, help="Rank of the adapter.", show_default="8")] = None
-    eval_every: Annotated[
-        int | None, typer.Option(min=0, help="Rounds between two evaluations.", show_default="never")
-    ] = None
-    strategy: Annotated[str | None, typer.Option(help="Flower's: FedAvg, FedProx, FedAdam…", show_default="FedAvg")] = (
-        None
-    )
-    set: Annotated[
-        list[str] | None,
-        typer.Option(metavar="KEY=VALUE", help="Any other setting (docs/federation.md); may be given several times."),
-    ] = None
-
-    def given(self) -> dict[str, Any]:
-        """What was given, by the settings' keys."""
-        found = {field.name.replace("_", "-"): getattr(self, field.name) for field in fields(self)}
-        extra = found.pop("set") or []
-        return {key: value for key, value in found.items() if value is not None} | dict(map(_assignment, extra))
+POLL_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
 class PlaceOptions:
     """Where the servers run. None: as before in DIR."""
 
-    clients: Annotated[str | None, typer.Option(metavar="NAMES", help="The data owners, such as a,b,c.")] = None
-    listen: Annotated[
-        str | None, typer.Option(help="Address of this machine to listen on.", show_default="127.0.0.1")
-    ] = None
-    host: Annotated[
+    clients: Annotated[str | None, Flag("Names of the data owners, such as a,b,c.", metavar="NAMES")] = None
+    listen: Annotated[str | None, Flag("Address of this machine to listen on.", default="127.0.0.1")] = None
+    hosts: Annotated[
         list[str] | None,
-        typer.Option(help="What data owners reach this machine under; may be given several times, the first is told."),
+        Flag(
+            "Name or address by which data owners reach this machine; may be given several times, and the first one is "
+            "written into their folders.",
+            "--host",
+        ),
     ] = None
-    port: Annotated[int | None, typer.Option(min=0, max=65535, help="Of the block server.", show_default="7070")] = None
-    superlink_port: Annotated[
-        int | None, typer.Option(min=0, max=65535, help="Of Flower's SuperLink.", show_default="7071")
-    ] = None
-    server: Annotated[
+    port: Annotated[int | None, Flag("Port of the block server.", default="7070", min=0, max=65535)] = None
+    superlink_port: Annotated[int | None, Flag("Port of Flower's SuperLink.", default="7071", min=0, max=65535)] = None
+    servers: Annotated[
         list[str] | None,
-        typer.Option(metavar="HOST:PORT", help="A block server that runs elsewhere; may be given several times."),
+        Flag("A block server on another machine; may be given several times.", "--server", metavar="HOST:PORT"),
     ] = None
 
     def given(self) -> dict[str, Any]:
         """What was given, by the fields of `UpOptions`."""
-        found: dict[str, Any] = {"listen": self.listen, "port": self.port, "superlink_port": self.superlink_port}
-        found |= {"hosts": self.host or None, "servers": self.server or None}
+        found = {key: value for key, value in asdict(self).items() if value not in (None, [])}
         if self.clients is not None:
             found["clients"] = [name.strip() for name in self.clients.split(",") if name.strip()]
-        return {key: value for key, value in found.items() if value is not None}
+        return found
 
 
 @dataclass(frozen=True)
@@ -97,43 +59,49 @@ class PrivacyOptions:
     """Local differential privacy of what the coordinator gets. None: as the coordinator says."""
 
     dp_clip: Annotated[
-        float | None,
-        typer.Option(help="Clip your update to this norm, and add noise.", show_default="the federation's"),
+        float | None, Flag("Clip your update to this norm, and add noise to it.", default="as the federation does")
     ] = None
-    dp_epsilon: Annotated[float | None, typer.Option(help="Of one round; goes with --dp-clip.")] = None
-    dp_delta: Annotated[float | None, typer.Option(help="Of one round.", show_default="0.00001")] = None
+    dp_epsilon: Annotated[float | None, Flag("Epsilon of one round; needs --dp-clip.")] = None
+    dp_delta: Annotated[float | None, Flag("Delta of one round; needs --dp-clip.", default="0.00001")] = None
 
     def given(self) -> dict[str, float]:
         """What was given, by the settings' keys."""
-        found = {"dp-clip": self.dp_clip, "dp-epsilon": self.dp_epsilon, "dp-delta": self.dp_delta}
-        given = {key: value for key, value in found.items() if value is not None}
+        given = {key.replace("_", "-"): value for key, value in asdict(self).items() if value is not None}
         if given and "dp-clip" not in given:
-            raise UsageError("--dp-epsilon and --dp-delta go with --dp-clip")
+            raise UsageError("--dp-epsilon and --dp-delta need --dp-clip")
         return given
 
 
 @app.command()
 @spread
 def up(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="The federation's folder; made if it is not there.")],
-    federation: FederationOptions,
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="The federation's folder; may be new.")],
+    settings: Annotated[dict[str, Any], Typed(Settings)],
     place: PlaceOptions,
+    others: Annotated[
+        list[str] | None,
+        Flag("Any other setting of docs/federation.md; may be given several times.", "--set", metavar="KEY=VALUE"),
+    ] = None,
     dtype: ComputeDtype = "float32",
     device: Device = "cpu",
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
-    """Run block server and coordinator on this machine until all rounds are done. Given again, it goes on."""
+    """Run block server and coordinator on this machine until all rounds are done.
+
+    Given again, the command continues the federation in DIR, with the settings that it had.
+    """
     from fedsea.federation.coordinator.up import Federation
 
-    settings, options = _what_and_where(directory, federation, place)
+    typed = {key.replace("_", "-"): value for key, value in settings.items()} | dict(map(_assignment, others or []))
+    chosen, options = _settled(directory, typed, place)
     serve = ["--dtype", dtype, "--device", device, *([] if threads is None else ["--threads", str(threads)])]
-    with interrupt_on(signal.SIGTERM), Federation(directory, settings, options, tell, tuple(serve)) as running:
+    with interrupt_on(signal.SIGTERM), Federation(directory, chosen, options, tell, tuple(serve)) as running:
         running.start()
         _invite(running, as_json=as_json)
         try:
-            with _progress(directory, quiet=as_json) as look:
-                running.run(look)
+            with _progress(directory, quiet=as_json) as show:
+                running.run(show)
         except KeyboardInterrupt:
             tell("stopped; the same command goes on after the last round that is done")
             raise
@@ -148,93 +116,40 @@ def up(
 @spread
 def join(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder that the coordinator gave you.")],
-    data: Annotated[str, typer.Option(metavar="PATH", help="A file, a folder with its splits, or hub:NAME.")],
-    task: Annotated[str, typer.Option(help="As for fedsea finetune.", show_default="the federation's")] = "",
-    model: Annotated[str, typer.Option(help="Your own copy of the model.", show_default="by its name")] = "",
-    input_layers: Annotated[int, typer.Option(min=0, help="Decoder layers to run here, after the embedding.")] = 1,
-    output_layers: Annotated[int, typer.Option(min=0, help="Decoder layers to run here, before the head.")] = 1,
-    noise_level: Annotated[
-        float, typer.Option(min=0.0, help="Noise on what leaves, as a multiple of the mean |h_A|.")
-    ] = 0.0,
-    mechanism: Annotated[
-        str,
-        typer.Option(metavar="TEXT", help="Another protection, as for fedsea chat.", show_default="none"),
-    ] = "",
-    shard: Annotated[
-        str,
-        typer.Option(
-            help="For experiments: iid:0/4, dirichlet=0.5:0/4, source=COLUMN:0/4, folders.", show_default="all of PATH"
-        ),
-    ] = "",
-    shard_seed: Annotated[int, typer.Option(min=0, help="Of the shards; the same for all clients.")] = 0,
-    max_tokens: Annotated[int, typer.Option(min=2, help="Longest text.")] = 512,
-    private_ends: Annotated[
-        bool, typer.Option("--private-ends", help="Take part only if the adapter of your own blocks stays here.")
-    ] = False,
-    max_looks: Annotated[
-        int,
-        typer.Option(
-            min=0, help="With noise: how often each text may leave under fresh noise, in all; 0 for no end of it."
-        ),
-    ] = 64,
-    looks: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Where that is counted.", show_default="looks.db in FOLDER")
-    ] = None,
-    *,
+    options: ParticipantOptions,
     privacy: PrivacyOptions,
-    dtype: ComputeDtype = "float32",
-    wire_dtype: WireDtype = None,
-    device: Device = "cpu",
-    threads: Threads = None,
 ) -> None:
     """Take part in a federation with your own text, until it is over or Ctrl-C. The text stays here."""
     from fedsea.client.leak_notice import IN_TRAINING, leak_notice
     from fedsea.federation.owner.join import OwnerProcess
-    from fedsea.federation.owner.participant_options import ParticipantOptions
 
-    options = ParticipantOptions(
-        model=model,
-        task=task,
+    # The worker that reads them runs in another folder.
+    data, looks = options.data, options.looks
+    options = replace(
+        options,
         data=data if data.startswith("hub:") else str(Path(data).expanduser().absolute()),
-        input_layers=input_layers,
-        output_layers=output_layers,
-        noise_level=noise_level,
-        mechanism=mechanism,
-        shard=shard,
-        shard_seed=shard_seed,
-        max_tokens=max_tokens,
-        insist_private=private_ends,
-        max_looks=max_looks,
-        looks=str(looks.expanduser().absolute()) if looks is not None else "",
-        dtype=dtype,
-        wire_dtype=wire_dtype,
-        device=device,
-        threads=threads,
+        looks=str(Path(looks).expanduser().absolute()) if looks else "",
     )
     with interrupt_on(signal.SIGTERM), OwnerProcess(folder, options, tell, privacy.given()) as member:
+        model = options.model or member.invitation.model
         try:
             tell(f"reading the data and the model's files, as {member.name} of {member.invitation.federation}")
             ready = member.start()
-            warning = leak_notice(
-                IN_TRAINING,
-                model or member.invitation.model,
-                (input_layers, output_layers),
-                mechanism or (f"relative:level={noise_level}" if noise_level else ""),
-                training=True,
-                learnt=(ready["task"], options.data),
-            )
+            layers = (options.partition.input_layers, options.partition.output_layers)
+            learnt = (ready["task"], options.data)
+            warning = leak_notice(IN_TRAINING, model, layers, options.noise, training=True, learnt=learnt)
             if warning is not None:
                 tell(warning)
             tell(f"{ready['examples']} examples of {ready['task']}; connecting to {member.invitation.superlink}")
             member.watch()
-            tell("the federation is over; saying goodbye")
+            tell("the federation is over; disconnecting")
             member.say_goodbye()
         except KeyboardInterrupt:
             tell("leaving")
         if member.adapter is not None:
             print(f"The adapter is in {member.adapter}")
-            use = ["fedsea", "chat", options.model or member.invitation.model, "--adapter", str(member.adapter)]
-            print(f"Where a block server runs: {shlex.join([*use, '--credentials', str(folder)])} --server HOST:PORT")
+            use = ["fedsea", "chat", model, "--adapter", str(member.adapter), "--credentials", str(folder)]
+            print(f"Where a block server runs: {shlex.join(use)} --server HOST:PORT")
 
 
 @app.command()
@@ -243,7 +158,7 @@ def status(
     directory: Annotated[
         Path, typer.Argument(metavar="DIR", help="The folder of fedsea federation up, or its output.")
     ],
-    watch: Annotated[bool, typer.Option("--watch", help="Show it live, until Ctrl-C or all rounds are done.")] = False,
+    watch: Annotated[bool, Flag("Show it live, until Ctrl-C or all rounds are done.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Show rounds, clients, losses, bytes and stragglers of a federation."""
@@ -254,45 +169,37 @@ def status(
     from fedsea.federation.coordinator.status import read_status
 
     found = read_status(directory)
-    if as_json:
-        while True:
-            print_json(found.to_body())
-            if not watch or found.doing == "done":
-                return
-            time.sleep(LOOK_SECONDS)
-            found = read_status(directory)
     console = Console(highlight=False)
-    if not watch:
-        console.print(tables(found))
+    show = print_json if as_json else console.print
+    if not watch or as_json:
+        show(found.to_body() if as_json else tables(found))
+        while as_json and watch and found.doing != "done":
+            time.sleep(POLL_SECONDS)
+            found = read_status(directory)
+            print_json(found.to_body())
         return
     with Live(tables(found), console=console, auto_refresh=False) as live:
         while found.doing != "done":
-            time.sleep(LOOK_SECONDS)
+            time.sleep(POLL_SECONDS)
             found = read_status(directory)
             live.update(tables(found), refresh=True)
 
 
-def _what_and_where(
-    directory: Path, federation: FederationOptions, place: PlaceOptions
-) -> "tuple[Settings, UpOptions]":
+def _settled(directory: Path, typed: Mapping[str, Any], place: PlaceOptions) -> "tuple[Settings, UpOptions]":
+    """What was typed; what was not is as before in the folder, or the default."""
     from fedsea.federation.coordinator.deployment import Deployment
     from fedsea.federation.coordinator.up import UpOptions
     from fedsea.federation.invitation import federation_name
-    from fedsea.federation.settings import Settings
 
     before = Deployment(directory.expanduser()).before()
     options = UpOptions.from_body({**before.get("options", {}), **place.given()})
-    given = {"name": federation_name(directory), "clients": len(options.clients)}
-    given |= {**before.get("settings", {}), **federation.given()}
-    if place.clients is not None and "clients" not in federation.given():
-        given["clients"] = len(options.clients)
-    return Settings.from_run_config(given), options
+    count = {"clients": len(options.clients)}
+    given = {"name": federation_name(directory), **count, **before.get("settings", {})}
+    return Settings.from_run_config({**given, **(count if place.clients is not None else {}), **typed}), options
 
 
 def _assignment(text: str) -> tuple[str, Any]:
     """`KEY=VALUE`, the value of the type that the setting has."""
-    from fedsea.federation.settings import Settings
-
     key, equals, value = text.partition("=")
     if not equals:
         raise UsageError(f"--set takes KEY=VALUE, such as lora-rank=16; got {text!r}")
@@ -316,15 +223,15 @@ def _invite(running: "Federation", *, as_json: bool) -> None:
         return
     print(f"The federation {running.settings.name} is up: block server {running.settings.servers}, ", end="")
     print(f"Flower's SuperLink {running.superlink}.")
-    print("Give each data owner its folder, over a channel you trust. There it runs, with its own data:")
+    print("Give each data owner its folder, over a channel you trust. Each one then runs, with its own data:")
     for command in commands.values():
         print(f"  {command}")
-    print(f"See how it goes:  fedsea federation status {quote(str(running.deployment.path))} --watch", flush=True)
+    print(f"Watch it:  fedsea federation status {shlex.quote(str(running.deployment.path))} --watch", flush=True)
 
 
 @contextlib.contextmanager
 def _progress(directory: Path, *, quiet: bool) -> Iterator[Callable[[], None]]:
-    """Shows a run: live tables in a terminal, else a line for each round; nothing if `quiet`."""
+    """Shows a run: live tables in a terminal, in a log a line for each round; nothing if `quiet`."""
     if quiet:
         yield lambda: None
         return

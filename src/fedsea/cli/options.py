@@ -11,9 +11,9 @@ import inspect
 import math
 import shlex
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import click
 import typer
@@ -23,15 +23,16 @@ from fedsea.client.leak_notice import SEE
 from fedsea.client.lookup import GUESSES
 from fedsea.client.sampling import GREEDY, Sampling
 from fedsea.errors import UsageError
-from fedsea.flags import Flag
+from fedsea.flags import DATA, ComputeDtype, Device, Flag, Noise, Threads, WireDtype
 from fedsea.partition import Partition
 from fedsea.tasks import task_names
 
 if TYPE_CHECKING:  # a command's --help needs no torch
     from fedsea.client.model import SplitModelForCausalLM
-    from fedsea.privacy import LookLedger, Noise
+    from fedsea.privacy import LookLedger
+    from fedsea.privacy import Noise as Mechanism
 
-Dtype = Literal["float32", "bfloat16", "float16"]
+_T = typing.TypeVar("_T")
 
 Model = Annotated[
     str,
@@ -42,32 +43,16 @@ Model = Annotated[
         show_default=False,
     ),
 ]
-ComputeDtype = Annotated[Dtype, Flag("Dtype to compute in.")]
-WireDtype = Annotated[Dtype | None, Flag("Dtype of hidden states on the wire.", default="16 bits")]
-Device = Annotated[str, Flag("Where to compute: cpu, cuda, cuda:1.")]
-Threads = Annotated[int | None, Flag("CPU threads to compute with.", min=1, default="one for each core")]
 Credentials = Annotated[
     Path | None, Flag("Folder with this side's certificate, made by: fedsea credentials init.", metavar="DIR")
 ]
 Insecure = Annotated[bool, Flag("Connect without TLS. On this machine only.")]
 AsJson = Annotated[bool, Flag("Print one JSON object, for programs.", "--json")]
-NoiseTexts = Annotated[
-    list[str] | None,
-    Flag(
-        "How hidden states are protected before they leave. 0.5: noise with this standard deviation. relative:0.5: the "
-        "same, as a multiple of the mean |h_A|. clip:norm=30+gaussian:std=4: clip, then add noise. docs/privacy.md "
-        "lists all mechanisms.",
-        metavar="MECHANISM",
-        default="none",
-    ),
-]
 Adapter = Annotated[Path | None, Flag("A PEFT adapter of the model, from fedsea finetune or elsewhere.", metavar="DIR")]
 TaskName = Annotated[
     str, Flag(f"{', '.join(task_names())}; text and chat are for JSON lines of yours.", metavar="TASK")
 ]
-DataPath = Annotated[
-    str, Flag("A file, a folder with one file for each split, hub:NAME or hub:NAME:CONFIG.", metavar="PATH")
-]
+DataPath = Annotated[str, DATA]
 Limit = Annotated[int | None, Flag("Use the first N examples only.", min=1, metavar="N", default="all")]
 
 
@@ -87,7 +72,7 @@ class ClientOptions:
     credentials: Credentials = None
     insecure: Insecure = False
     partition: Partition = Partition()
-    noise: NoiseTexts = None
+    noise: Noise = ""
     dtype: ComputeDtype = "float32"
     wire_dtype: WireDtype = None
     device: Device = "cpu"
@@ -107,7 +92,7 @@ class ClientOptions:
         from fedsea.checkpoints.names import check_model
 
         check_connection(self.server, self.credentials, self.insecure)
-        one_noise(self.noise)
+        check_noise(self.noise)
         check_model(self.model)
 
     def connect(self) -> "SplitModelForCausalLM":
@@ -214,7 +199,7 @@ class AnswerOptions:
         ),
     ] = None
 
-    def guessed(self, noise: "Noise") -> int:
+    def guessed(self, noise: "Mechanism") -> int:
         """How many tokens to guess ahead: without noise 8, with noise (an adapter's own too) none unless asked.
 
         A wrong guess shows the server one more noised state of a token that the text has elsewhere.
@@ -224,12 +209,19 @@ class AnswerOptions:
         return 0 if noise.alters else GUESSES
 
 
+@dataclasses.dataclass(frozen=True)
+class Typed:
+    """Of a dataclass's fields, those that were typed: `Annotated[dict[str, Any], Typed(Settings)]`."""
+
+    kind: Any
+
+
 def spread(command: Callable[..., Any]) -> Callable[..., Any]:
     """Give a command the fields of its dataclass parameters as options of its own.
 
     typer reads options from a function's signature. There, a parameter whose type is a dataclass is replaced by the
     dataclass's fields that have a `Flag` (or are dataclasses themselves), and filled from them when the command is
-    called.
+    called. A dictionary that is `Typed` has such fields as well, none of which has a value by default.
     """
     hints = typing.get_type_hints(command, include_extras=True)
     own = inspect.signature(command).parameters
@@ -250,7 +242,13 @@ def _options(name: str, hint: Any, default: Any) -> Iterator[inspect.Parameter]:
             start = field.default if field.default is not dataclasses.MISSING else inspect.Parameter.empty
             yield from _options(field.name, inner, start)
         return
-    flag = _flag(hint)
+    if (typed := _noted(hint, Typed)) is not None:
+        for field, inner in _fields(typed.kind):
+            if (own := _noted(inner, Flag)) is not None:
+                shown_flag = dataclasses.replace(own, default=own.default or str(field.default))
+                yield from _options(field.name, Annotated[typing.get_args(inner)[0] | None, shown_flag], None)
+        return
+    flag = _noted(hint, Flag)
     if flag is not None:
         shown: Any = flag.default or not (default in ("", None, inspect.Parameter.empty) or default is False)
         option = typer.Option(
@@ -279,7 +277,10 @@ def _filled(name: str, hint: Any, values: Mapping[str, Any]) -> Any:
     if dataclasses.is_dataclass(hint):
         kind: Any = hint
         return kind(**{field.name: _filled(field.name, inner, values) for field, inner in _fields(kind)})
-    flag, value = _flag(hint), values[name]
+    if (typed := _noted(hint, Typed)) is not None:
+        found = {field.name: values[field.name] for field, _ in _fields(typed.kind)}
+        return {key: value for key, value in found.items() if value is not None}
+    flag, value = _noted(hint, Flag), values[name]
     return value * flag.unit if flag is not None and flag.unit > 1 and value is not None else value
 
 
@@ -292,8 +293,9 @@ def _fields(kind: Any) -> "Iterator[tuple[dataclasses.Field[Any], Any]]":
             yield field, hint
 
 
-def _flag(hint: Any) -> Flag | None:
-    return next((one for one in getattr(hint, "__metadata__", ()) if isinstance(one, Flag)), None)
+def _noted(hint: Any, kind: type[_T]) -> _T | None:
+    """What `Annotated` says of this kind."""
+    return next((one for one in getattr(hint, "__metadata__", ()) if isinstance(one, kind)), None)
 
 
 def given_options() -> set[str]:
@@ -303,34 +305,30 @@ def given_options() -> set[str]:
     return {name for name in context.params if context.get_parameter_source(name) is typed}
 
 
-def one_noise(texts: Sequence[str] | None) -> str:
-    """What `--noise` says, empty for no noise; checked as far as that needs no torch.
+def check_noise(text: str) -> None:
+    """Check the strength that `--noise` gives, as far as that needs no torch.
 
     Raises
     ------
     UsageError
-        If it is given twice, or is a number that is no strength.
+        If it is negative or no finite number.
     """
-    if texts is not None and len(texts) > 1:
-        raise UsageError(f"give --noise once; got {' and '.join(texts)}")
-    text = texts[0].strip() if texts else ""
     kind, _, number = text.rpartition(":")
     if kind in ("", "relative"):
         with contextlib.suppress(ValueError):
             if not 0 <= float(number) < math.inf:
                 raise UsageError(f"the strength of the noise must be a number, 0 or more; got --noise {text}")
-    return text
 
 
-def parse_noise(texts: Sequence[str] | None) -> "Noise":
-    """The mechanism that `--noise` names, not calibrated.
+def parse_noise(text: str) -> "Mechanism":
+    """The mechanism that `--noise` names, not calibrated; an empty text is no noise.
 
     Raises
     ------
     UsageError
         If it cannot be used.
     """
-    text = one_noise(texts)
+    check_noise(text)
     from fedsea.privacy import parse_mechanism
 
     return parse_mechanism(text or "0")

@@ -10,20 +10,9 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated
 
-from fedsea.cli.options import (
-    AsJson,
-    ComputeDtype,
-    Credentials,
-    Device,
-    Insecure,
-    Model,
-    Threads,
-    prepare_torch,
-    require_one_security,
-    spread,
-)
+from fedsea.cli.options import AsJson, Credentials, Insecure, Model, prepare_torch, require_one_security, spread
 from fedsea.errors import UsageError
-from fedsea.flags import Flag
+from fedsea.flags import ComputeDtype, Device, Flag, Threads
 from fedsea.server.limits import Limits
 from fedsea.text import one_line, printable
 

@@ -7,14 +7,19 @@ some. Imports neither torch nor flwr: a ClientApp reads it for every message.
 import dataclasses
 import difflib
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from typing import Annotated, Any, Literal, get_args
 
 from fedsea.errors import UsageError
 from fedsea.federation.recipe import RECIPE_BOUNDS, bounds_problem
+from fedsea.flags import Flag
+from fedsea.training.recipe import Lora
 
-MODES = ("sequential", "client-batch", "server-hierarchical")
+Mode = Literal["sequential", "client-batch", "server-hierarchical"]
+MODES: tuple[Mode, ...] = get_args(Mode)
 LORA_KINDS = ("lora", "rslora", "dora")
 DTYPES = ("float32", "bfloat16", "float16")
 _POSITIVE = {"rounds", "clients", "min_clients", "lora_rank", "local_steps", "batch_size", "accumulation", "threads"}
@@ -89,10 +94,10 @@ class Settings:
         (`owner/private_adapter.py`).
     output, resume
         Where rounds and adapters are written; whether to go on with the federation that is there.
-    data, shards, input_layers, output_layers, max_tokens, noise_level, mechanism, dtype, threads, client_credentials
+    data, shards, input_layers, output_layers, max_tokens, noise, dtype, threads, client_credentials
         Of simulated clients: where the data are and how they are cut (`iid`, `dirichlet=0.5`, `source=COLUMN`,
-        `folders`), the partition, the longest text, how what leaves is protected (one of the two, as for
-        `fedsea finetune`), what they compute in and with how many threads each, and the folder with a folder of
+        `folders`), the partition, the longest text, how what leaves is protected (as for `fedsea
+        finetune --noise`), what they compute in and with how many threads each, and the folder with a folder of
         credentials for each client (`client-0`, ...), empty for no TLS.
 
     Raises
@@ -102,18 +107,18 @@ class Settings:
     """
 
     name: str = "fedsea"
-    model: str = "smollm2-135m"
-    task: str = ""
+    model: Annotated[str, Flag("The model to train.")] = "smollm2-135m"
+    task: Annotated[str, Flag("The task that all clients learn.", default="that of the first client")] = ""
     servers: str = "127.0.0.1:7070"
     dial: str = ""
     credentials: str = ""
     insecure: bool = False
-    mode: str = "server-hierarchical"
-    strategy: str = "FedAvg"
+    mode: Annotated[Mode, Flag("How the middle blocks are trained.")] = "server-hierarchical"
+    strategy: Annotated[str, Flag("A strategy of Flower, such as FedAvg, FedProx or FedAdam.")] = "FedAvg"
     strategy_options: str = ""
-    rounds: int = 3
+    rounds: Annotated[int, Flag("Rounds in all.", min=1)] = 3
     clients: int = 2
-    min_clients: int = 1
+    min_clients: Annotated[int, Flag("Clients needed to start a round.", min=1)] = 1
     members: str = ""
     max_examples: int = 1_000_000
     max_norm: float = 10.0
@@ -125,19 +130,19 @@ class Settings:
     join_seconds: float = 60.0
     straggler_seconds: float = 30.0
     round_seconds: float = 3600.0
-    lora_rank: int = 8
+    lora_rank: Annotated[int, Flag("Rank of the adapter.", min=1)] = 8
     lora_alpha: float = 0.0
     lora_dropout: float = 0.0
     lora_targets: str = "all-linear"
     lora_kind: str = "lora"
     adapter: str = ""
-    local_steps: int = 10
-    batch_size: int = 4
+    local_steps: Annotated[int, Flag("Optimizer steps of each client in a round.", min=1)] = 10
+    batch_size: Annotated[int, Flag("Examples in a batch.", min=1)] = 4
     accumulation: int = 1
-    lr: float = 5e-4
+    lr: Annotated[float, Flag("Learning rate.")] = 5e-4
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
-    eval_every: int = 0
+    eval_every: Annotated[int, Flag("Rounds between two evaluations.", min=0, default="never")] = 0
     eval_examples: int = 0
     eval_batch_size: int = 8
     fraction_evaluate: float = 1.0
@@ -153,8 +158,7 @@ class Settings:
     input_layers: int = 1
     output_layers: int = 1
     max_tokens: int = 512
-    noise_level: float = 0.0
-    mechanism: str = ""
+    noise: str = ""
     dtype: str = "float32"
     threads: int = 1
     client_credentials: str = ""
@@ -191,7 +195,7 @@ class Settings:
         """Read a Flower run configuration; UsageError if a key is unknown, or a value cannot be used."""
         fields = {_key(field.name): field for field in dataclasses.fields(cls)}
         values = {}
-        for key, value in config.items():
+        for key, value in _with_one_noise(config).items():
             field = fields.get(key)
             if field is None:
                 close = difflib.get_close_matches(key, fields, 1)
@@ -251,15 +255,8 @@ class Settings:
 
     def lora(self) -> dict[str, Any]:
         """The adapter, as `fedsea.federation.recipe.lora_config` takes it: JSON."""
-        names = _parts(self.lora_targets)
-        return {
-            "r": self.lora_rank,
-            "lora_alpha": self.lora_alpha or 2 * self.lora_rank,
-            "lora_dropout": self.lora_dropout,
-            "target_modules": "all-linear" if names == ["all-linear"] else names,
-            "use_rslora": self.lora_kind == "rslora",
-            "use_dora": self.lora_kind == "dora",
-        }
+        kind: Any = self.lora_kind
+        return Lora(self.lora_rank, self.lora_alpha or None, self.lora_dropout, self.lora_targets, kind).arguments()
 
     def recipe(self) -> dict[str, Any]:
         """What a client does in a round, as `fedsea.federation.recipe.LocalRecipe` takes it: JSON."""
@@ -280,6 +277,25 @@ class Settings:
         names = ("name", "model", "task", "mode", "strategy", "adapter")
         private = {"private-ends": True} if self.private_ends else {}  # not in what was begun before there was such
         return {**{_key(name): getattr(self, name) for name in names}, "lora": self.lora(), **private}
+
+
+def _with_one_noise(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A configuration with `noise` in place of the two keys that version 0.2 had; they go in the next release."""
+    if not config.keys() & {"noise-level", "mechanism"}:
+        return config
+    kept = {**config}
+    level, mechanism = kept.pop("noise-level", 0.0), kept.pop("mechanism", "")
+    if level and mechanism:
+        raise UsageError("give noise-level or mechanism, not both; noise takes the place of both")
+    if level or mechanism:
+        kept["noise"] = mechanism or f"relative:{level}"
+        _tell_of_noise(kept["noise"])
+    return kept
+
+
+@cache
+def _tell_of_noise(noise: str) -> None:
+    print(f"fedsea: noise-level and mechanism go in the next release; write noise = {noise!r}", file=sys.stderr)
 
 
 def _parts(text: str) -> list[str]:

@@ -12,7 +12,6 @@ import json
 import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from typing import cast
 
 import numpy as np
 from flwr.app import ConfigRecord, Error, Message, MessageType, MetricRecord, RecordDict
@@ -29,7 +28,6 @@ from fedsea.federation.coordinator.round_context import FederationContext, Laten
 from fedsea.federation.flower.grid import exchange
 from fedsea.federation.flower.strategy import strategy_state
 from fedsea.parts.averaging import WeightedMean
-from fedsea.wire.rounds import Strategy
 
 log = logging.getLogger("flwr")
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
@@ -156,7 +154,7 @@ class FederatedTraining:
         """Take seats, send, wait, check, average, close. The replies that count, and errors for the others."""
         federation, directory = self.federation, self.federation.directory
         members = [this.members[_node(message)] for message in messages]
-        mode = cast(Strategy, self._settings.mode if this.training else "client-batch")
+        mode = self._settings.mode if this.training else "client-batch"
         seats = federation.servers.open(label, mode, members, this.weights, directory.requirements.servers_for)
         settled = False
         try:

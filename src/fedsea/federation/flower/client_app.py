@@ -196,9 +196,10 @@ def simulated_options(settings: Settings, node_config: Mapping[str, Any]) -> dic
     if not settings.task or not settings.data:
         raise UsageError("a simulation needs task and data: where its clients' examples are")
     credentials = f"{settings.client_credentials}/{name}" if settings.client_credentials else None
-    same = ("model", "task", "data", "input_layers", "output_layers", "noise_level", "mechanism", "dtype", "threads")
+    same = ("model", "task", "data", "noise", "dtype", "threads")
     return {key: getattr(settings, key) for key in (*same, "max_tokens")} | {
         "name": name,
+        "partition": {"input_layers": settings.input_layers, "output_layers": settings.output_layers},
         "servers": settings.addresses,
         "credentials": credentials,
         "insecure": credentials is None,

@@ -21,13 +21,13 @@ from fedsea.errors import FedSEAError, ModelMismatchError, NonFiniteError, Proto
 from fedsea.federation.arrays import Arrays, misfit
 from fedsea.federation.owner.data import Texts, task_schema, tokenizer_of
 from fedsea.federation.owner.participant_options import ParticipantOptions
-from fedsea.federation.owner.prepared_models import PreparedModels, protection
+from fedsea.federation.owner.prepared_models import NO_NOISE, PreparedModels
 from fedsea.federation.owner.private_adapter import PrivateAdapter
 from fedsea.federation.owner.shards import Sharding
 from fedsea.federation.recipe import RECIPE_BOUNDS, LocalRecipe, lora_config
 from fedsea.parts.adapter_files import replace_adapter
 from fedsea.parts.adapters import AdapterSpec, adapter_parameters
-from fedsea.privacy import LookLedger
+from fedsea.privacy import LookLedger, parse_mechanism
 from fedsea.tasks import evaluate, get_task
 from fedsea.training.batches import Batches
 from fedsea.training.loop import backpropagate
@@ -56,7 +56,7 @@ class Participant:
         self._models = models if models is not None else PreparedModels(1)
         self._lock = threading.Lock()
         self._next_batch = 0
-        protection(options)  # what is wrong with it shows before anything is loaded
+        parse_mechanism(options.noise or NO_NOISE)  # what is wrong with it shows before anything is loaded
         config, self._fingerprint = _model_facts(options.model)
         options.partition.middle(config.num_hidden_layers)
         self._task = get_task(options.task)
@@ -69,7 +69,7 @@ class Participant:
         """What the coordinator compares clients by: JSON. No text and no label is in it."""
         return {
             "name": self.options.name,
-            "partition": [self.options.input_layers, self.options.output_layers],
+            "partition": [self.options.partition.input_layers, self.options.partition.output_layers],
             "examples": len(self._texts.train),
             "fingerprint": self._fingerprint.to_json(),
             "task": self._task.name,

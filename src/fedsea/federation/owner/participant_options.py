@@ -3,9 +3,10 @@
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from fedsea.errors import UsageError
+from fedsea.flags import DATA, ComputeDtype, Device, Flag, Noise, Threads, WireDtype
 from fedsea.partition import Partition
 
 MAX_LOOKS = 64  # the noise of 64 looks at one state is worth an eighth; a federation rarely evaluates more often
@@ -13,72 +14,55 @@ MAX_LOOKS = 64  # the noise of 64 looks at one state is worth an eighth; a feder
 
 @dataclass(frozen=True)
 class ParticipantOptions:
-    """What a data owner decides: `fedsea federation join`.
+    """What a data owner decides: `fedsea federation join`. The help of each flag says what a field means.
 
     Attributes
     ----------
-    data, task, shard
-        What it learns, an empty task for the federation's; `shard` as `Sharding.parse` reads it, empty for all of the
-        data. `shard_seed` is the same for all clients.
-    model, input_layers, output_layers, dtype, device, threads
-        As `fedsea finetune` has them; an empty model for the federation's, None for torch's own number of threads.
-    name
-        Of the client. `OwnerProcess` takes it, `servers`, `credentials`, `private_ends` and `output` from its folder.
-    servers
-        Addresses of the block servers that it may be sent to; empty for any.
-    credentials, insecure
-        Its folder of `fedsea credentials init`; or no TLS, on this machine only.
-    noise_level, mechanism
-        How what leaves is protected: noise, as a multiple of the mean |h_A|, or a mechanism as `parse_mechanism` reads
-        it. Not both.
-    private_ends
-        Where to keep the adapter of its own blocks in a federation that leaves it to its owner (a file); empty for
-        nowhere. `insist_private` refuses one that does not.
-    looks, max_looks
-        Where looks at its texts are counted (a file); empty for nowhere. How often each text may be looked at under
-        fresh noise, in all rounds and evaluations; 0 for as often as one likes. Without noise nothing is counted.
-    output
-        The folder to keep the federation's adapter in once it is over; empty for nowhere.
-    max_tokens
-        The longest text; what is more is cut from its context.
-    wire_dtype
-        What to send hidden states in; None for 16 bits.
+    name, servers, credentials, insecure, private_ends, output
+        `OwnerProcess` takes them from the data owner's folder: the client's name; the block servers that it may be sent
+        to, empty for any; its folder of credentials, or no TLS; the file for the adapter of its own blocks in a
+        federation that leaves it to its owner, and the folder for the federation's adapter, empty for nowhere.
     lora
         What its owner insists on of the adapter (`{"r": 8}`): a federation that trains another is not joined.
-    reconnect_seconds
-        How long to try again after the connection to the block server is lost.
+    looks
+        Without noise nothing is counted; empty for nowhere.
     """
 
-    data: str
+    data: Annotated[str, DATA]
     name: str = ""
-    model: str = ""
-    task: str = ""
-    input_layers: int = 1
-    output_layers: int = 1
+    task: Annotated[str, Flag("The task, as for fedsea finetune.", default="that of the federation")] = ""
+    model: Annotated[str, Flag("Your own copy of the model.", default="the federation's model, by its name")] = ""
+    partition: Partition = Partition()
     servers: tuple[str, ...] = ()
     credentials: str | None = None
     insecure: bool = False
-    noise_level: float = 0.0
-    mechanism: str = ""
-    dtype: str = "float32"
-    wire_dtype: str | None = None
-    device: str = "cpu"
-    threads: int | None = None
-    max_tokens: int = 512
-    shard: str = ""
-    shard_seed: int = 0
+    noise: Noise = ""
+    dtype: ComputeDtype = "float32"
+    wire_dtype: WireDtype = None
+    device: Device = "cpu"
+    threads: Threads = None
+    max_tokens: Annotated[int, Flag("Longest text, in tokens. Longer ones lose context.", min=2)] = 512
+    shard: Annotated[
+        str,
+        Flag(
+            "For experiments, a part of the data: iid:0/4, dirichlet=0.5:0/4, source=COLUMN:0/4 or folders.",
+            default="all of the data",
+        ),
+    ] = ""
+    shard_seed: Annotated[int, Flag("Seed of the parts; the same for all clients.", min=0)] = 0
     lora: Mapping[str, Any] | None = None
     reconnect_seconds: float = 30.0
     private_ends: str = ""
-    insist_private: bool = False
-    looks: str = ""
-    max_looks: int = MAX_LOOKS
+    insist_private: Annotated[
+        bool,
+        Flag("Take part only if the adapter of your input and output blocks stays here.", "--private-ends"),
+    ] = False
+    max_looks: Annotated[
+        int,
+        Flag("With noise: how often each text may be sent, each time with fresh noise. 0 for no limit.", min=0),
+    ] = MAX_LOOKS
+    looks: Annotated[str, Flag("The file in which this is counted.", metavar="FILE", default="looks.db in FOLDER")] = ""
     output: str = ""
-
-    @property
-    def partition(self) -> Partition:
-        """Where the cuts are."""
-        return Partition(self.input_layers, self.output_layers)
 
     def to_body(self) -> dict[str, Any]:
         """As a JSON object."""
@@ -88,6 +72,7 @@ class ParticipantOptions:
     def from_body(cls, body: Mapping[str, Any]) -> "ParticipantOptions":
         """Read what `to_body` made; UsageError if an option is unknown or missing."""
         try:
-            return cls(**{**body, "servers": tuple(body.get("servers", ()))})
+            partition = Partition(**body.get("partition", {}))
+            return cls(**{**body, "partition": partition, "servers": tuple(body.get("servers", ()))})
         except TypeError as error:
             raise UsageError(f"the options of a participant cannot be read: {error}") from None

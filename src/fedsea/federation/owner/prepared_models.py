@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from fedsea.client.model import SplitModelForCausalLM
-from fedsea.errors import UsageError
 from fedsea.federation.owner.participant_options import ParticipantOptions
-from fedsea.privacy import GaussianNoise, Noise, RelativeGaussianNoise, parse_mechanism
+from fedsea.privacy import parse_mechanism
 
-_SAME = ("model", "partition", "credentials", "insecure", "noise_level", "mechanism", "dtype", "wire_dtype", "device")
+_SAME = ("model", "partition", "credentials", "insecure", "noise", "dtype", "wire_dtype", "device")
+NO_NOISE = "0"
 PREPARED_MODELS = 2  # in one process; simulated clients that differ in partition or noise share a process
 
 
@@ -59,18 +59,9 @@ def _load(options: ParticipantOptions, server: str) -> SplitModelForCausalLM:
         credentials=Path(options.credentials) if options.credentials else None,
         insecure=options.insecure,
         partition=options.partition,
-        noise=protection(options),
+        noise=parse_mechanism(options.noise or NO_NOISE),
         dtype=options.dtype,
         wire_dtype=options.wire_dtype,
         device=options.device,
         reconnect_seconds=options.reconnect_seconds,
     )
-
-
-def protection(options: ParticipantOptions) -> Noise:
-    """How a data owner's hidden states are protected, not calibrated; UsageError if its options do not say."""
-    if not options.mechanism:
-        return RelativeGaussianNoise(options.noise_level) if options.noise_level else GaussianNoise(0.0)
-    if options.noise_level:
-        raise UsageError("give a noise level or a mechanism, not both: each says what noise there is")
-    return parse_mechanism(options.mechanism)
