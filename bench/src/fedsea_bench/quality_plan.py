@@ -7,9 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from fedsea.cli.options import ComputeDtype, Device, Threads
 from fedsea.errors import UsageError
-from fedsea.flags import Flag
+from fedsea.flags import ComputeDtype, Device, Flag, Threads
 from fedsea.tasks import get_task
 from fedsea.training.recipe import Recipe
 
