@@ -20,7 +20,8 @@ from fedsea.errors import UsageError
 from fedsea.parts import Rows
 from fedsea.privacy import Magnitude, RelativeGaussianNoise, clipped_gaussian
 from fedsea.privacy.warning import leak_warning
-from fedsea.wire.credentials import Credentials, create_credentials
+from fedsea.wire.credential_files import create_credentials
+from fedsea.wire.credentials import Credentials
 from tests.conftest import RunningServer, connect
 
 QUESTION = "Does Mr. Voss owe 40 euros?"

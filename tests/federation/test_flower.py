@@ -35,7 +35,8 @@ from fedsea.parts.adapters import AdapterSpec
 from fedsea.tasks import get_task
 from fedsea.training.batches import Batches
 from fedsea.training.export import export_adapter
-from fedsea.wire.credentials import Credentials, create_credentials
+from fedsea.wire.credential_files import create_credentials
+from fedsea.wire.credentials import Credentials
 from tests.conftest import RunningServer
 from tests.federation.test_participant import write_cb
 from tests.support.flower_grid import InProcessGrid

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from fedsea.wire.credentials import create_credentials
+from fedsea.wire.credential_files import create_credentials
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,8 @@ from cryptography import x509
 from fedsea.errors import CredentialsError
 from fedsea.wire import certificates
 from fedsea.wire.address import parse_address
-from fedsea.wire.credentials import Credentials, create_credentials
+from fedsea.wire.credential_files import create_credentials
+from fedsea.wire.credentials import Credentials
 from tests.conftest import RunningServer, connect
 from tests.support.raw_stream import RawStream
 

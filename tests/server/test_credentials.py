@@ -11,7 +11,8 @@ import pytest
 from fedsea import SplitModelForCausalLM
 from fedsea.errors import CredentialsError, UsageError
 from fedsea.wire import certificates, diagnose
-from fedsea.wire.credentials import Credentials, create_credentials
+from fedsea.wire.credential_files import create_credentials
+from fedsea.wire.credentials import Credentials
 from tests.conftest import RunningServer, connect
 from tests.support.raw_stream import RawStream, assert_same_tokens, step
 

@@ -21,7 +21,8 @@ from fedsea.cli.credentials import app
 from fedsea.errors import CredentialsError, UsageError
 from fedsea.wire import certificates
 from fedsea.wire.address import format_address, is_loopback, parse_address
-from fedsea.wire.credentials import Credentials, channel_credentials, create_credentials, server_credentials
+from fedsea.wire.credential_files import create_credentials
+from fedsea.wire.credentials import Credentials, channel_credentials, server_credentials
 from fedsea.wire.roles import COORDINATOR_URI, is_coordinator
 
 DAY = datetime.timedelta(days=1)

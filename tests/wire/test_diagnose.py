@@ -13,7 +13,8 @@ import pytest
 
 from fedsea.errors import CredentialsError, FedSEAError, ServerUnavailableError, UsageError
 from fedsea.wire import certificates, diagnose
-from fedsea.wire.credentials import Credentials, channel_credentials, create_credentials, server_credentials
+from fedsea.wire.credential_files import create_credentials
+from fedsea.wire.credentials import Credentials, channel_credentials, server_credentials
 from fedsea.wire.diagnose import explain_unreachable
 
 EXPIRED = datetime.timedelta(minutes=-1)

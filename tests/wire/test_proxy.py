@@ -11,7 +11,8 @@ import torch
 from fedsea.errors import CredentialsError, ServerUnavailableError
 from fedsea.federation.coordinator.control import Control
 from fedsea.process import child_environment
-from fedsea.wire.credentials import Credentials, create_credentials, open_channel
+from fedsea.wire.credential_files import create_credentials
+from fedsea.wire.credentials import Credentials, open_channel
 from fedsea.wire.diagnose import explain_unreachable
 from tests.conftest import RunningServer, connect
 from tests.support.ports import NOWHERE

@@ -12,7 +12,7 @@ from fedsea.cli.terminal import escape, print_json, table
 from fedsea.flags import Flag
 
 if TYPE_CHECKING:  # --help needs no gRPC
-    from fedsea.wire.credentials import CredentialsSummary
+    from fedsea.wire.credential_files import CredentialsSummary
 
 app = typer.Typer(help="Make and renew the certificates of a block server and its clients.", no_args_is_help=True)
 
@@ -38,7 +38,7 @@ def init(
     as_json: AsJson = False,
 ) -> None:
     """Create an authority, and certificates for server, coordinator and clients; or add, renew, keep existing ones."""
-    from fedsea.wire.credentials import create_credentials
+    from fedsea.wire.credential_files import create_credentials
 
     summary = create_credentials(directory, hosts=host or (), clients=client or None)
     if as_json:

@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from fedsea.errors import FedSEAError
 from fedsea.process import Child
-from fedsea.wire.credentials import create_credentials
+from fedsea.wire.credential_files import create_credentials
 
 START_SECONDS = 600.0  # a large model is drawn or read first
 STOP_SECONDS = 20.0

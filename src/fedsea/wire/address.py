@@ -8,24 +8,9 @@ from fedsea.errors import UsageError
 
 
 def parse_address(text: str, *, allow_port_zero: bool = False) -> tuple[str, int]:
-    """Split an address into host and port.
+    """The host, without brackets, and the port of an address; UsageError if it is none.
 
-    Parameters
-    ----------
-    text
-        `HOST:PORT`; an IPv6 host stands in brackets, `[::1]:7070`.
-    allow_port_zero
-        Accept port 0, which lets a listener take any free port. Nobody can connect to it.
-
-    Returns
-    -------
-    tuple of str and int
-        The host without brackets, and the port.
-
-    Raises
-    ------
-    UsageError
-        If the text is not such an address.
+    Port 0, which lets a listener take any free port, is for listeners alone (`allow_port_zero`).
     """
     stripped = text.strip()
     if "/" in stripped or any(character.isspace() for character in stripped):
@@ -64,26 +49,14 @@ def is_loopback(host: str) -> bool:
 
 
 def check_server(address: str, *, plaintext: bool) -> None:
-    """Check the address of a server to connect to: what is not encrypted goes no further than this machine.
-
-    Raises
-    ------
-    UsageError
-        If it is no address, or plaintext would go to another machine.
-    """
+    """Check a server's address; UsageError if it is none, or if what is not encrypted would leave this machine."""
     host, _port = parse_address(address)
     if plaintext and not is_loopback(host):
         raise UsageError(f"insecure connections stay on this machine; {host} is another one, so give credentials")
 
 
 def check_listen(address: str, *, plaintext: bool) -> tuple[str, int]:
-    """Split an address to listen on, and check it: without TLS nothing but this machine is listened to.
-
-    Raises
-    ------
-    UsageError
-        If it is no address, or another machine could reach a server that has no TLS there.
-    """
+    """Split an address to listen on; UsageError if it is none, or if others could reach a server without TLS there."""
     host, port = parse_address(address, allow_port_zero=True)
     if plaintext and not is_loopback(host):
         raise UsageError(
@@ -96,10 +69,7 @@ def check_listen(address: str, *, plaintext: bool) -> tuple[str, int]:
 def require_free(host: str, port: int, option: str) -> int:
     """Check that an address can be listened on, before minutes go into loading weights; returns its port, 0 settled.
 
-    Raises
-    ------
-    UsageError
-        If the port is taken, or the address is not this machine's; it names the `option` that chooses another.
+    Raises UsageError, which names the `option` that chooses another, if it is taken or not this machine's.
     """
     listen = format_address(host, port)
     try:

@@ -1,4 +1,4 @@
-"""Issuing and checking X.509 certificates. Needs `cryptography`, so it is imported only where TLS is used."""
+"""Issuing and checking X.509 certificates; imported only where TLS is used."""
 
 import datetime
 import ipaddress
@@ -6,7 +6,6 @@ import re
 import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
@@ -16,9 +15,7 @@ from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedsea.errors import CredentialsError, UsageError
-from fedsea.wire.roles import COORDINATOR_URI
-
-Role = Literal["client", "server", "coordinator"]
+from fedsea.wire.roles import COORDINATOR_URI, Role
 
 # Clocks of two machines differ: a certificate is valid a little before it was made.
 CLOCK_SKEW = datetime.timedelta(minutes=5)
@@ -58,30 +55,10 @@ def create_authority(lifetime: datetime.timedelta) -> Pair:
 def issue(
     authority: Pair, name: str, role: Role, lifetime: datetime.timedelta, hosts: Iterable[str] = ()
 ) -> tuple[Pair, datetime.datetime]:
-    """Issue a certificate for one role, and for nothing else.
+    """A certificate that is good for one role and nothing else, and when it expires: not after the authority does.
 
-    Parameters
-    ----------
-    authority
-        Certificate and key that sign.
-    name
-        Common name; the server knows a client by it.
-    role
-        The only use that the certificate is good for.
-    lifetime
-        Cut short where the authority itself ends earlier.
-    hosts
-        For a server, the names and IP addresses that it is reached under, as `normalise_host` gives them.
-
-    Returns
-    -------
-    tuple of Pair and datetime
-        Certificate and key, and when the certificate expires (UTC).
-
-    Raises
-    ------
-    CredentialsError
-        If the authority's files cannot be read, do not belong together, or have expired.
+    The server knows a client by the name. A server's `hosts` are written as `normalise_host` gives them. Raises
+    CredentialsError if the authority's files cannot be read, do not belong together, or have expired.
     """
     issuer = _read_certificates(authority.certificate, "the authority's certificate")[0]
     issuer_key = _read_key(authority.key, "the authority's key")
@@ -110,30 +87,10 @@ def issue(
 
 
 def check(authority: bytes, pair: Pair, role: Role, place: str, renew: str) -> tuple[str, datetime.datetime]:
-    """Check that a certificate can be used now, in this role, under this authority.
+    """Check that a certificate can be used now, in this role, under one of these authorities (PEM).
 
-    Parameters
-    ----------
-    authority
-        PEM of one or more authority certificates.
-    pair
-        The certificate and key to check.
-    role
-        The use that the certificate must allow.
-    place
-        Where the files lie, for messages.
-    renew
-        What to do about certificates that no longer fit, for messages.
-
-    Returns
-    -------
-    tuple of str and datetime
-        The certificate's common name, and when it expires (UTC).
-
-    Raises
-    ------
-    CredentialsError
-        If anything is wrong; the message says what, and what to do.
+    Gives its common name and when it expires (UTC). Raises CredentialsError that says what is wrong, in which `place`,
+    and what to do: `renew` where the certificate no longer fits.
     """
     issuers = _read_certificates(authority, f"{place}/authority.pem")
     certificate = _read_certificates(pair.certificate, f"{place}/certificate.pem")[0]
@@ -184,10 +141,7 @@ def hosts_of(certificate: bytes) -> tuple[str, ...]:
 def normalise_host(host: str) -> str:
     """Write a host as certificates do: a name in lower case, or an IP address in its short form.
 
-    Raises
-    ------
-    UsageError
-        If it is neither, or an address such as 0.0.0.0 that nobody can connect to.
+    Raises UsageError if it is neither, or an address such as 0.0.0.0 that no client can connect to.
     """
     try:
         address = ipaddress.ip_address(host)

@@ -1,4 +1,8 @@
-"""The folders that credentials live in: written whole and private, and completed where something is missing or old."""
+"""The folder of credentials: made, and completed where something is missing or old; files whole and private.
+
+`authority/` signs, and never leaves the machine that made it; `server/`, `coordinator/` and one folder for each client
+hold `authority.pem`, `certificate.pem` and `key.pem`, and are what each is started with.
+"""
 
 import datetime
 import os
@@ -6,17 +10,23 @@ import re
 import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from shlex import quote
 from typing import Literal
 
-from fedsea.errors import CredentialsError
+from fedsea.errors import CredentialsError, UsageError
 from fedsea.files import write_file
 from fedsea.wire import certificates
-from fedsea.wire.certificates import Pair, Role
+from fedsea.wire.certificates import Pair
+from fedsea.wire.credentials import RENEW_BEFORE, Credentials
+from fedsea.wire.roles import COORDINATOR, Role
 
-RENEW_BEFORE = datetime.timedelta(days=30)
+LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 
+_AUTHORITY, _SERVER = "authority", "server"
+_TAKEN = (_AUTHORITY, _SERVER, COORDINATOR)
+_CLIENT_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 _PEM = re.compile(rb"-----BEGIN ([A-Z0-9 ]+)-----.*?-----END \1-----", re.DOTALL)
 
 Outcome = Literal["created", "kept", "re-issued"]
@@ -32,13 +42,109 @@ class CredentialsEntry:
     expires: datetime.datetime
 
 
-def complete_authority(folder: Path, lifetime: datetime.timedelta) -> tuple[Pair, CredentialsEntry]:
-    """Read the authority in `folder`, or create it if the folder holds none.
+@dataclass(frozen=True)
+class CredentialsSummary:
+    """What `create_credentials` did.
+
+    Attributes
+    ----------
+    directory
+        The folder that holds everything.
+    hosts
+        Names and addresses that the server's certificate is good for.
+    entries
+        The authority, the server, the coordinator, then each client.
+    """
+
+    directory: Path
+    hosts: tuple[str, ...]
+    entries: tuple[CredentialsEntry, ...]
+
+    def names(self, outcome: Outcome) -> tuple[str, ...]:
+        """Names of the entries with this outcome."""
+        return tuple(entry.name for entry in self.entries if entry.outcome == outcome)
+
+
+def create_credentials(
+    directory: str | Path,
+    *,
+    hosts: Sequence[str] = (),
+    clients: Sequence[str] | None = None,
+    authority_lifetime: datetime.timedelta = datetime.timedelta(days=3650),
+    lifetime: datetime.timedelta = datetime.timedelta(days=365),
+) -> CredentialsSummary:
+    """Create what mutual TLS needs, or complete and renew what is there.
+
+    What exists and is good for 30 more days is kept. A certificate that is damaged, of another authority
+    or near its end is issued again, and so is the server's when it lacks a host; hosts that it had stay. Certificates
+    of an authority remain valid until they expire: taking a client away is a matter of the server's own list, or of a
+    new authority.
+
+    Parameters
+    ----------
+    directory
+        The folder to create or complete.
+    hosts
+        Names and IP addresses under which clients reach the server. `LOCAL_HOSTS` are always added.
+    clients
+        Names of the clients that need credentials. None stands for those that exist, or `client-a` if none does.
+    authority_lifetime, lifetime
+        How long a new authority, and a new certificate, are valid.
 
     Raises
     ------
+    UsageError
+        If a host or a client's name cannot be used.
     CredentialsError
-        If only one of its two files is there: a new authority would silently shut out all who hold credentials.
+        If the authority is incomplete or expired, or the folder cannot be written.
+    """
+    directory = Path(directory).expanduser()
+    server_hosts = dict.fromkeys((*LOCAL_HOSTS, *(certificates.normalise_host(host) for host in hosts)))
+    for client in clients or ():
+        _check_client_name(client)
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        names = (_existing_clients(directory) or ["client-a"]) if clients is None else list(dict.fromkeys(clients))
+        authority, entry = complete_authority(directory / _AUTHORITY, authority_lifetime)
+        server = directory / _SERVER
+        server_hosts.update(dict.fromkeys(present_hosts(server)))
+        complete = partial(complete_party, authority=authority, lifetime=lifetime)
+        entries = [entry, complete(server, _SERVER, role="server", hosts=tuple(server_hosts))]
+        entries.append(complete(directory / COORDINATOR, COORDINATOR, role="coordinator"))
+        entries.extend(complete(directory / name, name, role="client") for name in names)
+    except OSError as error:
+        raise CredentialsError(f"cannot write {error.filename or directory}: {error.strerror}") from error
+    return CredentialsSummary(directory, tuple(server_hosts), tuple(entries))
+
+
+def load(folder: Path, role: Role) -> Credentials:
+    """What `Credentials.load` does."""
+    if role == "server":
+        top = folder.parent if folder.name == _SERVER else folder
+        renew = f"run `fedsea credentials init {quote(str(top))}`"
+        if (folder / _SERVER).is_dir():
+            folder = folder / _SERVER
+    else:
+        renew = f"run `fedsea credentials init DIR` where the authority is, and copy the {role}'s folder here"
+        if role == COORDINATOR and (folder / COORDINATOR).is_dir():
+            folder = folder / COORDINATOR
+    if not folder.is_dir():
+        raise CredentialsError(f"there is no folder {folder}: {renew}")
+    if role == "client" and (folder / _AUTHORITY).is_dir():
+        clients = [f"{folder / name}" for name in _existing_clients(folder)]
+        raise CredentialsError(
+            f"{folder} holds credentials of several parties: give the folder of one client, "
+            f"such as {next(iter(clients), folder / 'client-a')}"
+        )
+    authority, pair = read_party(folder, renew)
+    name, expires = certificates.check(authority, pair, role, str(folder), renew)
+    return Credentials(authority, pair.certificate, pair.key, name, expires)
+
+
+def complete_authority(folder: Path, lifetime: datetime.timedelta) -> tuple[Pair, CredentialsEntry]:
+    """Read the authority in `folder`, or create it if the folder holds none.
+
+    Raises CredentialsError if only one of its files is there: a new authority would shut out all who hold credentials.
     """
     _make_private(folder)
     paths = folder / "certificate.pem", folder / "key.pem"
@@ -90,10 +196,8 @@ def present_hosts(folder: Path) -> tuple[str, ...]:
 def read_party(folder: Path, renew: str) -> tuple[bytes, Pair]:
     """Read `authority.pem`, `certificate.pem` and `key.pem`.
 
-    Raises
-    ------
-    CredentialsError
-        If one is missing or unreadable, or if other users of the machine can change it, or read the key.
+    Raises CredentialsError if one is missing or unreadable, or if other users of the machine can change it or read the
+    key.
     """
     contents = []
     for name in ("authority.pem", "certificate.pem", "key.pem"):
@@ -145,3 +249,21 @@ def _usable_until(folder: Path, authority: Pair, role: Role, hosts: Sequence[str
         and set(hosts) <= set(certificates.hosts_of(pair.certificate))
     )
     return expires if good else None
+
+
+def _check_client_name(name: str) -> None:
+    if not _CLIENT_NAME.fullmatch(name):
+        raise UsageError(
+            f"{name!r} is no client name: use 1 to 63 small letters, digits, dots, dashes and underscores, "
+            "a letter or digit first"
+        )
+    if name in _TAKEN:
+        raise UsageError(f"a client cannot be called {name!r}: the folder of that name is taken")
+
+
+def _existing_clients(directory: Path) -> list[str]:
+    return sorted(
+        path.parent.name
+        for path in directory.glob("*/certificate.pem")
+        if path.parent.name not in _TAKEN and _CLIENT_NAME.fullmatch(path.parent.name)
+    )

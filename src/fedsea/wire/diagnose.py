@@ -47,24 +47,11 @@ _REFUSALS = {
 
 
 def explain_unreachable(address: str, credentials: Credentials | None, detail: str = "") -> FedSEAError:
-    """Find out why a connection failed.
+    """The error that says why a connection failed, for the caller to raise.
 
-    Opens a few short connections of its own, and takes up to about ten seconds where nothing answers.
-
-    Parameters
-    ----------
-    address
-        Where the client wanted to connect to, `HOST:PORT`.
-    credentials
-        What the client connected with; None stands for a connection without TLS.
-    detail
-        What gRPC said, for the case that no cause is found.
-
-    Returns
-    -------
-    FedSEAError
-        `CredentialsError` if TLS or a certificate is the cause, `UsageError` if the address is none, else
-        `ServerUnavailableError`. It is returned, for the caller to raise.
+    CredentialsError if TLS or a certificate is the cause, UsageError if the address is none, else
+    ServerUnavailableError, which quotes gRPC's `detail` if no cause is found. It opens a few short connections, and
+    takes up to about ten seconds where nothing answers.
     """
     error = _cause(address, credentials, detail)
     proxy = next((name for name in _PROXIES if os.environ.get(name)), None)

@@ -34,13 +34,7 @@ class Open:
 
     @classmethod
     def from_body(cls, body: dict[str, Any]) -> "Open":
-        """Check and read the JSON object of an OPEN frame.
-
-        Raises
-        ------
-        ProtocolError, PartitionError
-            If a field is missing or not what it should be.
-        """
+        """Check and read it; ProtocolError or PartitionError if a field is missing or not what it should be."""
         read = Fields(body, "OPEN of a session")
         narrow = read.count("narrow") if "narrow" in body else 0
         return cls(*read_model(read), read.maybe(read.text, "resume"), read.maybe(read.text, "run"), narrow)
@@ -76,13 +70,7 @@ class Opened:
 
     @classmethod
     def from_body(cls, body: dict[str, Any]) -> "Opened":
-        """Check and read the JSON object of an OPENED frame.
-
-        Raises
-        ------
-        ProtocolError
-            If a field is missing or not what it should be.
-        """
+        """Check and read it; ProtocolError if a field is missing or not what it should be."""
         read = Fields(body, "the server's answer to OPEN")
         first, end = read.counts("layers", 2)
         counts = {name: read.count(name) for name in ("step", "max_tokens", "frame_bytes")}
@@ -100,13 +88,7 @@ def model_body(partition: Partition, fingerprint: Fingerprint, wire_dtype: str) 
 
 
 def read_model(read: Fields) -> tuple[Partition, Fingerprint, str]:
-    """Read what `model_body` made.
-
-    Raises
-    ------
-    ProtocolError, PartitionError
-        If a field is missing or not what it should be.
-    """
+    """Check and read what `model_body` made; ProtocolError or PartitionError if it is anything else."""
     wire_dtype = read.one_of("wire_dtype", WIRE_DTYPES)
     partition = Partition(read.count("input_layers"), read.count("output_layers"))
     return partition, Fingerprint.from_json(read.text("fingerprint")), wire_dtype

@@ -1,6 +1,9 @@
 """Whose certificate a peer has shown: a client's or a coordinator's. Read for every stream, so it needs no library."""
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
+
+Role = Literal["client", "server", "coordinator"]
 
 COORDINATOR = "coordinator"
 """Common name of the coordinator's certificate, and its folder; no client can be called that."""
@@ -11,11 +14,5 @@ common names only, so no choice of a name gives a client this role."""
 
 
 def is_coordinator(auth_context: Mapping[str, Sequence[bytes]]) -> bool:
-    """Whether the peer of a gRPC call has shown a coordinator's certificate.
-
-    Parameters
-    ----------
-    auth_context
-        What `context.auth_context()` of the call gives. gRPC has checked the certificate's authority already.
-    """
+    """Whether a gRPC call's peer has shown a coordinator's certificate, of which gRPC has checked the authority."""
     return COORDINATOR_URI.encode() in auth_context.get("peer_uri", ())

@@ -86,25 +86,13 @@ class Ticket:
 
     @classmethod
     def from_body(cls, body: Any) -> "Ticket":
-        """Check and read what `to_body` made.
-
-        Raises
-        ------
-        ProtocolError
-            If anything is missing.
-        """
+        """Check and read it; ProtocolError if anything is missing or not what it should be."""
         read = Fields(body, "a ticket")
         return cls(*(read.text(name) for name in ("server", "run", "client", "token")))
 
 
 def run_name(label: str, client: str) -> str:
-    """The run of a client in a round.
-
-    Raises
-    ------
-    UsageError
-        If the two do not make a run's name.
-    """
+    """The run of a client in a round; UsageError if the two do not make a run's name."""
     name = f"{label}.{client}"
     if NAME.fullmatch(name) is None:
         raise UsageError(
@@ -197,13 +185,7 @@ class RoundPlan:
 
     @classmethod
     def from_body(cls, body: dict[str, Any]) -> "RoundPlan":
-        """Check and read what `to_body` made; it may come from anybody.
-
-        Raises
-        ------
-        ProtocolError
-            If anything is not what it should be.
-        """
+        """Check and read it; ProtocolError if anything is missing or not what it should be."""
         read = Fields(body, "a round")
         seats = [
             Seat(row.text("client"), row.text("token_hash", like=_HASH), row.maybe(row.number, "weight"))
@@ -269,13 +251,7 @@ class RoundStatus:
 
     @classmethod
     def from_body(cls, body: dict[str, Any]) -> "RoundStatus":
-        """Check and read what `to_body` made.
-
-        Raises
-        ------
-        ProtocolError
-            If a field is missing or not what it should be.
-        """
+        """Check and read it; ProtocolError if anything is missing or not what it should be."""
         read = Fields(body, "a round's status")
         members = []
         for given in read.items("members"):
@@ -319,13 +295,7 @@ class ServerDescription:
 
     @classmethod
     def from_body(cls, body: dict[str, Any]) -> "ServerDescription":
-        """Read what `to_body` made.
-
-        Raises
-        ------
-        ProtocolError
-            If a field is missing.
-        """
+        """Check and read it; ProtocolError if anything is missing or not what it should be."""
         read = Fields(body, "a block server's description")
         first, end = read.counts("layers", 2)
         if first >= end:

@@ -16,13 +16,7 @@ TOKEN = re.compile(r"[A-Za-z0-9_-]{16,128}")
 
 
 def check_run_name(name: str) -> str:
-    """The name, if a run may have it.
-
-    Raises
-    ------
-    UsageError
-        If not.
-    """
+    """The name, if a run may have it; else UsageError."""
     if NAME.fullmatch(name) is None:
         raise UsageError(f"a run's name has 1 to 64 letters, digits, dots, dashes and underscores; got {name!r}")
     return name
@@ -68,13 +62,7 @@ class Attach:
 
     @classmethod
     def from_body(cls, body: dict[str, Any]) -> "Attach":
-        """Check and read the JSON object of an OPEN frame.
-
-        Raises
-        ------
-        ProtocolError, PartitionError
-            If a field is missing or not what it should be.
-        """
+        """Check and read it; ProtocolError or PartitionError if a field is missing or not what it should be."""
         read = Fields(body, "OPEN of a run")
         run, token = read.text("run", like=NAME), read.maybe(read.text, "token", like=TOKEN)
         adapter = AdapterSpec.from_body(body.get("adapter"))
@@ -114,13 +102,7 @@ class Attached:
 
     @classmethod
     def from_body(cls, body: dict[str, Any]) -> "Attached":
-        """Check and read the JSON object of an OPENED frame.
-
-        Raises
-        ------
-        ProtocolError
-            If a field is missing or not what it should be.
-        """
+        """Check and read it; ProtocolError if a field is missing or not what it should be."""
         read = Fields(body, "the server's answer to OPEN")
         counts = {name: read.count(name) for name in ("number", "version", "frame_bytes")}
         micro_batches = read.count("micro_batches", low=1)
@@ -162,13 +144,7 @@ class OptimizerStep:
 
     @classmethod
     def from_body(cls, body: dict[str, Any]) -> "OptimizerStep":
-        """Check and read what `to_body` made; it may come from anybody.
-
-        Raises
-        ------
-        ProtocolError
-            If a setting is missing or out of its range.
-        """
+        """Check and read it; ProtocolError if a setting is missing or out of its range."""
         read = Fields(body, "an optimizer step")
         numbers = {name: read.number(name, 0, MAX_SETTING) for name in ("scale", "lr", "weight_decay", "eps")}
         numbers |= {name: read.number(name, 0, 1) for name in ("momentum", "dampening")}

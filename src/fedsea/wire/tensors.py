@@ -28,26 +28,14 @@ _EXPONENT_BITS: dict[torch.dtype, Any] = {
 
 
 def wire_dtype(name: str) -> torch.dtype:
-    """The torch dtype of a wire dtype's name.
-
-    Raises
-    ------
-    UsageError
-        If there is no such wire dtype.
-    """
+    """The torch dtype of a wire dtype's name; UsageError if there is no such wire dtype."""
     if name not in WIRE_DTYPES:
         raise UsageError(f"the wire dtype must be one of {', '.join(WIRE_DTYPES)}; got {name!r}")
     return WIRE_DTYPES[name]
 
 
 def to_wire(states: Tensor, dtype: torch.dtype) -> Tensor:
-    """Cast hidden states to the wire dtype, on the CPU.
-
-    Raises
-    ------
-    UsageError
-        If a value is not finite afterwards: it was not before, or float16 cannot hold it.
-    """
+    """Cast hidden states to the wire dtype, on the CPU; UsageError if a value is not finite before or afterwards."""
     cast = states.detach().to(device="cpu", dtype=dtype)
     if not is_finite(cast):
         if bool(torch.isfinite(states).all()):
@@ -81,13 +69,7 @@ def tensor_bytes(tensor: Tensor) -> bytes:
 
 
 def read_states(data: bytes, offset: int, code: int, tokens: int, width: int) -> Tensor:
-    """The tensor `[tokens, width]` that the rest of a frame is, which may come from anybody.
-
-    Raises
-    ------
-    ProtocolError
-        If it is not, or holds values that are not finite.
-    """
+    """The tensor `[tokens, width]` that the rest of a frame is; ProtocolError if it is not, or is not finite."""
     dtype = DTYPES.get(code)
     if dtype is None:
         raise ProtocolError(f"a frame's tensor has an unknown dtype ({code})")
@@ -109,17 +91,9 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def read_named(data: bytes, knows: Callable[[str], bool]) -> dict[str, Tensor]:
-    """Named float32 tensors in the safetensors format, which may come from anybody.
+    """Named float32 tensors in the safetensors format, of names that the reader `knows`.
 
-    Parameters
-    ----------
-    knows
-        Whether the reader has a tensor of a name; another is refused before any tensor is made.
-
-    Raises
-    ------
-    ProtocolError
-        If they are not, there are too many, a name is not known, or a value is not finite.
+    Raises ProtocolError if they are anything else, too many, or not finite; before any is made, if a name is not known.
     """
     for name in _names(data):
         if not knows(name):

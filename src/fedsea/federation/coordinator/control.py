@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
 from fedsea.errors import FedSEAError, ServerUnavailableError
 from fedsea.federation.flower.app import bundle
 from fedsea.process import without_proxy
@@ -127,9 +130,6 @@ class Control:
 
 def new_key() -> bytes:
     """A SuperNode's private key: EC P-384, PEM as OpenSSH has it."""
-    from cryptography.hazmat.primitives import serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-
     key = ec.generate_private_key(ec.SECP384R1())
     return key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
@@ -138,7 +138,5 @@ def new_key() -> bytes:
 
 def public_key_of(private: bytes) -> bytes:
     """The public key (PEM) that belongs to what `new_key` made; ValueError if it is no such key."""
-    from cryptography.hazmat.primitives import serialization
-
     key = serialization.load_ssh_private_key(private, None)
     return key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)

@@ -45,7 +45,7 @@ class Deployment:
         CredentialsError
             If they cannot be made.
         """
-        from fedsea.wire.credentials import create_credentials
+        from fedsea.wire.credential_files import create_credentials
 
         try:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
