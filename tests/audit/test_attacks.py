@@ -1,7 +1,6 @@
 """Attacks on what a provider sees: exact without noise, no worse than a full search, and as strong as they claim."""
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -13,45 +12,14 @@ from fedsea.audit.attacks import attack_names, get_attack
 from fedsea.audit.attacks.average import Average
 from fedsea.audit.attacks.search import Search
 from fedsea.audit.attacks.search_map import SearchMap
-from fedsea.audit.knowledge import Knowledge, KnownAdapter, SharedKnowledge
 from fedsea.audit.observation import Observation, Recovery
 from fedsea.audit.provider import CuriousProvider
 from fedsea.audit.shortlist import Shortlist
 from fedsea.checkpoints import open_checkpoint
 from fedsea.errors import UsageError
 from fedsea.parts import InputBlocks, Rows
-from fedsea.privacy import Noise, clipped_gaussian
-
-NOTHING = GaussianNoise(0.0)
-
-
-def knowledge_of(
-    p: int = 1,
-    noise: Noise = NOTHING,
-    name: str = "random:tiny",
-    adapter: KnownAdapter | None = None,
-    **more: Any,
-) -> Knowledge:
-    return Knowledge(SharedKnowledge(open_checkpoint(name), Partition(p, 1), adapter=adapter), noise, **more)
-
-
-def draw(width: int, seed: int = 0) -> list[int]:
-    return torch.randint(3, 256, (width,), generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-def look_at(knowledge: Knowledge, text: Sequence[int], seed: int = 0) -> Observation:
-    """What the provider sees of a text, in 16 bits."""
-    with torch.no_grad():
-        hidden = knowledge.input_blocks(torch.tensor([list(text)]), Rows.uniform(1, 0, len(text)), None)[0]
-        draws = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(seed))
-        return Observation(knowledge.noise.apply(hidden, lambda: draws).half().float())
-
-
-def right(attack: Attack, knowledge: Knowledge, texts: Sequence[list[int]], looks: int = 1) -> int:
-    """Tokens that an attack gets."""
-    seen = [[look_at(knowledge, text, 100 * at + look) for look in range(looks)] for at, text in enumerate(texts)]
-    found = attack.run(seen, knowledge)
-    return sum(a == b for text, one in zip(texts, found, strict=True) for a, b in zip(text, one.tokens, strict=True))
+from fedsea.privacy import clipped_gaussian
+from tests.support.attacks import draw, knowledge_of, observe, right
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny-mistral", "tiny-qwen2", "tiny-qwen3"])
@@ -88,7 +56,7 @@ def test_the_shortlist_finds_what_a_full_search_finds(small: str, level: float) 
         magnitude = float(knowledge.candidates.typical.abs().mean())
     knowledge = dataclasses.replace(knowledge, noise=GaussianNoise(level * magnitude))
     text = torch.randint(knowledge.vocabulary, (12,), generator=torch.Generator().manual_seed(0)).tolist()
-    seen = look_at(knowledge, text)
+    seen = observe(knowledge, text)
     prefix, shift = knowledge.candidates.prefix(), None
     short, full = (Shortlist(knowledge.candidates, limit, knowledge.noise_variance) for limit in (2048, None))
     with torch.no_grad():
@@ -103,9 +71,9 @@ def test_the_shortlist_finds_what_a_full_search_finds(small: str, level: float) 
 
 def test_fresh_noise_can_be_averaged_away() -> None:
     knowledge, texts = knowledge_of(1, GaussianNoise(6.0)), [draw(40)]
-    once = right(Search(), knowledge, texts, looks=16)
+    once = right(Search(), knowledge, texts, observations=16)
     assert once < 30
-    assert right(Average(), knowledge, texts, looks=16) == 40
+    assert right(Average(), knowledge, texts, observations=16) == 40
 
 
 def test_the_language_model_helps_where_noise_hides(whole_tiny: Any) -> None:
@@ -123,14 +91,14 @@ def test_what_is_known_of_the_start_is_taken_as_given() -> None:
     text = draw(20)
     knowledge = knowledge_of(1, GaussianNoise(20.0), start=tuple(text[:6]))
     for name in ("search", "search-map", "prior"):
-        (found,) = get_attack(name).run([[look_at(knowledge, text)]], knowledge)
+        (found,) = get_attack(name).run([[observe(knowledge, text)]], knowledge)
         assert list(found.tokens[:6]) == text[:6]
         assert len(found.tokens) == 20
 
 
 def test_nearest_without_input_layers_is_search() -> None:
     knowledge = knowledge_of(0, GaussianNoise(0.5))
-    seen = [[look_at(knowledge, draw(50))]]
+    seen = [[observe(knowledge, draw(50))]]
     assert get_attack("nearest").run(seen, knowledge) == Search(None).run(seen, knowledge)
 
 
@@ -163,7 +131,7 @@ def test_prior_is_the_models_own_text(whole_tiny: Any) -> None:
     start = draw(5)
     knowledge = knowledge_of(start=tuple(start))
     written = whole_tiny.generate(torch.tensor([start]), max_new_tokens=15, do_sample=False, pad_token_id=0)[0].tolist()
-    found = get_attack("prior").run([[look_at(knowledge, draw(20))], [look_at(knowledge, draw(8))]], knowledge)
+    found = get_attack("prior").run([[observe(knowledge, draw(20))], [observe(knowledge, draw(8))]], knowledge)
     assert found == [Recovery(tuple(written)), Recovery(tuple(written[:8]))]
 
 

@@ -89,25 +89,18 @@ def test_what_takes_the_model_to_blind_guessing_is_never_recommended() -> None:
     assert Calibration(Goal(0.1), (useless,), 2.5, {}, 10.8).best is None
 
 
+def run_command(name: str, texts: Path, *options: str) -> int:
+    how = ["--tokens", "8", "--mechanism-family", "relative", "--input-layers", "0", "--threads", "1"]
+    return command(["calibrate", name, "--audit-data", str(texts), *how, *options])
+
+
 def test_noise_does_not_hide_an_answer_from_public_output_blocks(
     small: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data = tmp_path / "texts.txt"
-    data.write_text(TEXTS[0])
-    options = [
-        "--attack",
-        "read-out",
-        "--answer-tokens",
-        "3",
-        "--tokens",
-        "6",
-        "--mechanism-family",
-        "relative",
-        "--input-layers",
-        "0",
-    ]
-    arguments = ["calibrate", small, "--max-recovery", "0.1", "--audit-data", str(data), *options, "--threads", "1"]
-    assert command([*arguments, "--json"]) == 1
+    texts = tmp_path / "texts.txt"
+    texts.write_text(TEXTS[0])
+    options = ["--max-recovery", "0.1", "--attack", "read-out", "--answer-tokens", "3", "--json"]
+    assert run_command(small, texts, *options) == 1
     said = json.loads(capsys.readouterr().out)
     assert said["mechanism"] is None
     assert "computes h_B itself" in said["outcomes"][0]["reason"]
@@ -120,20 +113,8 @@ def test_the_cost_is_the_tasks_loss_behind_the_mechanism(
     texts, data = tmp_path / "texts.txt", tmp_path / "val.jsonl"
     texts.write_text(TEXTS[1])
     data.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
-    options = [
-        "--tokens",
-        "8",
-        "--input-layers",
-        "0",
-        "--mechanism-family",
-        "relative",
-        "--precision",
-        "3",
-        "--threads",
-        "1",
-    ]
-    task = ["--task", "text", "--data", str(data), "--audit-data", str(texts)]
-    sends = command(["calibrate", small, "--max-recovery", "0.6", *task, *options]) == 0
+    task = ["--task", "text", "--data", str(data)]
+    sends = run_command(small, texts, "--max-recovery", "0.6", "--precision", "3", *task) == 0
     printed = capsys.readouterr()
     assert "answer_loss" in printed.out
     if sends:  # a random model may be as good as blind guessing already
@@ -144,6 +125,9 @@ def test_the_cost_is_the_tasks_loss_behind_the_mechanism(
     else:
         assert "Decision: do not send." in printed.out
         assert "Of no use: " in printed.out
+
+
+def test_a_goal_must_be_within_reach() -> None:
     with pytest.raises(UsageError, match="above 0 and below 1"):
         Goal(1.0)
 

@@ -1,18 +1,13 @@
-"""What follows from an audit: the decision, and that all of it is legible on a narrow terminal and on any screen."""
+"""What follows from an audit: the decision, and that all of it is legible on a narrow terminal."""
 
-import itertools
 import json
 import re
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from fedsea.audit.charts import WIDTH
 from fedsea.audit.decision import decide
-from fedsea.audit.page import page
 from fedsea.audit.plan import Plan
 from fedsea.audit.report import Report
 from fedsea.audit.run import Auditor
@@ -166,71 +161,3 @@ def test_nothing_is_cut_on_a_terminal(
     assert max(map(len, printed.splitlines())) <= width
     assert not re.search(r"\w…", printed)
     assert "clip:norm=1+gaussian:std=1.235e+05" in printed
-
-
-class Drawn(HTMLParser):
-    """Texts of a page's charts, each with where it is anchored, and the cells of its tables of figures, row by row."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.texts: list[tuple[dict[str, str | None], str]] = []
-        self.rows: list[list[str]] = []
-        self._text: dict[str, str | None] | None = None
-        self._table = self._cell = False
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        values = dict(attrs)
-        self._text = values if tag == "text" else self._text
-        if tag == "table":
-            self._table = values.get("class") == "figures"
-        if self._table and tag == "tr":
-            self.rows.append([])
-        if self._table and tag in ("th", "td"):
-            self.rows[-1].append("")
-            self._cell = True
-
-    def handle_endtag(self, tag: str) -> None:
-        self._cell = self._cell and tag not in ("th", "td")
-
-    def handle_data(self, data: str) -> None:
-        if self._text is not None:
-            self.texts.append((self._text, data))
-            self._text = None
-        if self._cell:
-            self.rows[-1][-1] += f" {data}"
-
-
-def text_width(text: str, size: float) -> float:
-    """Width in DejaVu Sans, bold, in pixels: a wide font, so that what fits in it fits in others."""
-    ft2font: Any = pytest.importorskip("matplotlib.ft2font")
-    font_manager: Any = pytest.importorskip("matplotlib.font_manager")
-    font = ft2font.FT2Font(font_manager.findfont(font_manager.FontProperties(family="DejaVu Sans", weight="bold")))
-    font.set_size(size, 72)
-    font.set_text(text, 0)
-    return float(font.get_width_height()[0]) / 64
-
-
-@pytest.mark.parametrize("several", [True, False])
-def test_nothing_overflows_on_the_page(reports: list[Report], trained: Report, several: bool) -> None:
-    drawn = Drawn(page(reports if several else [trained], "fedsea audit"))
-    for place, text in drawn.texts:
-        if "x" in place and place.get("text-anchor") is None:  # a curve's name, at the right
-            assert float(place["x"] or 0) + text_width(text, 11) <= WIDTH
-    assert bool(drawn.texts) == several
-    # A table is as wide as the longest words of its columns need; below 56 rem it is a list instead.
-    room = 56 * 16 - 2 * 1.25 * 16
-    tables = [list(rows) for _, rows in itertools.groupby(drawn.rows, key=len)]
-    assert tables
-    for rows in tables:
-        columns = [
-            [text_width(word, 0.9 * 16) for cell in column for word in _unbroken(cell)]
-            for column in zip(*rows, strict=True)
-        ]
-        assert sum(max(column, default=0.0) + 0.6 * 16 for column in columns) <= room
-
-
-def _unbroken(cell: str) -> list[str]:
-    """What is never broken of a cell: figures are in one piece, names break at spaces and hyphens."""
-    stripped = " ".join(cell.split())
-    return [stripped] if re.fullmatch(r"[\d.… %–]*", stripped) else re.split(r"[ -]", stripped)

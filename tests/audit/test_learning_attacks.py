@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,7 @@ from fedsea.audit.attacks.decoder import WINDOW, Decoder
 from fedsea.audit.attacks.optimise import Optimise
 from fedsea.audit.attacks.paper_decoder import PaperDecoder
 from fedsea.audit.knowledge import Knowledge, KnownAdapter, SharedKnowledge
-from fedsea.audit.observation import Recovery, Subject
+from fedsea.audit.observation import Subject
 from fedsea.audit.observe import observe_sessions
 from fedsea.audit.plan import Plan
 from fedsea.audit.run import Auditor
@@ -25,7 +25,7 @@ from fedsea.checkpoints import open_checkpoint
 from fedsea.cli import run as command
 from fedsea.parts.adapter_files import save_adapter
 from fedsea.parts.adapters import AdapterSpec
-from tests.audit.test_attacks import draw, knowledge_of, look_at, right
+from tests.support.attacks import draw, knowledge_of, observe, right, right_of
 
 TEXTS = [draw(40, seed) for seed in range(4)]
 
@@ -49,30 +49,11 @@ def large_adapter(checkpoint_name: str, size: float, folder: Path) -> Path:
     """An adapter that moves states far, as PEFT writes it."""
     config = open_checkpoint(checkpoint_name).config
     lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
-    spec = AdapterSpec.from_config(lora, config)
-    modules = AdapterSpec.weight_shapes(spec, linear_shapes(checkpoint_name), range(config.num_hidden_layers))
+    shapes = AdapterSpec.from_config(lora, config).shapes_in(config, range(config.num_hidden_layers))
     generator = torch.Generator().manual_seed(0)
-    weights = {name: size * torch.randn(shape, generator=generator) for name, shape in sorted(modules.items())}
+    weights = {name: size * torch.randn(shape, generator=generator) for name, shape in sorted(shapes.items())}
     save_adapter(folder, lora, weights, None)
     return folder
-
-
-def right_of(found: Sequence[Recovery]) -> int:
-    """Tokens of `TEXTS` that were recovered."""
-    return sum(a == b for text, one in zip(TEXTS, found, strict=True) for a, b in zip(text, one.tokens, strict=True))
-
-
-def linear_shapes(name: str) -> dict[str, tuple[int, int]]:
-    from fedsea.parts import MiddleBlocks
-
-    checkpoint = open_checkpoint(name)
-    layers = range(checkpoint.config.num_hidden_layers)
-    whole = MiddleBlocks.from_checkpoint(checkpoint, layers, dtype=torch.float32)
-    return {
-        name: (module.out_features, module.in_features)
-        for name, module in whole.named_modules()
-        if isinstance(module, torch.nn.Linear)
-    }
 
 
 @pytest.mark.parametrize("p", [0, 1])
@@ -96,15 +77,15 @@ def test_training_a_decoder_helps_it(model: Callable[[float], str]) -> None:
 def test_the_papers_decoder_is_trained_on_what_is_not_there(model: Callable[[float], str]) -> None:
     """Random texts: the next token is in no state, and a decoder that is trained for it reads nothing."""
     knowledge = knowledge_of(1, name=model(0.05))
-    found = PaperDecoder(steps=10).run([[look_at(knowledge, text)] for text in TEXTS], knowledge)
+    found = PaperDecoder(steps=10).run([[observe(knowledge, text)] for text in TEXTS], knowledge)
     assert [one.tokens[0] for one in found] == [None] * 4
     assert all(len(one.tokens) == 40 for one in found)
-    assert right_of(found) < 16
+    assert right_of(TEXTS, found) < 16
 
 
 def test_a_decoder_is_the_same_each_time() -> None:
     knowledge = knowledge_of(1, GaussianNoise(2.0))
-    seen = [[look_at(knowledge, text)] for text in TEXTS]
+    seen = [[observe(knowledge, text)] for text in TEXTS]
     torch.manual_seed(5)
     first = Decoder(steps=2).run(seen, knowledge)
     assert Decoder(steps=2).run(seen, knowledge) == first
@@ -116,11 +97,11 @@ def test_a_colluder_shows_what_an_unknown_adapter_does(tmp_path: Path, model: Ca
     stranger, folder = knowledge_of(1, name=name), large_adapter(name, 0.2, tmp_path)
     owner = knowledge_of(1, name=name, adapter=KnownAdapter.read(folder, open_checkpoint(name).config))
     told = [draw(WINDOW - 4 * (seed % 2), 100 + seed) for seed in range(40)]
-    subjects = [Subject((look_at(owner, text),), tuple(text), len(text)) for text in told]
+    subjects = [Subject((observe(owner, text),), tuple(text), len(text)) for text in told]
     friend = dataclasses.replace(stranger, colluder=subjects)
-    seen = [[look_at(owner, text)] for text in TEXTS]
+    seen = [[observe(owner, text)] for text in TEXTS]
 
-    helped, alone = (right_of(Decoder(steps=5).run(seen, knowledge)) for knowledge in (friend, stranger))
+    helped, alone = (right_of(TEXTS, Decoder(steps=5).run(seen, knowledge)) for knowledge in (friend, stranger))
     assert helped >= alone + 8  # 24 and 1 with this adapter, which is the same in each run
 
 
@@ -139,7 +120,7 @@ def test_with_the_adapter_search_is_matched(tmp_path: Path) -> None:
 
     def hits(adapter: KnownAdapter | None) -> int:
         knowledge = Knowledge(SharedKnowledge(checkpoint, plan.partition, adapter=adapter), noise)
-        return right_of(get_attack("search").run([subject.observations for subject in subjects], knowledge))
+        return right_of(TEXTS, get_attack("search").run([subject.observations for subject in subjects], knowledge))
 
     assert hits(KnownAdapter.read(folder, checkpoint.config)) >= 0.99 * 160 > hits(None)
 

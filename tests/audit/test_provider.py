@@ -13,6 +13,7 @@ from fedsea.client import session as session_module
 from fedsea.errors import UsageError
 from fedsea.parts import InputBlocks, OutputBlocks, Rows
 from fedsea.server import ServerOptions
+from tests.support.attacks import draw
 from tests.support.split_training import adamw, adapted, batch, trained
 
 PARTITION = Partition(1, 1)
@@ -39,8 +40,9 @@ def connect(provider: CuriousProvider, **options: Any) -> SplitModelForCausalLM:
     return SplitModelForCausalLM.from_pretrained("random:tiny", server=provider.address, **options)
 
 
-def draw(rows: int, width: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(3, 256, (rows, width), generator=torch.Generator().manual_seed(seed))
+def one(width: int) -> torch.Tensor:
+    """One random text as a model takes it, `[1, width]`."""
+    return torch.tensor([draw(width)])
 
 
 def states_of(blocks: InputBlocks, tokens: list[int]) -> torch.Tensor:
@@ -49,7 +51,7 @@ def states_of(blocks: InputBlocks, tokens: list[int]) -> torch.Tensor:
 
 def test_a_generation_is_seen_as_the_inputs_own_states(provider: CuriousProvider, blocks: InputBlocks) -> None:
     with connect(provider) as model:
-        ids = draw(1, 11)
+        ids = one(11)
         text = model.generate(ids, max_new_tokens=6, pad_token_id=0, do_sample=False)[0].tolist()
     ((seen,),) = provider.sessions()
     assert seen.length == 16  # the last token is never sent
@@ -60,18 +62,18 @@ def test_a_generation_is_seen_as_the_inputs_own_states(provider: CuriousProvider
 
 
 def test_rows_of_different_lengths_are_seen_each_by_itself(provider: CuriousProvider, blocks: InputBlocks) -> None:
-    one = batch()
+    given = batch()
     with connect(provider) as model:
-        model(one["input_ids"], attention_mask=one["attention_mask"])
+        model(given["input_ids"], attention_mask=given["attention_mask"])
     (rows,) = provider.sessions()
-    texts = [ids[mask == 1].tolist() for ids, mask in zip(one["input_ids"], one["attention_mask"], strict=True)]
+    texts = [ids[mask == 1].tolist() for ids, mask in zip(given["input_ids"], given["attention_mask"], strict=True)]
     assert [row.length for row in rows] == [len(text) for text in texts]
     for row, text in zip(rows, texts, strict=True):
         torch.testing.assert_close(row.sent, states_of(blocks, text), atol=1e-5, rtol=1e-5)
 
 
 def test_what_is_rolled_back_is_not_part_of_the_text(provider: CuriousProvider, blocks: InputBlocks) -> None:
-    ids = draw(1, 12)
+    ids = one(12)
     with connect(provider) as model:
         cache = model.new_cache()
         model(ids[:, :8], past_key_values=cache)
@@ -84,11 +86,11 @@ def test_what_is_rolled_back_is_not_part_of_the_text(provider: CuriousProvider, 
 
 def test_beams_are_seen_as_the_rows_that_survived(provider: CuriousProvider, blocks: InputBlocks) -> None:
     with connect(provider) as model:
-        model.generate(draw(1, 7), max_new_tokens=5, num_beams=3, pad_token_id=0, do_sample=False)
+        model.generate(one(7), max_new_tokens=5, num_beams=3, pad_token_id=0, do_sample=False)
     (rows,) = provider.sessions()
     assert len(rows) == 3
     for row in rows:
-        torch.testing.assert_close(row.sent[:7], states_of(blocks, draw(1, 7)[0].tolist()), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(row.sent[:7], states_of(blocks, draw(7)), atol=1e-5, rtol=1e-5)
 
 
 def test_what_is_seen_is_what_was_sent(provider: CuriousProvider, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,28 +104,28 @@ def test_what_is_seen_is_what_was_sent(provider: CuriousProvider, monkeypatch: p
 
     with connect(provider, noise=GaussianNoise(0.5), wire_dtype="float16") as model, monkeypatch.context() as patch:
         patch.setattr(session_module.Connection, "send", send)
-        model.generate(draw(1, 9), max_new_tokens=4, pad_token_id=0, do_sample=False)
+        model.generate(one(9), max_new_tokens=4, pad_token_id=0, do_sample=False)
     ((seen,),) = provider.sessions()
     steps = [frame.states for frame in sent if hasattr(frame, "states")]
     assert torch.equal(seen.sent, torch.cat(steps).float())
 
 
 def test_training_is_seen_with_its_gradients(provider: CuriousProvider, blocks: InputBlocks) -> None:
-    one = batch()
+    given = batch()
     with adapted(provider, partition=PARTITION) as model:  # type: ignore[arg-type]
         optimizer = adamw(trained(model))
         for _ in range(2):
-            model(**one).loss.backward()
+            model(**given).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
     (texts,) = provider.runs()
-    lengths = one["attention_mask"].sum(1).tolist()
+    lengths = given["attention_mask"].sum(1).tolist()
     assert sorted(text.length for text in texts) == sorted(lengths * 2)
     first = {text.length: text for text in texts[: len(lengths)]}
     # A fresh adapter changes nothing: the first epoch is that of the public weights, which give the gradient as well.
     output = OutputBlocks.from_checkpoint(open_checkpoint("random:tiny"), PARTITION, dtype=torch.float32)
-    learnt = int((one["labels"][:, 1:] != -100).sum())
-    for ids, labels, length in zip(one["input_ids"], one["labels"], lengths, strict=True):
+    learnt = int((given["labels"][:, 1:] != -100).sum())
+    for ids, labels, length in zip(given["input_ids"], given["labels"], lengths, strict=True):
         seen = first[length]
         torch.testing.assert_close(seen.sent, states_of(blocks, ids[:length].tolist()), atol=1e-5, rtol=1e-5)
         assert seen.returned is not None

@@ -22,12 +22,9 @@ from fedsea.errors import UsageError
 from fedsea.parts import OutputBlocks, Rows
 from fedsea.privacy import Noise
 from fedsea.training.examples import IGNORED, Encoded
+from tests.support.attacks import draw, knowledge_of, right_of
 
 LENGTHS = (20, 14, 17)
-
-
-def draws(length: int, seed: int) -> list[int]:
-    return torch.randint(3, 256, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 def trained_on(
@@ -37,7 +34,7 @@ def trained_on(
     checkpoint = open_checkpoint(name)
     texts = []
     for seed, length in enumerate(LENGTHS):
-        ids = draws(length, seed)
+        ids = draw(length, seed)
         first = 0 if answer is None else length - answer
         labels = [IGNORED] * first + ids[first:]
         texts.append((Encoded(tuple(ids), tuple(labels), 0), first or length))
@@ -47,12 +44,10 @@ def trained_on(
     return subjects, Knowledge(SharedKnowledge(checkpoint, partition), noise)
 
 
-def right(name: str, subjects: Sequence[Subject], knowledge: Knowledge) -> float:
+def read(name: str, subjects: Sequence[Subject], knowledge: Knowledge) -> float:
+    """Share of the tokens that an attack names."""
     found = get_attack(name).run([subject.observations for subject in subjects], knowledge)
-    pairs = [
-        pair for one, made in zip(subjects, found, strict=True) for pair in zip(one.tokens, made.tokens, strict=True)
-    ]
-    return sum(token == guess for token, guess in pairs) / len(pairs)
+    return right_of([one.tokens for one in subjects], found) / sum(len(one.tokens) for one in subjects)
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny-mistral", "tiny-qwen2", "tiny-qwen3"])
@@ -82,7 +77,7 @@ def test_what_is_learnt_is_read_from_the_gradient(p: int, q: int, std: float, an
     assert [len(subject.observations) for subject in subjects] == [1, 1]  # a step has two texts
     found = get_attack("gradient").run([subject.observations for subject in subjects], knowledge)
     scores = label_scores([subject.labels or () for subject in subjects], found)
-    least = 0.99 if std == 0 else 0.6  # all tokens in fact; but the noise is another one in every run
+    least = 0.99 if std == 0 else 0.6
     assert scores["labels"].mean >= least
     assert scores["learnt"].mean >= least
     assert (scores["class"].mean == 1.0) == (scores["labels"].mean == 1.0)
@@ -93,14 +88,14 @@ def test_what_is_learnt_is_read_from_the_gradient(p: int, q: int, std: float, an
 def test_a_training_is_searched_as_a_session_is(p: int) -> None:
     subjects, knowledge = trained_on(Partition(p, 1), GaussianNoise(0.0), steps=4)
     assert [len(subject.observations) for subject in subjects] == [3, 3, 2]
-    assert right("search", subjects, knowledge) >= 0.99
-    assert right("average", subjects, knowledge) >= 0.99  # A's adapter has hardly moved
+    assert read("search", subjects, knowledge) >= 0.99
+    assert read("average", subjects, knowledge) >= 0.99  # A's adapter has hardly moved
 
 
-def test_epochs_are_looks_with_noise_of_their_own() -> None:
+def test_epochs_are_observations_with_noise_of_their_own() -> None:
     """The adapter moves between them, so the client draws anew; it moves little, so the mean tells more than one."""
     subjects, knowledge = trained_on(Partition(1, 1), GaussianNoise(10.0), steps=18)
-    once, all_of_them = right("search", subjects, knowledge), right("average", subjects, knowledge)
+    once, all_of_them = read("search", subjects, knowledge), read("average", subjects, knowledge)
     assert once < 0.7 < all_of_them
 
 
@@ -152,11 +147,11 @@ def test_questions_are_read_with_their_answers(tmp_path: Path) -> None:
 
 
 def test_without_a_gradient_nothing_is_learnt() -> None:
-    knowledge = Knowledge(SharedKnowledge(open_checkpoint("random:tiny"), Partition(1, 1)), GaussianNoise(0.0))
+    knowledge = knowledge_of()
     with pytest.raises(UsageError, match="gradient needs a training"):
         get_attack("gradient").run([[Observation(torch.zeros(4, 64), torch.zeros(4, 64))]], knowledge)
-    looks = [Observation(torch.zeros(4, 64), torch.ones(4, 64), torch.zeros(4, 64))]
-    (found,) = get_attack("gradient").run([looks], knowledge)
+    observations = [Observation(torch.zeros(4, 64), torch.ones(4, 64), torch.zeros(4, 64))]
+    (found,) = get_attack("gradient").run([observations], knowledge)
     assert found.labels == (None,) * 4
 
 
