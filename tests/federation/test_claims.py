@@ -31,7 +31,7 @@ from tests.support.federation_fakes import (
     averaged,
     clients,
     trained,
-)
+)  # fmt: skip
 from tests.support.rounds import invite, seated, together
 from tests.support.split_training import batch, lora, train
 
@@ -39,66 +39,59 @@ NAME = "model.layers.1.self_attn.q_proj.lora_B.weight"
 STEP = OptimizerStep("adamw", step=2, scale=1.0, lr=1e-2)
 
 
-def test_a_member_cannot_take_another_s_name(tmp_path: Path) -> None:
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2)])  # as ann at the first node, and as ann at the second
+def test_a_member_cannot_take_another_s_name(tmp_path: Path, order: tuple[int, ...]) -> None:
     """Whichever answers first: who is who is known from the keys that the SuperLink has registered."""
-    for order in ((0, 1, 2), (1, 0, 2)):  # as ann at the first node, and as ann at the second
-        members = [clients(*MIXED)[place] for place in order]
-        names = [member.name for member in members]
-        liar = names.index("bob")
-        members[liar].name = "ann"
-        registered = ", ".join(f"{name}={node}" for node, name in enumerate(names, 1))
-        world = World(members, [FakeServer("127.0.0.1:1")])
-        run = Run(tmp_path / names[0], world, members=registered, max_examples=20, rounds=2)
-        honest = [member for place, member in enumerate(members) if place != liar]
-        assert_same(run.start(), averaged(averaged(run.first(), honest), honest))
-        for line in run.rounds():
-            assert line["refused"] == {"bob": "it says that it is ann, and is not registered under this name"}
-            assert sorted(line["clients"]) == ["ann", "cyd"]
+    members = [clients(*MIXED)[place] for place in order]
+    registered = ", ".join(f"{member.name}={node}" for node, member in enumerate(members, 1))
+    run = Run(tmp_path, World(members, [FakeServer()]), members=registered, max_examples=20, rounds=2)
+    liar = next(member for member in members if member.name == "bob")
+    liar.name = "ann"
+    honest = [member for member in members if member is not liar]
+    assert_same(run.start(), averaged(averaged(run.first(), honest), honest))
+    for line in run.rounds():
+        assert line["refused"] == {"bob": "it says that it is ann, and is not registered under this name"}
+        assert sorted(line["clients"]) == ["ann", "cyd"]
 
 
-def test_nobody_is_admitted_whom_the_superlink_does_not_know(tmp_path: Path) -> None:
-    members = clients(*MIXED)
-    run = Run(tmp_path, World(members, [FakeServer("127.0.0.1:1")]), members="ann=1, cyd=3")
-    assert_same(run.start(), averaged(run.first(), [members[0], members[2]]))
+def test_a_client_that_the_superlink_does_not_know_is_not_admitted(tmp_path: Path) -> None:
+    run = Run(tmp_path, members="ann=1, cyd=3")
+    run.check("bob")
     assert list(run.rounds()[0]["refused"]) == ["node 2"]
 
 
 def test_examples_count_up_to_the_coordinator_s_cap(tmp_path: Path) -> None:
-    members = clients(*MIXED)
-    members[1].examples = 10**12
-    server = FakeServer("127.0.0.1:1")
-    run = Run(tmp_path, World(members, [server]), max_examples=20)
+    server = FakeServer()
+    run = Run(tmp_path, World(clients(*MIXED), [server]), max_examples=20)
+    run.clients[1].examples = 10**12
     found = run.start()
-    members[1].examples = 20
-    assert_same(found, averaged(run.first(), members))
+    run.clients[1].examples = 20
+    assert_same(found, run.expected())
     assert server.aggregated == [("fakes.1", {"ann": 10.0, "bob": 20.0, "cyd": 5.0})]
     assert any("1000000000000 examples" in notice for notice in run.notices)
 
 
 def test_examples_in_a_reply_are_those_of_the_admission(tmp_path: Path) -> None:
-    members = clients(*MIXED)
-    members[1].spoil = lambda _weights, metrics: metrics.update({"num-examples": 3000})
-    run = Run(tmp_path, World(members, [FakeServer("127.0.0.1:1")]))
-    assert_same(run.start(), averaged(run.first(), [members[0], members[2]]))
+    run = Run(tmp_path)
+    run.clients[1].spoil = lambda _weights, metrics: metrics.update({"num-examples": 3000})
+    run.check("bob")
     assert "3000 examples, and was admitted with 30" in run.rounds()[0]["dropped"]["bob"]
 
 
 @pytest.mark.parametrize("size", [1e6, 3e38])
 def test_an_update_counts_as_far_as_a_training_can_go(tmp_path: Path, size: float) -> None:
-    members = clients(*MIXED)
-
     def exaggerate(weights: Weights, _metrics: dict[str, Any]) -> None:
         for name in weights:
             weights[name] = np.full_like(weights[name], size)
 
-    members[1].spoil = exaggerate
-    run = Run(tmp_path, World(members, [FakeServer("127.0.0.1:1")]), lr=0.5, local_steps=2)
+    run = Run(tmp_path, lr=0.5, local_steps=2)
+    run.clients[1].spoil = exaggerate
     found, start = run.start(), run.first()
     assert any("bob has moved weights farther" in notice for notice in run.notices)
     for name, weight in start.items():
         if ".layers.0." not in name:  # of the others it is the block server that has trained bob's
             continue
-        honest = sum(one.examples * trained(name, weight, one.name) for one in (members[0], members[2]))
+        honest = sum(one.examples * trained(name, weight, one.name) for one in (run.clients[0], run.clients[2]))
         np.testing.assert_allclose(found[name], (honest + 30 * (weight + 8.0 * 0.5 * 2)) / 45, rtol=1e-4, atol=1e-4)
 
 

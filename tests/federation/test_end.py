@@ -51,8 +51,7 @@ class Leaves(World):
 
 
 def test_a_client_that_leaves_in_a_round_is_left_out_and_the_others_get_the_adapter(tmp_path: Path) -> None:
-    members = clients((1, 1, 10), (1, 1, 30), (1, 1, 5))
-    world = Leaves("bob", members, [FakeServer("127.0.0.1:1")])
+    world = Leaves("bob", clients((1, 1, 10), (1, 1, 30), (1, 1, 5)), [FakeServer()])
     run = Run(tmp_path, world, members="ann=1, bob=2, cyd=3")
     adapter = run.start()
     (line,) = run.rounds()
@@ -70,7 +69,7 @@ def test_a_client_that_leaves_in_a_round_is_left_out_and_the_others_get_the_adap
 
 
 def test_simulated_clients_are_handed_nothing(tmp_path: Path) -> None:
-    world = Leaves("nobody", clients((1, 1, 10)), [FakeServer("127.0.0.1:1")])
+    world = Leaves("nobody", clients((1, 1, 10)), [FakeServer()])
     Run(tmp_path, world).start()
     assert not world.handed
 
@@ -85,7 +84,7 @@ def test_simulated_clients_are_handed_nothing(tmp_path: Path) -> None:
 def test_clients_that_never_come_or_are_all_refused_end_it_with_one_line(
     tmp_path: Path, settings: dict[str, Any], says: str
 ) -> None:
-    world = World(clients((1, 1, 10), (1, 1, 20)), [FakeServer("127.0.0.1:1")])
+    world = World(clients((1, 1, 10), (1, 1, 20)), [FakeServer()])
     run = Run(tmp_path, world, wait_seconds=0.3, **settings)
     with pytest.raises(UsageError, match=re.escape(says)):
         run.start()
@@ -142,7 +141,7 @@ def participant(tmp_path: Path, **more: Any) -> Participant:
 
 
 def test_a_data_owner_keeps_the_adapter_of_its_model_and_no_other(tmp_path: Path) -> None:
-    run = Run(tmp_path, World(clients((1, 1, 10)), [FakeServer("127.0.0.1:1")]))
+    run = Run(tmp_path, World(clients((1, 1, 10)), [FakeServer()]))
     whole = run.start()
     body = {"lora": run.settings.lora()}
     owner = participant(tmp_path)

@@ -5,7 +5,7 @@ import json
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,7 +39,7 @@ def trained(name: str, before: np.ndarray, client: str) -> np.ndarray:
 class FakeServer:
     """A block server, as `BlockServerAdmin` shows it: members' middle layers are trained as `trained` says."""
 
-    def __init__(self, address: str, layers: range = range(LAYERS), world: "World | None" = None) -> None:
+    def __init__(self, address: str = "127.0.0.1:1", layers: range = range(LAYERS)) -> None:
         self.address, self.layers = address, layers
         self.plans: dict[str, RoundPlan] = {}
         self.weights: dict[str, dict[str, np.ndarray]] = {}
@@ -72,19 +72,11 @@ class FakeServer:
 
     def status(self, label: str) -> RoundStatus:
         done = self.finished[label]
-        members = tuple(
-            MemberStatus(
-                seat.client,
-                "finished" if seat.client in done else "joined" if seat.client in self.silent else "expected",
-                3,
-                False,
-                10,
-                20,
-                self.silent.get(seat.client, 0.0),
-            )
-            for seat in self.plans[label].members
-        )
-        return RoundStatus(label, self.plans[label].strategy, members)
+        members = []
+        for name in (seat.client for seat in self.plans[label].members):
+            state = "finished" if name in done else "joined" if name in self.silent else "expected"
+            members.append(MemberStatus(name, state, 3, False, 10, 20, self.silent.get(name, 0.0)))
+        return RoundStatus(label, self.plans[label].strategy, tuple(members))
 
     def aggregate(self, label: str, weights: Mapping[str, float]) -> dict[str, Tensor]:
         if self.fails is not None:
@@ -210,21 +202,22 @@ MIXED = ((1, 1, 10), (2, 1, 30), (1, 3, 5))
 
 
 class Run:
-    """A federation of fakes."""
+    """A federation of fakes: ann, bob and cyd at one block server, unless a world is given."""
 
-    def __init__(self, tmp_path: Path, world: World, **settings: Any) -> None:
+    def __init__(self, tmp_path: Path, world: World | None = None, **settings: Any) -> None:
         self.notices: list[str] = []
-        self.world = world
-        self.grid = InProcessGrid(world, len(world.clients))
+        self.world = world if world is not None else World(clients(*MIXED), [FakeServer()])
+        self.clients, self.server = self.world.clients, next(iter(self.world.servers.values()), None)
+        self.grid = InProcessGrid(self.world, len(self.clients))
         given = {
             "name": "fakes",
             "model": "random:tiny",
-            "servers": ",".join(world.servers),
+            "servers": ",".join(self.world.servers),
             "lora_rank": 2,
             "lora_targets": "q_proj,o_proj",
             "lr": 1.0,  # `trained` goes farther than a training would
             "rounds": 1,
-            "clients": len(world.clients),
+            "clients": len(self.clients),
             "output": str(tmp_path / "out"),
             "join_seconds": 5.0,
             "straggler_seconds": 5.0,
@@ -234,10 +227,8 @@ class Run:
 
     def start(self) -> Weights:
         """The adapter after the last round."""
-        run_federation(self.grid, self.settings, cast(Any, list(self.world.servers.values())), self.notices.append)
-        return self.adapter()
-
-    def adapter(self) -> Weights:
+        servers: Any = list(self.world.servers.values())
+        run_federation(self.grid, self.settings, servers, self.notices.append)
         lora, weights = read_adapter(self.folder / "adapter")
         assert lora.r == self.settings.lora_rank
         return {name: weight.numpy() for name, weight in weights.items()}
@@ -249,6 +240,19 @@ class Run:
         whole = AutoModelForCausalLM.from_config(config)
         spec.put_on(whole, range(LAYERS))
         return {name: weight.detach().numpy() for name, weight in adapter_parameters(whole).items()}
+
+    def expected(self, *without: str, rounds: int | None = None) -> Weights:
+        """FedAvg of the clients, without some, in each round."""
+        weights = self.first()
+        for _ in range(self.settings.rounds if rounds is None else rounds):
+            weights = averaged(weights, [client for client in self.clients if client.name not in without])
+        return weights
+
+    def check(self, *without: str) -> Weights:
+        """Start it, and compare with FedAvg of the clients, without some."""
+        found = self.start()
+        assert_same(found, self.expected(*without))
+        return found
 
     def rounds(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in (self.folder / "rounds.jsonl").read_text().splitlines()]
