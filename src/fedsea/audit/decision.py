@@ -80,7 +80,7 @@ def _decide(report: Report) -> Decision:
     if not report.train_steps and not any(report.answers):
         return Decision(
             "audit first",
-            "The answer was not attacked, and whoever runs the middle can often read it whatever noise the text has.",
+            "The answer was not attacked, and the provider can often read it, however strong the noise on the text is.",
             ("Audit the answer as well: --answer-tokens 32.",),
         )
     cost = ""

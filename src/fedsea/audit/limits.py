@@ -26,14 +26,14 @@ FEWEST_STATES = 4
 
 @dataclass(frozen=True)
 class Limit:
-    """The most that anybody can read, whatever the attack, of one kind of text."""
+    """The most that any attack can read of one kind of text."""
 
     source: str  # what kind of text
-    guessable: bool  # whether it is text as a language model sees it, or tokens that nobody can guess
+    guessable: bool  # whether it is text as a language model sees it, or tokens that cannot be guessed
     bits: float  # that the states of a token carry at most; infinite without noise
     bits_guaranteed: bool  # whether that holds for every text, as states are clipped; else it is an estimate
     accuracy: float  # largest share of tokens that can be named, in [0, 1]; 1 rules nothing out
-    accuracy_guaranteed: bool  # for tokens that nobody can guess only
+    accuracy_guaranteed: bool  # for tokens that cannot be guessed only
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def find_limits(
 
 
 def _sources(knowledge: Knowledge, texts: Sequence[tuple[int, ...]], known: int) -> list[Source]:
-    """Tokens that nobody can guess, and text as the public model sees it."""
+    """Tokens that cannot be guessed, and text as the public model sees it."""
     losses, right = [], []
     for text in texts:
         predicted, loss = knowledge.shared.predicted_by_context(text)

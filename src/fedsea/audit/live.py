@@ -93,12 +93,12 @@ class LiveLeakage:
 
     def turn(self) -> list[Reading]:
         """Attack the turn that has just ended."""
-        tokens, (*asked, _answer) = self._conversation.tokens, self._conversation.messages
+        tokens, (*before, _answer) = self._conversation.tokens, self._conversation.messages
         length = min(len(self._tap), len(tokens) - 1)
-        question = question_span(self._tokenizer, asked)
-        prompt = len(chat_tokens(self._tokenizer, asked))
+        question = question_span(self._tokenizer, before)
+        prompt = len(chat_tokens(self._tokenizer, before))
         seen = self._tap.observation(length)
-        known = self._read[: self._tap.first] or public_start(self._tokenizer, asked)
+        known = self._read[: self._tap.first] or public_start(self._tokenizer, before)
         start = tuple(token if token is not None else 0 for token in known[: question.start])
         (search,) = self._search.run([[seen]], replace(self._knowledge, start=start))
         (read_out,) = self._read_out.run([[seen]], self._knowledge)

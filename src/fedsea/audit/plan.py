@@ -1,4 +1,4 @@
-"""What an audit is asked to do."""
+"""The settings of an audit."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -18,30 +18,16 @@ Part = Literal["prompt", "answer"]
 
 @dataclass(frozen=True)
 class Finding:
-    """What one attack read.
-
-    Attributes
-    ----------
-    attack, knows
-        Its name, and what its attacker knows beside what crosses the wire.
-    prompt, answer
-        Scores by name (`score`) over the texts that were sent, and over their answers; empty if there are none.
-    seconds_per_token
-        Without what serves all texts, such as tables.
-    recoveries, texts
-        What it made of each text with its answer, as tokens and as text.
-    labels
-        Scores by name (`label_scores`) of an attack on a training that says what was learnt; else empty.
-    """
+    """What one attack read."""
 
     attack: str
-    knows: str
-    prompt: Scores
-    answer: Scores
-    seconds_per_token: float
-    recoveries: tuple[Recovery, ...]
-    texts: tuple[str, ...]
-    labels: Scores = field(default_factory=dict)
+    knows: str  # what its attacker knows beside what crosses the wire
+    prompt: Scores  # over the texts that were sent
+    answer: Scores  # over their answers; empty if there are none
+    seconds_per_token: float  # without what serves all texts, such as tables
+    recoveries: tuple[Recovery, ...]  # what it made of each text with its answer,
+    texts: tuple[str, ...]  # and the same as text
+    labels: Scores = field(default_factory=dict)  # of an attack on a training that says what was learnt; else empty
 
     def tokens(self, part: Part) -> Score | None:
         """Share of the tokens of texts or answers that it read; None if there are none."""

@@ -92,7 +92,7 @@ def _texts_of(row: Row) -> list[Text]:
 
 
 def encode(text: Text, tokenizer: Any, tokens: int, *, answers: bool) -> tuple[Encoded, int]:
-    """A text in tokens, at most so many, and how many of them are its prompt; a UsageError if nothing is left of it.
+    """A text in at most `tokens` tokens, and how many of these are its prompt; a UsageError if nothing is left of it.
 
     With `answers` a question goes with its answer, which alone is learnt then; of other texts, everything is.
     """
@@ -118,11 +118,11 @@ def _encode_example(text: TaskText, tokenizer: Any, tokens: int, *, answers: boo
     learnt = [label != IGNORED for label in encoded.labels]
     if answers:
         return encoded, learnt.index(True) or len(learnt)
-    asked = len(learnt)
-    while asked and learnt[asked - 1]:
-        asked -= 1
-    kept = encoded.input_ids[: asked or len(learnt)]
-    return Encoded(kept, (*[IGNORED] * len(kept),) if asked else kept, encoded.cut), len(kept)
+    prompt = len(learnt)
+    while prompt and learnt[prompt - 1]:
+        prompt -= 1
+    kept = encoded.input_ids[: prompt or len(learnt)]
+    return Encoded(kept, (*[IGNORED] * len(kept),) if prompt else kept, encoded.cut), len(kept)
 
 
 def known_start(texts: Sequence[Text], prompts: Sequence[Sequence[int]], tokenizer: Any) -> tuple[int, ...]:

@@ -79,8 +79,8 @@ def label_scores(truths: Sequence[Sequence[int]], recoveries: Sequence[Recovery]
         hits = [label == guess for label, guess in pairs if label >= 0]
         rows.setdefault("labels", []).append(sum(hits) / len(hits) if hits else None)
         rows.setdefault("class", []).append(float(all(hits)) if hits else None)
-        told = [(label >= 0) == (guess is not None) for label, guess in pairs]
-        rows.setdefault("learnt", []).append(sum(told) / len(told) if told else None)
+        marked = [(label >= 0) == (guess is not None) for label, guess in pairs]
+        rows.setdefault("learnt", []).append(sum(marked) / len(marked) if marked else None)
     scores = {name: Score.of(values) for name, values in rows.items()}
     return {name: found for name, found in scores.items() if found is not None}
 

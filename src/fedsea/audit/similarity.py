@@ -1,7 +1,7 @@
 """How near what was recovered comes to a text in meaning: the cosine of two sentence embeddings.
 
 The embeddings are those of all-MiniLM-L6-v2 (Reimers and Gurevych 2019: token states, averaged), which a Python package
-ships, so no hub is asked. The package is installed without its dependencies; transformers loads what is in it.
+ships, so no hub is needed. The package is installed without its dependencies; transformers loads what is in it.
 """
 
 from functools import cache

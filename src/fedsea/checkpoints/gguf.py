@@ -121,7 +121,7 @@ def _run_converter(source: Path, made: Path) -> None:
 
 
 def _mode(source: Path) -> int:
-    """Permissions of what is made of a file: whoever may read the one may read the other."""
+    """Permissions of what is made of a file: the users who may read the one may read the other."""
     return 0o600 | stat.S_IMODE(source.stat().st_mode) & 0o644
 
 

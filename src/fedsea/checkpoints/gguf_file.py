@@ -50,7 +50,7 @@ class GgufFile:
         return self._fields[key].contents() if key in self._fields else default
 
     def mark(self, prefix: str, *keys: str) -> None:
-        """Keys that somebody else uses."""
+        """Keys that other code uses."""
         self._keys_left -= {prefix + key for key in keys}
 
     def of_model(self, key: str, default: Any = None) -> Any:
@@ -83,10 +83,10 @@ class GgufFile:
         """Nothing more will be used: a ModelNotFoundError if a key or a tensor is left that may change results."""
         harmless = (*_HARMLESS, *(f"{self.architecture}.{key}" for key in _HARMLESS_OF_MODEL))
         left = {key: self.read(key) for key in sorted(self._keys_left) if not key.startswith(harmless)}
-        told = [f"{key} = {str(value)[:40]}" for key, value in left.items() if value]  # 0 or empty turns nothing on
-        if told:
+        unknown = [f"{key} = {str(value)[:40]}" for key, value in left.items() if value]  # 0 or empty turns nothing on
+        if unknown:
             raise ModelNotFoundError(
-                f"it asks for what is not supported: {', '.join(told[:3])}; use the model in Hugging Face layout"
+                f"it asks for what is not supported: {', '.join(unknown[:3])}; use the model in Hugging Face layout"
             )
         tensors = sorted(name for name in self._tensors_left if _COMPUTED not in name)
         if tensors:

@@ -35,7 +35,7 @@ class RandomCheckpoint(Checkpoint):
     """A model whose weights are drawn, not read.
 
     Norms are ones; every other weight is uniform with a standard deviation of the configuration's `initializer_range`.
-    There is no tokenizer, and no end-of-text token: a generation has the length that it is asked for.
+    There is no tokenizer, and no end-of-text token: a generation has the length that its caller sets.
 
     Parameters
     ----------

@@ -48,7 +48,7 @@ class TensorFile:
     Parameters
     ----------
     path
-        The file. Only its header is read until a tensor is asked for.
+        The file. Only its header is read until a tensor is needed.
 
     Raises
     ------
@@ -65,7 +65,7 @@ class TensorFile:
                 header = parse_json(file.read(length))
         except PermissionError:
             raise ModelNotFoundError(
-                f"{path} is another user's, who lets nobody else read it; a converted model of your own comes into the "
+                f"{path} belongs to another user and cannot be read; a converted model of your own comes into the "
                 "folder that FEDSEA_CACHE names"
             ) from None
         except (OSError, SafetensorError, ValueError) as error:

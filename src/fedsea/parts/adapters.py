@@ -1,7 +1,7 @@
 """LoRA adapters: their description, which is small and checked, and the weights that they start with.
 
 One `LoraConfig` of the user becomes an `AdapterSpec`: which linear modules of which layers, of what rank. The spec is
-small and checked, so it may come from anybody; each side puts PEFT's modules on the layers that it holds. Where the
+small and checked, so it may come from any peer; each side puts PEFT's modules on the layers that it holds. Where the
 weights start depends on a seed and on their names alone, so two sides (or two partitions) start from the same adapter
 without sending it. Adapters are float32 whatever the model computes in: an update of a float16 weight at a learning
 rate of 1e-5 is about one unit in its last place, and would vanish.
@@ -79,7 +79,7 @@ class AdapterSpec:
 
     @classmethod
     def from_body(cls, body: Any) -> "AdapterSpec":
-        """Check and read what `to_body` made; it may come from anybody.
+        """Check and read what `to_body` made; it may come from any peer.
 
         Raises
         ------

@@ -109,7 +109,7 @@ class Rows:
         """Split into steps of at most `tokens` tokens in all (at least one a row), each continuing the one before.
 
         All chunks have the same rows; one that has run out of tokens has a count of 0. With `places`, a chunk also has
-        at most so many once its rows are padded to the longest (again, at least one a row).
+        at most this many once its rows are padded to the longest (again, at least one a row).
         """
         limit = tokens
         if self.total <= tokens:

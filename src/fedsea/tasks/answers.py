@@ -15,7 +15,7 @@ from fedsea.tasks.templates import Template
 from fedsea.training.examples import IGNORED, Encoded
 
 LOGIT_ROWS = 2048
-"""At most so many places of a batch have logits at once: at a vocabulary of 50,000, 400 MB."""
+"""The most places of a batch that have logits at once: at a vocabulary of 50,000, 400 MB."""
 
 Done = Callable[[int], None]
 """Called with the number of examples that a batch has finished."""

@@ -12,7 +12,7 @@ from fedsea.training.examples import IGNORED, Encoded
 
 @dataclass(frozen=True)
 class Prompt:
-    """A question as a model is asked it, for evaluation."""
+    """A question as evaluation gives it to a model."""
 
     input_ids: tuple[int, ...]  # up to where the answer begins
     answers: dict[str, int]  # of a LabelTask, from label to the one token that stands for it; empty for others

@@ -117,9 +117,9 @@ def evaluate(
     if batch_size < 1:
         raise UsageError(f"a batch needs at least one example; got {batch_size}")
     max_tokens = min(max_tokens, _model_tokens(model))
-    asked = isinstance(task, LabelTask | WrittenTask)
-    with_loss = answer_loss or not asked
-    done = _Counter(progress, len(examples) * (asked + with_loss))
+    has_answers = isinstance(task, LabelTask | WrittenTask)
+    with_loss = answer_loss or not has_answers
+    done = _Counter(progress, len(examples) * (has_answers + with_loss))
     scores: dict[str, float] = {}
     predictions: list[str | None] = []
     cut = 0
@@ -146,7 +146,7 @@ def evaluate(
         majority=_majority(task, examples) if isinstance(task, LabelTask) else None,
         predictions=tuple(
             Prediction(example.id, prediction, example.golds)
-            for example, prediction in zip(examples, predictions, strict=asked)
+            for example, prediction in zip(examples, predictions, strict=has_answers)
         ),
     )
 

@@ -41,7 +41,7 @@ class Template:
         return self.tokenizer.eos_token or ""
 
     def chat(self, messages: Messages, *, answer_next: bool = False) -> str:
-        """Messages as the chat template writes them, if asked up to where the next answer begins.
+        """Messages as the chat template writes them, with `answer_next` up to where the next answer begins.
 
         Raises
         ------
@@ -49,7 +49,7 @@ class Template:
             If there is no template, or it refuses the messages.
         """
         turns = [{"role": role, "content": content} for role, content in messages]
-        # Models that may think before they answer are asked not to.
+        # Models that may think before they answer are set not to.
         return write_chat(self.tokenizer, turns, answer_next=answer_next, enable_thinking=False)
 
     def _plain(self, messages: Messages) -> str:
@@ -59,9 +59,9 @@ class Template:
 
 
 def _messages(question: Question) -> list[tuple[str, str]]:
-    asked = [*(earlier for earlier, _ in question.history), question.question]
-    asked[0] = question.before + question.context + question.after + asked[0]
+    questions = [*(earlier for earlier, _ in question.history), question.question]
+    questions[0] = question.before + question.context + question.after + questions[0]
     messages = []
-    for text, (_, answer) in zip(asked, question.history, strict=False):
+    for text, (_, answer) in zip(questions, question.history, strict=False):
         messages += [("user", text), ("assistant", answer)]
-    return [*messages, ("user", asked[-1])]
+    return [*messages, ("user", questions[-1])]

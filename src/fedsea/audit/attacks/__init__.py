@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from fedsea.audit.attack import Attack
 
 FLOOR = "prior"
-"""The attack that looks at nothing: what anybody can guess."""
+"""The attack that looks at nothing: what can be guessed anyway."""
 
 
 _ATTACKS: "Registry[Attack]" = Registry("fedsea.audit.attacks", "attack")

@@ -8,7 +8,7 @@ from fedsea.audit.observation import Observation, Recovery
 
 
 class Prior(Attack):
-    """The language model guesses, greedily, without looking: the floor that anybody reaches."""
+    """The language model guesses, greedily, without looking: the floor that every attacker reaches."""
 
     name = "prior"
     knows = "the public model and each text's length; looks at nothing that crosses the wire"
