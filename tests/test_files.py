@@ -212,7 +212,7 @@ def test_weights_that_another_user_keeps_to_himself_are_not_called_missing() -> 
         (folder / "model.safetensors").chmod(0o600)
         os.seteuid(65534)
         try:
-            with pytest.raises(ModelNotFoundError, match=r"another user's.*FEDSEA_CACHE"):
+            with pytest.raises(ModelNotFoundError, match=r"belongs to another user.*FEDSEA_CACHE"):
                 TensorFile(folder / "model.safetensors")
         finally:
             os.seteuid(0)
