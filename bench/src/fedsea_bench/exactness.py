@@ -57,26 +57,23 @@ def exactness(bench: Workbench) -> Iterator[Line]:
         samples=different,
         conditions=conditions,
     )
+    note = f"of every prompt token and every new token; {conditions}"
     yield Line.of(
         "exactness: largest difference of a logit",
         max(distances),
         "",
         target=f"<= {LOGITS_TARGET:g}",
         samples=distances,
-        conditions=f"of every prompt token and every new token; {conditions}",
+        conditions=note,
     )
     if not quick:
         with bench.step("the whole model in float64"):
             rounding = _rounding(bench, prompts)
-        yield Line.of(
-            "exactness: the whole model's own rounding",
-            rounding,
-            "",
-            conditions=(
-                "largest difference of a logit between the whole model in float32 and in float64, on the same batch of "
-                "prompts: what the difference above is to be read beside"
-            ),
+        note = (
+            "largest difference of a logit between the whole model in float32 and in float64, on the same batch of "
+            "prompts: what the difference above is to be read beside"
         )
+        yield Line.of("exactness: the whole model's own rounding", rounding, "", conditions=note)
 
 
 def _partitions(layers: int, *, few: bool) -> list[Partition]:

@@ -69,21 +69,17 @@ def federation_exactness(bench: Workbench) -> Iterator[Line]:
             with bench.step(f"server-hierarchical, {CLIENTS} clients with partitions of their own"):
                 losses, locals_, middle = federation.round("server-hierarchical", data, PARTITIONS)
             expected = _mean([adapter for _, adapter in separate])
-            yield Line.of(
+            yield _apart(
                 "federation: hierarchical / separate trainings, loss",
                 max(
                     max(relative_differences(mine, theirs)) for mine, (theirs, _) in zip(losses, separate, strict=True)
                 ),
-                "relative difference",
-                target=TARGET,
-                conditions=f"the largest over clients and steps; partitions {_list(PARTITIONS)}; {where}",
+                f"the largest over clients and steps; partitions {_list(PARTITIONS)}; {where}",
             )
-            yield Line.of(
+            yield _apart(
                 "federation: hierarchical / separate trainings and FedAvg, adapter",
                 _distance(found := _fedavg(locals_, middle), expected),
-                "relative difference",
-                target=TARGET,
-                conditions=f"{_of_all(found, expected)}; with the layers that some train here, others there",
+                f"{_of_all(found, expected)}; with the layers that some train here, others there",
             )
             with bench.step(f"client-batch, {CLIENTS} clients"):
                 losses, _, middle = federation.round("client-batch", data, [Partition(0, 0)] * CLIENTS, clip=0)
@@ -92,31 +88,28 @@ def federation_exactness(bench: Workbench) -> Iterator[Line]:
                 sum(share * loss[step] for share, loss in zip(shares[step], losses, strict=True)) / sum(shares[step])
                 for step in range(steps)
             ]
-            yield Line.of(
+            yield _apart(
                 f"federation: client-batch of {CLIENTS} / one client with all rows, loss",
                 max(relative_differences(mixed, joined[0])),
-                "relative difference",
-                target=TARGET,
-                conditions=f"the largest over steps, each the mean by learnt tokens; no clipping, partition (0, 0); "
-                f"{where}",
+                f"the largest over steps, each the mean by learnt tokens; no clipping, partition (0, 0); {where}",
             )
-            yield Line.of(
+            yield _apart(
                 f"federation: client-batch of {CLIENTS} / one client with all rows, adapter",
                 _distance(middle, joined[1]),
-                "relative difference",
-                target=TARGET,
-                conditions=_of_all(middle, joined[1]),
+                _of_all(middle, joined[1]),
             )
             with bench.step(f"sequential, {CLIENTS} clients"):
                 seen, final = federation.in_turns(data)
             losses_apart = max(relative_differences(seen, turns[0]))
-            yield Line.of(
+            yield _apart(
                 "federation: sequential / one training after the other, adapter",
                 _distance(final, turns[1]),
-                "relative difference",
-                target=TARGET,
-                conditions=f"{_of_all(final, turns[1])}; losses by {losses_apart:.1e} at most; {where}",
+                f"{_of_all(final, turns[1])}; losses by {losses_apart:.1e} at most; {where}",
             )
+
+
+def _apart(name: str, measured: float, conditions: str) -> Line:
+    return Line.of(name, measured, "relative difference", target=TARGET, conditions=conditions)
 
 
 class _Clients:

@@ -106,16 +106,13 @@ def federation_scale(bench: Workbench) -> Iterator[Line]:
         reports = _rounds(output)
         trained = [len(report["clients"]) for report in reports]
         after_first = resident.get(1) or min(resident.values())
+        note = (
+            f"after the last round beside after the first: {resident[max(resident)] / MIB:.0f} and "
+            f"{after_first / MIB:.0f} MiB; clients that trained, by round: {', '.join(map(str, trained))}; "
+            f"{statistics.median(report['seconds'] for report in reports):.1f} s a round, {TINY}, two actors"
+        )
         yield Line.of(
-            name,
-            100 * (resident[max(resident)] / after_first - 1),
-            "%",
-            target=GROWTH_TARGET,
-            conditions=(
-                f"after the last round beside after the first: {resident[max(resident)] / MIB:.0f} and "
-                f"{after_first / MIB:.0f} MiB; clients that trained, by round: {', '.join(map(str, trained))}; "
-                f"{statistics.median(report['seconds'] for report in reports):.1f} s a round, {TINY}, two actors"
-            ),
+            name, 100 * (resident[max(resident)] / after_first - 1), "%", target=GROWTH_TARGET, conditions=note
         )
 
 

@@ -113,20 +113,22 @@ def quality_lines(bench: Workbench, task: Task, curves: Sequence[Curve], size: S
             f"{one.label} {' '.join(f'{scores[metric]:.3f}' for _, scores in one.points)}"
             for one in (curve, centralised)
         )
+        note = f"by round: {by_round}; {conditions}"
         yield Line.of(
             f"{curve.label} / {CENTRALISED}, {task.name}: {metric} after the last round",
             ratio,
             "x",
             target=">= 0.95" if metric == "accuracy" else "<= 1.1",
-            conditions=f"by round: {by_round}; {conditions}",
+            conditions=note,
         )
         lone = [one.last(metric) for one in alone]
+        note = f"alone {', '.join(f'{one:.3f}' for one in lone)}; {conditions}"
         yield Line.of(
             f"{curve.label} / {ALONE}, {task.name}: {metric}, mean of the clients",
             curve.last(metric) / statistics.mean(lone),
             "x",
             samples=[curve.last(metric) / one for one in lone],
-            conditions=f"alone {', '.join(f'{one:.3f}' for one in lone)}; {conditions}",
+            conditions=note,
         )
 
 

@@ -63,12 +63,8 @@ def federation_speed(bench: Workbench) -> Iterator[Line]:
         for (strategy, count), seconds in taken.items():
             of = "" if strategy == "sequential" else f" ({count})"
             now, alone = statistics.median(seconds), statistics.median(whole)
-            yield Line.median(
-                f"federation: {strategy}{of}, {where}",
-                seconds,
-                "s",
-                conditions=f"{now / first:.2f} of sequential, {now / alone:.2f} of one place; {base}",
-            )
+            note = f"{now / first:.2f} of sequential, {now / alone:.2f} of one place; {base}"
+            yield Line.median(f"federation: {strategy}{of}, {where}", seconds, "s", conditions=note)
 
 
 def _whole_seconds(bench: Workbench, samples: int, tokens: int, repeats: int) -> list[float]:
@@ -105,15 +101,10 @@ def federation_memory(bench: Workbench) -> Iterator[Line]:
             idle = process_memory("VmHWM", clients.server.pid)
             clients.round("server-hierarchical", range(count), 3)
             above[count] = process_memory("VmHWM", clients.server.pid) - idle
-    yield Line.of(
-        MEMORY_NAME,
-        above[CLIENTS] / (CLIENTS * above[1]),
-        "x",
-        target=MEMORY_TARGET,
-        conditions=(
-            f"{bench.place}; {ROWS} x {tokens} tokens a client, {ADAPTER_TEXT}, 3 steps; peak above the server "
-            f"without clients ({idle / MIB:.0f} MiB): {above[1] / MIB:.0f} MiB with one client, "
-            f"{above[CLIENTS] / MIB:.0f} MiB with {CLIENTS}: adapters, gradients, optimizers and activations, on one "
-            f"base; a model for each client, as in the paper, would be {CLIENTS * idle / MIB:.0f} MiB before that"
-        ),
+    note = (
+        f"{bench.place}; {ROWS} x {tokens} tokens a client, {ADAPTER_TEXT}, 3 steps; peak above the server "
+        f"without clients ({idle / MIB:.0f} MiB): {above[1] / MIB:.0f} MiB with one client, "
+        f"{above[CLIENTS] / MIB:.0f} MiB with {CLIENTS}: adapters, gradients, optimizers and activations, on one "
+        f"base; a model for each client, as in the paper, would be {CLIENTS * idle / MIB:.0f} MiB before that"
     )
+    yield Line.of(MEMORY_NAME, above[CLIENTS] / (CLIENTS * above[1]), "x", target=MEMORY_TARGET, conditions=note)

@@ -36,16 +36,11 @@ def client_weights(bench: Workbench) -> Iterator[Line]:
     # Counted in values: both sides are stored in the same dtype, whichever it is.
     client = sum(weight.numel() for part in ends for weight in part.parameters())
     total = sum(weight.numel() for weight in whole.parameters())
-    yield Line.of(
-        "client weights, LLaMA-2-7B",
-        100 * client / total,
-        "%",
-        target="<= 10",
-        conditions=(
-            f"partition {described(PARTITION)}: embedding, 2 of {layers} layers, norm and head are "
-            f"{2 * client / 1e9:.2f} of {2 * total / 1e9:.2f} GB in 16 bits; summed from the configuration, exactly"
-        ),
+    note = (
+        f"partition {described(PARTITION)}: embedding, 2 of {layers} layers, norm and head are "
+        f"{2 * client / 1e9:.2f} of {2 * total / 1e9:.2f} GB in 16 bits; summed from the configuration, exactly"
     )
+    yield Line.of("client weights, LLaMA-2-7B", 100 * client / total, "%", target="<= 10", conditions=note)
 
 
 def client_memory(bench: Workbench) -> Iterator[Line]:
@@ -60,16 +55,13 @@ def client_memory(bench: Workbench) -> Iterator[Line]:
     with bench.step(f"peak memory of a client, {repeats} times in a fresh process"):
         found = [peak_of(bench, case, bench.server.connection) for _ in range(repeats)]
     allowed = 1.25 * found[0].weights / MIB + 64
+    note = (
+        f"1.25 x the parts' {found[0].weights / MIB:.1f} MiB + 64 MiB; {bench.place}, partition "
+        f"{described(PARTITION)}, {context} tokens of prompt and {NEW_TOKENS} new; VmHWM of the client's process, "
+        f"the server's apart, less the {found[0].idle / MIB:.0f} MiB that are resident once everything is imported"
+    )
     yield Line.median(
-        name,
-        [(one.peak - one.idle) / MIB for one in found],
-        "MiB",
-        target=f"<= {allowed:.1f}",
-        conditions=(
-            f"1.25 x the parts' {found[0].weights / MIB:.1f} MiB + 64 MiB; {bench.place}, partition "
-            f"{described(PARTITION)}, {context} tokens of prompt and {NEW_TOKENS} new; VmHWM of the client's process, "
-            f"the server's apart, less the {found[0].idle / MIB:.0f} MiB that are resident once everything is imported"
-        ),
+        name, [(one.peak - one.idle) / MIB for one in found], "MiB", target=f"<= {allowed:.1f}", conditions=note
     )
 
 
@@ -97,21 +89,11 @@ def compare(bench: Workbench, case: PeakCase) -> Iterator[Line]:
         f"{case.new_tokens} tokens; partition {described(PARTITION)}, client and server two processes on the device, "
         f"mutual TLS on loopback; whole model alone before"
     )
-    yield Line.of(
-        MEMORY_NAME,
-        100 * split.peak / whole.peak,
-        "%",
-        target=MEMORY_TARGET,
-        conditions=f"{split.peak / 1e9:.2f} of {whole.peak / 1e9:.2f} GB, as torch allocates it; {conditions}",
-    )
+    note = f"{split.peak / 1e9:.2f} of {whole.peak / 1e9:.2f} GB, as torch allocates it; {conditions}"
+    yield Line.of(MEMORY_NAME, 100 * split.peak / whole.peak, "%", target=MEMORY_TARGET, conditions=note)
     reference = statistics.median(whole.rates)
-    yield Line.median(
-        SPEED_NAME,
-        [rate / reference for rate in split.rates],
-        "x",
-        target=SPEED_TARGET,
-        conditions=(
-            f"generate, each of {case.rounds} rounds beside the whole model's median of {reference:.1f} tokens/s "
-            f"({min(whole.rates):.1f} … {max(whole.rates):.1f}); {conditions}"
-        ),
+    note = (
+        f"generate, each of {case.rounds} rounds beside the whole model's median of {reference:.1f} tokens/s "
+        f"({min(whole.rates):.1f} … {max(whole.rates):.1f}); {conditions}"
     )
+    yield Line.median(SPEED_NAME, [rate / reference for rate in split.rates], "x", target=SPEED_TARGET, conditions=note)

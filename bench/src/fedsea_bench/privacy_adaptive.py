@@ -83,12 +83,13 @@ def compared(bench: Workbench, arm: str, curves: Sequence[Curve], fixed: Sequenc
         for pair in zip(fixed, curves, strict=True)
         for name, curve in zip((FIXED, arm), pair, strict=True)
     )
+    note = f"{missed}{losses}; {conditions}"
     yield Line.median(
         f"{arm} / {FIXED}, level {LEVEL:g}: steps until the loss that {FIXED} ends at",
         [1.0 if one is None else one / other for one, other in zip(needed, by_fixed, strict=True)],
         "x",
         target="<= 0.95" if arm == ADAPTIVE and not bench.settings.quick else "",
-        conditions=f"{missed}{losses}; {conditions}",
+        conditions=note,
     )
     yield Line.median(
         f"{arm} - {FIXED}, level {LEVEL:g}: loss after the last step",

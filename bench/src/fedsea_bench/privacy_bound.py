@@ -31,13 +31,14 @@ def bound_holds(bench: Workbench) -> Iterator[Line]:
             points.setdefault(str(noise).partition(":")[0], []).append((level, report, _bound(report)))
     for name, rows in points.items():
         above = [max(_accuracies(report).values()) - bound.accuracy for _level, report, bound in rows]
+        note = "; ".join(_in_words(*row) for row in rows) + f"; {case.words(bench)}"
         yield Line.of(
             f"{name}: the best attack's share of tokens minus the bound's, largest",
             max(above),
             "",
             target="<= 0",
             samples=above,
-            conditions="; ".join(_in_words(*row) for row in rows) + f"; {case.words(bench)}",
+            conditions=note,
         )
     if bench.settings.plots is not None:
         draw(points, bench.settings.plots / "leakage-bound.png", bench.settings.model)

@@ -212,12 +212,13 @@ def _line(place: Place, metric: str, words: str) -> Line:
         f"bound {max(one.bound for one in place.outcomes):.2f} ({max(one.bits for one in place.outcomes):.2f} bits)",
         words,
     ]
+    note = "; ".join(filter(None, parts))
     return Line.of(
         f"frontier, {place}: points that the best attack reads above prior",
         place.leaked,
         "points",
         samples=[one.above_prior for one in place.outcomes],
-        conditions="; ".join(filter(None, parts)),
+        conditions=note,
     )
 
 
@@ -237,13 +238,8 @@ def _best(name: str, target: str, places: Sequence[Place]) -> Line:
         reason = f"no mechanism keeps the attacks that low; the least is {least.leaked:.1f} ({least})" if least else ""
         return Line.skipped(name, "x", target=target, reason=reason or "every training broke off")
     best = max(hidden, key=lambda place: place.kept)
-    return Line.of(
-        name,
-        best.kept,
-        "x",
-        target=target,
-        conditions=f"{best}: {best.leaked:.1f} points read; {len(best.outcomes)} seeds; best of {len(hidden)} such",
-    )
+    note = f"{best}: {best.leaked:.1f} points read; {len(best.outcomes)} seeds; best of {len(hidden)} such"
+    return Line.of(name, best.kept, "x", target=target, conditions=note)
 
 
 def _least(places: Sequence[Place]) -> Line:
@@ -252,13 +248,14 @@ def _least(places: Sequence[Place]) -> Line:
     if not good:
         return Line.skipped(name, "points", target=f"<= {READ:g}", reason="no mechanism keeps so much")
     best = min(good, key=lambda place: place.leaked)
+    note = f"{best}: {best.kept:.3f} kept; least of {len(good)} such points"
     return Line.of(
         name,
         best.leaked,
         "points",
         target=f"<= {READ:g}",
         samples=[one.above_prior for one in best.outcomes],
-        conditions=f"{best}: {best.kept:.3f} kept; least of {len(good)} such points",
+        conditions=note,
     )
 
 

@@ -72,29 +72,32 @@ def paper_claim(bench: Workbench) -> Iterator[Line]:
 
 def _claim(curves: dict[int, list[Point]]) -> Iterator[Line]:
     noisy = [(p, point) for p, points in curves.items() for point in points if point.level]
+    note = "its metrics are near zero under noise; over all p and levels above 0"
     yield Line.of(
         "the paper's claim: share of tokens that its own attack reads under noise, largest",
         max(point.paper.mean for _p, point in noisy),
         "",
         target=f"<= {NEAR_ZERO:g}",
         samples=[point.paper.mean for _p, point in noisy],
-        conditions="its metrics are near zero under noise; over all p and levels above 0",
+        conditions=note,
     )
     bare = [points[0] for points in curves.values()]
+    note = f"p = {', '.join(map(str, curves))}; where this is near zero too, it is not the noise that does it"
     yield Line.of(
         "the same attack without any noise: share of tokens read, largest",
         max(point.paper.mean for point in bare),
         "",
         samples=[point.paper.mean for point in bare],
-        conditions=f"p = {', '.join(map(str, curves))}; where this is near zero too, it is not the noise that does it",
+        conditions=note,
     )
     scale = [point for _p, point in noisy if point.level == PAPER_LEVEL]
+    note = f"p = {', '.join(map(str, curves))}, in this order"
     yield Line.of(
         f"a decoder trained for the state's own token, at noise level {PAPER_LEVEL:g}: smallest share read",
         min(point.ours.mean for point in scale),
         "",
         samples=[point.ours.mean for point in scale],
-        conditions=f"p = {', '.join(map(str, curves))}, in this order",
+        conditions=note,
     )
 
 

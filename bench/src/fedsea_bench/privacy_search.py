@@ -31,13 +31,14 @@ def search_reads(bench: Workbench) -> Iterator[Line]:
             if score is None:
                 continue
             must = finding.attack == "search" and level <= PAPER_LEVEL
+            note = f"answers of 8 tokens, greedy; {case.words(bench)}"
             yield Line.of(
                 f"{finding.attack} at noise level {level:g}: share of tokens read {what}",
                 score.mean,
                 "",
                 target=">= 0.99" if must else "",
                 samples=[value for value in score.values if value is not None],
-                conditions=f"answers of 8 tokens, greedy; {case.words(bench)}",
+                conditions=note,
             )
 
 
@@ -58,23 +59,17 @@ def search_speed(bench: Workbench) -> Iterator[Line]:
     words = (
         f"noise level {PAPER_LEVEL:g}, vocabulary of {knowledge.candidates.vocabulary}; tables {prepared:.1f} s once; "
     )
-    yield Line.median(
-        "search: time a token",
-        quick,
-        "s",
-        target="<= 0.5",
-        conditions=f"each text by itself; {words}{case.words(bench)}",
-    )
+    note = f"each text by itself; {words}{case.words(bench)}"
+    yield Line.median("search: time a token", quick, "s", target="<= 0.5", conditions=note)
+    note = f"{slow:.2f} s, the first {EXACT_TOKENS} tokens of a text; {words}{case.words(bench)}"
     yield Line.of(
-        "search of the whole vocabulary / search: time a token",
-        slow / (sum(quick) / len(quick)),
-        "x",
-        conditions=f"{slow:.2f} s, the first {EXACT_TOKENS} tokens of a text; {words}{case.words(bench)}",
+        "search of the whole vocabulary / search: time a token", slow / (sum(quick) / len(quick)), "x", conditions=note
     )
+    note = f"of {EXACT_TOKENS}; {words}{case.words(bench)}"
     yield Line.of(
         "search: tokens that differ from a search of the whole vocabulary",
         sum(one != other for one, other in zip(every.recoveries[0].tokens, few.recoveries[0].tokens, strict=True)),
         "",
         target="== 0",
-        conditions=f"of {EXACT_TOKENS}; {words}{case.words(bench)}",
+        conditions=note,
     )

@@ -81,13 +81,8 @@ def _comparison(results: Results, task: str, metric: str, conditions: str) -> Li
     if not whole.error:
         why = "with one seed there is no standard error" if whole.error is None else "the whole model's seeds all agree"
         return Line.skipped(name, "", target=target, reason=f"{why}: split {split}, whole {whole}")
-    return Line.of(
-        name,
-        abs(split.mean - whole.mean) / whole.error,
-        "",
-        target=target,
-        conditions=f"split {split}, whole {whole}; standard error of the whole model's seeds; {conditions}",
-    )
+    note = f"split {split}, whole {whole}; standard error of the whole model's seeds; {conditions}"
+    return Line.of(name, abs(split.mean - whole.mean) / whole.error, "", target=target, conditions=note)
 
 
 def _conditions(plan: Plan, results: Results, task: str) -> str:

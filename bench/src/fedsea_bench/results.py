@@ -37,33 +37,15 @@ def meets(measured: float, target: str) -> bool:
 
 @dataclass(frozen=True)
 class Line:
-    """One figure of a bench.
+    """One figure of a bench, and the form of its JSON."""
 
-    Parameters
-    ----------
-    name
-        What was measured, as "topic: figure".
-    measured
-        The figure; None if it was not measured here.
-    unit
-        Its unit: "s", "bytes", "x" for a ratio.
-    target
-        What it must reach, such as ">= 0.95"; empty for a figure that is only reported.
-    holds
-        Whether it does; None if it was not measured, or has no target.
-    samples
-        The single values behind the figure, in the order they were taken.
-    conditions
-        What a reader must know to repeat or to judge it; why it was skipped, if it was.
-    """
-
-    name: str
-    measured: float | None
-    unit: str
-    target: str
-    holds: bool | None
-    samples: tuple[float, ...]
-    conditions: str
+    name: str  # what was measured, as "topic: figure"
+    measured: float | None  # None if it was not measured here
+    unit: str  # "s", "bytes", "x" for a ratio
+    target: str  # what it must reach, such as ">= 0.95"; empty for a figure that is only reported
+    holds: bool | None  # whether it does; None if it was not measured, or has no target
+    samples: tuple[float, ...]  # the single values behind the figure, in the order they were taken
+    conditions: str  # what a reader must know to repeat or to judge it; why it was skipped, if it was
 
     @classmethod
     def of(

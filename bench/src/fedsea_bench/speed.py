@@ -81,26 +81,22 @@ def slow_link(bench: Workbench) -> Iterator[Line]:
             {"guessing": _chat_loop(far, again, guesses=GUESSES), "not": _chat_loop(far, again)}, rounds, tokens
         )
     shares = [slow * (RTT_SECONDS + 1 / fast) for slow, fast in zip(rates["far"], rates["near"], strict=True)]
-    yield Line.median(
-        "slow link: decode / (1 / (RTT + compute))",
-        shares,
-        "x",
-        target=">= 0.9",
-        conditions=(
-            f"{bench.place}; {RTT_SECONDS * 1000:g} ms RTT, {LINK_MBIT:g} Mbit/s, mutual TLS, generate on both; "
-            f"compute of one token is that of the same loop on plain loopback, in turns: "
-            f"{1000 / statistics.median(rates['near']):.1f} ms; {tokens} tokens a round"
-        ),
+    note = (
+        f"{bench.place}; {RTT_SECONDS * 1000:g} ms RTT, {LINK_MBIT:g} Mbit/s, mutual TLS, generate on both; "
+        f"compute of one token is that of the same loop on plain loopback, in turns: "
+        f"{1000 / statistics.median(rates['near']):.1f} ms; {tokens} tokens a round"
     )
+    yield Line.median("slow link: decode / (1 / (RTT + compute))", shares, "x", target=">= 0.9", conditions=note)
     yield Line.median("slow link: decode", rates["far"], "tokens/s", conditions="of the same rounds")
+    note = (
+        f"over the same link, chat's loop with at most {GUESSES} guesses a step and without, in turns; the prompt "
+        f"is {PROMPT_TOKENS} tokens three times"
+    )
     yield Line.median(
         "slow link: decode a text that repeats itself, guessing / not",
         [one / other for one, other in zip(repeating["guessing"], repeating["not"], strict=True)],
         "x",
-        conditions=(
-            f"over the same link, chat's loop with at most {GUESSES} guesses a step and without, in turns; the prompt "
-            f"is {PROMPT_TOKENS} tokens three times"
-        ),
+        conditions=note,
     )
 
 

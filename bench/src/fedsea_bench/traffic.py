@@ -40,16 +40,17 @@ def link_bytes(bench: Workbench) -> Iterator[Line]:
                 downs.append((more.bytes_down - less.bytes_down) / (long - short))
     hidden = bench.config.hidden_size
     ideal = 2 * 2 * hidden
+    note = (
+        f"{bench.settings.model}, hidden {hidden}, float16 wire, mutual TLS; up {statistics.median(ups):.0f}, "
+        f"down {statistics.median(downs):.0f}; the hidden states alone are {ideal}; "
+        f"TCP payload of {long} tokens less that of {short}"
+    )
     yield Line.median(
         "bytes a decode token, both ways on the TCP link",
         [up + down for up, down in zip(ups, downs, strict=True)],
         "bytes",
         target=f"<= {round(DECODE_OVERHEAD * ideal)}",
-        conditions=(
-            f"{bench.settings.model}, hidden {hidden}, float16 wire, mutual TLS; up {statistics.median(ups):.0f}, "
-            f"down {statistics.median(downs):.0f}; the hidden states alone are {ideal}; "
-            f"TCP payload of {long} tokens less that of {short}"
-        ),
+        conditions=note,
     )
 
 
@@ -90,17 +91,18 @@ def row_entries(bench: Workbench) -> Iterator[Line]:
     entry = (still - one) / (rows - 1)
     header = one - entry
     mapped = (moving - header) / rows
+    note = (
+        f"{entry:g} for a row's start and count, {mapped:g} with the row map of rows that move (beams); besides, a "
+        f"header of {header:g} a frame, so a step of one row has {one:g} bytes up and {down:g} down that are no "
+        f"hidden state; a prompt of {long} tokens has {prefill:g} up (a frame for each chunk of it)"
+    )
     yield Line.of(
         "masks and positions: bytes a row and step",
         max(entry, mapped),
         "bytes",
         target=f"<= {ROW_BYTES}",
         samples=[entry, mapped],
-        conditions=(
-            f"{entry:g} for a row's start and count, {mapped:g} with the row map of rows that move (beams); besides, a "
-            f"header of {header:g} a frame, so a step of one row has {one:g} bytes up and {down:g} down that are no "
-            f"hidden state; a prompt of {long} tokens has {prefill:g} up (a frame for each chunk of it)"
-        ),
+        conditions=note,
     )
 
 
@@ -147,16 +149,17 @@ def training_bytes(bench: Workbench) -> Iterator[Line]:
     padded = [batch["input_ids"].numel() for batch in batches]
     hidden = bench.config.hidden_size
     values = HOPS * hidden * VALUE_BYTES * statistics.mean(tokens)
+    note = (
+        f"{bench.settings.model}, hidden {hidden}, float16 wire, mutual TLS, partition {described(PARTITION)}, "
+        f"{MICRO_BATCHES} micro-batches, {ADAPTER_TEXT}; {ROWS} texts a step, {min(tokens)} to {max(tokens)} "
+        f"tokens in all, {statistics.mean(padded):.0f} with padding on average; up {statistics.mean(ups):,.0f}, "
+        f"down {statistics.mean(downs):,.0f} bytes a step on average, of which the hidden states and gradients "
+        f"are {values:,.0f} in all; TCP payload, from the first forward pass to the end of the optimizer's step"
+    )
     yield Line.median(
         f"bytes of a training step / ({STEP_OVERHEAD} x 4 hops x tokens x hidden x 2 + {STEP_ROW_BYTES} a row)",
         shares,
         "x",
         target="<= 1",
-        conditions=(
-            f"{bench.settings.model}, hidden {hidden}, float16 wire, mutual TLS, partition {described(PARTITION)}, "
-            f"{MICRO_BATCHES} micro-batches, {ADAPTER_TEXT}; {ROWS} texts a step, {min(tokens)} to {max(tokens)} "
-            f"tokens in all, {statistics.mean(padded):.0f} with padding on average; up {statistics.mean(ups):,.0f}, "
-            f"down {statistics.mean(downs):,.0f} bytes a step on average, of which the hidden states and gradients "
-            f"are {values:,.0f} in all; TCP payload, from the first forward pass to the end of the optimizer's step"
-        ),
+        conditions=note,
     )

@@ -59,22 +59,24 @@ def training_exactness(bench: Workbench) -> Iterator[Line]:
     differences = [
         difference for split in splits for difference in relative_differences(split.losses, reference.losses)
     ]
+    note = f"from PEFT on the whole model; float32 wire, partitions {partitions}; {conditions}"
     yield Line.of(
         "fine-tuning: largest relative difference of a step's loss",
         max(differences),
         "",
         target=LOSS_TARGET,
         samples=differences,
-        conditions=f"from PEFT on the whole model; float32 wire, partitions {partitions}; {conditions}",
+        conditions=note,
     )
     distances = [largest_difference(split.adapter, reference.adapter) for split in splits]
+    note = f"the largest of each partition, {partitions}; of the same trainings"
     yield Line.of(
         "fine-tuning: largest difference of a weight of the final adapter",
         max(distances),
         "",
         target=ADAPTER_TARGET,
         samples=distances,
-        conditions=f"the largest of each partition, {partitions}; of the same trainings",
+        conditions=note,
     )
     if rounding is not None:
         yield Line.of(
@@ -87,11 +89,12 @@ def training_exactness(bench: Workbench) -> Iterator[Line]:
                 "added up: the same sums in another order, what the differences above are to be read beside"
             ),
         )
+        note = "of the same two trainings"
         yield Line.of(
             "fine-tuning: the whole model's own rounding, of a weight",
             largest_difference(rounding.adapter, reference.adapter),
             "",
-            conditions="of the same two trainings",
+            conditions=note,
         )
     yield _wire_line(short, reference, conditions)
 
@@ -101,17 +104,18 @@ def _wire_line(short: _Outcome, reference: _Outcome, conditions: str) -> Line:
     last = min(LAST_STEPS, len(percent))
     ends = [sum(outcome.losses[-last:]) / last for outcome in (short, reference)]
     apart = largest_difference(short.adapter, reference.adapter)
+    note = (
+        f"{short.losses[-1]:.5f} beside {reference.losses[-1]:.5f} at the last step, partition "
+        f"{described(PARTITION)}; mean of the last {last} steps {ends[0]:.5f} beside {ends[1]:.5f}; the adapters "
+        f"end {apart:.1g} apart at most; the spread is over the steps; {conditions}"
+    )
     return Line.of(
         "fine-tuning over the 16-bit wire: difference of the final loss",
         percent[-1],
         "%",
         target=WIRE_TARGET,
         samples=percent,
-        conditions=(
-            f"{short.losses[-1]:.5f} beside {reference.losses[-1]:.5f} at the last step, partition "
-            f"{described(PARTITION)}; mean of the last {last} steps {ends[0]:.5f} beside {ends[1]:.5f}; the adapters "
-            f"end {apart:.1g} apart at most; the spread is over the steps; {conditions}"
-        ),
+        conditions=note,
     )
 
 

@@ -60,18 +60,13 @@ def compare(bench: Workbench, case: PeakCase, name: str, *, target: str) -> Line
             f"VmHWM of each process, of which {client.idle / MIB:.0f} and {whole.idle / MIB:.0f} MiB are there once "
             "everything is imported"
         )
-    return Line.of(
-        name,
-        100 * client.peak / whole.peak,
-        "%",
-        target=target,
-        conditions=(
-            f"{client.peak / 1e9:.2f} of {whole.peak / 1e9:.2f} GB; {case.model}, {case.dtype} on "
-            f"{whole.device_name}, partition {described(PARTITION)}, {ADAPTER_TEXT}, AdamW, {TRAIN_STEPS} steps of "
-            f"{case.rows} x {case.tokens} tokens; {measured}; of weights alone {client.weights / 1e9:.2f} of "
-            f"{whole.weights / 1e9:.2f} GB; the server, a process of its own, is not counted"
-        ),
+    note = (
+        f"{client.peak / 1e9:.2f} of {whole.peak / 1e9:.2f} GB; {case.model}, {case.dtype} on "
+        f"{whole.device_name}, partition {described(PARTITION)}, {ADAPTER_TEXT}, AdamW, {TRAIN_STEPS} steps of "
+        f"{case.rows} x {case.tokens} tokens; {measured}; of weights alone {client.weights / 1e9:.2f} of "
+        f"{whole.weights / 1e9:.2f} GB; the server, a process of its own, is not counted"
     )
+    return Line.of(name, 100 * client.peak / whole.peak, "%", target=target, conditions=note)
 
 
 def server_runs(bench: Workbench) -> Iterator[Line]:
@@ -105,10 +100,7 @@ def server_runs(bench: Workbench) -> Iterator[Line]:
         f"its gradient and AdamW's two moments are {state / MIB:.1f} MiB, the base weights {weights / MIB:.0f}"
     )
     yield Line.of(RUN_NAME, slope / state, "x", target=RUN_TARGET, conditions=conditions)
+    note = "1 would mean that each run holds the base weights once more; of the same runs"
     yield Line.of(
-        "server's memory of an idle run / the base weights",
-        slope / weights,
-        "x",
-        target="<= 0.5",
-        conditions="1 would mean that each run holds the base weights once more; of the same runs",
+        "server's memory of an idle run / the base weights", slope / weights, "x", target="<= 0.5", conditions=note
     )

@@ -136,12 +136,13 @@ def _over_link(
         far_seconds, near_seconds = seconds[f"far {count}"], seconds[f"near {count}"]
         medians = [milliseconds([statistics.median(one)]) for one in (far_seconds, near_seconds)]
         name = "a link as slow as computation" if matched else "slow link"
+        note = f"{medians[0]} over the link, {medians[1]} on loopback, medians; {conditions}"
         yield Line.median(
             f"{name}: (training step - 2 RTT) / max(computation, bytes / bandwidth), {_micros(count)}",
             [(far - 2 * RTT_SECONDS) / bound for far, bound in zip(far_seconds, least, strict=True)],
             "x",
             target=OVERLAP_TARGET if count > 1 and not matched else "",
-            conditions=f"{medians[0]} over the link, {medians[1]} on loopback, medians; {conditions}",
+            conditions=note,
         )
 
 
