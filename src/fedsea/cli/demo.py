@@ -1,12 +1,10 @@
 """`fedsea demo`: split inference on a real model, and what it shows."""
 
+import dataclasses
 import os
 import shutil
 import signal
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+import struct
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,7 +17,8 @@ from fedsea.cli.demo_federation import show_federation
 from fedsea.cli.demo_finetune import show_finetuning
 from fedsea.cli.generate import stats_json
 from fedsea.cli.options import AsJson, spread
-from fedsea.cli.terminal import escape, print_json
+from fedsea.cli.terminal import escape, interrupt_on, print_json, table
+from fedsea.demo.screen import Screen
 from fedsea.errors import UsageError
 from fedsea.flags import Flag, Threads
 from fedsea.process import TOOLS
@@ -55,69 +54,37 @@ def demo(
         from fedsea.tasks.metrics import require_rouge
 
         require_rouge()
-    # A terminal that closes, or a `kill`, must not leave the block server behind: unwind as for Ctrl-C.
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _end)
     console = Console(stderr=as_json, highlight=False)
     if console.width > WIDTH or not console.is_terminal:
         console = Console(stderr=as_json, highlight=False, width=WIDTH)
     console.print("[bold]FedSEA[/bold]: a language model whose middle runs in another process, over mutual TLS.\n")
-    audience = Terminal(console)
-    threads = threads or os.cpu_count() or 1
-    if finetune:
-        show_finetuning(model, audience, console, threads=threads, output=output, as_json=as_json)
-        return
-    if federation:
-        show_federation(model, audience, console, threads=threads, output=output, as_json=as_json)
-        return
-    if audit:
-        show_audit(model, audience, console, threads=threads, as_json=as_json)
-        return
-    with audience.step("Loading PyTorch and transformers"):
+    screen, threads = Screen(console), threads or os.cpu_count() or 1
+    # A terminal that closes, or a `kill`, must not leave the block server behind.
+    with interrupt_on(signal.SIGTERM, signal.SIGHUP):
+        if finetune:
+            show_finetuning(model, screen, console, threads=threads, output=output, as_json=as_json)
+        elif federation:
+            show_federation(model, screen, console, threads=threads, output=output, as_json=as_json)
+        elif audit:
+            show_audit(model, screen, console, threads=threads, as_json=as_json)
+        else:
+            _show_inference(model, screen, console, threads=threads, as_json=as_json)
+
+
+def _show_inference(model: str, screen: Screen, console: Console, *, threads: int, as_json: bool) -> None:
+    with screen.step("Loading PyTorch and transformers"):
         from fedsea.demo.inference import run_demo
-    report = run_demo(model, audience, threads=threads)
+    report = run_demo(model, screen, threads=threads)
     if as_json:
         print_json(_as_json(report))
     else:
         _show(report, console)
 
 
-def _end(_number: int, _frame: Any) -> None:
-    sys.exit(130)
-
-
-class Terminal:
-    """The audience at a terminal: what goes on, how long it took, and the answer as it comes."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._mid_line = False
-
-    @contextmanager
-    def step(self, title: str) -> Iterator[None]:
-        started = time.perf_counter()
-        self._end_line()
-        with self._console.status(title):
-            yield
-        self._console.print(f"[green]done[/green] {time.perf_counter() - started:5.1f} s  {title}")
-
-    def ask(self, question: str) -> None:
-        self._console.print(f"\n[bold]Question[/bold]  {escape(question)}\n[bold]Answer[/bold]    ", end="")
-
-    def piece(self, text: str) -> None:
-        self._console.print(escape(text), end="", soft_wrap=True)
-        self._mid_line = True
-
-    def _end_line(self) -> None:
-        if self._mid_line:
-            self._console.print("\n")
-            self._mid_line = False
-
-
 def _show(report: "DemoReport", console: Console) -> None:
-    for table in (_holdings(report), _wire(report), _speeds(report)):
+    for part in (_holdings(report), _wire(report), _speeds(report)):
         console.print()
-        console.print(table)
+        console.print(part)
     console.print()
     same = sum(one == other for one, other in zip(report.tokens, report.whole_tokens, strict=False))
     verdict = "[bold green]equal[/bold green]" if report.equal else "[bold red]different[/bold red]"
@@ -144,54 +111,48 @@ def _show(report: "DemoReport", console: Console) -> None:
 
 
 def _holdings(report: "DemoReport") -> Table:
-    table = _table("Who holds what", "process", "layers", "weights", "sees")
+    shown = table("process", "layers", ">weights", "sees", title="Who holds what", boxed=True)
     first, last = report.server_layers.start, report.server_layers.stop
     ends = f"embedding, {_layers(range(first))}, {_layers(range(last, report.num_layers))}, norm, head"
-    table.add_row("client (you)", ends, _mb(report.client_bytes), "text, tokens, logits")
-    table.add_row("block server", _layers(report.server_layers), _mb(report.server_bytes), SEEN_BY_THE_SERVER)
-    table.add_row("[dim]whole model[/dim]", f"[dim]all {report.num_layers} layers[/dim]", _mb(report.whole_bytes), "")
-    return table
+    shown.add_row("client (you)", ends, _mb(report.client_bytes), "text, tokens, logits")
+    shown.add_row("block server", _layers(report.server_layers), _mb(report.server_bytes), SEEN_BY_THE_SERVER)
+    shown.add_row("[dim]whole model[/dim]", f"[dim]all {report.num_layers} layers[/dim]", _mb(report.whole_bytes), "")
+    return shown
 
 
 def _wire(report: "DemoReport") -> Table:
     token, stats = report.wire_token, report.stats
     raw = token.text.encode()
-    table = _table("One token of the answer, at home and on the wire", "", "bytes", "")
-    table.add_row("the token's text", f"{len(raw)}", f"[bold]{escape(repr(token.text))}[/bold]  {raw.hex(' ')}")
-    for name, frame in (("what left for it", token.up), ("what came back", token.down)):
-        numbers = "  ".join(f"{number:+.4f}" for number in token.first_numbers(frame))
-        table.add_row(name, f"{len(frame):,}", f"{numbers}  …\n[dim]{token.first_bytes(frame).hex(' ')} …[/dim]")
-    table.add_row(
+    shown = table("", ">bytes", "", title="One token of the answer, at home and on the wire", boxed=True)
+    shown.add_row("the token's text", f"{len(raw)}", f"[bold]{escape(repr(token.text))}[/bold]  {raw.hex(' ')}")
+    crossed = (("what left for it", token.up, token.up_bytes), ("what came back", token.down, token.down_bytes))
+    for name, state, size in crossed:
+        numbers = "  ".join(f"{number:+.4f}" for number in struct.unpack("<4e", state[:8]))
+        shown.add_row(name, f"{size:,}", f"{numbers}  …\n[dim]{state[:8].hex(' ')} …[/dim]")
+    shown.add_row(
         "the whole answer",
         f"{stats.bytes_up + stats.bytes_down:,}",
         f"{stats.bytes_up:,} up, {stats.bytes_down:,} down, {stats.round_trips} round trips for "
         f"{stats.prompt_tokens} tokens asked and {stats.tokens} answered, as 16-bit numbers",
     )
-    return table
+    return shown
 
 
 def _speeds(report: "DemoReport") -> Table:
-    table = _table("Speed on this machine", "", "tokens/s", "")
+    shown = table("", ">tokens/s", "", title="Speed on this machine", boxed=True)
     cached = report.stats.tokens_per_second
-    table.add_row("split, two processes", f"{cached:.1f}", f"first token after {report.stats.seconds_to_first:.2f} s")
+    shown.add_row("split, two processes", f"{cached:.1f}", f"first token after {report.stats.seconds_to_first:.2f} s")
     whole = report.whole_tokens_per_second
-    table.add_row(
+    shown.add_row(
         "whole model, one process", f"{whole:.1f}", f"transformers' generate; the split is {cached / whole:.2f} ×"
     )
     uncached = report.uncached_tokens_per_second
-    table.add_row(
+    shown.add_row(
         "split, without the KV cache",
         f"{uncached:.1f}",
         f"{report.uncached_context} tokens of context; the cache gains {cached / uncached:.1f} ×, more in longer texts",
     )
-    return table
-
-
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", show_header=any(columns), expand=True)
-    for column in columns:
-        table.add_column(column, justify="right" if column in ("bytes", "tokens/s", "weights") else "left")
-    return table
+    return shown
 
 
 def _layers(layers: range) -> str:
@@ -225,5 +186,5 @@ def _as_json(report: "DemoReport") -> dict[str, Any]:
         "equal": report.equal,
         "stats": stats_json(report.stats),
         "uncached": {"context": report.uncached_context, "tokens_per_second": report.uncached_tokens_per_second},
-        "wire_token": {"text": token.text, "up": token.up.hex(), "down": token.down.hex()},
+        "wire_token": dataclasses.asdict(token) | {"up": token.up.hex(), "down": token.down.hex()},
     }

@@ -7,24 +7,27 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fedsea.cli.terminal import escape, print_json
+from fedsea.cli.terminal import escape, print_json, table
 
 if TYPE_CHECKING:  # --help needs no torch
     from fedsea.audit.report import Report
-    from fedsea.demo.audience import Audience
+    from fedsea.demo.screen import Screen
 
 
-def show_audit(name: str, audience: "Audience", console: Console, *, threads: int, as_json: bool) -> None:
+def show_audit(name: str, screen: "Screen", console: Console, *, threads: int, as_json: bool) -> None:
     """Run the demonstration and show what it has measured, as it comes."""
-    with audience.step("Loading PyTorch and transformers"):
+    with screen.step("Loading PyTorch and transformers"):
         from fedsea.audit.report import finite
         from fedsea.demo.audit import run_audit_demo
     console.print("The provider knows the public model. What can it read of text that it is never sent?\n")
-    demo = run_audit_demo(name, audience, threads=threads, on_report=lambda report: _texts(report, console))
+    reports = []
+    for report in run_audit_demo(name, screen, threads=threads):
+        _texts(report, console)
+        reports.append(report)
     if as_json:
-        print_json(finite([report.to_json() for report in demo.reports]))
+        print_json(finite([report.to_json() for report in reports]))
     else:
-        console.print(_table(demo.reports))
+        console.print(_table(reports))
         _conclude(name, console)
 
 
@@ -45,26 +48,23 @@ def _texts(report: "Report", console: Console) -> None:
     console.print()
 
 
-def _table(reports: "tuple[Report, ...]") -> Table:
+def _table(reports: "list[Report]") -> Table:
     from fedsea.audit.report import share
 
-    table = Table(title="What the provider reads", title_justify="left", title_style="bold", expand=True)
-    table.add_column("protection")
-    for name in ("text, by search", "answer, by read-out", "any attacker, at most*", "loss of the model"):
-        table.add_column(name, justify="right")
+    names = (">text, by search", ">answer, by read-out", ">any attacker, at most*", ">loss of the model")
+    caption = "noise as a multiple of the mean |h_A|   * of the text, estimated, by attacks yet unknown too"
+    shown = table("protection", *names, title="What the provider reads", caption=caption, boxed=True)
     for report in reports:
         found = {finding.attack: finding for finding in report.findings}
         limit = report.limits.of_text
-        table.add_row(
+        shown.add_row(
             "none" if report.noise_level == 0 else f"noise, {report.noise_level:.3g} ×",
             share(found["search"].prompt["tokens"].mean),
             share(found["read-out"].answer["tokens"].mean),
             "–" if limit is None else share(limit.accuracy),
             "–" if report.loss is None else f"{report.loss:.2f} nats",
         )
-    table.caption = "noise as a multiple of the mean |h_A|   * of the text, estimated, by attacks yet unknown too"
-    table.caption_justify = "left"
-    return table
+    return shown
 
 
 def _conclude(name: str, console: Console) -> None:

@@ -9,11 +9,11 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from fedsea.cli.terminal import escape, print_json
+from fedsea.cli.terminal import escape, print_json, table
 
 if TYPE_CHECKING:
-    from fedsea.demo.audience import Audience
     from fedsea.demo.federation import FederationDemoReport, RoundFigures
+    from fedsea.demo.screen import Screen
 
 WHAT = {
     "sequential": "one after the other",
@@ -23,7 +23,7 @@ WHAT = {
 
 
 def show_federation(
-    name: str, audience: "Audience", console: Console, *, threads: int, output: Path | None, as_json: bool
+    name: str, screen: "Screen", console: Console, *, threads: int, output: Path | None, as_json: bool
 ) -> None:
     """Run the demonstration and show what it has measured."""
     from fedsea.demo.federation import CLINICS, ROUNDS, STEPS, run_federation_demo
@@ -35,7 +35,7 @@ def show_federation(
     live = Live(console=console, auto_refresh=False, transient=True)
     told: set[tuple[str, int]] = set()
 
-    def on_look(mode: str, rounds: "list[RoundFigures]", doing: str) -> None:
+    def on_change(mode: str, rounds: "list[RoundFigures]", doing: str) -> None:
         if console.is_terminal:
             live.start()
             live.update(_table(rounds, f"{mode}: {doing}" if doing != "done" else ""), refresh=True)
@@ -49,7 +49,7 @@ def show_federation(
                 )
 
     try:
-        report = run_federation_demo(name, audience, threads=threads, output=output, on_look=on_look)
+        report = run_federation_demo(name, screen, threads=threads, output=output, on_change=on_change)
     finally:
         live.stop()
     if as_json:
@@ -81,13 +81,11 @@ def _show(report: "FederationDemoReport", console: Console) -> None:
 
 
 def _table(rounds: "list[RoundFigures]", doing: str) -> Table:
-    table = Table(title="Rounds", title_justify="left", title_style="bold", expand=True, caption=escape(doing))
-    table.add_column("strategy")
-    for column in ("round", "clients", "loss", "MB up", "MB down", "seconds", "of them training"):
-        table.add_column(column, justify="right")
+    numbers = (">round", ">clients", ">loss", ">MB up", ">MB down", ">seconds", ">of them training")
+    shown = table("strategy", *numbers, title="Rounds", caption=escape(doing), boxed=True)
     for figures in rounds:
         first = figures.number == 1
-        table.add_row(
+        shown.add_row(
             f"{figures.mode}\n[dim]{WHAT[figures.mode]}[/dim]" if first else "",
             str(figures.number),
             str(figures.clients),
@@ -97,4 +95,4 @@ def _table(rounds: "list[RoundFigures]", doing: str) -> Table:
             f"{figures.seconds:.1f}",
             f"{figures.trained:.1f}",
         )
-    return table
+    return shown

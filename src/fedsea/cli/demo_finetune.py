@@ -6,43 +6,31 @@ from shlex import quote
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from rich.table import Table
 
-from fedsea.cli.terminal import escape, print_json
+from fedsea.cli.terminal import escape, print_json, progress_bar, table
 
 if TYPE_CHECKING:  # --help needs no torch
-    from fedsea.demo.audience import Audience
     from fedsea.demo.finetuning import FineTuningReport
+    from fedsea.demo.screen import Screen
     from fedsea.training.loop import Figures
 
 BARS = "▁▂▃▄▅▆▇█"
 
 
 def show_finetuning(
-    name: str, audience: "Audience", console: Console, *, threads: int, output: Path | None, as_json: bool
+    name: str, screen: "Screen", console: Console, *, threads: int, output: Path | None, as_json: bool
 ) -> None:
     """Run the demonstration and show what it has measured."""
-    with audience.step("Loading PyTorch, transformers and PEFT"):
+    with screen.step("Loading PyTorch, transformers and PEFT"):
         from fedsea.demo.finetuning import RULES, run_finetuning_demo
-    console.print(f"{len(RULES)} lines of a clinic's own rules are to be learnt, none of which may leave it.\n")
-    columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"))
-    bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-    task = bar.add_task("", loss="")
+    console.print(f"{len(RULES)} lines of a clinic's own rules are to be learnt, which must stay there.\n")
+    with progress_bar() as progress:
 
-    def on_step(figures: "Figures", steps: int) -> None:
-        loss = f"loss {figures.loss:.3f}, {figures.tokens_per_second:.0f} tokens/s"
-        bar.start()
-        bar.update(task, completed=figures.step, total=steps, loss=loss)
-        if not console.is_terminal and (figures.step in (1, steps) or figures.step % 6 == 0):
-            console.print(f"step {figures.step:2} of {steps}: {loss}")
-        if figures.step == steps:
-            bar.stop()  # what comes next is written below it
+        def on_step(figures: "Figures", steps: int) -> None:
+            loss = f"loss {figures.loss:.3f}, {figures.tokens_per_second:.0f} tokens/s"
+            progress("training", figures.step, steps, loss)
 
-    try:
-        report = run_finetuning_demo(name, audience, threads=threads, output=output, on_step=on_step)
-    finally:
-        bar.stop()
+        report = run_finetuning_demo(name, screen, threads=threads, output=output, on_step=on_step)
     if as_json:
         shown = dataclasses.asdict(report)
         shown["adapter"] = None if report.adapter is None else str(report.adapter)
@@ -53,28 +41,23 @@ def show_finetuning(
 
 def _show(report: "FineTuningReport", console: Console) -> None:
     console.print(f"\n\n[bold]Loss[/bold]  {report.losses[0]:.2f} {curve(report.losses)} {report.losses[-1]:.3f}")
-    table = Table(title="Who trained what", title_justify="left", title_style="bold", expand=True)
-    for column in ("part of the adapter", "where", "size"):
-        table.add_column(column, justify="right" if column == "size" else "left")
+    shown = table("part of the adapter", "where", ">size", title="Who trained what", boxed=True)
     places = ("here", "at the block server, with its optimizer", "here")
     for part, place, size in zip(
         ("input blocks", "middle blocks", "output blocks"), places, report.adapter_bytes, strict=True
     ):
-        table.add_row(part, place, f"{size / 1000:,.0f} kB")
-    console.print(table)
+        shown.add_row(part, place, f"{size / 1000:,.0f} kB")
+    console.print(shown)
     console.print(
         f"{report.tokens:,} tokens of text in {report.seconds:.0f} s; {report.bytes_up / 1e6:.1f} MB of hidden states "
         f"and gradients went up, {report.bytes_down / 1e6:.1f} MB came down; text, labels and loss stayed here."
     )
-    table = Table(
-        title=escape(report.question), title_justify="left", title_style="bold", show_header=False, expand=True
-    )
-    table.add_column("")
-    table.add_column("", ratio=1)
-    table.add_row("before", escape(report.before.strip()))
-    table.add_row("after", f"[bold]{escape(report.after.strip())}[/bold]")
-    table.add_row("unsplit model, adapter loaded by PEFT", escape(report.whole.strip()))
-    console.print(table)
+    answers = table("", "", title=escape(report.question), boxed=True)
+    answers.columns[1].ratio = 1
+    answers.add_row("before", escape(report.before.strip()))
+    answers.add_row("after", f"[bold]{escape(report.after.strip())}[/bold]")
+    answers.add_row("unsplit model, adapter loaded by PEFT", escape(report.whole.strip()))
+    console.print(answers)
     if report.adapter is not None:
         console.print(f"The adapter is in {escape(str(report.adapter))}.")
     console.print("\n[bold]With your own text[/bold] (docs/finetuning.md):")

@@ -5,17 +5,16 @@ worker and a SuperNode, all of them processes of their own on this machine. Ever
 measured in the run that made it.
 """
 
-import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from fedsea.demo.audience import Audience
+from fedsea.demo import write_conversations
+from fedsea.demo.screen import Screen
 from fedsea.errors import FedSEAError
 from fedsea.federation.coordinator.status import read_status
 from fedsea.federation.coordinator.up import Federation, UpOptions
@@ -44,6 +43,10 @@ CLINICS = {
     ),
 }
 ROUNDS, STEPS = 2, 2
+
+
+def _quiet(_line: str) -> None:
+    """The demonstration shows what goes on in its own way."""
 
 
 @dataclass(frozen=True)
@@ -92,35 +95,26 @@ class FederationDemoReport:
 
 def run_federation_demo(
     name: str,
-    audience: Audience,
+    screen: Screen,
     *,
     threads: int,
     output: Path | None,
-    on_look: Callable[[str, list[RoundFigures], str], None],
+    on_change: Callable[[str, list[RoundFigures], str], None],
 ) -> FederationDemoReport:
-    """Let three clinics train two rounds by each strategy.
+    """Let three clinics train two rounds by each strategy; the block server has `threads` CPU threads, a clinic one.
 
-    Parameters
-    ----------
-    threads
-        Of the block server; each clinic has one.
-    output
-        Where to keep the federation's folder; None for nowhere.
-    on_look
-        Told several times a second: the strategy, the rounds that are done, and what is going on.
-
-    Raises
-    ------
-    FedSEAError
-        If something does not start, or a client is not there for a round.
+    The federation's folder is kept in `output`, if that is a folder. `on_change` is called several times a second with
+    the strategy, the rounds that are done, and what is going on. FedSEAError if something does not start, or a client
+    misses a round.
     """
     with ExitStack() as things:
-        folder = output if output is not None else Path(things.enter_context(_temporary()))
+        temporary = tempfile.TemporaryDirectory(prefix="fedsea-demo-") if output is None else None
+        folder = output if temporary is None else Path(things.enter_context(temporary))
+        assert folder is not None
         data = folder / "data"
         for clinic, rules in CLINICS.items():
             (data / clinic).mkdir(parents=True)
-            lines = (json.dumps(_conversation(ask, say)) + "\n" for ask, say in rules)
-            (data / clinic / "train.jsonl").write_text("".join(lines))
+            write_conversations(rules, data / clinic / "train.jsonl")
         settings = Settings(
             name="clinics",
             model=name,
@@ -135,12 +129,13 @@ def run_federation_demo(
         )
         places = UpOptions(clients=tuple(CLINICS), port=0, superlink_port=0)
         serve = ("--threads", str(threads))
-        with audience.step("Block server, Flower's SuperLink and certificates"):
-            running = things.enter_context(Federation(folder / "hub", settings, places, _unheard, serve))
+        with screen.step("Block server, Flower's SuperLink and certificates"):
+            running = things.enter_context(Federation(folder / "hub", settings, places, _quiet, serve))
             running.start()
-        with audience.step("Three clinics: a warm worker and a SuperNode each"):
+        with screen.step("Three clinics: a warm worker and a SuperNode each"):
+            own = {name: ParticipantOptions(str(data / name), threads=1, max_tokens=128) for name in CLINICS}
             members = [
-                things.enter_context(OwnerProcess(running.deployment.client(clinic), _own(data / clinic), _unheard))
+                things.enter_context(OwnerProcess(running.deployment.client(clinic), own[clinic], _quiet))
                 for clinic in CLINICS
             ]
             with ThreadPoolExecutor(len(members)) as pool:
@@ -152,40 +147,28 @@ def run_federation_demo(
             began, out, before = time.perf_counter(), folder / "adapters" / mode, tuple(done)
             running.settings = replace(running.settings, mode=mode, output=str(out))
 
-            def look(mode: str = mode, out: Path = out, before: tuple[RoundFigures, ...] = before) -> None:
-                on_look(mode, [*before, *_rounds(mode, out)], _doing(out))
+            def show(mode: str = mode, out: Path = out, before: tuple[RoundFigures, ...] = before) -> None:
+                rounds, doing = _rounds(mode, out)
+                on_change(mode, [*before, *rounds], doing)
 
-            running.run(look)
+            running.run(show)
             seconds[mode] = time.perf_counter() - began
-            done += _rounds(mode, out)
+            done += _rounds(mode, out)[0]
             if any(figures.clients < len(CLINICS) for figures in done):
                 raise FedSEAError(f"a clinic was missing in a round of {mode}; this machine may be too busy for a demo")
-        on_look(MODES[-1], done, "done")
+        on_change(MODES[-1], done, "done")
         adapter = folder / "adapters" / MODES[-1] / "adapter" if output is not None else None
         return FederationDemoReport(name, tuple(done), seconds, adapter)
 
 
-@contextmanager
-def _temporary() -> Iterator[str]:
-    with tempfile.TemporaryDirectory(prefix="fedsea-demo-") as folder:
-        yield folder
-
-
-def _own(data: Path) -> ParticipantOptions:
-    return ParticipantOptions(str(data), threads=1, max_tokens=128)
-
-
-def _conversation(ask: str, say: str) -> dict[str, object]:
-    return {"messages": [{"role": "user", "content": ask}, {"role": "assistant", "content": say}]}
-
-
-def _unheard(_line: str) -> None:
-    """The demonstration shows what goes on in its own way."""
-
-
-def _rounds(mode: str, output: Path) -> list[RoundFigures]:
+def _rounds(mode: str, output: Path) -> tuple[list[RoundFigures], str]:
+    """The rounds of a strategy that are done, and what is going on; nothing before it has begun."""
+    try:
+        status = read_status(output)
+    except FedSEAError:
+        return [], ""
     figures = []
-    for report in _reports(output):
+    for report in status.reports:
         taken = [client["seconds"] for client in report["clients"].values()]
         figures.append(
             RoundFigures(
@@ -199,18 +182,4 @@ def _rounds(mode: str, output: Path) -> list[RoundFigures]:
                 sum(taken) if mode == "sequential" else max(taken, default=0.0),
             )
         )
-    return figures
-
-
-def _reports(output: Path) -> list[dict[str, Any]]:
-    try:
-        return read_status(output).reports
-    except FedSEAError:
-        return []  # nothing has begun
-
-
-def _doing(output: Path) -> str:
-    try:
-        return read_status(output).doing
-    except FedSEAError:
-        return ""
+    return figures, status.doing

@@ -3,7 +3,6 @@
 Everything in a `FineTuningReport` was measured in the run that made it.
 """
 
-import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +17,8 @@ from fedsea.checkpoints import load_whole_model, open_checkpoint
 from fedsea.checkpoints.packaged import opening
 from fedsea.client.answer import Answer, stop_ids
 from fedsea.client.model import SplitModelForCausalLM
-from fedsea.demo.audience import Audience
+from fedsea.demo import write_conversations
+from fedsea.demo.screen import Screen
 from fedsea.partition import Partition, layer_of
 from fedsea.server.process import ServerProcess
 from fedsea.tasks import encode, get_task
@@ -84,51 +84,37 @@ class FineTuningReport:
 
 
 def run_finetuning_demo(
-    name: str, audience: Audience, *, threads: int, output: Path | None, on_step: Callable[[Figures, int], None]
+    name: str, screen: Screen, *, threads: int, output: Path | None, on_step: Callable[[Figures, int], None]
 ) -> FineTuningReport:
-    """Fine-tune a split model on a few lines: this process the client, another the server, mutual TLS between.
+    """Fine-tune a chat model on a few lines: this process is the client, another one the server, with mutual TLS.
 
-    Parameters
-    ----------
-    name
-        A chat model, as `open_checkpoint` takes it.
-    audience
-        Told what happens while it happens.
-    threads
-        CPU threads of either process.
-    output
-        Where to keep the training's folder; None for nowhere.
-    on_step
-        Told of each optimizer step, and how many there are.
-
-    Raises
-    ------
-    FedSEAError
-        If the model cannot be used, or the server does not start. Nothing is left running.
+    Either process has `threads` CPU threads; the training is kept in `output`, if that is a folder; `on_step` is called
+    after each optimizer step with its figures and the number of steps. FedSEAError if the model cannot be used, or the
+    server does not start.
     """
     torch.set_num_threads(threads)
     partition = Partition(input_layers=1, output_layers=1)
-    with audience.step(opening(name)):
+    with screen.step(opening(name)):
         checkpoint = open_checkpoint(name)
         tokenizer = checkpoint.tokenizer()
         require_chat_template(tokenizer)
     prompt = chat_tokens(tokenizer, [{"role": "user", "content": QUESTION}])
-    with audience.step("Making certificates, starting the block server, meeting it over mutual TLS"):
+    with screen.step("Making certificates, starting the block server, meeting it over mutual TLS"):
         server = ServerProcess(name, threads=threads, secure=True)
     with server, tempfile.TemporaryDirectory(prefix="fedsea-demo-") as scratch:
         folder = RunFolder(output if output is not None else Path(scratch) / "run", lambda _line: None)
         with SplitModelForCausalLM.from_pretrained(checkpoint, partition=partition, **server.connection) as model:
-            before = _answer(model, tokenizer, prompt, audience, QUESTION)
-            with audience.step("Putting LoRA adapters on all three parts"):
+            before = _answer(model, tokenizer, prompt, screen, QUESTION)
+            with screen.step("Putting LoRA adapters on all three parts"):
                 lora = LoraConfig(**LORA)  # type: ignore[arg-type]
                 run = folder.begin({"model": name, "task": "the demonstration's rules"})
                 model.add_adapter(lora, run=run, seed=0)
             figures = _train(model, tokenizer, folder, lora, on_step)
             model.eval()
-            after = _answer(model, tokenizer, prompt, audience, QUESTION)
+            after = _answer(model, tokenizer, prompt, screen, QUESTION)
             weights, ends = model.adapter_state(), stop_ids(model, tokenizer)
             model.adapter.end_run()
-        with audience.step("Loading the adapter into the whole model with peft.PeftModel, asking it the same"):
+        with screen.step("Loading the adapter into the whole model with peft.PeftModel, asking it the same"):
             whole = whole_with_adapter(load_whole_model(name), folder.adapter)
             expected = _whole_answer(whole, tokenizer, prompt, ends)
     sizes = [0, 0, 0]
@@ -161,7 +147,7 @@ def _train(
     on_step: Callable[[Figures, int], None],
 ) -> list[Figures]:
     task, data = get_task("chat"), folder.path / "rules.jsonl"
-    data.write_text("".join(json.dumps(_conversation(ask, say)) + "\n" for ask, say in RULES))
+    write_conversations(RULES, data)
     encoded = [encode(task, example, tokenizer, 256) for example in task.read(str(data))]
     batches = Batches(encoded, RECIPE.batch_size, RECIPE.seed)
     training = FineTuning(model, batches, RECIPE, folder, lora=lora, base_model=None, notice=lambda _line: None)
@@ -175,15 +161,11 @@ def _train(
     return figures
 
 
-def _conversation(ask: str, say: str) -> dict[str, Any]:
-    return {"messages": [{"role": "user", "content": ask}, {"role": "assistant", "content": say}]}
-
-
-def _answer(model: SplitModelForCausalLM, tokenizer: Any, prompt: list[int], audience: Audience, question: str) -> str:
+def _answer(model: SplitModelForCausalLM, tokenizer: Any, prompt: list[int], screen: Screen, question: str) -> str:
     answer = Answer(model, tokenizer, prompt, cache=model.new_cache(), max_new_tokens=MAX_NEW_TOKENS)
-    audience.ask(question)
+    screen.ask(question)
     for piece in answer:
-        audience.piece(piece)
+        screen.piece(piece)
     return answer.text
 
 

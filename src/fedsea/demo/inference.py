@@ -3,7 +3,6 @@
 Everything in a `DemoReport` was measured in the run that made it, but for `server_bytes`, which is computed.
 """
 
-import struct
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,23 +13,20 @@ from typing import Any
 import grpc
 import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from torch import nn
-from transformers.generation.streamers import BaseStreamer
+from torch import Tensor, nn
 
 from fedsea.chats import chat_tokens, require_chat_template
 from fedsea.checkpoints import Checkpoint, load_whole_model, open_checkpoint
 from fedsea.checkpoints.packaged import opening
-from fedsea.client import connection
 from fedsea.client.answer import Answer, AnswerStats, stop_ids
 from fedsea.client.model import SplitModelForCausalLM
-from fedsea.demo.audience import Audience
+from fedsea.demo.screen import Screen
 from fedsea.errors import ServerUnavailableError
 from fedsea.partition import Partition
+from fedsea.parts import Rows
 from fedsea.server.process import ServerProcess
 from fedsea.wire import contract
-from fedsea.wire.codec import decode, encode
 from fedsea.wire.credentials import Credentials, open_channel
-from fedsea.wire.frames import Frame, Result, Step
 
 QUESTION = "In one or two sentences: why do leaves change colour in autumn?"
 MAX_NEW_TOKENS = 64
@@ -40,30 +36,23 @@ HEALTH_SECONDS = 30.0
 
 @dataclass(frozen=True)
 class WireToken:
-    """One token of the answer, and the two frames in which it crossed the wire.
+    """One token of the answer, and what crossed the wire for it.
 
     Attributes
     ----------
     text
         The token's text, which stays at the client.
     up, down
-        The frames as they were sent and received.
-    tensor_bytes
-        How many bytes at the end of each are the hidden state.
+        The hidden states that were sent and received, as bytes of 16-bit numbers.
+    up_bytes, down_bytes
+        Size of the frames that they were in.
     """
 
     text: str
     up: bytes
     down: bytes
-    tensor_bytes: int
-
-    def first_bytes(self, frame: bytes) -> bytes:
-        """The bytes of the hidden state's first four numbers."""
-        return frame[-self.tensor_bytes :][:8]
-
-    def first_numbers(self, frame: bytes) -> tuple[float, ...]:
-        """The hidden state's first four numbers."""
-        return struct.unpack("<4e", self.first_bytes(frame))
+    up_bytes: int
+    down_bytes: int
 
 
 @dataclass(frozen=True)
@@ -109,43 +98,31 @@ class DemoReport:
         return self.tokens == self.whole_tokens
 
 
-def run_demo(name: str, audience: Audience, *, threads: int) -> DemoReport:
-    """Ask one question through a split model: this process the client, another one the server, mutual TLS between.
+def run_demo(name: str, screen: Screen, *, threads: int) -> DemoReport:
+    """Ask a chat model one question: this process is the client, another one the server, with mutual TLS between.
 
-    Parameters
-    ----------
-    name
-        A chat model, as `open_checkpoint` takes it.
-    audience
-        Told what happens while it happens.
-    threads
-        CPU threads of either process.
-
-    Raises
-    ------
-    FedSEAError
-        If the model cannot be used, or the server does not start. Nothing is left running.
+    Either process has `threads` CPU threads. FedSEAError if the model cannot be used, or the server does not start.
     """
     torch.set_num_threads(threads)
     partition = Partition(input_layers=1, output_layers=1)
-    with audience.step(opening(name)):
+    with screen.step(opening(name)):
         checkpoint = open_checkpoint(name)
         tokenizer = checkpoint.tokenizer()
         require_chat_template(tokenizer)
     middle = partition.middle(checkpoint.config.num_hidden_layers)
     options = ("--layers", f"{middle.start}:{middle.stop}")
-    with audience.step("Making certificates, starting the block server as a process of its own"):
+    with screen.step("Making certificates, starting the block server as a process of its own"):
         server = ServerProcess(name, threads=threads, secure=True, options=options)
     with server:
         credentials = Credentials.load(server.connection["credentials"], role="client")
-        with audience.step("Asking its health service"):
-            await_serving(server.address, credentials)
-        with audience.step("Loading the client's part, meeting the server over mutual TLS"):
+        with screen.step("Asking its health service"):
+            _await_serving(server.address, credentials)
+        with screen.step("Loading the client's part, meeting the server over mutual TLS"):
             model = SplitModelForCausalLM.from_pretrained(
                 checkpoint, server=server.address, credentials=credentials, partition=partition
             )
         with model:
-            return _measure(name, checkpoint, tokenizer, model, server.ready, audience)
+            return _measure(name, checkpoint, tokenizer, model, server.ready, screen)
 
 
 def _measure(
@@ -154,18 +131,18 @@ def _measure(
     tokenizer: Any,
     model: SplitModelForCausalLM,
     server: dict[str, Any],
-    audience: Audience,
+    screen: Screen,
 ) -> DemoReport:
     prompt = chat_tokens(tokenizer, [{"role": "user", "content": QUESTION}])
     answer = Answer(model, tokenizer, prompt, cache=model.new_cache(), max_new_tokens=MAX_NEW_TOKENS)
-    audience.ask(QUESTION)
-    with frames_kept() as frames:
+    screen.ask(QUESTION)
+    with _steps_kept(model) as steps:
         for piece in answer:
-            audience.piece(piece)
-    with audience.step("Without the KV cache: sending the whole text again for every token"):
+            screen.piece(piece)
+    with screen.step("Without the KV cache: sending the whole text again for every token"):
         context = [*prompt, *answer.tokens]
         uncached = _uncached_speed(model, context)
-    with audience.step("For comparison: loading the whole model into one process, asking it the same"):
+    with screen.step("For comparison: loading the whole model into one process, asking it the same"):
         whole = load_whole_model(name)
         whole_tokens, whole_speed = _whole_answer(whole, prompt, stop_ids(model, tokenizer))
     return DemoReport(
@@ -179,7 +156,7 @@ def _measure(
         server_bytes=server["weight_bytes"],
         whole_bytes=_bytes(whole),
         stats=answer.stats,
-        wire_token=_choose_token(tokenizer, answer.tokens, frames),
+        wire_token=_choose_token(tokenizer, answer.tokens, steps),
         tokens=answer.tokens,
         whole_tokens=whole_tokens,
         whole_tokens_per_second=whole_speed,
@@ -188,14 +165,8 @@ def _measure(
     )
 
 
-def await_serving(address: str, credentials: Credentials) -> None:
-    """Wait until the block server's gRPC health service says SERVING.
-
-    Raises
-    ------
-    ServerUnavailableError
-        If it says anything else, or nothing in time.
-    """
+def _await_serving(address: str, credentials: Credentials) -> None:
+    """Wait until the block server's gRPC health service says SERVING; else ServerUnavailableError."""
     with open_channel(address, credentials) as channel:
         request = health_pb2.HealthCheckRequest(service=contract.SERVICE)
         try:
@@ -207,38 +178,30 @@ def await_serving(address: str, credentials: Credentials) -> None:
 
 
 @contextmanager
-def frames_kept() -> Iterator[list[tuple[Frame, bytes]]]:
-    """Within the block, keep a copy of every STEP that leaves and every RESULT that comes, in the order of the wire."""
-    kept: list[tuple[Frame, bytes]] = []
+def _steps_kept(model: SplitModelForCausalLM) -> Iterator[list[tuple[bytes, bytes, int, int]]]:
+    """Within the block, keep of each step the states that were sent and received, and the sizes of the frames."""
+    kept: list[tuple[bytes, bytes, int, int]] = []
+    up, down = model.traffic.bytes_up, model.traffic.bytes_down
 
-    def keep_sent(frame: Frame) -> bytes:
-        data = encode(frame)
-        if isinstance(frame, Step):
-            kept.append((frame, data))
-        return data
+    def keep(_rows: Rows, sent: Tensor, returned: Tensor) -> None:
+        nonlocal up, down
+        states = (one.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() for one in (sent, returned))
+        kept.append((*states, model.traffic.bytes_up - up, model.traffic.bytes_down - down))  # type: ignore[arg-type]
+        up, down = model.traffic.bytes_up, model.traffic.bytes_down
 
-    def keep_received(data: bytes, **limits: Any) -> Frame:
-        frame = decode(data, **limits)
-        if isinstance(frame, Result):
-            kept.append((frame, data))
-        return frame
-
-    # A connection offers no place to listen in, for good reason; the demonstration takes over its two calls.
-    hooked: Any = connection
-    hooked.encode, hooked.decode = keep_sent, keep_received
+    assert model.middle is not None
+    model.middle.tap = keep
     try:
         yield kept
     finally:
-        hooked.encode, hooked.decode = encode, decode
+        model.middle.tap = None
 
 
-def _choose_token(tokenizer: Any, tokens: list[int], frames: list[tuple[Frame, bytes]]) -> WireToken:
-    """A token of the answer that is a word, with its frames. The prompt has the first two, the last token has none."""
+def _choose_token(tokenizer: Any, tokens: list[int], steps: list[tuple[bytes, bytes, int, int]]) -> WireToken:
+    """A token of the answer that is a word, with its step. The first step is the prompt's, the last token has none."""
     texts = [tokenizer.decode([token]) for token in tokens[:-1]]
     place = max(range(len(texts)), key=lambda index: (len(texts[index].strip()), -index))
-    (step, up), (_result, down) = frames[2 * place + 2 : 2 * place + 4]
-    assert isinstance(step, Step)
-    return WireToken(texts[place], up, down, step.states.shape[1] * step.states.element_size())
+    return WireToken(texts[place], *steps[place + 1])
 
 
 def _uncached_speed(model: SplitModelForCausalLM, context: list[int]) -> float:
@@ -253,35 +216,19 @@ def _seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-class _Clock(BaseStreamer):
-    """Notes when `generate` gives something out: the prompt, then each token."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def put(self, _value: Any) -> None:
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        pass
-
-
 def _whole_answer(whole: Any, prompt: list[int], ends: frozenset[int]) -> tuple[list[int], float]:
     """What transformers' own `generate` answers with the whole model, and its tokens/s after the first token."""
-    clock = _Clock()
-    ids = torch.tensor([prompt])
-    text = whole.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=MAX_NEW_TOKENS,
-        do_sample=False,
-        eos_token_id=sorted(ends),
-        pad_token_id=min(ends),
-        streamer=clock,
-    )
-    tokens: list[int] = text[0, len(prompt) :].tolist()
-    first, last = clock.times[1], clock.times[-1]
-    return tokens, (len(tokens) - 1) / (last - first)
+
+    def answer(longest: int) -> list[int]:
+        ids = torch.tensor([prompt])
+        options = {"do_sample": False, "eos_token_id": sorted(ends), "pad_token_id": min(ends)}
+        text = whole.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=longest, **options)
+        return text[0, len(prompt) :].tolist()  # type: ignore[no-any-return]
+
+    answer(1)  # whatever is done once only
+    first, began = _seconds(lambda: answer(1)), time.perf_counter()
+    tokens = answer(MAX_NEW_TOKENS)
+    return tokens, (len(tokens) - 1) / (time.perf_counter() - began - first)
 
 
 def _bytes(part: nn.Module) -> int:
