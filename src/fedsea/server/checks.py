@@ -13,14 +13,12 @@ def check_layers(middle: MiddleBlocks, layers: range) -> None:
         )
 
 
-def check_states(width: int, narrow: int, hidden_size: int) -> None:
-    """ProtocolError if a state has not as many numbers as the narrow cut leaves (0 for none), or the model's have."""
-    if width != (narrow or hidden_size):
-        what = f"the run's narrow cut has rank {narrow}" if narrow else f"the model's hidden size is {hidden_size}"
-        raise ProtocolError(f"{what}, the states that came have {width} numbers")
+def wrong_width(width: int, narrow: int, hidden_size: int) -> ProtocolError:
+    """For a state of other numbers than the narrow cut leaves (0 for none), or the model's have."""
+    what = f"the run's narrow cut has rank {narrow}" if narrow else f"the model's hidden size is {hidden_size}"
+    return ProtocolError(f"{what}, the states that came have {width} numbers")
 
 
-def check_length(tokens: int, max_tokens: int) -> None:
-    """LimitExceededError if a row is longer than the model allows."""
-    if tokens > max_tokens:
-        raise LimitExceededError(f"a row of {tokens} tokens is longer than the model's {max_tokens} positions")
+def too_long(tokens: int, max_tokens: int) -> LimitExceededError:
+    """For a row that is longer than the model allows."""
+    return LimitExceededError(f"a row of {tokens} tokens is longer than the model's {max_tokens} positions")

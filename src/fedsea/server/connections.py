@@ -15,7 +15,7 @@ MESSAGE_CHARACTERS = 300  # of what a peer has sent, in a line of the log
 
 
 def listener_options(frame_bytes: int) -> list[tuple[str, int]]:
-    """gRPC's options of a block server that takes frames of so many bytes."""
+    """gRPC's options of a block server, which takes frames of at most `frame_bytes`."""
     return [
         *contract.channel_options(frame_bytes + 4096),
         # One listener for one port: without this, a second server on the port would silently share it.

@@ -23,7 +23,7 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
         self._stopping = asyncio.Event()
 
     def stop(self) -> None:
-        """Not serving from now on; whoever watches is told."""
+        """Not serving from now on; those that watch are sent that."""
         self._stopping.set()
 
     def _status(self, name: str) -> Any:

@@ -48,7 +48,7 @@ def forward_together(jobs: Sequence[tuple[Trainer, Forward, torch.dtype]]) -> li
 def backward_together(jobs: Sequence[tuple[Trainer, Backward, torch.dtype]]) -> list[Answer]:
     """Backpropagate gradients through the middle, and add up those of the adapters; as `forward_together`.
 
-    Those of one trainer are done in order. Runs that share an adapter are all told the norm of the mean that has then
+    Those of one trainer are done in order. Runs that share an adapter all get the norm of the mean that has then
     come together.
     """
     answers: dict[int, Answer] = {}

@@ -1,10 +1,10 @@
 """The ledger: what the server keeps for its clients, in bytes, by what it is kept in and by client.
 
 Everything that outlives the frame it came with is in it: caches, adapters with their gradients and optimizers, inputs
-and activations of micro-batches that wait, frames that were read ahead, answers that were not read. Sizes are asked
-for when they are needed, so nothing has to be told when something grows. What several hold (an adapter: its run, the
-sessions that go through it, the streams that serve them) is counted once, to the client it was made for, until the last
-of them is released.
+and activations of micro-batches that wait, frames that were read ahead, answers that were not read. Sizes are read
+when they are needed, so growth need not be reported. What several hold (an adapter: its run, the sessions that go
+through it, the streams that serve them) is counted once, to the client it was made for, until the last of them is
+released.
 """
 
 from collections.abc import Callable, Mapping

@@ -61,7 +61,7 @@ class RunStream(ServedStream):
         self.lose()
 
     async def open(self, request: Attach) -> tuple[Run, ServerRound | None]:
-        """The run that the client asks for, which is told so, and the round that it belongs to, if any."""
+        """The run that the client asks for, with OPENED sent, and the round that it belongs to, if any."""
         state, client = self.state, self.stream.client
         table = state.runs if request.token is None else state.rounds
         run, new = table.attach(request, client, self.stream.end)

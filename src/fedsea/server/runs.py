@@ -25,7 +25,7 @@ from fedsea.errors import FedSEAError, LimitExceededError, ProtocolError, RunLos
 from fedsea.fields import Fields
 from fedsea.parts import MiddleBlocks
 from fedsea.parts.adapters import AdapterSpec
-from fedsea.server.checks import check_layers, check_length, check_states
+from fedsea.server.checks import check_layers, too_long, wrong_width
 from fedsea.server.joint import backward_together, forward_together
 from fedsea.server.leases import Lease, LeaseTable, State
 from fedsea.server.ledger import Kept, Ledger, Pool
@@ -121,7 +121,7 @@ class Run(Lease):
 
 
 class RunTable(LeaseTable[Run]):
-    """All runs of a server. Every amount of memory in `limits` must be a number here; `on_end` is told of each end."""
+    """All runs of a server, each of which `on_end` is called for. `limits` must be settled here."""
 
     def __init__(
         self,
@@ -282,7 +282,7 @@ class RunTable(LeaseTable[Run]):
         return run
 
     def close(self, lease: Run) -> bool:
-        """As every lease is closed; those that go by its end are told."""
+        """As every lease is closed; with it end the sessions through its adapter, and its seat in a round."""
         was_here = super().close(lease)
         if was_here:
             self._on_end(lease)
@@ -303,28 +303,36 @@ class RunTable(LeaseTable[Run]):
             raise ProtocolError(
                 f"operation {operation.number} came after operation {run.number}; {run.number + 1} was expected"
             )
+        if isinstance(operation, Command) and operation.body.get("do") == "export" and run.replies.get(run.page):
+            run.replies[run.page] = None  # it goes on after that page
+        self._check_unread(run)
+        if isinstance(operation, Forward):
+            self._check_states(run, operation.states, run.trainer.spec.narrow)
+            tokens, allowed = operation.rows.width, self.limits.run_tokens
+            if tokens > self.max_tokens:
+                raise too_long(tokens, self.max_tokens)
+            if tokens > allowed:
+                raise LimitExceededError(
+                    f"a text of {tokens} tokens is over the server's limit of {allowed} in training"
+                )
+        elif isinstance(operation, Backward):
+            self._check_states(run, operation.gradient, 0)
+
+    def _check_unread(self, run: Run) -> None:
         if len(run.replies) >= REPLIES:
             raise LimitExceededError(f"{len(run.replies)} answers were left unread, the limit")
-        if isinstance(operation, Command) and operation.body.get("do") == "export" and run.replies.get(run.page):
-            run.replies[run.page] = None
         if run.reply_bytes and self.ledger.room(Pool.BUFFERS, run.client) <= 0:
             raise LimitExceededError(
                 f"{len(run.replies)} answers ({run.reply_bytes / MIB:.1f} MiB) were left unread, and the server's "
                 f"memory for {Pool.BUFFERS.value} is used up; send fewer operations at a time"
             )
+
+    def _check_states(self, run: Run, states: torch.Tensor, narrow: int) -> None:
         hidden_size = self.middle.config.hidden_size
-        if isinstance(operation, Forward):
-            _check_dtype(run, operation.states)
-            check_states(operation.states.shape[1], run.trainer.spec.narrow, hidden_size)
-            width, allowed = operation.rows.width, self.limits.run_tokens
-            check_length(width, self.max_tokens)
-            if width > allowed:
-                raise LimitExceededError(
-                    f"a text of {width} tokens is over the server's limit of {allowed} in training"
-                )
-        elif isinstance(operation, Backward):
-            _check_dtype(run, operation.gradient)
-            check_states(operation.gradient.shape[1], 0, hidden_size)
+        if states.dtype != run.wire_dtype:
+            raise ProtocolError(f"the run's wire dtype is {run.wire_dtype}, the tensor has {states.dtype}")
+        if states.shape[1] != (narrow or hidden_size):
+            raise wrong_width(states.shape[1], narrow, hidden_size)
 
     def do(self, run: Run, operation: Operation) -> bytes:
         """Do an operation that was admitted, in the worker thread; returns the answer's frame.
@@ -380,8 +388,3 @@ class RunTable(LeaseTable[Run]):
             case other:
                 raise ProtocolError(f"there is no command {other!r}")
         return Outcome(command.number, {"version": adapter.version})
-
-
-def _check_dtype(run: Run, tensor: torch.Tensor) -> None:
-    if tensor.dtype != run.wire_dtype:
-        raise ProtocolError(f"the run's wire dtype is {run.wire_dtype}, the tensor has {tensor.dtype}")

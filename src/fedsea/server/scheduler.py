@@ -86,7 +86,7 @@ class Scheduler:
         try:
             result = work(*arguments)
         except BaseException as error:
-            # The traceback would hold the step's tensors for as long as somebody holds the error.
+            # The traceback would hold the step's tensors for as long as the error is held.
             traceback.clear_frames(error.__traceback__)
             loop.call_soon_threadsafe(self._finish, done, None, error)
         else:

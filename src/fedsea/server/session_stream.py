@@ -42,7 +42,7 @@ class SessionStream(ServedStream):
         self.lose()
 
     async def open(self) -> Session | None:
-        """The session that the client asks for, which is told so; None if it asks for nothing."""
+        """The session that the client asks for, with OPENED sent; None if it asks for nothing."""
         request = await self.open_request(Open.from_body)
         if request is None:
             return None

@@ -16,7 +16,7 @@ import torch
 
 from fedsea.errors import FedSEAError, LimitExceededError, ProtocolError
 from fedsea.parts import MiddleBlocks, RowCache
-from fedsea.server.checks import check_layers, check_length, check_states
+from fedsea.server.checks import check_layers, too_long, wrong_width
 from fedsea.server.leases import Lease, LeaseTable, State
 from fedsea.server.ledger import Kept, Ledger, Pool
 from fedsea.server.limits import Limits
@@ -76,7 +76,7 @@ class SessionTable(LeaseTable[Session]):
         )
         self.middle, self.limits, self.dtype = middle, limits, dtype
         self.max_tokens: int = middle.config.max_position_embeddings
-        self._device = middle.device
+        self._device, self._hidden_size = middle.device, int(middle.config.hidden_size)
         self._token_bytes = middle.cache_bytes_per_token(dtype, range(1))  # of one layer
 
     @property
@@ -128,7 +128,7 @@ class SessionTable(LeaseTable[Session]):
         return session
 
     def expire(self) -> list[Session]:
-        """End those that are idle, which are told, and those whose clients were away for too long; returns them."""
+        """End those that are idle, and those whose clients were away for too long; returns them."""
         now, limit = self.clock(), self.limits.idle_seconds
         idle = [
             session
@@ -154,9 +154,11 @@ class SessionTable(LeaseTable[Session]):
         if step.states.dtype != session.wire_dtype:
             raise ProtocolError(f"the session's wire dtype is {session.wire_dtype}, the step has {step.states.dtype}")
         narrow = session.trainer.spec.narrow if session.trainer is not None else 0
-        check_states(step.states.shape[1], narrow, self.middle.config.hidden_size)
+        if step.states.shape[1] != (narrow or self._hidden_size):
+            raise wrong_width(step.states.shape[1], narrow, self._hidden_size)
         _check_rows(cache.lengths, step)
-        check_length(rows.furthest, self.max_tokens)
+        if rows.furthest > self.max_tokens:
+            raise too_long(rows.furthest, self.max_tokens)
         if sum(rows.ends) > self.limits.session_tokens:
             raise LimitExceededError(
                 f"the session would hold {sum(rows.ends)} tokens, "

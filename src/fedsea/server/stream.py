@@ -20,7 +20,7 @@ from fedsea.wire.roles import is_coordinator
 
 T = TypeVar("T")
 SMALL = 1 << 16  # bytes of a frame that the event loop reads itself: a decode step's, and whatever takes less than 1 ms
-SAID = 1000  # characters of an error that its client is told: it may quote what came
+ERROR_CHARACTERS = 1000  # of an error as its client gets it: it may quote what came
 
 
 class Stream:
@@ -106,7 +106,7 @@ class Stream:
         """
         with contextlib.suppress(grpc.aio.InternalError):
             await self._context.abort(
-                contract.status_of(error), one_line(str(error))[:SAID], contract.trailing_metadata(error)
+                contract.status_of(error), one_line(str(error))[:ERROR_CHARACTERS], contract.trailing_metadata(error)
             )
 
 

@@ -30,7 +30,7 @@ class Trainer:
     """The middle's half of a run: the adapter's targets in `layers` are put on modules of its own.
 
     With `share`, another trainer, it trains that one's adapter and modules instead; PartitionError or ProtocolError if
-    those have not all its layers, or are of another adapter. `room` says whether there is memory for so many bytes of
+    those have not all its layers, or are of another adapter. `room` says whether there is memory for that many bytes of
     activations more, and `relieve` gives up activations where what waits takes more than there is.
     """
 
@@ -93,7 +93,7 @@ class Trainer:
         return self.graph_bytes + sum(micro.hidden.nbytes for micro in list(self.waiting.values()))
 
     def estimate(self, places: int) -> int:
-        """Memory that the activations of so many padded places take, in bytes; 0 before a first pass."""
+        """Memory that the activations of padded tokens take, in bytes; 0 before a first pass."""
         return int((self.bytes_per_place or 0) * places)
 
     # Forward
