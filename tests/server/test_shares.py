@@ -250,7 +250,7 @@ def test_long_frames_are_read_and_modules_built_beside_the_event_loop(
         monkeypatch.setattr(owner, name, watched)
 
     watch(AdapterSpec, "put_on")
-    watch(MiddleBlocks, "twin")
+    watch(MiddleBlocks, "second_adapter_copy")
     watch(tensors, "_all_finite", lambda bits, _exponent: bits.nbytes >= MIB)
     rows = Rows.uniform(8, 0, 512)
     with RawRun(server.address) as run, RawStream(server.address) as session:
@@ -261,7 +261,7 @@ def test_long_frames_are_read_and_modules_built_beside_the_event_loop(
         session.send(Step(1, Rows.uniform(16, 0, 256), torch.zeros(4096, 64)))
         session.receive()
         run.put(Message(Kind.CLOSE, {}))
-    assert {name for name, _ in seen} == {"put_on", "twin", "_all_finite"}
+    assert {name for name, _ in seen} == {"put_on", "second_adapter_copy", "_all_finite"}
     assert not [name for name, on_the_loop in seen if on_the_loop]
     server.stop()
 
