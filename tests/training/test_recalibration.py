@@ -325,7 +325,7 @@ def test_a_checkpoint_that_does_not_know_what_was_spent_is_refused(
         training.save()
     with (
         resumed(tiny_server, tmp_path / "run", recipe) as training,
-        pytest.raises(UsageError, match=r"1 epochs, 2 were begun|4 of 3 epochs are spent|does not say what its epochs"),
+        pytest.raises(UsageError, match=r"1 epochs, 2 were begun|4 of 3 epochs are spent|does not say how precise"),
     ):
         training.resume()
 

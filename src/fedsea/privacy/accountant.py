@@ -77,7 +77,7 @@ def privacy_spent(noise: Noise, *, delta: float, releases: int = 1) -> PrivacySp
 
 
 def _epsilon(distance: float, delta: float) -> float:
-    """The least epsilon, to the last bits, of two Gaussians that are so many standard deviations apart."""
+    """The least epsilon, to the last bits, of two Gaussians that are `distance` standard deviations apart."""
     if _delta(0.0, distance) <= delta:
         return 0.0
     # Phi(-t) is at most exp(-t^2 / 2), so that delta holds where the first term's argument is -t.

@@ -1,4 +1,4 @@
-"""How much of a text can be read from noised states by anybody, whatever the attack: bits a token, and accuracy.
+"""How much of a text can be read from noised states, whatever the attack: bits a token, and accuracy.
 
 A state `h` (`d` numbers) leaves as `h + noise`, the noise Gaussian with standard deviation `s` on every element. What
 that tells of `h`, and so of the text that made it, is the mutual information of a Gaussian channel, which has bounds:
@@ -25,7 +25,7 @@ how often the best guess without looking is right (`g`), there is a second bound
 the accuracy `a` fulfils `a * log2(a / g) + (1 - a) * log2((1 - a) / (1 - g)) <= C`. Both hold, so the smaller counts.
 For uniform tokens they are the same.
 
-The source is an assumption in either case. For uniform tokens (keys, numbers, names that nobody can guess) nothing has
+The source is an assumption in either case. For uniform tokens (keys, numbers, names that cannot be guessed) nothing has
 to be believed. Real text is easier to guess than that. A language model's cross entropy stands for its `H` only as far
 as the model is the best guesser there is: an attacker with a better one starts from less. So a bound on bits can be a
 guarantee, a bound on the accuracy of naming real text cannot.
@@ -113,7 +113,7 @@ def _at_most(hits: int, tries: int, deviations: float = 1.96) -> float:
 
 @dataclass(frozen=True)
 class LeakageBound:
-    """What anybody can read from the states of a text.
+    """What any attacker can read from the states of a text.
 
     Attributes
     ----------
@@ -139,7 +139,7 @@ class LeakageBound:
 
     @property
     def accuracy(self) -> float:
-        """The largest share of tokens that anybody can name, in [0, 1], on average over texts of the source."""
+        """The largest share of tokens that any attacker can name, in [0, 1], on average over texts of the source."""
         remaining = max(0.0, self.source.entropy - self.bits)
         return min(fano_accuracy(remaining, self.source.vocabulary), guess_accuracy(self.bits, self.source.guess))
 
@@ -147,7 +147,7 @@ class LeakageBound:
 def guaranteed_bound(
     noise: Noise, hidden_size: int, source: Source, looks: int = 1, *, same_states: bool = True
 ) -> LeakageBound:
-    """What anybody can read, for every text.
+    """What any attacker can read, for every text.
 
     Parameters
     ----------
@@ -182,7 +182,7 @@ def guaranteed_bound(
 def estimated_bound(
     noise: Noise, states: Tensor, source: Source, looks: int = 1, *, same_states: bool = True
 ) -> LeakageBound:
-    """What anybody can read of texts like those of a sample.
+    """What any attacker can read of texts like those of a sample.
 
     Parameters
     ----------
@@ -278,7 +278,7 @@ def _coding_nats(fitted: NDArray[np.float64], coded: NDArray[np.float64]) -> flo
 
 
 def fano_accuracy(remaining: float, vocabulary: int) -> float:
-    """The largest accuracy, in [0, 1], of whoever lacks `remaining` bits a token, of `vocabulary` tokens (Fano)."""
+    """The largest accuracy, in [0, 1], of an attacker who lacks `remaining` bits of each of `vocabulary` tokens (Fano)."""
 
     def lacking(error: float) -> float:
         return _coin(error) + error * math.log2(vocabulary - 1)
@@ -290,7 +290,7 @@ def fano_accuracy(remaining: float, vocabulary: int) -> float:
 
 
 def guess_accuracy(bits: float, guess: float) -> float:
-    """The largest accuracy, in [0, 1], of whoever learns `bits` a token and guesses right `guess` of the time without.
+    """The largest accuracy, in [0, 1], of an attacker who learns `bits` a token and guesses right `guess` of the time without.
 
     The relative entropy of the two is at most `bits`, by the data-processing inequality.
     """

@@ -1,7 +1,7 @@
 """How often each text has been looked at: kept at the data owner, whatever happens to processes and rounds.
 
 A look is a fresh draw of noise on a text's states. Where the states are nearly the same, the noise of `k` looks is
-worth that of one divided by `sqrt(k)`, so whoever gets as many looks as he likes has averaged it away. Equal states are
+worth that of one divided by `sqrt(k)`, so an observer with unlimited looks averages it away. Equal states are
 no further look, as they carry the draw of before. But weights that are moved by a hair, a new process (a new secret) or
 a dropout of one in a million give fresh draws, and there is no line between those and a training's own steps. So looks
 are counted as such, by text, and there is an end to them.

@@ -4,10 +4,11 @@ Noise is only worth as much as its secrecy and its freshness, so the standard no
 
 - Its secret is 32 bytes from the operating system, never derived from a configured seed, and never leaves.
 - The stream is SHAKE-256 keyed with the secret: a cryptographic generator. torch's own generator keeps 32 bits of its
-  seed; whoever knows one token of a text (a chat template's first, say) could try them all and subtract the rest.
+  seed; an attacker who knows one token of a text (a chat template's first, say) could try them all and subtract the
+  rest.
 - The draw for a token depends on the secret, on the mechanism, on the text up to that token and on what else the state
   was made of (`fedsea.client.origin` says what that is), and on nothing else. The same state sent again (a retry, a
-  replay after a lost connection, a beam's twin row, generation without a cache, the same question asked anew) carries
+  replay after a lost connection, a beam's twin row, generation without a cache, the same question sent anew) carries
   the same noise, so a server that sees it a hundred times has nothing to average. Another state of the same text has
   noise of its own, so the difference of the two shows neither. All of that is content: nothing counts changes.
 - Where states are rounded coarsely, as in 16 bits, one text computed in two ways (token by token, or as a whole) has
@@ -17,8 +18,8 @@ Noise is only worth as much as its secrecy and its freshness, so the standard no
   that: 1.6 % of the variance.
 
 With no input layers a state depends on its token alone, and the draw on the text before it as well. So equal tokens of
-a text are several looks at one state, which the bounds count. One draw for each token would be worse: whoever sees the
-same numbers wherever a token stands has a cipher of the language, which no bound covers.
+a text are several looks at one state, which the bounds count. One draw for each token would be worse: the same
+numbers wherever a token stands are a cipher of the language, which no bound covers.
 """
 
 import copy
@@ -55,7 +56,7 @@ class NoiseSource:
         self._mechanism, self._key = mechanism, _key(mechanism, self._secret)
 
     def under(self, mechanism: Noise) -> Self:
-        """The same source for another mechanism: with draws of its own, and those again when it is asked again."""
+        """The same source for another mechanism: it has draws of its own, and the same ones each time."""
         if mechanism is self._mechanism:
             return self
         other = copy.copy(self)

@@ -1,4 +1,4 @@
-"""What each configuration is known to leak, so that nobody uses one without having been told."""
+"""What each configuration is known to leak, in one line that its user sees."""
 
 from collections.abc import Callable
 
@@ -26,11 +26,11 @@ def leak_warning(noise: Noise, partition: Partition, hidden_size: int, measure: 
     """
     channel = noise.channel
     if channel.std == 0:
-        return "without noise, whoever runs the middle and knows the public weights can read this text"
+        return "without noise, a provider who knows the public weights can read this text"
     if partition.input_layers == 0:
         return "with no input layer each state is one token's own, and is looked up in the public embedding"
     magnitude = measure()
     level = channel.std / (magnitude.mean * min(1.0, channel.clip / magnitude.norm))
     if level < WEAK_LEVEL * (hidden_size / WEAK_SIZE) ** 0.5:
         return f"noise of {level:.3g} x the mean |h_A| is weak: a search with the public weights is likely to read much"
-    return "noise on what leaves hides no answer: whoever runs the middle and knows the public weights can read it"
+    return "noise on what leaves hides no answer: a provider who knows the public weights can read it"

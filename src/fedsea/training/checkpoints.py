@@ -73,7 +73,7 @@ class CheckpointFolder:
     path
         The folder; made when the first is written.
     notice
-        Told one line when a damaged checkpoint is passed over.
+        Called with one line when a damaged checkpoint is passed over.
     """
 
     def __init__(self, path: Path, notice: Callable[[str], None]) -> None:

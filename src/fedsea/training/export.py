@@ -85,7 +85,7 @@ def export_adapter(source: Path, out: Path, ends: Mapping[str, Tensor] | None = 
 
 
 def merge_adapter(source: Path, model: str, out: Path, *, dtype: torch.dtype, device: str = "cpu") -> None:
-    """Write the whole model with a training's adapter merged into its weights, for whoever may hold all of them.
+    """Write the whole model with a training's adapter merged into its weights, for users who may hold all of them.
 
     Raises
     ------

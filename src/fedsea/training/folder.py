@@ -28,7 +28,7 @@ class RunFolder:
     path
         Where it is, or will be.
     notice
-        Told one line about what is unusual.
+        Called with one line about what is unusual.
     """
 
     def __init__(self, path: Path, notice: Callable[[str], None]) -> None:

@@ -199,12 +199,12 @@ class Recalibration(Callback):
             begun = int(held["begun"])
         except (KeyError, TypeError, ValueError):
             raise UsageError(
-                "the checkpoint does not say what its epochs have told; it cannot be gone on with"
+                "the checkpoint does not say how precise the noise of its epochs was; the training cannot be resumed from it"
             ) from None
         if epochs > len(updates):  # a checkpoint before the last, as that is damaged
             raise UsageError(
-                f"the checkpoint knows of {len(updates)} epochs, {epochs} were begun: what the others have told is "
-                "lost, so the training cannot be gone on with; begin anew, in another --output"
+                f"the checkpoint knows of {len(updates)} epochs, {epochs} were begun: the noise of the "
+                "others is not known, so the training cannot be resumed; begin anew, in another --output"
             )
         planned = self.budget.epochs
         self.budget = PrecisionBudget(planned, tuple(update.precision for update in updates[:planned]))
