@@ -36,9 +36,9 @@ from fedsea.tasks.base import Question
 from fedsea.wire.frames import Forward, Operation
 from fedsea.wire.tensors import tensor_bytes
 from tests.conftest import RunningServer, connect
-from tests.privacy.test_noise import by_position, capture
 from tests.support.link import Link
 from tests.support.raw_stream import assert_same_tokens, prompt
+from tests.support.sent_states import assert_all_noise, by_position, capture
 from tests.support.split_training import (
     adapted,
     assert_same_adapters,
@@ -78,6 +78,8 @@ def test_what_is_added_is_gaussian_and_does_not_depend_on_the_state(mechanism: N
     signal = clip_norms(hidden, mechanism.channel.clip) if mechanism.channel.clip < math.inf else hidden
     added = (mechanism.apply(hidden, lambda: drawn_by(mechanism, 600)) - signal).double()
     assert added.std().item() == pytest.approx(STD, rel=0.02)
+    # The paper's scale is the mean magnitude: std * sqrt(2 / pi).
+    assert added.abs().mean().item() == pytest.approx(STD * math.sqrt(2 / math.pi), rel=0.02)
     sorted_, _ = (added.flatten() / STD).sort()
     expected = 0.5 * (1 + torch.erf(sorted_ / math.sqrt(2)))
     distance = (expected - torch.arange(1, len(sorted_) + 1) / len(sorted_)).abs().max()
@@ -116,16 +118,6 @@ def test_a_state_of_zeros_and_one_that_is_not_finite_show_as_such() -> None:
     assert not torch.isfinite(clip_norms(torch.tensor([[math.inf, 1.0], [math.nan, 1.0]]), 1.0)[:, 0]).any()
 
 
-@pytest.mark.parametrize("mechanism", NOISY, ids=str)
-def test_no_two_sources_agree_whatever_the_seed(mechanism: Noise) -> None:
-    sent = []
-    for _ in range(2):
-        torch.manual_seed(0)
-        sent.append(mechanism.apply(states(300), lambda: drawn_by(mechanism)))
-    difference = sent[0] - sent[1]
-    assert difference.std().item() == pytest.approx(STD * math.sqrt(2), rel=0.03)  # 7 sigma
-
-
 def test_mechanisms_with_one_draw_between_them_never_share_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fedsea.privacy.source.secrets.token_bytes", lambda count: b"s" * count)
     others = [*NOISY, clipped_gaussian(2 * CLIP, STD), clipped_gaussian(CLIP, 2 * STD)]
@@ -161,6 +153,8 @@ def test_clipping_without_noise_draws_nothing() -> None:
 @pytest.mark.parametrize(
     ("make", "says"),
     [
+        (GaussianNoise, "0 or more"),
+        (RelativeGaussianNoise, "0 or more"),
         (lambda bad: clipped_gaussian(bad, 1.0), "above 0"),
         (lambda bad: clipped_gaussian(1.0, bad), "0 or more"),
         (lambda bad: relative_clipped_gaussian(bad, 1.0), "above 0"),
@@ -334,14 +328,6 @@ def test_a_relative_clip_is_measured_on_the_models_own_states(tiny_server: Runni
 # Nothing leaves without it. The clip is so small that all of a state that leaves is noise of standard deviation 1.
 
 HIDDEN = clipped_gaussian(clip=1e-3, std=1.0)
-
-
-def assert_all_noise(sent: torch.Tensor) -> None:
-    """That each of some states `[tokens, hidden]` is standard normal, and no two are alike."""
-    assert len(sent) > 0
-    spread = sent.float().std(dim=1)
-    assert ((spread - 1).abs() < 6 / math.sqrt(2 * sent.shape[1])).all(), spread
-    assert sent.float().mean(dim=1).abs().max() < 6 / math.sqrt(sent.shape[1])
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ from fedsea import GaussianNoise
 from fedsea.privacy import NoiseSource, parse_mechanism
 from fedsea.wire.frames import Forward
 from tests.conftest import RunningServer, connect
-from tests.privacy.test_noise import capture
 from tests.privacy.test_noise_key import TEXT, adapted
+from tests.support.sent_states import capture
 
 MECHANISMS = [
     "gaussian:std=2.5",

@@ -18,7 +18,7 @@ from fedsea.parts.adapters import adapter_parameters
 from fedsea.privacy import clipped_gaussian, parse_mechanism
 from fedsea.wire.frames import Forward
 from tests.conftest import RunningServer, connect
-from tests.privacy.test_noise import by_position, capture
+from tests.support.sent_states import by_position, capture
 
 STD = 20.0
 TEXT = torch.randint(1, 256, (1, 12), generator=torch.Generator().manual_seed(3))

@@ -28,10 +28,9 @@ from fedsea.wire.frames import Forward
 from fedsea.wire.rounds import Ticket
 from fedsea.wire.tensors import tensor_bytes
 from tests.conftest import RunningServer, connect
-from tests.privacy.test_mechanisms import assert_all_noise
-from tests.privacy.test_noise import by_position, capture
 from tests.support.link import Link
 from tests.support.raw_stream import assert_same_tokens, prompt
+from tests.support.sent_states import assert_all_noise, by_position, capture
 from tests.support.split_training import (
     adamw,
     adapted,

@@ -37,9 +37,9 @@ from fedsea.training.recalibration import FINER, FLOOR, PrecisionBudget, Recalib
 from fedsea.training.recipe import Recipe
 from fedsea.wire.frames import Forward
 from tests.conftest import RunningServer, connect
-from tests.privacy.test_noise import capture
 from tests.support.ports import NOWHERE
 from tests.support.raw_stream import prompt
+from tests.support.sent_states import capture
 from tests.support.split_training import lora
 from tests.training.test_loop import examples, nothing, stop_after
 

@@ -278,7 +278,7 @@ def _coding_nats(fitted: NDArray[np.float64], coded: NDArray[np.float64]) -> flo
 
 
 def fano_accuracy(remaining: float, vocabulary: int) -> float:
-    """The largest accuracy, in [0, 1], of an attacker who lacks `remaining` bits of each of `vocabulary` tokens (Fano)."""
+    """The largest accuracy, in [0, 1], of who lacks `remaining` bits a token, of `vocabulary` tokens (Fano)."""
 
     def lacking(error: float) -> float:
         return _coin(error) + error * math.log2(vocabulary - 1)
@@ -290,7 +290,7 @@ def fano_accuracy(remaining: float, vocabulary: int) -> float:
 
 
 def guess_accuracy(bits: float, guess: float) -> float:
-    """The largest accuracy, in [0, 1], of an attacker who learns `bits` a token and guesses right `guess` of the time without.
+    """The largest accuracy, in [0, 1], of who learns `bits` a token, and guesses right `guess` of the time without.
 
     The relative entropy of the two is at most `bits`, by the data-processing inequality.
     """

@@ -11,7 +11,7 @@ class Callback:
     """
 
     def begin(self, steps: int, epochs: int) -> str:
-        """Before a training of `steps` and `epochs` in all begins or goes on; returns a line for the user, or nothing."""
+        """Before a training of `steps` and `epochs` in all begins or goes on; returns a line to tell, or none."""
         return ""
 
     def before_step(self, step: int, epochs: range) -> bool:

@@ -15,7 +15,7 @@ class Encoded:
     input_ids
         Token ids of the whole text, the answer included.
     labels
-        As many: the token ids again where something is learnt, -100 elsewhere (the prompt, unless it is learnt as well).
+        As many: the token ids again where something is learnt, -100 elsewhere (the prompt, unless that is learnt too).
         Not shifted: label i belongs to token i, as transformers takes them.
     cut
         Number of tokens that truncation removed; 0 if the text is whole.

@@ -199,7 +199,7 @@ class Recalibration(Callback):
             begun = int(held["begun"])
         except (KeyError, TypeError, ValueError):
             raise UsageError(
-                "the checkpoint does not say how precise the noise of its epochs was; the training cannot be resumed from it"
+                "the checkpoint does not say how precise its noise was; the training cannot be resumed from it"
             ) from None
         if epochs > len(updates):  # a checkpoint before the last, as that is damaged
             raise UsageError(
