@@ -9,7 +9,7 @@ from fedsea.checkpoints import load_whole_model, open_checkpoint
 from fedsea.errors import ModelNotFoundError, PartitionError
 from fedsea.partition import Partition, layer_of, weight_names
 from fedsea.parts import InputBlocks, MiddleBlocks, OutputBlocks, RowCache, Rows
-from fedsea.parts.families import family_of
+from fedsea.parts.family import family_of
 from fedsea.parts.rows import attention_mask
 
 FLOAT = torch.float32

@@ -16,7 +16,7 @@ from torch import Tensor
 from fedsea.client.cache import SplitCache
 from fedsea.errors import UsageError
 from fedsea.parts import Rows
-from fedsea.parts.families import narrowest_window, turning_point
+from fedsea.parts.family import narrowest_window, turning_point
 from fedsea.parts.rows import gather_rows
 
 # What TRL's and transformers' collators say of packed texts beside their positions.

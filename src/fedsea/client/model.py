@@ -13,7 +13,7 @@ from fedsea.client.layout import read_layout
 from fedsea.client.pretrained import SplitPreTrainedModel
 from fedsea.errors import UsageError
 from fedsea.parts.cache import CACHE
-from fedsea.parts.families import turning_point
+from fedsea.parts.family import turning_point
 
 # How transformers would lay out files; an adapter is one small file.
 _LAYOUT = {"max_shard_size", "safe_serialization", "variant", "save_peft_format", "save_original_format", "token"}

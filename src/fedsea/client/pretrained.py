@@ -26,7 +26,7 @@ from fedsea.client.traffic import Traffic
 from fedsea.errors import UsageError
 from fedsea.partition import Partition
 from fedsea.parts import InputBlocks, OutputBlocks
-from fedsea.parts.families import turning_point
+from fedsea.parts.family import turning_point
 from fedsea.parts.held import ANOTHER, NAME, TAKEN_OFF, OneConfig
 from fedsea.privacy import GaussianNoise, LookLedger, Noise, leak_warning
 from fedsea.text import one_line

@@ -12,7 +12,7 @@ from fedsea.client.run import MiddleRun
 from fedsea.errors import LimitExceededError, NonFiniteError, UsageError
 from fedsea.parts import InputBlocks, Rows
 from fedsea.parts.blocks import Part
-from fedsea.parts.families import turning_point
+from fedsea.parts.family import turning_point
 from fedsea.wire.codec import MAX_PLACES
 
 

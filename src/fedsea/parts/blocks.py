@@ -15,7 +15,7 @@ from fedsea.checkpoints.base import Checkpoint
 from fedsea.errors import ModelNotFoundError, PartitionError
 from fedsea.partition import Partition
 from fedsea.parts.cache import RowCache, cache_argument
-from fedsea.parts.families import Family, family_of
+from fedsea.parts.family import Family, family_of
 from fedsea.parts.narrow import LinearMap
 from fedsea.parts.rows import Rows, attention_mask
 from fedsea.text import one_line
