@@ -1,4 +1,4 @@
-"""Flower's stock strategies: by name, and what they keep from round to round."""
+"""Strategies: Flower's stock ones and those of `strategies/`, by name, and what they keep from round to round."""
 
 import inspect
 from collections.abc import Mapping
@@ -10,11 +10,13 @@ import numpy as np
 from fedsea.errors import UsageError
 from fedsea.federation.arrays import Arrays
 from fedsea.federation.settings import Settings
+from fedsea.registry import Registry
 
 STRATEGIES = (
     "FedAvg", "FedProx", "FedAdam", "FedYogi", "FedAdagrad", "FedAvgM", "FedMedian", "FedTrimmedAvg", "Krum",
     "MultiKrum", "Bulyan",
 )  # fmt: skip
+_OWN: Registry[stock.FedAvg] = Registry("fedsea.federation.flower.strategies", "strategy")
 
 
 def make_strategy(settings: Settings) -> stock.FedAvg:
@@ -25,9 +27,10 @@ def make_strategy(settings: Settings) -> stock.FedAvg:
     UsageError
         If there is none of this name, or it does not take an option or its value.
     """
-    if settings.strategy not in STRATEGIES:
-        raise UsageError(f"strategy must be one of {', '.join(STRATEGIES)}; got {settings.strategy!r}")
-    kind = getattr(stock, settings.strategy)
+    names = (*STRATEGIES, *_OWN.names)
+    if settings.strategy not in names:
+        raise UsageError(f"strategy must be one of {', '.join(names)}; got {settings.strategy!r}")
+    kind = getattr(stock, settings.strategy) if settings.strategy in STRATEGIES else _OWN.find(settings.strategy)
     common = set(inspect.signature(stock.FedAvg).parameters)
     takes = sorted(set(inspect.signature(kind).parameters) - common)
     for name in settings.options:
