@@ -1,5 +1,7 @@
 """The federation: many data owners, one set of adapters, on Flower.
 
+Its processes, and what passes between them::
+
     coordinator's machine                                 a data owner's machine, one of several
 
     fedsea federation up  (coordinator/up.py)             fedsea federation join  (owner/join.py)
