@@ -30,7 +30,7 @@ def make_strategy(settings: Settings) -> stock.FedAvg:
     names = (*STRATEGIES, *_OWN.names)
     if settings.strategy not in names:
         raise UsageError(f"strategy must be one of {', '.join(names)}; got {settings.strategy!r}")
-    kind = getattr(stock, settings.strategy) if settings.strategy in STRATEGIES else _OWN.find(settings.strategy)
+    kind: Any = getattr(stock, settings.strategy) if settings.strategy in STRATEGIES else _OWN.find(settings.strategy)
     common = set(inspect.signature(stock.FedAvg).parameters)
     takes = sorted(set(inspect.signature(kind).parameters) - common)
     for name in settings.options:
