@@ -130,3 +130,10 @@ def _writes(write: Any, messages: Messages) -> bool:
     except Exception:
         return False
     return True
+
+
+def end_tokens(generation_config: Any, tokenizer: Any) -> frozenset[int]:
+    """The tokens that end an answer: those of a model's generation configuration, and the tokenizer's."""
+    named = generation_config.eos_token_id
+    ends = [] if named is None else [named] if isinstance(named, int) else list(named)
+    return frozenset(token for token in [*ends, tokenizer.eos_token_id] if token is not None)

@@ -71,8 +71,6 @@ def test_texts_are_lines_or_objects(tmp_path: Path) -> None:
     ("options", "says"),
     [
         (["--attack", "guess"], "there is no attack 'guess'"),
-        (["--data", "no-such-file"], "cannot read no-such-file"),
-        (["--json", "no-such-folder/a.json"], "no folder no-such-folder"),
         (["--input-layers", "15", "--output-layers", "15"], "leaves no middle"),
     ],
 )

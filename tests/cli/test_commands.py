@@ -52,27 +52,17 @@ def address(start_server: Callable[..., RunningServer]) -> Iterator[str]:
         (["serve", "random:tiny", "--threads", "0", "--insecure"], 2, "--threads"),
         (["serve", "random:tiny"], 2, "--credentials DIR"),
         ([*SERVE, "--credentials", "x"], 2, "not both"),
-        (["serve", "random:tiny", "--insecure", "--listen", "0.0.0.0:0"], 2, "loopback"),
         (["serve", "random:tiny", "--insecure", "--listen", "7070"], 2, "HOST:PORT"),
-        (["serve", "no-such-model", "--insecure", "--listen", "127.0.0.1:0"], 1, "no model 'no-such-model'"),
         ([*SERVE, "--layers", "3"], 2, "LO:HI"),
         ([*SERVE, "--layers", "5:3"], 2, "LO:HI"),
         ([*SERVE, "--layers", "2:99"], 1, "0:6"),
         ([*SERVE, "--device", "abacus"], 2, "no device 'abacus'"),
-        ([*SERVE[:-1], "--credentials", "no-such-folder"], 1, "no-such-folder"),
-        (["generate", "no-such-model", *GENERATE[2:], "--prompt", "x"], 1, "no model 'no-such-model'"),
         (["generate", "random:tiny", *GENERATE[2:], "--prompt", "x"], 1, "tokenizer"),
         ([*GENERATE, "--prompt", "x"], 1, "no block server at 127.0.0.1:"),
-        ([*GENERATE[:-1], "--prompt", "x"], 2, "--credentials DIR"),
         ([*GENERATE, "--credentials", "x", "--prompt", "x"], 2, "not both"),
-        (["generate", NAME, "--server", "192.0.2.1:7070", "--insecure", "--prompt", "x"], 2, "stay on this machine"),
         ([*GENERATE, "--prompt", "  "], 2, "the prompt is empty"),
         (GENERATE, 2, "give either"),
-        ([*GENERATE, "--prompt", "x", "--prompt-file", "y"], 2, "give either"),
-        ([*GENERATE, "--prompt-file", "no-such-file"], 2, "cannot read no-such-file"),
         ([*GENERATE, "--prompt", "x", "--input-layers", "30"], 1, "more than the model's 30"),
-        ([*GENERATE, "--prompt", "x", "--noise", "1", "--noise", "relative:1"], 2, "give --noise once"),
-        ([*GENERATE, "--prompt", "x", "--noise", "-1"], 2, "0 or more"),
         ([*GENERATE, "--prompt", "x", "--temperature", "-1"], 2, "temperature"),
         ([*GENERATE, "--prompt", "x", "--top-k", "5"], 2, "temperature above 0"),
         (["chat", "random:tiny", *GENERATE[2:]], 1, "tokenizer"),
@@ -96,30 +86,25 @@ def test_a_taken_port_is_told_before_the_model_is_looked_at(capsys: pytest.Captu
     assert "is taken" in capsys.readouterr().err
 
 
-def test_an_unexpected_error_is_one_line_and_debug_shows_its_traceback(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("raised", "code", "says"),
+    [
+        (RuntimeError("the sky\nfell"), 1, "unexpected RuntimeError: the sky fell; FEDSEA_DEBUG=1 shows where\n"),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+)
+def test_an_unexpected_error_is_one_line_and_ctrl_c_none(
+    raised: BaseException, code: int, says: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(_name: str) -> None:
-        raise RuntimeError("the sky\nfell")
+        raise raised
 
     monkeypatch.setattr("fedsea.checkpoints.load_tokenizer", broken)
-    assert run([*GENERATE, "--prompt", "x"]) == 1
-    error = capsys.readouterr().err
-    assert error == "fedsea: error: unexpected RuntimeError: the sky fell; FEDSEA_DEBUG=1 shows where\n"
+    assert run([*GENERATE, "--prompt", "x"]) == code
+    assert capsys.readouterr().err == (f"fedsea: error: {says}" if says else "")
     monkeypatch.setenv("FEDSEA_DEBUG", "1")
-    assert run([*GENERATE, "--prompt", "x"]) == 1
-    assert "Traceback" in capsys.readouterr().err
-
-
-def test_ctrl_c_ends_with_130_and_no_traceback(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupted(_name: str) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("fedsea.checkpoints.load_tokenizer", interrupted)
-    assert run([*GENERATE, "--prompt", "x"]) == 130
-    assert capsys.readouterr().err == ""
+    assert run([*GENERATE, "--prompt", "x"]) == code
+    assert ("Traceback" in capsys.readouterr().err) is (code == 1)
 
 
 def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
@@ -129,11 +114,6 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert "serve" in capsys.readouterr().out
     assert run(["serve", "--help"]) == 0
     assert "smollm2-135m (installed" in capsys.readouterr().out
-
-
-def test_help_imports_no_torch() -> None:
-    code = "import sys; from fedsea.cli import run; run(['--help']); sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL, check=False).returncode == 0
 
 
 def test_each_limit_has_a_flag_in_the_unit_of_its_help(monkeypatch: pytest.MonkeyPatch) -> None:

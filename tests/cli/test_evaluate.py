@@ -108,11 +108,8 @@ def test_split_gives_what_whole_gives_with_and_without_an_adapter(
         (["--whole", "--server", NOWHERE], 2, "give either --server HOST:PORT or --whole"),
         (["--whole", "--noise", "1"], 2, "--noise is for --server; --whole needs none"),
         (["--whole", "--insecure"], 2, "--insecure is for --server"),
-        (["--server", NOWHERE], 2, "--credentials DIR"),
         (["--server", NOWHERE, "--insecure"], 1, "no block server at 127.0.0.1:"),
         (["--whole", "--task", "squad"], 2, "there is no task 'squad'; there are boolq, cb, chat"),
-        (["--whole", "--data", "nowhere"], 2, "there is no file or folder nowhere"),
-        (["--whole", "--adapter", "nowhere"], 1, "nowhere is no PEFT adapter: adapter_config.json is missing"),
         (["--whole", "--predictions", "no/folder/x"], 2, "there is no folder no/folder to write x into"),
         (["--whole", "--limit", "0"], 2, "--limit"),
         (["--whole", "--split", "test"], 2, "--split"),
@@ -138,24 +135,20 @@ def test_a_broken_line_is_told_before_the_model_is_looked_at(
     assert f"{file} line 2: the column 'hypothesis' is missing; CB needs premise" in capsys.readouterr().err
 
 
-def test_an_adapter_of_another_model_is_told(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
-    get_peft_model(load_whole_model("random:tiny"), config).save_pretrained(tmp_path)
+@pytest.mark.parametrize("lacking", [False, True], ids=["of another model", "without a weight"])
+def test_an_adapter_that_does_not_fit_is_one_line(
+    lacking: bool, data: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if lacking:
+        (tmp_path / "adapter_config.json").write_text((adapter / "adapter_config.json").read_text())
+        weights = load_file(adapter / "adapter_model.safetensors")
+        weights.pop(min(weights))
+        save_file(weights, tmp_path / "adapter_model.safetensors")
+    else:
+        config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+        get_peft_model(load_whole_model("random:tiny"), config).save_pretrained(tmp_path)
     capsys.readouterr()
     assert run(command(data, "--whole", "--adapter", str(tmp_path))) == 1
-    error = capsys.readouterr().err.splitlines()
-    assert len(error) == 1
-    assert f"the adapter in {tmp_path} does not fit {NAME}" in error[0]
-
-
-def test_an_adapter_that_lacks_weights_is_told(
-    data: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "adapter_config.json").write_text((adapter / "adapter_config.json").read_text())
-    weights = load_file(adapter / "adapter_model.safetensors")
-    weights.pop(min(weights))
-    save_file(weights, tmp_path / "adapter_model.safetensors")
-    assert run(command(data, "--whole", "--adapter", str(tmp_path))) == 1
-    error = capsys.readouterr().err.splitlines()
-    assert len(error) == 1
-    assert f"does not fit {NAME}: 1 weights are only in one of them, such as base_model.model.model.layers" in error[0]
+    [line] = capsys.readouterr().err.splitlines()
+    assert f"the adapter in {tmp_path} does not fit {NAME}: " in line
+    assert ("1 weights are only in one of them, such as base_model.model.model.layers" in line) is lacking

@@ -85,11 +85,6 @@ def test_an_error_is_one_line_that_says_what_is_wrong(tmp_path: Path, capsys: py
             assert says in last, arguments
 
 
-def test_commands_and_help_need_neither_torch_nor_flower() -> None:
-    code = "import fedsea.cli.app, sys; sys.exit(bool({'torch', 'flwr', 'numpy'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
 # Folders
 
 

@@ -118,8 +118,6 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
 @pytest.mark.parametrize(
     ("options", "code", "says"),
     [
-        (["--task", "squad"], 2, "there is no task 'squad'"),
-        (["--data", "nothing.jsonl"], 2, "nothing.jsonl"),
         (["--lr", "0"], 2, "lr must be a number above 0"),
         (["--lora-targets", "lm_head"], 2, "leave out lm_head"),
         (["--lora-targets", "w_proj"], 2, "PEFT refuses the adapter's configuration"),
@@ -141,12 +139,3 @@ def test_a_mistake_is_one_line_and_leaves_nothing_behind(
     assert len(printed.err.splitlines()) == 1
     assert says in printed.err
     assert not (tmp_path / "run").exists()
-
-
-def test_a_broken_line_is_named(
-    command: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    broken = tmp_path / "broken.jsonl"
-    broken.write_text('{"messages": [{"role": "assistant", "content": "yes"}]}\n{"messages"\n')
-    assert run(command("--data", str(broken))) == 2
-    assert "broken.jsonl line 2" in capsys.readouterr().err

@@ -277,8 +277,8 @@ def _learnt_from(report: "Report") -> str:
     """What decoders learnt from; nothing if there are none."""
     if not any(finding.attack.endswith("decoder") for finding in report.findings):
         return ""
-    told = f" and {report.colluder} texts of a colluder" if report.colluder else ""
-    return f" Decoders learnt from public text{told}."
+    more = f" and {report.colluder} texts of a colluder" if report.colluder else ""
+    return f" Decoders learnt from public text{more}."
 
 
 def _cost(report: "Report") -> str:

@@ -216,14 +216,14 @@ def _typed() -> Iterator[str]:
 
 def _piped() -> Iterator[str]:
     """Lines of standard input; one that is no text is reported and skipped."""
-    told = False
+    explained = False
     for line in input_lines():
         if isinstance(line, UsageError):
             tell_error(str(line))
         elif line.strip():
-            if not told:
+            if not explained:
                 tell("each line of standard input is a question; --input whole takes all of it as one message")
-            told = True
+            explained = True
             yield line.strip()
 
 
@@ -232,7 +232,7 @@ def _leakage_of(conversation: "Conversation", model: str) -> "LiveLeakage":
     from fedsea.checkpoints import open_checkpoint
 
     view = LiveLeakage(conversation, open_checkpoint(model))
-    with working("preparing the attacks, once: the input blocks compute the whole vocabulary", told=True):
+    with working("preparing the attacks, once: the input blocks compute the whole vocabulary", logged=True):
         view.prepare()
     return view
 
@@ -240,7 +240,7 @@ def _leakage_of(conversation: "Conversation", model: str) -> "LiveLeakage":
 def _show_leakage(view: "LiveLeakage") -> None:
     """Print on standard error what a provider could have read of the last question and answer. Ctrl-C skips it."""
     try:
-        with working("attacking what was sent, as the provider could", told=True):
+        with working("attacking what was sent, as the provider could", logged=True):
             readings = view.turn()
     except KeyboardInterrupt:
         print("  (what the provider reads: skipped)", file=sys.stderr)

@@ -92,8 +92,8 @@ def _show(report: "DemoReport", console: Console) -> None:
         f"Split and whole model, token for token: {verdict} ({same} of {len(report.whole_tokens)} tokens the same)."
     )
     console.print(
-        "What crosses is not the text, but it is not encryption either: without noise, as here, whoever runs the "
-        "middle can work every token back. docs/trust.md says what each party can learn, and what noise changes."
+        "What crosses is not the text, but it is not encryption either: without noise, as here, the provider "
+        "can work every token back. docs/trust.md says what each party can learn, and what noise changes."
     )
     console.print("\n[bold]The server is stopped, its certificates are gone. Next:[/bold]")
     if shutil.which("fedsea") is None:

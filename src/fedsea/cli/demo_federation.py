@@ -33,7 +33,7 @@ def show_federation(
         f"{ROUNDS} rounds of {STEPS} steps, by each of three strategies.\n"
     )
     live = Live(console=console, auto_refresh=False, transient=True)
-    told: set[tuple[str, int]] = set()
+    reported: set[tuple[str, int]] = set()
 
     def on_change(mode: str, rounds: "list[RoundFigures]", doing: str) -> None:
         if console.is_terminal:
@@ -41,8 +41,8 @@ def show_federation(
             live.update(_table(rounds, f"{mode}: {doing}" if doing != "done" else ""), refresh=True)
             return
         for figures in rounds:
-            if (figures.mode, figures.number) not in told:
-                told.add((figures.mode, figures.number))
+            if (figures.mode, figures.number) not in reported:
+                reported.add((figures.mode, figures.number))
                 console.print(
                     f"{figures.mode}, round {figures.number}: {figures.clients} clients, loss {figures.loss:.3f}, "
                     f"{figures.seconds:.1f} s"

@@ -247,7 +247,7 @@ def _progress(directory: Path, *, quiet: bool) -> Iterator[Callable[[], None]]:
             yield lambda: live.update(tables(read_status(directory)), refresh=True)
             live.update(tables(read_status(directory)), refresh=True)
         return
-    told: set[tuple[Any, str]] = {
+    reported: set[tuple[Any, str]] = {
         (report["round"], kind) for report in read_status(directory).reports for kind in _kinds(report)
     }
 
@@ -255,12 +255,12 @@ def _progress(directory: Path, *, quiet: bool) -> Iterator[Callable[[], None]]:
         status = read_status(directory)
         for report in status.reports:
             for kind in _kinds(report):
-                if (report["round"], kind) not in told:
-                    told.add((report["round"], kind))
+                if (report["round"], kind) not in reported:
+                    reported.add((report["round"], kind))
                     tell(round_line(report) if kind == "trained" else evaluation_line(report))
         for name, client in status.clients.items():
-            if client.state == "refused" and (name, client.note) not in told:
-                told.add((name, client.note))
+            if client.state == "refused" and (name, client.note) not in reported:
+                reported.add((name, client.note))
                 tell(f"{name} is refused: {client.note}")
 
     yield lines

@@ -35,7 +35,9 @@ def headline(status: FederationStatus) -> str:
 def round_line(report: dict[str, Any]) -> str:
     """One line for a round that is done."""
     clients = ", ".join(f"{name} {its['train-loss']:.4f}" for name, its in sorted(report["clients"].items()))
-    line = f"round {report['round']}: " + (f"loss {_loss(report['loss'])} ({clients})" if clients else "nobody trained")
+    line = f"round {report['round']}: " + (
+        f"loss {_loss(report['loss'])} ({clients})" if clients else "no client trained"
+    )
     line += f", {_megabytes(report['bytes_up'])} up, {_megabytes(report['bytes_down'])} down, {report['seconds']:.1f} s"
     if report.get("stragglers"):
         line += f", not waited for: {', '.join(report['stragglers'])}"
@@ -47,7 +49,7 @@ def round_line(report: dict[str, Any]) -> str:
 def evaluation_line(report: dict[str, Any]) -> str:
     """One line for a round's evaluation."""
     metrics = report["evaluation"].get("metrics", {})
-    return f"round {report['round']} evaluated: " + (_metrics(metrics) or "nobody did")
+    return f"round {report['round']} evaluated: " + (_metrics(metrics) or "by no client")
 
 
 def _clients(status: FederationStatus) -> Table:

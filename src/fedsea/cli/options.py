@@ -371,7 +371,7 @@ def check_connection(server: str, credentials: Path | None, insecure: bool) -> N
 
 
 def prepare_torch(device: str, threads: int | None) -> None:
-    """Check that the device is there, and compute with so many CPU threads (None: torch's own choice).
+    """Check that the device exists, and set the number of CPU threads (None: torch's own choice).
 
     Raises
     ------

@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # rich takes a while to import
 LINE_SECONDS = 10.0  # between two lines of progress where there is no terminal
 
 _open_line = False  # whether an answer has been written to standard output up to the middle of a line
-_status = ""  # what a terminal shows, in a line that will be taken away, of work that goes on
+_status = ""  # the status line that a terminal shows now
 
 
 class _Output(io.FileIO):
@@ -144,19 +144,19 @@ def tell_error(message: str) -> None:
 
 
 def _break_line() -> None:
-    """Where answer and notices share a terminal, end the answer's line; take away what says that something goes on."""
+    """Where answer and notices share a terminal, end the answer's line, and remove the status line."""
     if _open_line and sys.stdout.isatty() and sys.stderr.isatty():
         end_line()
     _show_status("")
 
 
 @contextmanager
-def working(what: str, *, told: bool = False) -> Iterator[None]:
-    """Within the block a terminal shows what goes on; a log gets nothing, or one line if `told`."""
+def working(what: str, *, logged: bool = False) -> Iterator[None]:
+    """Within the block a terminal shows what goes on; a log gets one line if `logged`, else nothing."""
     if sys.stderr.isatty():
         _break_line()
         _show_status(f"… {printable(what)}"[: shutil.get_terminal_size().columns - 1])
-    elif told:
+    elif logged:
         print(f"… {one_line(what)}", file=sys.stderr, flush=True)
     try:
         yield
@@ -203,16 +203,16 @@ def progress_bar(*, quiet: bool = False) -> Iterator[Progress]:
 
 
 class _ProgressLines:
-    """Progress in a log. What has figures is told at its first and last step as well."""
+    """Progress in a log. Work with figures has a line for its first and last step as well."""
 
     def __init__(self) -> None:
-        self._told: set[str] = set()
+        self._seen: set[str] = set()
         self._began = self._last = time.monotonic()
         self._first = 0
 
     def __call__(self, doing: str, done: int, total: int, figures: str = "") -> None:
-        now, new = time.monotonic(), doing not in self._told
-        self._told.add(doing)
+        now, new = time.monotonic(), doing not in self._seen
+        self._seen.add(doing)
         if new and not figures:
             tell(f"… {doing}", prefix="")
         elif new or now - self._last >= LINE_SECONDS or (figures and done == total):

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from fedsea.chats import end_tokens
 from fedsea.client.cache import SplitCache
 from fedsea.client.decode import stream_tokens
 from fedsea.client.lookup import GuessCount
@@ -198,6 +199,4 @@ class TextPieces:
 
 def stop_ids(model: SplitModelForCausalLM, tokenizer: Any) -> frozenset[int]:
     """The tokens that end an answer: the model's own, and the tokenizer's."""
-    named = model.generation_config.eos_token_id
-    ends = [] if named is None else [named] if isinstance(named, int) else list(named)
-    return frozenset(token for token in [*ends, tokenizer.eos_token_id] if token is not None)
+    return end_tokens(model.generation_config, tokenizer)

@@ -1,4 +1,4 @@
-"""The fine-tuning demonstration: a split model learns a clinic's house rules, which nobody else sees.
+"""The fine-tuning demonstration: a split model learns a clinic's house rules, which the server does not see.
 
 Everything in a `FineTuningReport` was measured in the run that made it.
 """

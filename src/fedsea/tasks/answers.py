@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
+from fedsea.chats import end_tokens
 from fedsea.tasks.base import WrittenTask
 from fedsea.tasks.batches import by_length, pad_left, padding_token
 from fedsea.tasks.encoding import Prompt
@@ -52,7 +53,7 @@ def write_answers(
         num_beams=1,
         repetition_penalty=1.0,
         pad_token_id=padding,
-        eos_token_id=_end_tokens(model, tokenizer),
+        eos_token_id=sorted(end_tokens(model.generation_config, tokenizer)) or None,
     )
     written: list[str | None] = [None] * len(prompts)
     for batch in by_length([prompt.input_ids for prompt in prompts], batch_size):
@@ -110,10 +111,3 @@ class _LineEnd(StoppingCriteria):
 
 def _first_line(text: str) -> str:
     return text.strip().split("\n", 1)[0]
-
-
-def _end_tokens(model: Any, tokenizer: Any) -> list[int] | None:
-    """The tokens that end an answer: the model's own, and the tokenizer's."""
-    named = model.generation_config.eos_token_id
-    ends = [] if named is None else [named] if isinstance(named, int) else list(named)
-    return sorted({token for token in [*ends, tokenizer.eos_token_id] if token is not None}) or None
