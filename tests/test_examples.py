@@ -10,7 +10,7 @@ import pytest
 from peft import PeftModel
 
 from fedsea.checkpoints import load_whole_model
-from fedsea.server.process import ServerProcess
+from fedsea.server import ServerProcess
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 

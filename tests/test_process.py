@@ -14,7 +14,7 @@ from fedsea.checkpoints import open_checkpoint
 from fedsea.errors import FedSEAError, ModelNotFoundError
 from fedsea.federation.process import flower_environment
 from fedsea.process import Child
-from fedsea.server.process import ServerProcess
+from fedsea.server import ServerProcess
 
 SOURCE = Path(fedsea.__file__).parent
 BENCH = Path(__file__).parents[1] / "bench" / "src" / "fedsea_bench"

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from fedsea.checkpoints import load_whole_model
 from fedsea.errors import FedSEAError, UsageError
-from fedsea.server.process import ServerProcess
+from fedsea.server import ServerProcess
 from fedsea_bench.clock import bare_loop, decode_rate, times_of_generate
 from fedsea_bench.command import app
 from fedsea_bench.context import draw_curve, text_curve
@@ -201,7 +201,7 @@ def test_command_runs_one_topic_and_writes_files(tmp_path: Path) -> None:
 
 def test_a_bench_that_is_killed_leaves_no_server() -> None:
     code = (
-        "import time; from fedsea.server.process import ServerProcess; "
+        "import time; from fedsea.server import ServerProcess; "
         "server = ServerProcess('random:tiny', threads=1, secure=False); print(server.pid, flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as bench:

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from fedsea.checkpoints import load_whole_model
 from fedsea.cli import run
 from fedsea.cli.finetune import MANY, DataOptions
-from fedsea.server.process import ServerProcess
+from fedsea.server import ServerProcess
 from fedsea.training.export import whole_with_adapter
 from tests.support.ports import NOWHERE
 

@@ -27,10 +27,10 @@ from tests.support.raw_stream import (
     assert_same_tokens,
     eventually,
     is_serving,
+    open_body,
     prompt,
     send_nonsense,
     step,
-    wish,
 )
 
 FRAME_BYTES = 1 << 17
@@ -47,11 +47,11 @@ def bystander(server: RunningServer) -> Iterator[SplitModelForCausalLM]:
         yield model
 
 
-OPEN = encode(Message(Kind.OPEN, wish()))
+OPEN = encode(Message(Kind.OPEN, open_body()))
 
 
 def opening(**more: Any) -> bytes:
-    return encode(Message(Kind.OPEN, wish(**more)))
+    return encode(Message(Kind.OPEN, open_body(**more)))
 
 
 TOO_LONG = (bytes(FRAME_BYTES + 1), LimitExceededError, f"limit of {FRAME_BYTES} bytes a frame")

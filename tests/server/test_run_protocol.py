@@ -26,7 +26,7 @@ from fedsea.wire.codec import encode
 from fedsea.wire.credentials import Credentials
 from fedsea.wire.frames import Command, Kind, Message, Outcome, States
 from tests.conftest import RunningServer, connect
-from tests.support.raw_stream import HIDDEN, RawStream, eventually, is_serving, send_nonsense, step, wish
+from tests.support.raw_stream import HIDDEN, RawStream, eventually, is_serving, open_body, send_nonsense, step
 from tests.support.server_runs import ROWS, SPEC, RawRun, attach, backward, forward, states, update
 from tests.support.split_training import adamw, adapted, assert_same_losses, batch, lora, train, trained, whole_twin
 
@@ -82,7 +82,7 @@ TOO_LONG = (bytes(FRAME_BYTES + 1), LimitExceededError, f"limit of {FRAME_BYTES}
 # What is wrong with a frame whatever it is for: tests/wire/test_codec.py has all of it.
 FIRST_FRAMES: dict[str, tuple[bytes, type[FedSEAError], str]] = {
     "an operation first": (encode(forward()), ProtocolError, "begins with OPEN"),
-    "a session's OPEN": (encode(Message(Kind.OPEN, wish())), ProtocolError, "'run' must be"),
+    "a session's OPEN": (encode(Message(Kind.OPEN, open_body())), ProtocolError, "'run' must be"),
     "a name with a path": (opening(run="../x"), ProtocolError, "'run' must be"),
     "a long name": (opening(run="x" * 65), ProtocolError, "'run' must be"),
     "another wire dtype": (opening(wire_dtype="int8"), ProtocolError, "'wire_dtype' must be"),
@@ -238,7 +238,7 @@ def test_a_clients_runs_are_its_own_and_another_does_not_learn_their_names(
             thief.put(Message(Kind.OPEN, attach("nobodys", begin=False)))
             assert str(thief.refusal()) == there.replace("mine", "nobodys")
         with RawStream(server.address, b) as thief:  # a session through the owner's adapter
-            thief.send(Message(Kind.OPEN, wish(run="mine", input_layers=1, output_layers=1)))
+            thief.send(Message(Kind.OPEN, open_body(run="mine", input_layers=1, output_layers=1)))
             assert isinstance(thief.refusal(), RunLostError)
         with connect(server, credentials=made / "client-b") as model:
             model.add_adapter(lora(), run="mine")

@@ -27,7 +27,7 @@ from fedsea.wire.handshake import Open
 from fedsea.wire.runs import Attached
 from fedsea.wire.tensors import MAX_TENSORS
 from tests.conftest import RunningServer
-from tests.support.raw_stream import RawStream, eventually, step, wish
+from tests.support.raw_stream import RawStream, eventually, open_body, step
 from tests.support.server_runs import RawRun, attach, backward, begin, do, forward, table_of
 
 MIB = 1 << 20
@@ -207,7 +207,7 @@ def test_a_session_ends_with_the_run_whose_adapter_it_goes_through_and_all_is_gi
         run.attach("held")
         run.put(forward(1))
         run.receive()
-        session.send(Message(Kind.OPEN, wish(run="held", input_layers=1, output_layers=1)))
+        session.send(Message(Kind.OPEN, open_body(run="held", input_layers=1, output_layers=1)))
         session.send(step(1))
         session.receive()
         assert isinstance(session.receive(), Result)
@@ -351,7 +351,7 @@ def test_what_a_peer_counts_fits_the_fields_that_it_goes_on_in(count: int) -> No
         with pytest.raises(ProtocolError, match=f"'{name}' must be a whole number"):
             Attached.from_body(attached | {name: count})
     with pytest.raises(ProtocolError, match="'narrow'"):
-        Open.from_body(wish(narrow=count))
+        Open.from_body(open_body(narrow=count))
     for frame in (
         lambda: encode(step(1 << 32)),
         lambda: encode(forward(1, 1 << 33)),

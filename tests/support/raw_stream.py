@@ -26,7 +26,7 @@ from fedsea.wire.handshake import Open, Opened
 HIDDEN = 64
 
 
-def wish(name: str = "random:tiny", partition: Partition = Partition(), **more: Any) -> dict[str, Any]:
+def open_body(name: str = "random:tiny", partition: Partition = Partition(), **more: Any) -> dict[str, Any]:
     """The body of an OPEN frame that a server accepts, with fields replaced."""
     return Open(partition, open_checkpoint(name).fingerprint(), "float32").to_body() | more
 
@@ -71,7 +71,7 @@ class RawStream:
             raise error from None
 
     def open(self, **more: Any) -> Opened:
-        self.send(Message(Kind.OPEN, wish(**more)))
+        self.send(Message(Kind.OPEN, open_body(**more)))
         frame = self.receive()
         assert isinstance(frame, Message)
         return Opened.from_body(frame.body)

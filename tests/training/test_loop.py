@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from fedsea import Partition, SplitModelForCausalLM
 from fedsea.checkpoints import load_whole_model
 from fedsea.errors import UsageError
-from fedsea.server.process import ServerProcess
+from fedsea.server import ServerProcess
 from fedsea.training import checkpoints
 from fedsea.training.batches import Batches
 from fedsea.training.examples import Encoded

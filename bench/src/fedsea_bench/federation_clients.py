@@ -17,7 +17,7 @@ from fedsea.client.model import SplitModelForCausalLM
 from fedsea.federation.coordinator.block_server_admin import BlockServerAdmin
 from fedsea.parts.adapters import AdapterSpec
 from fedsea.process import Child
-from fedsea.server.process import ServerProcess
+from fedsea.server import ServerProcess
 from fedsea.wire.rounds import RoundPlan, Strategy, Ticket, new_seat
 from fedsea_bench.link import Link
 from fedsea_bench.speed import LINK_MBIT, RTT_SECONDS

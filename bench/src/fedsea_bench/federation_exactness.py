@@ -11,7 +11,7 @@ from fedsea.client.model import SplitModelForCausalLM
 from fedsea.federation.coordinator.block_server_admin import BlockServerAdmin
 from fedsea.partition import Partition
 from fedsea.parts.adapters import AdapterSpec
-from fedsea.server.process import ServerProcess
+from fedsea.server import ServerProcess
 from fedsea.wire.rounds import RoundPlan, Strategy, Ticket, new_seat
 from fedsea_bench.results import Line
 from fedsea_bench.training_case import (

@@ -15,7 +15,7 @@ from fedsea.federation.coordinator.up import Federation, UpOptions
 from fedsea.federation.owner.join import OwnerProcess, kept_running
 from fedsea.federation.owner.participant_options import ParticipantOptions
 from fedsea.federation.settings import Settings
-from fedsea.server.process import ServerProcess
+from fedsea.server import ServerProcess
 from fedsea_bench.flower_simulation import SimulationLink
 from fedsea_bench.peak import MIB
 from fedsea_bench.processes import process_memory

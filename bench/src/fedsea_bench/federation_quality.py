@@ -22,7 +22,7 @@ from fedsea.checkpoints import load_tokenizer, load_whole_model
 from fedsea.errors import FedSEAError, UsageError
 from fedsea.federation.coordinator.status import read_status
 from fedsea.federation.owner.shards import Sharding, read_shard
-from fedsea.server.process import ServerProcess
+from fedsea.server import ServerProcess
 from fedsea.tasks import Example, Task, encode, evaluate, get_task
 from fedsea.training.batches import Batches
 from fedsea.training.recipe import Recipe

@@ -11,7 +11,7 @@ import torch
 from fedsea.checkpoints import load_whole_model, open_checkpoint
 from fedsea.client.model import SplitModelForCausalLM
 from fedsea.parts.family import family_of
-from fedsea.server.process import ServerProcess
+from fedsea.server import ServerProcess
 from fedsea_bench.clock import decode_rate, times_of_generate
 from fedsea_bench.processes import process_memory, run_fresh
 from fedsea_bench.workbench import PARTITION, Workbench, drawn_prompt, endless

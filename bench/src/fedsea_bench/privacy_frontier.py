@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsea.errors import FedSEAError, UsageError
-from fedsea.server.process import ServerProcess
+from fedsea.server import ServerProcess
 from fedsea.tasks import get_task
 from fedsea.tasks.base import LabelTask
 from fedsea_bench.plots import drawing

@@ -30,7 +30,7 @@ from fedsea.errors import FedSEAError, NonFiniteError
 from fedsea.partition import Partition
 from fedsea.parts.cut_files import read_cut
 from fedsea.privacy import GaussianNoise, Noise, parse_mechanism
-from fedsea.server.process import ServerProcess
+from fedsea.server import ServerProcess
 from fedsea.tasks import Example, encode, evaluate
 from fedsea.tasks.base import LabelTask
 from fedsea.training.batches import Batches

@@ -28,7 +28,7 @@ from fedsea.checkpoints import load_tokenizer, load_whole_model
 from fedsea.client.model import SplitModelForCausalLM
 from fedsea.errors import NonFiniteError, UsageError
 from fedsea.files import write_json
-from fedsea.server.process import ServerProcess
+from fedsea.server import ServerProcess
 from fedsea.tasks import Example, Task, encode, evaluate, get_task
 from fedsea.training.batches import Batches
 from fedsea.training.folder import RunFolder

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import torch
 
 from fedsea.partition import layer_of
+from fedsea.server import ServerProcess
 from fedsea.server.limits import free_memory
-from fedsea.server.process import ServerProcess
 from fedsea_bench.peak import MIB, NO_PROC, TRAIN_STEPS, PeakCase, whole_and_client
 from fedsea_bench.processes import process_memory
 from fedsea_bench.results import Line

@@ -18,7 +18,7 @@ from transformers import GenerationConfig
 from fedsea.checkpoints import load_whole_model, open_checkpoint
 from fedsea.client.model import SplitModelForCausalLM
 from fedsea.partition import Partition
-from fedsea.server.process import ServerProcess
+from fedsea.server import ServerProcess
 
 PARTITION = Partition(1, 1)
 _Model = TypeVar("_Model")

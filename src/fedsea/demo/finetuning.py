@@ -20,7 +20,7 @@ from fedsea.client.model import SplitModelForCausalLM
 from fedsea.demo import write_conversations
 from fedsea.demo.screen import Screen
 from fedsea.partition import Partition, layer_of
-from fedsea.server.process import ServerProcess
+from fedsea.server import ServerProcess
 from fedsea.tasks import encode, get_task
 from fedsea.training.batches import Batches
 from fedsea.training.export import whole_with_adapter

@@ -24,7 +24,7 @@ from fedsea.demo.screen import Screen
 from fedsea.errors import ServerUnavailableError
 from fedsea.partition import Partition
 from fedsea.parts import Rows
-from fedsea.server.process import ServerProcess
+from fedsea.server import ServerProcess
 from fedsea.wire import contract
 from fedsea.wire.credentials import Credentials, open_channel
 

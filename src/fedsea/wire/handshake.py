@@ -11,7 +11,7 @@ from fedsea.wire.tensors import WIRE_DTYPES
 
 @dataclass(frozen=True)
 class Open:
-    """The client's wish: this model, this partition, this wire dtype; or the session `resume` that it lost.
+    """The client's request: this model, this partition, this wire dtype; or the session `resume` that it lost.
 
     With `run`, the middle has the adapter of that run of the client; `narrow` is its narrow cut's rank, or 0.
     """

@@ -24,7 +24,7 @@ def check_run_name(name: str) -> str:
 
 @dataclass(frozen=True)
 class Attach:
-    """The client's wish: to begin a run, or to go on with one.
+    """The client's request: to begin a run, or to go on with one.
 
     Attributes
     ----------
