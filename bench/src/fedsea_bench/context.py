@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from fedsea.client.model import SplitModelForCausalLM
+from fedsea.client import SplitModelForCausalLM
 from fedsea_bench.clock import decode_rate, milliseconds, ratios, times_of_generate
 from fedsea_bench.plots import drawing
 from fedsea_bench.results import Line, number

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from fedsea.checkpoints import open_checkpoint
-from fedsea.client.model import SplitModelForCausalLM
+from fedsea.client import SplitModelForCausalLM
 from fedsea.federation.coordinator.block_server_admin import BlockServerAdmin
 from fedsea.parts.adapters import AdapterSpec
 from fedsea.process import Child

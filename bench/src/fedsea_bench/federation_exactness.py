@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedsea.client.model import SplitModelForCausalLM
+from fedsea.client import SplitModelForCausalLM
 from fedsea.federation.coordinator.block_server_admin import BlockServerAdmin
 from fedsea.partition import Partition
 from fedsea.parts.adapters import AdapterSpec

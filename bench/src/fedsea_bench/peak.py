@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from fedsea.checkpoints import load_whole_model, open_checkpoint
-from fedsea.client.model import SplitModelForCausalLM
+from fedsea.client import SplitModelForCausalLM
 from fedsea.parts.family import family_of
 from fedsea.server import ServerProcess
 from fedsea_bench.clock import decode_rate, times_of_generate

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from fedsea.client.model import SplitModelForCausalLM
+from fedsea.client import SplitModelForCausalLM
 from fedsea.privacy import AdaptiveGaussianNoise, relative_clipped_gaussian
 from fedsea.training.batches import Batch, Batches
 from fedsea.training.examples import Encoded

@@ -25,7 +25,7 @@ from fedsea.audit.plan import Plan
 from fedsea.audit.run import Auditor
 from fedsea.audit.samples import TaskText
 from fedsea.checkpoints import load_tokenizer, load_whole_model, open_checkpoint
-from fedsea.client.model import SplitModelForCausalLM
+from fedsea.client import SplitModelForCausalLM
 from fedsea.errors import FedSEAError, NonFiniteError
 from fedsea.partition import Partition
 from fedsea.parts.cut_files import read_cut

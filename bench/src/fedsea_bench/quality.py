@@ -25,7 +25,7 @@ import torch
 from rich.console import Console
 
 from fedsea.checkpoints import load_tokenizer, load_whole_model
-from fedsea.client.model import SplitModelForCausalLM
+from fedsea.client import SplitModelForCausalLM
 from fedsea.errors import NonFiniteError, UsageError
 from fedsea.files import write_json
 from fedsea.server import ServerProcess

@@ -6,9 +6,7 @@ from functools import partial
 
 from torch import Tensor
 
-from fedsea.client.decode import stream_tokens
-from fedsea.client.lookup import GUESSES
-from fedsea.client.model import SplitModelForCausalLM
+from fedsea.client import GUESSES, SplitModelForCausalLM, stream_tokens
 from fedsea_bench.clock import bare_loop, decode_rate, in_turns, times_of, times_of_generate
 from fedsea_bench.link import Link
 from fedsea_bench.results import Line

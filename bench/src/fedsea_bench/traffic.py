@@ -6,8 +6,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from fedsea.client.middle import MICRO_BATCHES
-from fedsea.client.model import SplitModelForCausalLM
+from fedsea.client import MICRO_BATCHES, SplitModelForCausalLM
 from fedsea_bench.clock import times_of_generate
 from fedsea_bench.link import Link, LinkCounters
 from fedsea_bench.results import Line

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import get_scheduler
 
 from fedsea.checkpoints import open_checkpoint
-from fedsea.client.model import SplitModelForCausalLM
+from fedsea.client import SplitModelForCausalLM
 from fedsea.errors import ModelNotFoundError, NonFiniteError
 from fedsea.parts.adapters import adapter_parameters
 from fedsea.training.batches import Batches

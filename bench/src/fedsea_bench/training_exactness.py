@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fedsea.client.middle import MICRO_BATCHES
+from fedsea.client import MICRO_BATCHES
 from fedsea.partition import Partition
 from fedsea_bench.results import Line
 from fedsea_bench.training_case import (

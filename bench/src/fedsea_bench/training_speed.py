@@ -8,8 +8,7 @@ from functools import partial
 
 import torch
 
-from fedsea.client.middle import MICRO_BATCHES
-from fedsea.client.model import SplitModelForCausalLM
+from fedsea.client import MICRO_BATCHES, SplitModelForCausalLM
 from fedsea_bench.clock import in_turns, milliseconds, ratios, seconds_of
 from fedsea_bench.link import Link
 from fedsea_bench.results import Line

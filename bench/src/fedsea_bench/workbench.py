@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from fedsea.checkpoints import load_whole_model, open_checkpoint
-from fedsea.client.model import SplitModelForCausalLM
+from fedsea.client import SplitModelForCausalLM
 from fedsea.partition import Partition
 from fedsea.server import ServerProcess
 

@@ -12,7 +12,7 @@ from fedsea.audit.observation import Observation, Recovery
 from fedsea.audit.samples import public_start, question_span
 from fedsea.chats import chat_tokens
 from fedsea.checkpoints import Checkpoint
-from fedsea.client.conversation import Conversation
+from fedsea.client import Conversation
 from fedsea.errors import UsageError
 from fedsea.parts import Rows
 

@@ -12,7 +12,7 @@ from fedsea.audit.observation import Observation, Subject
 from fedsea.audit.plan import Plan
 from fedsea.audit.provider import CuriousProvider
 from fedsea.checkpoints import Checkpoint
-from fedsea.client.model import SplitModelForCausalLM
+from fedsea.client import SplitModelForCausalLM
 from fedsea.privacy import Noise
 from fedsea.training.examples import IGNORED, Encoded
 

@@ -20,7 +20,7 @@ from fedsea.audit.samples import encode, known_start
 from fedsea.audit.scores import label_scores, score
 from fedsea.audit.utility import adapted_model, protected_model, text_loss
 from fedsea.checkpoints import Checkpoint, open_checkpoint
-from fedsea.client.dtypes import wire_dtype_for
+from fedsea.client import wire_dtype_for
 from fedsea.errors import UsageError
 from fedsea.partition import PROJECT
 from fedsea.parts.cut_files import read_cut

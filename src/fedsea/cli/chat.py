@@ -16,7 +16,7 @@ from fedsea.text import input_lines, one_line, printable, read_text, require_who
 
 if TYPE_CHECKING:  # --help needs no torch
     from fedsea.audit.live import LiveLeakage
-    from fedsea.client.conversation import Conversation
+    from fedsea.client import Conversation
 
 HELP = """\
 /retry        ask the last question again, if it has no answer
@@ -56,7 +56,7 @@ def chat(
     with working(f"loading {client.model}, and connecting to {client.server}"):
         from fedsea.chats import require_chat_template
         from fedsea.checkpoints import load_tokenizer
-        from fedsea.client.conversation import Conversation
+        from fedsea.client import Conversation
 
         tokenizer = load_tokenizer(client.model)
         require_chat_template(tokenizer, system)

@@ -12,7 +12,7 @@ from fedsea.flags import Flag
 from fedsea.text import read_text, require_whole, without_final_newline
 
 if TYPE_CHECKING:  # --help needs no torch
-    from fedsea.client.answer import AnswerStats
+    from fedsea.client import AnswerStats
 
 
 @spread
@@ -40,7 +40,7 @@ def generate(
     with working(f"loading {client.model}, and connecting to {client.server}"):
         from fedsea.chats import chat_tokens
         from fedsea.checkpoints import load_tokenizer
-        from fedsea.client.answer import Answer
+        from fedsea.client import Answer
 
         tokenizer = load_tokenizer(client.model)
         tokens = tokenizer(text)["input_ids"] if raw else chat_tokens(tokenizer, [{"role": "user", "content": text}])

@@ -19,16 +19,14 @@ import click
 import typer
 
 from fedsea.cli.terminal import tell
-from fedsea.client.leak_notice import SEE
-from fedsea.client.lookup import GUESSES
-from fedsea.client.sampling import GREEDY, Sampling
+from fedsea.client import GREEDY, GUESSES, SEE, Sampling
 from fedsea.errors import UsageError
 from fedsea.flags import DATA, ComputeDtype, Device, Flag, Noise, Threads, WireDtype
 from fedsea.partition import Partition
 from fedsea.tasks import task_names
 
 if TYPE_CHECKING:  # a command's --help needs no torch
-    from fedsea.client.model import SplitModelForCausalLM
+    from fedsea.client import SplitModelForCausalLM
     from fedsea.privacy import LookLedger
     from fedsea.privacy import Noise as Mechanism
 
@@ -106,7 +104,7 @@ class ClientOptions:
         self.check()
         noise = parse_noise(self.noise)
         prepare_torch(self.device, self.threads)
-        from fedsea.client.model import SplitModelForCausalLM
+        from fedsea.client import SplitModelForCausalLM
 
         return SplitModelForCausalLM.from_pretrained(
             self.model,

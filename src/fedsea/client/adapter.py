@@ -28,25 +28,9 @@ NO_ADAPTER = "the model has no adapter; add one first: model.add_adapter(LoraCon
 
 
 class TrainedAdapter:
-    """The one adapter that a split model may have, on all three parts.
+    """The one adapter that a split model may have, on all three parts; `spec` and `lora` are None while there is none.
 
-    Parameters
-    ----------
-    model
-        The client's modules, under the whole model's names. It holds this object, not the other way round.
-    parts
-        The input and the output blocks.
-    middle
-        The middle blocks; None if there are none.
-    protection
-        Of what leaves; a narrow cut is trained with the adapter.
-
-    Attributes
-    ----------
-    spec, lora
-        What it is, and PEFT's configuration of it; None while there is none.
-    on
-        Whether it is switched on.
+    `model` has the client's modules under the whole model's names. It holds this object, not the other way round.
     """
 
     def __init__(
@@ -247,13 +231,7 @@ class TrainedAdapter:
 
     @torch.no_grad()
     def set_state(self, weights: Mapping[str, Tensor]) -> None:
-        """Set all weights, named as `state` names them.
-
-        Raises
-        ------
-        ModelMismatchError
-            If names or shapes are others, or a weight is not finite. Nothing is set then.
-        """
+        """Set all weights, named as `state` names them. ModelMismatchError, and nothing is set, if they do not fit."""
         _check_finite(weights)
         local, middle = self.local, self._middle_layers
         remote = {name: weight for name, weight in weights.items() if in_middle(name, middle)}
@@ -316,12 +294,8 @@ class TrainedAdapter:
     ) -> None:
         """Go back to what `training_state` gave after `step` optimizer steps, here and at the server.
 
-        All of the state becomes that: gradients, and other states that the optimizer has, are forgotten.
-
-        Raises
-        ------
-        ModelMismatchError
-            If it is of another adapter. Nothing is set then.
+        All of the state becomes that: gradients, and other states that the optimizer has, are forgotten. Where it is of
+        another adapter nothing is set: ModelMismatchError.
         """
         run, middle = self._run, self._middle_layers
         self.set_state(adapter)
@@ -374,21 +348,8 @@ class TrainedAdapter:
         """Take a seat in a federated round: train the adapter of the round's middle blocks with the others.
 
         Puts the adapter on if the model has none. The middle's weights are the round's; A's and C's are for `set_local`
-        to set. An optimizer of an earlier round is of no use afterwards: create another one.
-
-        Parameters
-        ----------
-        ticket
-            From the coordinator. Its block server may be another one than before.
-        lora
-            The round's adapter; the same in each round of a model.
-
-        Raises
-        ------
-        UsageError
-            If the model has another adapter, or a narrow cut.
-        RefusedTicketError, StragglerError, ModelMismatchError
-            Why the block server does not admit it.
+        to set. An optimizer of an earlier round is of no use afterwards. The ticket's block server may be another one
+        than before; RefusedTicketError, StragglerError or ModelMismatchError say why it does not admit this client.
         """
         if self._protection.noise.width is not None:
             raise UsageError("federated rounds train no narrow cuts; load the model with another mechanism")
@@ -410,13 +371,7 @@ class TrainedAdapter:
         self._run.handle.requires_grad_(True)
 
     def finish_round(self) -> None:
-        """The local steps are done: others need not wait for this client. The middle's adapter stays for the average.
-
-        Raises
-        ------
-        FedSEAError
-            What went wrong with the last steps.
-        """
+        """The local steps are done, and others need not wait; raises what went wrong with the last steps."""
         if self._run is not None:
             self._run.finish()
 
@@ -431,13 +386,7 @@ class TrainedAdapter:
 
     @torch.no_grad()
     def set_local(self, weights: Mapping[str, Tensor]) -> None:
-        """Set the weights in the input and output blocks; those of the middle's layers are not looked at.
-
-        Raises
-        ------
-        ModelMismatchError
-            If a weight is missing or has another shape. Nothing is set then.
-        """
+        """Set the weights in the input and output blocks; those of the middle's layers are not looked at."""
         local = self.local
         _check_shapes(local, weights)
         for name, parameter in local.items():

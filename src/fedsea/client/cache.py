@@ -23,8 +23,6 @@ class SplitCache(Cache):
 
     Attributes
     ----------
-    input_cache, output_cache
-        KV caches of the input and the output blocks.
     session
         The conversation with the middle; None if the middle is empty.
     columns
@@ -40,7 +38,7 @@ class SplitCache(Cache):
     repeats
         Whether the next step may send again what left before, in this session or in another.
     row_map
-        What rows became of which since the last step, to be told to the middle; None if they stayed.
+        What rows became of which since the last step, not yet sent to the middle; None if they stayed.
     """
 
     def __init__(self, input_cache: RowCache, output_cache: RowCache, session: Session | None) -> None:
@@ -54,7 +52,7 @@ class SplitCache(Cache):
         self.repeats = True
         self.row_map: list[int] | None = None
         if session is not None:
-            # Nobody closes the caches that `generate` makes by itself.
+            # The caches that `generate` makes by itself are not closed otherwise.
             self._finalizer = weakref.finalize(self, session.close)
 
     def append(self, lengths: Sequence[int], columns: int, mask: Tensor | None) -> None:

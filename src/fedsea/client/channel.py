@@ -54,11 +54,6 @@ class RunChannel:
         """Begin the run at the server, or `take_up` the one there; tried once, so that a wrong address shows at once.
 
         `token` is that of a ticket for a federated round.
-
-        Raises
-        ------
-        FedSEAError
-            Why the server cannot be reached, or why it refuses.
         """
         try:
             if take_up:
@@ -92,16 +87,9 @@ class RunChannel:
         return self._number
 
     def answer(self, number: int) -> Reply:
-        """Wait for an operation's answer.
+        """Wait for an operation's answer; raises what the server refuses: this operation, or one before it.
 
-        Raises
-        ------
-        RunLostError
-            If the server came back without the run.
-        ServerUnavailableError
-            If the connection is lost and does not come back within the bound.
-        FedSEAError
-            What the server refuses: this operation, or one before it.
+        RunLostError says that the server came back without the run, ServerUnavailableError that it did not come back.
         """
         if number not in self._answers:
             self._keep_trying(lambda: self._read_until(number))
@@ -198,17 +186,7 @@ class RunChannel:
     def export(self, weights: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
         """All of the middle's weights and optimizer states, `adapter/NAME`, `exp_avg/NAME` and so on, float32.
 
-        Parameters
-        ----------
-        weights
-            Names and shapes of the middle's weights.
-
-        Raises
-        ------
-        ProtocolError
-            If the server sends others, or leaves a weight out.
-        FedSEAError
-            As `answer`.
+        `weights` has names and shapes of the middle's weights: others than these, or fewer, are a ProtocolError.
         """
         needed = [f"{ADAPTER}/{name}" for name in weights]
         return read_pages(self.call, {"do": "export"}, export_shapes(weights), needed)

@@ -1,4 +1,4 @@
-"""One gRPC stream to a block server: frames out, frames in, losses told apart from refusals. It does not reconnect."""
+"""One gRPC stream to a block server: frames out, frames in, losses apart from refusals. It does not reconnect."""
 
 import atexit
 import os
@@ -32,7 +32,7 @@ def client_credentials(
     insecure: bool,
     role: Literal["client", "coordinator"] = "client",
 ) -> Credentials | None:
-    """Load the certificate of whoever connects, or accept that there is none.
+    """Load the certificate to connect with, or accept that there is none.
 
     Raises
     ------
@@ -51,15 +51,7 @@ def client_credentials(
 
 
 class ConnectionLost(Exception):  # noqa: N818 - not an error for the user: the session reconnects
-    """The stream broke without the server refusing anything.
-
-    Parameters
-    ----------
-    detail
-        What gRPC says.
-    end_reason
-        What the server said itself, if it left on purpose.
-    """
+    """The stream broke without a refusal; `end_reason` is what the server said, if it left on purpose."""
 
     def __init__(self, detail: str, end_reason: str | None = None) -> None:
         super().__init__(detail)
@@ -84,7 +76,7 @@ class Endpoint:
     Raises
     ------
     UsageError
-        If it is no address, or plaintext would leave this machine, whoever has chosen it.
+        If it is no address, or plaintext would leave this machine.
     """
 
     def __init__(self, address: str, credentials: Credentials | None) -> None:
@@ -98,10 +90,7 @@ class Endpoint:
     def stream(self, traffic: Traffic, path: str = contract.SESSION_PATH) -> "Connection":
         """A new stream of a method of the service. Does not wait for the server.
 
-        Raises
-        ------
-        UsageError
-            In a forked process, where gRPC's threads are missing and nothing would ever be sent.
+        In a forked process gRPC's threads are missing, and nothing would ever be sent: UsageError.
         """
         if os.getpid() != self._process:
             raise UsageError(
@@ -137,13 +126,7 @@ class Endpoint:
 
 
 class Connection:
-    """A stream of one session or run.
-
-    Attributes
-    ----------
-    channel
-        The channel that it goes over.
-    """
+    """A stream of one session, run or coordinator's call."""
 
     def __init__(self, channel: grpc.Channel, traffic: Traffic, path: str) -> None:
         self.channel = channel
@@ -168,17 +151,8 @@ class Connection:
     def receive(self, **limits: Any) -> Frame:
         """Wait for the next frame, as long as the peer's keepalive answers (a long prompt may take minutes).
 
-        Parameters
-        ----------
-        limits
-            As `fedsea.wire.codec.decode` takes them.
-
-        Raises
-        ------
-        ConnectionLost
-            If the stream ended.
-        FedSEAError
-            What the server refused, or why what it sent is no frame.
+        `limits` are those of `fedsea.wire.codec.decode`. Raises ConnectionLost if the stream ended; or what the server
+        refused, or why what it sent is no frame.
         """
         try:
             data = next(self._responses)

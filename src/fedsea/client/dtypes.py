@@ -9,13 +9,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def compute_dtype(name: str | torch.dtype) -> torch.dtype:
-    """The torch dtype of a compute dtype's name.
-
-    Raises
-    ------
-    UsageError
-        If there is no such dtype.
-    """
+    """The torch dtype of a compute dtype's name; UsageError if there is none."""
     dtype = DTYPES.get(str(name).removeprefix("torch."))
     if dtype is None:
         raise UsageError(f"the dtype must be one of {', '.join(DTYPES)}; got {name!r}")

@@ -47,13 +47,7 @@ def _asks_nothing(name: str, value: Any) -> bool:
 
 
 def check_arguments(arguments: dict[str, Any], config: GenerationConfig) -> None:
-    """Refuse arguments of `generate` that a split model cannot honour.
-
-    Raises
-    ------
-    UsageError
-        Which, and why.
-    """
+    """Refuse arguments of `generate` that a split model cannot honour: which, and why."""
     for name, why in REFUSED.items():
         value = arguments.get(name, getattr(config, name, None))
         if not _asks_nothing(name, value):

@@ -27,16 +27,8 @@ PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "se
 class Layout:
     """How `[rows, columns]` of a batch are texts.
 
-    Parameters
-    ----------
-    rows
-        The texts.
-    mask
-        Which columns are tokens: bool, `[rows, columns]`; None if all are.
-    offsets
-        Of each row, by how much the positions of its tokens are more than their number in the row.
-    packed
-        Whether a row of the batch is several texts, one after the other.
+    `mask` says which columns are tokens, bool, `[rows, columns]`; None if all are. `offsets` has of each row by how
+    much the positions of its tokens are more than their number in the row. In a `packed` batch a row is several texts.
     """
 
     rows: Rows
@@ -89,13 +81,7 @@ def read_batch(
     config: Any,
     others: Mapping[str, Any],
 ) -> tuple[Tensor, Layout]:
-    """The arguments of `SplitModelForCausalLM.forward`, checked: its token ids `[rows, columns]`, and their layout.
-
-    Raises
-    ------
-    UsageError
-        If there are no tokens, or `others` or the configuration ask for what a split model does not have.
-    """
+    """The arguments of `SplitModelForCausalLM.forward`, checked: its token ids `[rows, columns]`, and their layout."""
     packing = {name: others[name] for name in PACKING if others.get(name) is not None}
     given = {key: value for key, value in others.items() if value is not None and key not in PACKING}
     unsupported = [key for key, value in given.items() if value is not False]
@@ -120,23 +106,10 @@ def read_layout(
     cache: SplitCache | None,
     config: Any,
 ) -> Layout:
-    """How transformers' `forward` reads a batch.
+    """How transformers' `forward` reads a batch `[rows, columns]`; UsageError if it is none of what is supported.
 
-    Parameters
-    ----------
-    ids
-        `[rows, columns]`.
-    attention_mask, positions
-        As in `SplitModelForCausalLM.forward`.
-    packing
-        What there is of `PACKING`.
-    cache
-        What the rows go on from; None for whole texts, which may be packed where there is no mask.
-
-    Raises
-    ------
-    UsageError
-        If it is none of what is supported.
+    Without a cache these are whole texts, which may be packed where there is no mask. `packing` is what there is of
+    `PACKING`.
     """
     cached = cache.columns if cache is not None else 0
     before = cache.lengths if cache is not None and cache.lengths else [0] * len(ids)

@@ -21,16 +21,9 @@ def leak_notice(
     training: bool = False,
     learnt: tuple[str, str] = ("TASK", "PATH"),
 ) -> str | None:
-    """The line for a reason, with the command that audits this configuration; None if the user has hidden it.
+    """The line for a reason (`leak_warning`, `IN_TRAINING`), with the command that audits this configuration.
 
-    Parameters
-    ----------
-    why
-        What is known to leak (`leak_warning`, `IN_TRAINING`).
-    model, layers, noise
-        The model's name, its input and output layers, and the protection as users write it; empty for none.
-    training, learnt
-        Whether a training is to be audited, and its task and data.
+    None if the user has hidden it. `layers` are input and output layers, `mechanism` the protection as users write it.
     """
     if os.environ.get(WARNING) == "off":
         return None

@@ -20,30 +20,14 @@ LONGEST_PAUSE = 16  # occasions to guess that are let pass
 
 @dataclass
 class GuessCount:
-    """How well guessing went.
-
-    Attributes
-    ----------
-    guessed
-        Tokens that were guessed and sent.
-    accepted
-        Those of them that the model would have given, and that were given.
-    """
+    """How well guessing went: tokens that were guessed and sent, and those of them that were right, and were given."""
 
     guessed: int = 0
     accepted: int = 0
 
 
 class PromptLookup:
-    """Guesses the next tokens of one text, more of them while they are right.
-
-    Parameters
-    ----------
-    text
-        The tokens so far.
-    most
-        The most tokens to guess at a time; 0 for none.
-    """
+    """Guesses the next tokens of one text, at most `most` at a time, more of them while they are right."""
 
     def __init__(self, text: Iterable[int], most: int) -> None:
         # One character a token: strings are searched fast, and a vocabulary is smaller than Unicode.

@@ -30,27 +30,20 @@ Tap = Callable[[Rows, Tensor, Tensor], None]
 class RemoteMiddle:
     """Stands for the middle blocks. Without gradients, `step` goes through them; with gradients, `run.forward` does.
 
-    Parameters
-    ----------
-    endpoint
-        Where the block server is.
-    settings
-        Of the sessions, without an adapter.
-
     Attributes
     ----------
     settings
         Of sessions that begin now: with the adapter if there is one and it is switched on.
     run
         The adapter's training at the server; None without an adapter.
-    micro_batches
-        Into how many micro-batches a training batch is split by its rows, so that client, link and server work at once.
-        It changes the speed, not the result. 4, but 1 if the server is on this machine and shares its cores.
-    keep_run
-        Whether the server keeps the run when the model is closed.
     tap
         Called after each step with its places, and what left for them and came back, as it crossed the wire,
         `[tokens, hidden]`; None for no call.
+    micro_batches
+        Into how many micro-batches a training batch is split by its rows, so that client, link and server work at once.
+        It changes the speed, not the result.
+    keep_run
+        Whether the server keeps the run when the model is closed.
     """
 
     def __init__(self, endpoint: Endpoint, settings: SessionSettings, traffic: Traffic) -> None:
@@ -64,13 +57,7 @@ class RemoteMiddle:
         self._finalizer: weakref.finalize[..., Any] | None = None
 
     def meet(self) -> int:
-        """Ask the server whether it has these middle blocks; returns the longest text that it takes, in tokens.
-
-        Raises
-        ------
-        FedSEAError
-            What is wrong with the address, the certificate, the model or the partition.
-        """
+        """Ask the server whether it has these middle blocks; returns the longest text that it takes, in tokens."""
         first = Session(self.endpoint, self.settings, Traffic())
         max_tokens = first.open().max_tokens
         first.close()
@@ -87,10 +74,7 @@ class RemoteMiddle:
     ) -> Tensor:
         """Token ids `[rows, width]` through the input blocks, their protection and the middle, chunk by chunk.
 
-        Returns
-        -------
-        Tensor
-            `h_B`, `[rows.total, hidden]`, in the wire dtype.
+        Returns `h_B`, `[rows.total, hidden]`, in the wire dtype.
         """
         session = cache.session
         assert session is not None
@@ -136,25 +120,10 @@ class RemoteMiddle:
         take_up: bool = False,
         token: str | None = None,
     ) -> bool:
-        """Have the middle trained with an adapter; returns whether it is a new run.
+        """Have the middle trained with an adapter; returns whether it is a new run. A refusal changes nothing.
 
-        Parameters
-        ----------
-        name
-            The run's, to find it again from another process; None for one that ends with the model.
-        handle
-            The parameter that stands for the middle's adapter.
-        weights, context, scale
-            As `MiddleRun` has them; the scale of a run before goes on.
-        take_up
-            Go on with the run of this name if the server has it.
-        token
-            Of a ticket for a federated round.
-
-        Raises
-        ------
-        FedSEAError
-            What the server refuses. Nothing has changed then.
+        `weights`, `context` and `scale` are for `MiddleRun`; the scale of a run before goes on. `token` is of a ticket
+        for a federated round.
         """
         self.keep_run = name is not None
         name = check_run_name(name) if name is not None else f"run-{secrets.token_hex(8)}"

@@ -124,19 +124,9 @@ class SplitModelForCausalLM(SplitPreTrainedModel, GenerationMixin):
         return logits
 
     def next_logits(self, new: Tensor, cache: SplitCache) -> Tensor:
-        """What `forward` gives for the last of some new tokens of one text, without what surrounds it.
+        """What `forward` gives for the last of some new tokens `[1, tokens]` of one text, without what surrounds it.
 
-        Parameters
-        ----------
-        new
-            Tokens to go on with, `[1, tokens]`, int64.
-        cache
-            Holds the text before them.
-
-        Returns
-        -------
-        Tensor
-            Logits of the next token, float32, `[1, vocabulary]`.
+        Returns float32 `[1, vocabulary]`. The cache holds the text before them.
         """
         with torch.no_grad():
             layout = read_layout(new, None, None, {}, cache, self.config)
@@ -144,16 +134,9 @@ class SplitModelForCausalLM(SplitPreTrainedModel, GenerationMixin):
         return logits[:, -1].float()
 
     def answer_loss(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, items: int) -> Tensor:
-        """The loss of `forward`, computed from the logits of the learnt tokens only.
+        """The loss of `forward`, computed from the logits of the learnt tokens only, summed and divided by `items`.
 
-        Where the prompt is not learnt, that spares most of the head's work and memory.
-
-        Parameters
-        ----------
-        input_ids, attention_mask, labels
-            `[rows, columns]`.
-        items
-            Over how many labels the sum is averaged.
+        Where the prompt is not learnt, that spares most of the head's work and memory. All are `[rows, columns]`.
         """
         learnt = labels[:, 1:] != -100
         hidden = self.model.states(input_ids, attention_mask, weight=float(max(1, items)))[0][:, :-1][learnt]

@@ -45,11 +45,8 @@ class Origin:
     def digest(self, blocks: InputBlocks, *, base: bool = True) -> bytes:
         """Of all but the text and the embedding: 32 bytes.
 
-        Parameters
-        ----------
-        base
-            Whether to read the base weights again, which takes as long as to read that much memory. Without, they count
-            as what they were last.
+        To read the base weights again (`base`) takes as long as to read that much memory. Without, they count as what
+        they were last.
         """
         trained, frozen = dict[str, Tensor](), dict[str, Tensor]()
         for name, tensor in _tensors(blocks):
@@ -118,7 +115,7 @@ def _same(tensors: dict[str, Tensor], others: dict[str, Tensor]) -> bool:
 
 
 def _hashed(tensors: dict[str, Tensor]) -> bytes:
-    """Of names, kinds and every byte: whoever chooses weights finds no two of one digest."""
+    """Of names, kinds and every byte: one who chooses the weights finds no two of one digest."""
     digest = hashlib.blake2b(digest_size=32)
     for name, tensor in tensors.items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
@@ -127,7 +124,7 @@ def _hashed(tensors: dict[str, Tensor]) -> bytes:
 
 
 def _sums(tensor: Tensor) -> Tensor:
-    """A base weight as it is, or sums of a large one's bits: nobody else chooses it."""
+    """A base weight as it is, or sums of a large one's bits: no other party chooses it."""
     words = tensor.numel() * tensor.element_size() // 8
     if words * 8 < SMALL:
         return tensor
@@ -141,9 +138,9 @@ def _sums(tensor: Tensor) -> Tensor:
 def _circumstances(blocks: InputBlocks) -> bytes:
     """All else that layers compute by: what their modules are told, as LoRA's scaling, and what torch is."""
     device = blocks.device.type
-    told = [torch.is_autocast_enabled(device), str(torch.get_autocast_dtype(device)) if device != "meta" else ""]
+    precision = [torch.is_autocast_enabled(device), str(torch.get_autocast_dtype(device)) if device != "meta" else ""]
     said = [(name, type(module).__qualname__, _plain_facts(module)) for name, module in _modules(blocks)]
-    return repr((told, said)).encode()
+    return repr((precision, said)).encode()
 
 
 def _plain_facts(module: nn.Module) -> list[tuple[str, Any]]:
@@ -171,7 +168,7 @@ def _global_hooks() -> bool:
 
 def _generators(device: torch.device) -> list[Tensor]:
     states = [torch.get_rng_state()]
-    if device.type not in ("cpu", "meta"):  # CUDA's, Apple's, whoever's: a draw that is not seen repeats noise
+    if device.type not in ("cpu", "meta"):  # CUDA's, Apple's and others: a draw that is not seen repeats noise
         one_of_several = (device,) if device.type == "cuda" else ()
         states.append(torch.get_device_module(device).get_rng_state(*one_of_several))
     return states

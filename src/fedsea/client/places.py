@@ -1,4 +1,4 @@
-"""How many sessions a model has open at the server: whoever keeps a hundred outputs keeps a hundred caches."""
+"""How many sessions a model has open at the server: a program that keeps a hundred outputs keeps a hundred caches."""
 
 import threading
 import weakref
@@ -23,13 +23,7 @@ class Guest(Protocol):
 
 
 class Places:
-    """The sessions of an endpoint; more than a few at a time only where as many threads use one. Safe across threads.
-
-    Parameters
-    ----------
-    bound
-        How many stay open. Beyond it, the one that was used longest ago is parked when another opens.
-    """
+    """The sessions of a model; more than `bound` are open only where as many threads use one. Safe across threads."""
 
     def __init__(self, bound: int = OPEN_SESSIONS) -> None:
         self._bound, self._lock = bound, threading.Lock()

@@ -29,20 +29,12 @@ from fedsea.privacy.source import DIGEST_BYTES
 class Protection:
     """How the hidden states of one model are protected when they leave.
 
-    Parameters
-    ----------
-    spec
-        The mechanism as the user has named it. A narrow cut that it has starts along the principal directions of a
-        public text's states.
-    blocks
-        The input blocks whose states it is calibrated to.
-    checkpoint
-        Gives the public text.
+    A narrow cut of the mechanism starts along the principal directions of a public text's states.
 
     Attributes
     ----------
     spec
-        The mechanism as it was named, or taken up with an adapter: not calibrated.
+        The mechanism as the user has named it, or as it was taken up with an adapter: not calibrated.
     noise
         The same, calibrated: what protects all that leaves, and what is on record with a narrow cut.
     in_training
@@ -91,18 +83,9 @@ class Protection:
     ) -> Tensor:
         """Run the input blocks on some of a step's places; returns what may leave for these, `[chunk.total, width]`.
 
-        Parameters
-        ----------
-        tokens, rows
-            All of the step, `[rows, width]`.
-        chunk
-            Its places that are computed now.
-        digests
-            Of each row, the keys of its draws up to where the chunk starts. Those of the chunk are added.
-        training
-            Whether the loss may be backpropagated.
-        base
-            Whether base weights may be others than when they were read last.
+        `tokens` `[rows, width]` and `rows` are of the whole step. `digests` has the keys of each row's draws up to
+        where the chunk starts; those of the chunk are added. `base` says whether base weights may be others than when
+        they were read last, `training` whether the loss may be backpropagated.
         """
         noise = (self.in_training or self.noise) if training else self.noise
         ids = tokens
@@ -146,13 +129,7 @@ class Protection:
         return cut["project"].get_parameter("weight").detach() if cut else None
 
     def take_up(self, cut: CutRecord, weights: Mapping[str, Tensor], source: object) -> str:
-        """Go through an adapter's narrow cut from now on, and protect what is left; says how, in one line.
-
-        Raises
-        ------
-        ModelMismatchError, UsageError
-            If the user asks for a cut of another rank, or the weights are another model's.
-        """
+        """Go through an adapter's narrow cut from now on, and protect what is left; says how, in one line."""
         own = parse_mechanism(cut.mechanism)
         if own.width != cut.rank:
             raise UsageError(f"the narrow cut in {source} says two things of its rank: {cut.rank} and {own}")
@@ -167,13 +144,7 @@ class Protection:
 
 
 def check_rank(noise: Noise, hidden_size: int, middle: range) -> None:
-    """Refuse a narrow cut that a model cannot have.
-
-    Raises
-    ------
-    UsageError
-        If it is as wide as the states, or nothing crosses.
-    """
+    """Refuse a narrow cut that is as wide as the states, or where nothing crosses."""
     if noise.width is None:
         return
     if not middle:

@@ -45,20 +45,9 @@ _KINDS: dict[type[torch.optim.Optimizer], str] = {
 class Exchange:
     """One micro-batch on its way through the middle and back.
 
-    Attributes
-    ----------
-    rows
-        Its texts.
-    micro
-        Its name at the server.
-    number
-        The operation whose answer is awaited: FORWARD, then BACKWARD.
-    want_gradient
-        Whether the gradient at what was sent is wanted.
-    loss_exponent
-        Its gradient is multiplied by 2 to the power of it on its way here.
-    weight
-        How much the loss counts beside those of other clients, where they train one adapter: its learnt tokens.
+    `number` is of the operation whose answer is awaited: FORWARD, then BACKWARD. The gradient is multiplied by 2 to the
+    power of `loss_exponent` on its way here. `weight` is how much the loss counts beside those of other clients, where
+    they train one adapter: its learnt tokens.
     """
 
     run: "MiddleRun"
@@ -112,25 +101,10 @@ class Exchange:
 class MiddleRun:
     """A run as the client's model uses it.
 
-    Parameters
-    ----------
-    channel
-        The run's operations, open.
-    handle
-        The parameter that stands for the middle's adapter, `[1]`.
-    version
-        Optimizer steps that the run has done.
-    settings
-        Of the sessions that have the run's adapter.
-    scale
-        How the loss is scaled, as float16 needs; None for other dtypes.
-    context
-        Noise and dtype, for messages.
-    weights
-        Gives names and shapes of the middle's adapter.
-
     Attributes
     ----------
+    handle
+        The parameter that stands for the middle's adapter, `[1]`.
     version
         Optimizer steps done.
     trouble
@@ -172,16 +146,8 @@ class MiddleRun:
     ) -> Iterator[tuple[Rows, Tensor]]:
         """Micro-batches through the middle, in autograd's graph: `h_A` `[tokens, width]` -> `h_B` `[tokens, hidden]`.
 
-        They come back in order, the first when `WINDOW` or all of them have been sent.
-
-        Parameters
-        ----------
-        training, recompute
-            Whether the middle's adapter drops out, and whether the middle keeps no activations.
-        seed
-            Draws one for a micro-batch's dropout.
-        weight
-            How much the loss counts beside those of other clients.
+        They come back in order, the first when `WINDOW` or all of them have been sent. With `recompute` the middle
+        keeps no activations; `seed` draws one for a micro-batch's dropout.
         """
         sent = deque[tuple[Rows, Exchange, Tensor]]()
         for rows, hidden in micro_batches:
@@ -311,12 +277,7 @@ class MiddleRun:
     def before_step(self, optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> None:
         """An optimizer that has the handle in `group` is about to step: have the middle step alike.
 
-        Raises
-        ------
-        NonFiniteError
-            If any gradient of the optimizer is not finite. No weight was changed then, here or there.
-        UsageError
-            If the block server does not have such an optimizer.
+        If a gradient is not finite, NonFiniteError: no weight was changed then, here or there.
         """
         gradient = self.handle.grad
         found = getattr(optimizer, "found_inf", None)

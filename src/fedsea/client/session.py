@@ -3,7 +3,7 @@
 What was sent is kept (`SentStates`), noise included, so that a lost connection costs time and nothing else: the session
 is taken up where the server still has it, or built anew from that, and the interrupted step is done again.
 
-For the same reason a session need not stay open while nobody uses it. Where a model has many (outputs that are kept,
+For the same reason a session need not stay open while it is not used. Where a model has many (outputs that are kept,
 each with its cache), those that were used longest ago are parked: ended at the server, and built anew from what was
 sent when they are used again.
 """
@@ -41,22 +41,9 @@ CHUNK_TOKENS = 512  # of a long prompt, so that client, link and server work on 
 class SessionSettings:
     """What all sessions of a model have in common.
 
-    Parameters
-    ----------
-    reconnect_seconds
-        How long a lost connection is tried again before it is an error.
-    notice
-        Called with one line when a connection is lost and when it is back.
-    run
-        The run whose adapter the middle has; None for the base model.
-    narrow
-        Rank of that run's narrow cut; 0 if it has none.
-    turn
-        Tokens up to which a text is computed as a short one (`turning_point`); None where that makes no difference.
-    changes
-        Counts the changes of the run's adapter.
-    places
-        How many of the sessions are open at once.
+    `run` is that whose adapter the middle has, None for the base model; `narrow` the rank of its narrow cut, or 0;
+    `changes` counts the changes of the adapter. Up to `turn` tokens a text is computed as a short one
+    (`turning_point`). `places` bounds how many of the sessions are open at once.
     """
 
     partition: Partition
@@ -108,13 +95,7 @@ class Session:
         return self._stream.connection is not None
 
     def open(self) -> Opened:
-        """Open the session and wait for the server's answer; tried once, so that a wrong address shows at once.
-
-        Raises
-        ------
-        FedSEAError
-            Why the server cannot be reached, or why it refuses.
-        """
+        """Open the session and wait for the server's answer; tried once, so that a wrong address shows at once."""
         try:
             self._connect(resume=None)
             return self._await_opened()
@@ -129,22 +110,9 @@ class Session:
     def step(self, rows: Rows, row_map: Sequence[int] | None = None) -> Iterator[list[Rows]]:
         """Exchange new tokens' `h_A` for their `h_B`: `send` each of the chunks that this gives, then `receive`.
 
-        While the server works on one chunk, the client prepares the next. An error ends the session: the two sides may
-        differ then.
-
-        Parameters
-        ----------
-        rows
-            All places of the step.
-        row_map
-            Applied before the step: row `i` continues what row `row_map[i]` was.
-
-        Raises
-        ------
-        ServerUnavailableError
-            If the connection is lost and does not come back within the bound.
-        FedSEAError
-            What the server refuses.
+        While the server works on one chunk, the client prepares the next. Before the step, row `i` becomes what row
+        `row_map[i]` was. An error ends the session, as the two sides may differ then: what the server refuses, or
+        ServerUnavailableError if the connection is lost and does not come back within the bound.
         """
         with self._using:
             self.last_used = next(_USES)
@@ -304,7 +272,7 @@ class Session:
         self._stream.live.send(Step(self._number, chunk, states, row_map))
 
     def close(self, *, wait_seconds: float = 0.0) -> None:
-        """End the session; the server frees its cache, which is waited for so long. Safe to call twice."""
+        """End the session, and wait at most this long until the server has freed its cache. Safe to call twice."""
         self._stream.closed = True
         connection = self._stream.leave(_CLOSE)
         if connection is not None:

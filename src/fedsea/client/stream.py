@@ -16,27 +16,8 @@ T = TypeVar("T")
 class ReconnectingStream:
     """One stream of the service, again and again. What is said on it is its user's business.
 
-    Parameters
-    ----------
-    endpoint
-        Of the server.
-    traffic
-        Counts what crosses, and the losses.
-    seconds
-        How long a lost connection is tried again before it is an error.
-    notice
-        Called with one line when the connection is lost and when it is back.
-    of
-        What the stream is of, for messages: "session", say.
-
-    Attributes
-    ----------
-    connection
-        The one that lives; None while there is none.
-    progress
-        Counts answers; its user does. The time to reconnect begins anew after each.
-    closed
-        Whether its user is done with it.
+    `connection` is the one that lives, None while there is none. The user counts answers in `progress`: after each, the
+    time to reconnect begins anew. `closed` says whether the user is done with it.
     """
 
     def __init__(
@@ -61,13 +42,7 @@ class ReconnectingStream:
 
     @property
     def live(self) -> Connection:
-        """The connection.
-
-        Raises
-        ------
-        ServerUnavailableError
-            If there is none, as the stream is closed.
-        """
+        """The connection; ServerUnavailableError if there is none, as the stream is closed."""
         if self.connection is None:
             raise self.closed_error()
         return self.connection
@@ -75,12 +50,7 @@ class ReconnectingStream:
     def keep_trying(self, restore: Callable[[], object], work: Callable[[], T]) -> T:
         """Do some work on the connection; after each loss, restore it and do the work again.
 
-        Raises
-        ------
-        ServerUnavailableError
-            If it does not come back within the bound, or the stream was closed meanwhile.
-        FedSEAError
-            What the server refuses.
+        ServerUnavailableError says that it did not come back within the bound, or that the stream was closed meanwhile.
         """
         backoff, before = None, self.progress
         while True:

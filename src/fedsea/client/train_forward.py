@@ -26,10 +26,7 @@ def leaving(
 ) -> Iterator[tuple[Rows, Tensor]]:
     """Token ids `[rows, width]` of each micro-batch through the input blocks: its rows, and what may leave of them.
 
-    Raises
-    ------
-    NonFiniteError
-        If that is not finite; says after which layer it is first.
+    NonFiniteError says after which layer something is not finite first.
     """
     for first, last in split:
         piece = Rows(rows.starts[first:last], rows.counts[first:last])
@@ -43,15 +40,7 @@ def leaving(
 
 
 def split_batch(run: MiddleRun, rows: Rows, micro_batches: int, config: Any) -> list[tuple[int, int]]:
-    """Rows `first` to `last` (exclusive) of each micro-batch.
-
-    Raises
-    ------
-    LimitExceededError
-        If a text does not fit into a frame, or the server does not keep that number of micro-batches.
-    UsageError
-        If texts are computed in two ways, by their length, and do not fit into one frame together.
-    """
+    """Rows `first` to `last` (exclusive) of each micro-batch, as many as the server keeps and frames can carry."""
     limit, turn = run.channel.micro_batches, turning_point(config)
     mixed = turn is not None and min(rows.counts) <= turn < max(rows.counts)
     split = split_rows(rows, 1 if mixed else min(micro_batches, limit), run.tokens_of_frame(len(rows)))

@@ -15,8 +15,7 @@ from peft import LoraConfig
 from fedsea.chats import chat_tokens, require_chat_template
 from fedsea.checkpoints import load_whole_model, open_checkpoint
 from fedsea.checkpoints.packaged import opening
-from fedsea.client.answer import Answer, stop_ids
-from fedsea.client.model import SplitModelForCausalLM
+from fedsea.client import Answer, SplitModelForCausalLM, stop_ids
 from fedsea.demo import write_conversations
 from fedsea.demo.screen import Screen
 from fedsea.partition import Partition, layer_of

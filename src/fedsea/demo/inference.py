@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from fedsea.chats import chat_tokens, require_chat_template
 from fedsea.checkpoints import Checkpoint, load_whole_model, open_checkpoint
 from fedsea.checkpoints.packaged import opening
-from fedsea.client.answer import Answer, AnswerStats, stop_ids
-from fedsea.client.model import SplitModelForCausalLM
+from fedsea.client import Answer, AnswerStats, SplitModelForCausalLM, stop_ids
 from fedsea.demo.screen import Screen
 from fedsea.errors import ServerUnavailableError
 from fedsea.partition import Partition

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import get_scheduler
 
-from fedsea.client.model import SplitModelForCausalLM
+from fedsea.client import SplitModelForCausalLM
 from fedsea.errors import RunLostError, UsageError
 from fedsea.training.batches import Batch, Batches
 from fedsea.training.callback import Callback

@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fedsea.client.model import SplitModelForCausalLM
+from fedsea.client import SplitModelForCausalLM
 from fedsea.errors import UsageError
 from fedsea.privacy import AdaptiveGaussianNoise, Magnitude, Noise, adaptive_part
 from fedsea.training.callback import Callback

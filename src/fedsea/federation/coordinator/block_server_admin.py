@@ -7,8 +7,7 @@ from typing import Self, TypeVar
 
 from torch import Tensor
 
-from fedsea.client.connection import Connection, ConnectionLost, Endpoint, client_credentials
-from fedsea.client.traffic import Traffic
+from fedsea.client import Connection, ConnectionLost, Endpoint, Traffic, client_credentials
 from fedsea.errors import ProtocolError
 from fedsea.fields import Fields
 from fedsea.partition import layer_of

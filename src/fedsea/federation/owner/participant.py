@@ -16,7 +16,7 @@ from peft import LoraConfig
 from torch import Tensor
 
 from fedsea.checkpoints import Fingerprint, open_checkpoint
-from fedsea.client.model import SplitModelForCausalLM
+from fedsea.client import SplitModelForCausalLM
 from fedsea.errors import FedSEAError, ModelMismatchError, NonFiniteError, ProtocolError, TermsError
 from fedsea.federation.arrays import Arrays, misfit
 from fedsea.federation.owner.data import Texts, task_schema, tokenizer_of

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from fedsea.client.model import SplitModelForCausalLM
+from fedsea.client import SplitModelForCausalLM
 from fedsea.federation.owner.participant_options import ParticipantOptions
 from fedsea.privacy import parse_mechanism
 
