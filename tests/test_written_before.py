@@ -25,7 +25,7 @@ from fedsea.training.folder import RunFolder
 from fedsea.training.loop import FineTuning
 from fedsea.training.recipe import Recipe
 from tests.conftest import RunningServer, connect
-from tests.training.test_loop import examples
+from tests.support.fine_tuning import examples
 
 DATA = Path(__file__).parent / "data"
 RECIPE = Recipe(steps=6, batch_size=3, accumulation=2, lr=1e-2, warmup=1, save_every=2)

@@ -192,51 +192,29 @@ def test_a_server_does_not_decide_where_texts_are_cut(
     participant.close()
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"lr": 1e-30},
-        {"lr": 1e30},
-        {"local_steps": 1_000_000},
-        {"local_steps": 10_000, "accumulation": 1024},
-        {"accumulation": 1_000_000},
-        {"batch_size": 1_000_000},
-        {"max_grad_norm": 1e-30},
-        {"weight_decay": 1e9},
-        {"proximal_mu": 1e30},
-        {"seed": -1},
-        {"lr": float("inf")},
-        {"lr": True},
-    ],
-    ids=str,
-)
+STEPS = ({"local_steps": 1_000_000}, {"local_steps": 10_000, "accumulation": 1024}, {"accumulation": 1_000_000})
+RATES = ({"lr": 1e-30}, {"lr": 1e30}, {"lr": float("inf")}, {"lr": True}, {"max_grad_norm": 1e-30}, {"seed": -1})
+OTHERS = ({"batch_size": 1_000_000}, {"weight_decay": 1e9}, {"proximal_mu": 1e30})
+ADAPTERS = ({"lora_dropout": 1e-9}, {"lora_dropout": 0.99}, {"lora_alpha": 1e-30}, {"lora_alpha": 1e30})
+
+
+@pytest.mark.parametrize("change", [*STEPS, *RATES, *OTHERS], ids=str)
 def test_a_recipe_out_of_bounds_is_refused_in_one_line(change: dict[str, Any]) -> None:
     with pytest.raises(ProtocolError, match="the round") as caught:
         LocalRecipe.from_body(change)
     assert "\n" not in str(caught.value)
 
 
-def test_a_coordinator_is_told_of_its_recipe_before_anybody_else() -> None:
-    with pytest.raises(UsageError, match="lr must be from 1e-08 to 10; got 1e-30"):
-        Settings(lr=1e-30)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"lora_dropout": 1e-9},
-        {"lora_dropout": 0.99},
-        {"lora_alpha": 1e-30},
-        {"lora_alpha": 1e30},
-        {"r": 0},
-        {"r": 10**9},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("change", [*ADAPTERS, {"r": 0}, {"r": 10**9}], ids=str)
 def test_an_adapter_that_hardly_does_anything_is_refused_in_one_line(change: dict[str, Any]) -> None:
     with pytest.raises(ProtocolError, match="the round's") as caught:
         lora_config(SETTINGS.lora() | change)
     assert "\n" not in str(caught.value)
+
+
+def test_a_coordinator_learns_of_a_wrong_recipe_first() -> None:
+    with pytest.raises(UsageError, match="lr must be from 1e-08 to 10; got 1e-30"):
+        Settings(lr=1e-30)
 
 
 def test_commands_count_in_one_file(

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,51 +27,23 @@ from fedsea.training.export import export_adapter
 from fedsea.training.folder import RunFolder
 from fedsea.training.loop import Figures, FineTuning
 from fedsea.training.recipe import Recipe
+from tests.support import fine_tuning as support
+from tests.support.fine_tuning import Tuning, examples, losses, nothing, stop_after
 from tests.support.ports import held_address
 
 RECIPE = Recipe(steps=6, batch_size=3, accumulation=2, lr=1e-2, warmup=1, save_every=2)
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], lora_dropout=0.1)
 
 
-def examples(count: int = 17) -> list[Encoded]:
-    generator = torch.Generator().manual_seed(0)
-    rows = []
-    for index in range(count):
-        ids = tuple(torch.randint(3, 256, (6 + index % 9,), generator=generator).tolist())
-        rows.append(Encoded(ids, (-100, -100, *ids[2:]), 0))
-    return rows
-
-
-def tuning(model: SplitModelForCausalLM, folder: Path, recipe: Recipe = RECIPE, *, resume: bool = False) -> FineTuning:
-    kept = RunFolder(folder, lambda _line: None)
-    name = kept.resume({}) if resume else kept.begin({})
-    model.add_adapter(LORA, run=name, take_up=resume, seed=recipe.seed)
-    told: list[str] = []
-    training = FineTuning(
-        model,
-        Batches(examples(), recipe.batch_size, recipe.seed),
-        recipe,
-        kept,
-        lora=LORA,
-        base_model=None,
-        notice=told.append,
-    )
-    training.told = told  # type: ignore[attr-defined]
+def tuning(model: SplitModelForCausalLM, folder: Path, recipe: Recipe = RECIPE, *, resume: bool = False) -> Tuning:
+    training: Tuning = support.tuning(model, folder, recipe, LORA, resume=resume)
     if resume:
         assert training.resume()
     return training
 
 
-def losses(folder: Path) -> list[float]:
-    return [line["loss"] for line in RunFolder(folder, print).metrics()]
-
-
 def adapter(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "adapter" / "adapter_model.safetensors")
-
-
-def nothing(_figures: Figures) -> None:
-    pass
 
 
 @pytest.fixture(scope="module")
@@ -93,11 +65,6 @@ def whole(server: ServerProcess, tmp_path_factory: pytest.TempPathFactory) -> Pa
     with meet(server) as model:
         assert tuning(model, folder).run(nothing)
     return folder
-
-
-def stop_after(steps: int) -> tuple[Callable[[Figures], None], Callable[[], bool]]:
-    seen: list[int] = []
-    return lambda figures: seen.append(figures.step), lambda: len(seen) >= steps
 
 
 def test_batches_go_through_all_examples_in_an_order_of_the_seed() -> None:
@@ -168,9 +135,7 @@ def test_a_server_that_was_killed_gets_the_last_checkpoint(whole: Path, tmp_path
         for process in (server, *restarted):
             process.close()
     assert losses(tmp_path / "run") == losses(whole)
-    assert training.told == [  # type: ignore[attr-defined]
-        "the block server had lost the run; going on from the checkpoint of step 2"
-    ]
+    assert training.told == ["the block server had lost the run; going on from the checkpoint of step 2"]
     assert any("lost; reconnecting" in line for line in told)
 
 

@@ -18,16 +18,14 @@ from fedsea.parts.adapter_files import HAS_CUT
 from fedsea.parts.cut_files import read_cut
 from fedsea.privacy import NarrowCut, Noise, clip_norms, parse_mechanism
 from fedsea.privacy.measure import public_states
-from fedsea.training.batches import Batches
 from fedsea.training.examples import Encoded
 from fedsea.training.export import export_adapter, merge_adapter
-from fedsea.training.folder import RunFolder
-from fedsea.training.loop import FineTuning
 from fedsea.training.recipe import Recipe
 from fedsea.wire.frames import Forward
 from fedsea.wire.rounds import Ticket
 from fedsea.wire.tensors import tensor_bytes
 from tests.conftest import RunningServer, connect
+from tests.support import fine_tuning as support
 from tests.support.link import Link
 from tests.support.raw_stream import assert_same_tokens, prompt
 from tests.support.sent_states import assert_all_noise, by_position, capture
@@ -303,12 +301,8 @@ EXAMPLES = [
 RECIPE = Recipe(steps=6, batch_size=3, lr=1e-2, save_every=2)
 
 
-def tuning(model: SplitModelForCausalLM, folder: Path, *, resume: bool = False) -> FineTuning:
-    kept, told = RunFolder(folder, lambda _line: None), lambda _line: None
-    run = kept.resume({}) if resume else kept.begin({})
-    model.add_adapter(lora(), run=run, take_up=resume, seed=0)
-    batches_ = Batches(EXAMPLES, RECIPE.batch_size, 0)
-    training = FineTuning(model, batches_, RECIPE, kept, lora=lora(), base_model=None, notice=told)
+def tuning(model: SplitModelForCausalLM, folder: Path, *, resume: bool = False) -> Any:
+    training = support.tuning(model, folder, RECIPE, lora(), texts=EXAMPLES, resume=resume)
     if resume:
         assert training.resume()
     return training
@@ -340,8 +334,7 @@ def test_a_fine_tuning_goes_on_from_its_checkpoint_and_in_its_own_place_only(
         with pytest.raises(PartitionError, match="trained after 1 input layers, here there are 2"):
             tuning(model, tmp_path / "run", resume=True)
         model.adapter.end_run()
-    losses = [[line["loss"] for line in RunFolder(tmp_path / name, print).metrics()] for name in ("whole", "run")]
-    assert losses[0] == losses[1]
+    assert support.losses(tmp_path / "whole") == support.losses(tmp_path / "run")
 
 
 @pytest.fixture

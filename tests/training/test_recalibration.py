@@ -30,18 +30,17 @@ from fedsea.privacy import (
     uniform_source,
 )
 from fedsea.privacy.bound import power_capacity
-from fedsea.training.batches import Batches
-from fedsea.training.folder import RunFolder
-from fedsea.training.loop import Figures, FineTuning
+from fedsea.training.loop import Figures
 from fedsea.training.recalibration import FINER, FLOOR, PrecisionBudget, Recalibration, recalibration_of, rounded_scale
 from fedsea.training.recipe import Recipe
 from fedsea.wire.frames import Forward
 from tests.conftest import RunningServer, connect
+from tests.support import fine_tuning as support
+from tests.support.fine_tuning import examples, nothing, stop_after
 from tests.support.ports import NOWHERE
 from tests.support.raw_stream import prompt
 from tests.support.sent_states import capture
 from tests.support.split_training import lora
-from tests.training.test_loop import examples, nothing, stop_after
 
 # The clip is so small that all of a state that leaves is noise.
 NOISE = AdaptiveGaussianNoise(clip=1e-4, level=2.0, epochs=3)
@@ -51,10 +50,7 @@ RECIPE = Recipe(steps=3 * STEPS, batch_size=4, lr=1e-3, schedule="constant", sav
 NEAR = {"rel": 0.25}  # 1,280 draws a step at least: more than 6 standard deviations of a measured variance
 
 
-class Tuning(FineTuning):
-    """With the lines that it tells, and its callback's own type."""
-
-    told: list[str]
+class Tuning(support.Tuning):
     callback: Recalibration
 
     @property
@@ -62,14 +58,15 @@ class Tuning(FineTuning):
         return self.callback.budget.spent
 
 
-def tuning(model: SplitModelForCausalLM, folder: Path, recipe: Recipe = RECIPE, *, resume: bool = False) -> Tuning:
-    kept, told = RunFolder(folder, print), []
-    name = kept.resume({}) if resume else kept.begin({})
-    model.add_adapter(lora(), run=name, take_up=resume, seed=0)
-    batches = Batches(examples(COUNT), recipe.batch_size, recipe.seed)
-    training = Tuning(model, batches, recipe, kept, lora=lora(), base_model=None, notice=told.append)
-    training.told = told
-    return training
+def tuning(
+    model: SplitModelForCausalLM,
+    folder: Path,
+    recipe: Recipe = RECIPE,
+    *,
+    resume: bool = False,
+    kind: type[Tuning] = Tuning,
+) -> Any:
+    return support.tuning(model, folder, recipe, lora(), texts=examples(COUNT), resume=resume, kind=kind)
 
 
 @contextmanager
@@ -299,8 +296,7 @@ def test_a_server_that_lost_the_run_costs_no_more_than_a_further_look(
             return super()._one_step()
 
     with connect(tiny_server, noise=NOISE) as model:
-        training = tuning(model, tmp_path / "run")
-        training.__class__ = Losing
+        training = tuning(model, tmp_path / "run", kind=Losing)
         assert training.run(nothing)
     assert training.lost
     assert len(training.spent) == 3

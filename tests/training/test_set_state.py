@@ -18,9 +18,10 @@ from fedsea.training.recipe import Recipe
 from fedsea.wire.frames import Operation
 from tests.client.test_trainers import logged, trainer
 from tests.conftest import RunningServer, connect
+from tests.support.fine_tuning import losses, nothing
 from tests.support.rounds import invite, seated, take_part
 from tests.support.split_training import adamw, adapted, batch, batches, lora, snapshot, train, trained
-from tests.training.test_loop import adapter, losses, nothing, tuning
+from tests.training.test_loop import adapter, tuning
 
 # Steps 1 and 2 go back to the checkpoint of step 0, which holds no state of the optimizer at all.
 RECIPE = Recipe(steps=3, batch_size=2, lr=1e-2, save_every=2)

@@ -218,11 +218,7 @@ def _of_looks(capacity: Callable[[float], float], std: float, looks: int, *, sam
 
 
 def power_capacity(power: float, std: float, dimensions: int) -> float:
-    """Bits that states of a mean squared norm `power` carry at most through noise of standard deviation `std`.
-
-    `power` and `std^2` are in the same unit; `dimensions` is how many numbers a state has, or the dimension of the
-    subspace that states are known to lie in. Infinite if `std` is 0 and `power` is not.
-    """
+    """Bits that states of `dimensions` numbers carry at most; `power` is their mean squared norm."""
     if power == 0:
         return 0.0
     if std == 0:
@@ -231,20 +227,10 @@ def power_capacity(power: float, std: float, dimensions: int) -> float:
 
 
 def observed_capacity(states: Tensor, std: float) -> float:
-    """Bits that states like these carry at most through noise of standard deviation `std`, estimated.
+    """Bits that states `[tokens, hidden]`, in the order of the text, carry at most, estimated; infinite without noise.
 
     Each half of the sample is coded with a Gaussian fitted to the other half. Its covariance is drawn towards equal
-    variance everywhere, the more so the fewer states there are. Never above `power_capacity`. Infinite if `std` is 0.
-
-    Parameters
-    ----------
-    states
-        `[tokens, hidden]`, in the order of the text, in the unit of `std`.
-
-    Raises
-    ------
-    UsageError
-        If there are fewer than four.
+    variance everywhere, the more so the fewer states there are. Never above `power_capacity`.
     """
     if len(states) < 4:
         raise UsageError(f"a bound is estimated from four states or more, and much better from many; got {len(states)}")

@@ -39,30 +39,14 @@ KEEP = 2
 
 @dataclass(frozen=True)
 class TrainingState:
-    """All that a training needs to go on.
+    """All that a training needs to go on."""
 
-    Attributes
-    ----------
-    step
-        Optimizer steps done.
-    adapter
-        The adapter's weights, by their names in the whole model.
-    optimizer
-        The optimizer's states: `exp_avg/NAME`, `exp_avg_sq/NAME`, `step/NAME`.
-    random
-        Torch's random state: `cpu`, and `cuda` where there is one.
-    state
-        What is small: JSON.
-    cut
-        Of the narrow cut that is trained with the adapter, if there is one.
-    """
-
-    step: int
-    adapter: Mapping[str, Tensor]
-    optimizer: Mapping[str, Tensor]
-    random: Mapping[str, Tensor]
-    state: dict[str, Any] = field(default_factory=dict)
-    cut: CutRecord | None = None
+    step: int  # optimizer steps done
+    adapter: Mapping[str, Tensor]  # by names of the whole model
+    optimizer: Mapping[str, Tensor]  # exp_avg/NAME, exp_avg_sq/NAME, step/NAME
+    random: Mapping[str, Tensor]  # torch's: cpu, and cuda where there is one
+    state: dict[str, Any] = field(default_factory=dict)  # what is small, as JSON
+    cut: CutRecord | None = None  # of the narrow cut that is trained with the adapter, if there is one
 
 
 class CheckpointFolder:
