@@ -2,7 +2,7 @@
 
 Each option is declared once: as a field of a dataclass, in the room that it configures. Name, type and default are the
 field's own; `Annotated[int, Flag("Examples a batch.", min=1)]` adds what only `--help` and the checks of the command
-line need. Commands take such dataclasses as arguments (`fedsea.cli.options.spread`).
+line need. Commands take such dataclasses as arguments (`fedsea.cli.spread`).
 """
 
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ class Flag:
     unit
         The command line takes the value as a multiple of this, as MiB for a field that is in bytes.
     hidden
-        Whether `--help` leaves it out.
+        Whether `--help` leaves it out, as for a flag that goes in the next release.
     """
 
     help: str

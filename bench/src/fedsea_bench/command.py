@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedsea.cli.options import prepare_torch, require_folders, spread
+from fedsea.cli.options import prepare_torch, require_folders
+from fedsea.cli.spread import spread
 from fedsea.flags import Flag, Threads
 from fedsea_bench.quality_plan import SEVERAL, Plan
 from fedsea_bench.topics import TOPICS, check_topics, run_topics

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedsea.audit.attacks import attack_names
-from fedsea.cli.options import Adapter, Model, command_line, parse_noise, prepare_torch, require_folders, spread
+from fedsea.cli.options import Adapter, Model, parse_noise, prepare_torch, require_folders
+from fedsea.cli.spread import command_line, spread
 from fedsea.cli.terminal import escape, progress_bar, write_json
 from fedsea.errors import UsageError
 from fedsea.flags import NOISE, Flag, Threads, WireDtype

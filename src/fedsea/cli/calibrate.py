@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fedsea.cli.audit import AttackedModel
-from fedsea.cli.options import AsJson, prepare_torch, spread
+from fedsea.cli.options import AsJson, prepare_torch
+from fedsea.cli.spread import spread
 from fedsea.cli.terminal import print_json, progress_bar, table, tell
 from fedsea.errors import UsageError
 from fedsea.flags import Flag

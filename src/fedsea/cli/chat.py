@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from fedsea.cli.generate import cut_notice, stats_line
-from fedsea.cli.options import AdaptedClientOptions, AnswerOptions, spread
+from fedsea.cli.options import AdaptedClientOptions, AnswerOptions
+from fedsea.cli.spread import spread
 from fedsea.cli.terminal import end_line, stop_on_interrupt, tell, tell_error, working, write_piece
 from fedsea.cli.transcript import read_transcript, write_transcript
 from fedsea.errors import FedSEAError, LimitExceededError, UsageError

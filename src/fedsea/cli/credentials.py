@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedsea.cli.options import AsJson, spread
+from fedsea.cli.options import AsJson
+from fedsea.cli.spread import spread
 from fedsea.cli.terminal import escape, print_json, table
 from fedsea.flags import Flag
 

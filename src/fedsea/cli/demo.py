@@ -16,7 +16,8 @@ from fedsea.cli.demo_audit import show_audit
 from fedsea.cli.demo_federation import show_federation
 from fedsea.cli.demo_finetune import show_finetuning
 from fedsea.cli.generate import stats_json
-from fedsea.cli.options import AsJson, spread
+from fedsea.cli.options import AsJson
+from fedsea.cli.spread import spread
 from fedsea.cli.terminal import escape, interrupt_on, print_json, table
 from fedsea.demo.screen import Screen
 from fedsea.errors import UsageError

@@ -12,11 +12,10 @@ from fedsea.cli.options import (
     Limit,
     LookOptions,
     TaskName,
-    given_options,
     prepare_torch,
     require_folders,
-    spread,
 )
+from fedsea.cli.spread import given_options, spread
 from fedsea.cli.terminal import print_json, progress_bar, table, working
 from fedsea.errors import UsageError
 from fedsea.files import write_text

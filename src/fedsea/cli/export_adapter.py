@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from fedsea.cli.options import spread
+from fedsea.cli.spread import spread
 from fedsea.errors import UsageError
 from fedsea.flags import ComputeDtype, Flag
 

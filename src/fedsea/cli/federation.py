@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedsea.cli.options import AsJson, Typed, spread
+from fedsea.cli.options import AsJson
+from fedsea.cli.spread import Typed, spread
 from fedsea.cli.terminal import interrupt_on, print_json, tell
 from fedsea.errors import UsageError
 from fedsea.federation.owner.participant_options import ParticipantOptions

@@ -8,17 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from fedsea.cli.options import (
-    AsJson,
-    ClientOptions,
-    DataPath,
-    Limit,
-    LookOptions,
-    TaskName,
-    command_line,
-    parse_noise,
-    spread,
-)
+from fedsea.cli.options import AsJson, ClientOptions, DataPath, Limit, LookOptions, TaskName, parse_noise
+from fedsea.cli.spread import command_line, spread
 from fedsea.cli.terminal import print_json, progress_bar, stop_on_interrupt, tell, working
 from fedsea.errors import FedSEAError, NonFiniteError, UsageError
 from fedsea.extras import install_line

@@ -5,7 +5,8 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from fedsea.cli.options import AdaptedClientOptions, AnswerOptions, AsJson, spread
+from fedsea.cli.options import AdaptedClientOptions, AnswerOptions, AsJson
+from fedsea.cli.spread import spread
 from fedsea.cli.terminal import end_line, print_json, tell, working, write_piece
 from fedsea.errors import LimitExceededError, UsageError
 from fedsea.flags import Flag

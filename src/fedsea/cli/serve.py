@@ -10,7 +10,8 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated
 
-from fedsea.cli.options import AsJson, Credentials, Insecure, Model, prepare_torch, require_one_security, spread
+from fedsea.cli.options import AsJson, Credentials, Insecure, Model, prepare_torch, require_one_security
+from fedsea.cli.spread import spread
 from fedsea.errors import UsageError
 from fedsea.flags import ComputeDtype, Device, Flag, Threads
 from fedsea.server.limits import Limits
