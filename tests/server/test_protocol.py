@@ -247,12 +247,13 @@ def test_a_client_that_pipelines_and_never_reads_blocks_nobody(
     server: RunningServer, bystander: SplitModelForCausalLM, whole_tiny: Any
 ) -> None:
     greedy = RawStream(server.address)
-    greedy.open()
+    name = greedy.open().session
     for number in range(400):  # 400 results of 128 kB: more than any window, were they all computed ahead
         greedy.send(step(number + 1, 0, count=500))
 
     assert_same_tokens(bystander, whole_tiny, lambda: None)
     assert is_serving(server)
-    session = next(iter(server.server.sessions))
+    session = server.server.sessions.get(name, "anonymous")
+    assert session is not None
     assert session.step < 300
     greedy.abandon()
