@@ -9,15 +9,9 @@ HUB_TIMEOUT = 10.0  # seconds
 
 
 class ModelFiles(Protocol):
-    """The files of one checkpoint.
+    """The files of one checkpoint."""
 
-    Attributes
-    ----------
-    where
-        What to call the place in a message.
-    """
-
-    where: str
+    where: str  # what to call the place in a message
 
     def has(self, filename: str) -> bool:
         """Whether the checkpoint has such a file, here or at the hub."""
@@ -28,10 +22,7 @@ class ModelFiles(Protocol):
     def path(self, filename: str) -> Path | None:
         """The file on this machine, fetched if need be; None if the checkpoint has no such file.
 
-        Raises
-        ------
-        ModelNotFoundError
-            If it has to be fetched and cannot be.
+        A ModelNotFoundError if it has to be fetched and cannot be.
         """
 
 
@@ -55,12 +46,8 @@ class FolderFiles:
 class HubFiles:
     """The files of a repository of the Hugging Face hub, all of the commit that was newest when this object was made.
 
-    Where the hub cannot be reached, it is the commit that the local hub cache has.
-
-    Raises
-    ------
-    ModelNotFoundError
-        If there is no such repository, it may not be read, or the hub is out of reach and nothing is cached.
+    Where the hub cannot be reached, it is the commit that the local hub cache has. A ModelNotFoundError if there is no
+    such repository, it may not be read, or the hub is out of reach and nothing is cached.
     """
 
     def __init__(self, repository: str) -> None:

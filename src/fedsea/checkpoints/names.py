@@ -20,10 +20,7 @@ Kind = Literal["random", "gguf", "folder", "hub"]
 def locate(name: str | os.PathLike[str]) -> tuple[Kind, Path]:
     """What kind of model a name means, and where a folder or a `.gguf` file is; the order is `open_checkpoint`'s.
 
-    Raises
-    ------
-    ModelNotFoundError
-        If it means none, or the package that holds it is not installed.
+    A ModelNotFoundError if it means none, or the package that holds it is not installed.
     """
     text = os.fspath(name)
     path = Path(text).expanduser()
@@ -56,26 +53,14 @@ def no_configuration(key: str) -> ModelNotFoundError:
 
 
 def check_model(name: str) -> None:
-    """Check that a name means a model, and that what is needed to read it is installed.
-
-    Raises
-    ------
-    ModelNotFoundError
-        If it does not, or something is missing.
-    """
+    """Raise a ModelNotFoundError if a name means no model, or a package that is needed to read it is missing."""
     kind, place = locate(name)
     if kind == "gguf":
         require_converter(place)
 
 
 def check_adapter(folder: str | os.PathLike[str]) -> None:
-    """Check that a folder has the files of a PEFT adapter; they are not read.
-
-    Raises
-    ------
-    ModelNotFoundError
-        If one is missing; it says so where the folder is a training's, with the adapter inside.
-    """
+    """Raise a ModelNotFoundError if a folder lacks a file of a PEFT adapter; the files are not read."""
     path = Path(folder)
     for name in ADAPTER_FILES:
         if not (path / name).is_file():

@@ -36,16 +36,6 @@ class RandomCheckpoint(Checkpoint):
 
     Norms are ones; every other weight is uniform with a standard deviation of the configuration's `initializer_range`.
     There is no tokenizer, and no end-of-text token: a generation has the length that its caller sets.
-
-    Parameters
-    ----------
-    name
-        `random:` and a key of `CONFIGURATIONS`.
-
-    Raises
-    ------
-    ModelNotFoundError
-        If there is no such configuration.
     """
 
     def __init__(self, name: str) -> None:

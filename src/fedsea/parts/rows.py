@@ -128,20 +128,10 @@ class Rows:
 
 
 def attention_mask(rows: Rows, window: int | None, device: torch.device) -> Tensor | None:
-    """The mask of a causal model whose caches keep position `i` of a row at column `i`.
+    """The mask where caches keep position `i` of a row at column `i`: bool, `[rows or 1, 1, width, columns]`.
 
-    Parameters
-    ----------
-    rows
-        The tokens that ask (queries); the columns are positions 0 up to the furthest end.
-    window
-        Tokens that a layer may look back on, itself included; None for all of them.
-
-    Returns
-    -------
-    Tensor or None
-        bool, `[rows or 1, 1, width, columns]`, True where a token may look; None where "each token sees all before it"
-        is what scaled-dot-product attention does by itself, which is its fastest form.
+    True where a token may attend: to positions before it and its own, no more than `window` of them. None where
+    scaled-dot-product attention does that by itself, which is its fastest form.
     """
     columns = rows.reach
     limited = window is not None and columns > window

@@ -19,29 +19,14 @@ YES_NO = {"true": "Yes", "false": "No"}
 
 @dataclass(frozen=True)
 class Question:
-    """A question and its answer. The first message is `before + context + after` and the first question asked.
+    """A question and its answer. The first message is `before + context + after` and the first question asked."""
 
-    Attributes
-    ----------
-    answer
-        What the model is to say.
-    question
-        What is asked. Never cut.
-    before, after
-        What stands around the context. Never cut.
-    context
-        What the question is about; truncation shortens it from its end.
-    history
-        Earlier questions and their answers, oldest first. Truncation drops the oldest of them, once the context is
-        gone.
-    """
-
-    answer: str
-    question: str
-    before: str = ""
-    context: str = ""
-    after: str = ""
-    history: tuple[tuple[str, str], ...] = ()
+    answer: str  # what the model is to say
+    question: str  # never cut
+    before: str = ""  # stands before the context; never cut
+    context: str = ""  # what the question is about; truncation shortens it from its end
+    after: str = ""  # stands after the context; never cut
+    history: tuple[tuple[str, str], ...] = ()  # earlier questions and answers; the oldest are dropped after the context
 
 
 @dataclass(frozen=True)
@@ -155,13 +140,7 @@ class Task(ABC):
         """
 
     def check_packages(self) -> None:  # noqa: B027 - most need none
-        """Check that what `score` needs is installed.
-
-        Raises
-        ------
-        UsageError
-            If a package is missing.
-        """
+        """Raise a UsageError if a package that `score` needs is not installed."""
 
     @abstractmethod
     def score(self, examples: Sequence[Example], predictions: Sequence[str | None]) -> dict[str, float]:
