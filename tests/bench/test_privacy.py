@@ -160,7 +160,7 @@ def test_a_mechanism_has_to_hide_and_to_be_learnt_under() -> None:
     leaky, hidden = places = privacy_frontier.places_of(found, "accuracy")
     assert (leaky.kept, leaky.learnt, round(leaky.leaked)) == (1, 1, 98)
     assert (hidden.kept, round(hidden.leaked)) == (0.625, 3)
-    best, least = privacy_frontier._best("best", ">= 0.97", places), privacy_frontier._least(places)
+    best, least = privacy_frontier.best_line("best", ">= 0.97", places), privacy_frontier.least_line(places)
     assert (best.measured, best.holds) == (0.625, False)
     assert (round(least.measured or 0), least.holds) == (98, False)
 

@@ -339,7 +339,7 @@ def test_quality_keeps_each_result_and_goes_on_where_it_was(
     quality_bench: QualityBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done: list[Job] = []
-    do = quality_bench._do
+    do = quality_bench.make
 
     def interrupted(job: Job) -> Result:
         if len(done) == 3:
@@ -347,11 +347,11 @@ def test_quality_keeps_each_result_and_goes_on_where_it_was(
         done.append(job)
         return do(job)
 
-    monkeypatch.setattr(quality_bench, "_do", interrupted)
+    monkeypatch.setattr(quality_bench, "make", interrupted)
     with pytest.raises(KeyboardInterrupt):
         quality_bench.run()
     again: list[Job] = []
-    monkeypatch.setattr(quality_bench, "_do", lambda job: again.append(job) or do(job))
+    monkeypatch.setattr(quality_bench, "make", lambda job: again.append(job) or do(job))
     found = quality_bench.run()
     assert [job.setting for job in done] == [UNTRAINED, WHOLE, SPLIT]
     assert [job.setting for job in again] == [LEVEL]
@@ -369,8 +369,8 @@ def test_any_mechanism_is_a_setting(quality_bench: QualityBench) -> None:
     setting = plan(noise=[text, text]).settings[-1]
     assert (setting, setting.name) == (Setting("split", mechanism=text), "split-clip-norm-0.1-gaussian-std-2")
     assert setting not in plan().settings
-    result = quality_bench._do(Job("cb", setting, 0))
-    assert result.first_loss != quality_bench._do(Job("cb", SPLIT, 0)).first_loss
+    result = quality_bench.make(Job("cb", setting, 0))
+    assert result.first_loss != quality_bench.make(Job("cb", SPLIT, 0)).first_loss
     found = {**results(), Job("cb", setting, 0): result}
     assert f"| split, {text} | 0.5000 |" in tables(plan(mechanism=[text]), found)
 
@@ -387,9 +387,9 @@ def test_quality_goes_on_with_a_training_that_was_interrupted(
 
     monkeypatch.setattr(quality.FineTuning, "run", stopped)
     with pytest.raises(KeyboardInterrupt):
-        quality_bench._do(job)
+        quality_bench.make(job)
     monkeypatch.setattr(quality.FineTuning, "run", real)
-    result = quality_bench._do(job)
+    result = quality_bench.make(job)
     assert "going on from the checkpoint of step 1" in quality_bench.console.file.getvalue()  # type: ignore[attr-defined]
     assert result.error == ""
     assert result.last_loss is not None
@@ -402,7 +402,7 @@ def test_training_whose_loss_is_not_finite_is_a_result(
         raise NonFiniteError("the loss is nan")
 
     monkeypatch.setattr(quality, "train_whole", failing)
-    assert quality_bench._do(Job("cb", WHOLE, 0)).error == "the loss is nan"
+    assert quality_bench.make(Job("cb", WHOLE, 0)).error == "the loss is nan"
 
 
 def test_quality_says_which_file_is_missing_before_it_begins(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from fedsea.federation.owner.join import OwnerProcess, kept_running
 from fedsea.federation.owner.participant_options import ParticipantOptions
 from fedsea.federation.settings import Settings
 from fedsea.server import ServerProcess
-from fedsea_bench.flower_simulation import SimulationLink
+from fedsea_bench.flower_simulation import require_ray, simulate
 from fedsea_bench.peak import MIB
 from fedsea_bench.processes import process_memory
 from fedsea_bench.results import Line
@@ -46,20 +46,15 @@ def federation_overhead(bench: Workbench) -> Iterator[Line]:
         )
         yield Line.median(DEPLOYED, _shares(reports), "s", target="<= 10", conditions=where)
         try:
-            link = SimulationLink()
-        except Exception as error:
+            require_ray()
+        except UsageError as error:
             yield Line.skipped(SIMULATED, "s", target="<= 1", reason=str(error))
             return
         with (
-            link,
             bench.step(f"{rounds} rounds of {CLIENTS} clients, simulated with Ray, an actor each"),
             ServerProcess(model, threads=bench.settings.threads, secure=False) as server,
         ):
-            output = Path(folder) / "simulated"
-            settings = {name.replace("_", "-"): value for name, value in common.items()}
-            settings |= {"servers": server.address, "insecure": True, "data": str(data), "output": str(output)}
-            link.run(settings, actors=CLIENTS)
-            reports = _rounds(output)
+            reports = simulate(server, data, Path(folder) / "simulated", CLIENTS, **common)
         yield Line.median(SIMULATED, _shares(reports), "s", target="<= 1", conditions=f"as above; {bench.place}")
 
 
@@ -70,40 +65,25 @@ def federation_scale(bench: Workbench) -> Iterator[Line]:
     chosen = max(1, many * AT_A_TIME // MANY)
     name = f"federation of {many} clients, {chosen} a round, {rounds} rounds: growth of the block server's memory"
     try:
-        link = SimulationLink()
-    except Exception as error:
+        require_ray()
+    except UsageError as error:
         yield Line.skipped(name, "%", target=GROWTH_TARGET, reason=str(error))
         return
+    how: dict[str, Any] = {"model": TINY, "task": "cb", "clients": many, "min_clients": chosen}
+    how |= {"rounds": rounds, "fraction_train": chosen / many, "local_steps": 2, "batch_size": 2, "clients_at_once": 2}
     with (
         tempfile.TemporaryDirectory(prefix="fedsea-bench-") as folder,
-        link,
         ServerProcess(TINY, threads=1, secure=False) as server,
         bench.step(f"{many} simulated clients of {TINY}, {chosen} a round"),
     ):
-        output = Path(folder) / "output"
-        settings = {
-            "model": TINY,
-            "task": "cb",
-            "clients": many,
-            "min-clients": chosen,
-            "fraction-train": chosen / many,
-            "rounds": rounds,
-            "local-steps": 2,
-            "batch-size": 2,
-            "servers": server.address,
-            "insecure": True,
-            "data": str(_write_data(Path(folder) / "data", 4 * many)),
-            "output": str(output),
-            "clients-at-once": 2,
-        }
+        data, output = _write_data(Path(folder) / "data", 4 * many), Path(folder) / "output"
         resident: dict[int, int] = {}
 
         def note_memory() -> None:
             resident[len(_rounds(output))] = process_memory("VmRSS", server.pid)
 
-        link.run(settings, 2, note_memory)
+        reports = simulate(server, data, output, 2, note_memory, **how)
         note_memory()
-        reports = _rounds(output)
         trained = [len(report["clients"]) for report in reports]
         after_first = resident.get(1) or min(resident.values())
         note = (

@@ -20,13 +20,12 @@ from peft import get_peft_model
 
 from fedsea.checkpoints import load_tokenizer, load_whole_model
 from fedsea.errors import FedSEAError, UsageError
-from fedsea.federation.coordinator.status import read_status
 from fedsea.federation.owner.shards import Sharding, read_shard
 from fedsea.server import ServerProcess
 from fedsea.tasks import Example, Task, encode, evaluate, get_task
 from fedsea.training.batches import Batches
 from fedsea.training.recipe import Recipe
-from fedsea_bench.flower_simulation import SimulationLink, require_ray
+from fedsea_bench.flower_simulation import require_ray, simulate
 from fedsea_bench.plots import drawing
 from fedsea_bench.results import Line
 from fedsea_bench.training_case import ADAPTER_TEXT, RANK, adapter_config, train_whole
@@ -154,38 +153,18 @@ def _curves(bench: Workbench, task: Task, data: Path, size: Size) -> Iterator[Cu
 
 
 def _federated(bench: Workbench, task: Task, data: Path, size: Size, mode: str) -> list[tuple[int, dict[str, float]]]:
+    how: dict[str, Any] = {"model": bench.settings.model, "task": task.name, "mode": mode, "dtype": DTYPE, "seed": SEED}
+    how |= {"clients": CLIENTS, "min_clients": CLIENTS, "shards": f"dirichlet={ALPHA}", "eval_every": size.every}
+    how |= {"rounds": size.rounds, "local_steps": size.steps, "batch_size": BATCH, "lr": LR, "lora_rank": RANK}
+    how |= {"max_tokens": MAX_TOKENS}
+    # No client is left out because it is slow: that is not what is compared.
+    how |= {"join_seconds": 600.0, "straggler_seconds": 600.0}
+    options, threads = ("--dtype", DTYPE), bench.settings.threads
     with (
         tempfile.TemporaryDirectory(prefix="fedsea-bench-") as folder,
-        SimulationLink() as link,
-        ServerProcess(
-            bench.settings.model, threads=bench.settings.threads, secure=False, options=("--dtype", DTYPE)
-        ) as server,
+        ServerProcess(bench.settings.model, threads=threads, secure=False, options=options) as server,
     ):
-        settings: dict[str, Any] = {
-            "model": bench.settings.model,
-            "task": task.name,
-            "mode": mode,
-            "clients": CLIENTS,
-            "min-clients": CLIENTS,
-            "rounds": size.rounds,
-            "local-steps": size.steps,
-            "batch-size": BATCH,
-            "lr": LR,
-            "lora-rank": RANK,
-            "max-tokens": MAX_TOKENS,
-            "eval-every": size.every,
-            "dtype": DTYPE,
-            "seed": SEED,
-            "shards": f"dirichlet={ALPHA}",
-            "servers": server.address,
-            "insecure": True,
-            "data": str(data),
-            "output": folder,
-            "join-seconds": 600.0,  # no client is left out because it is slow: that is not what is compared
-            "straggler-seconds": 600.0,
-        }
-        link.run(settings, actors=CLIENTS)
-        reports = read_status(Path(folder)).reports
+        reports = simulate(server, data, Path(folder), CLIENTS, **how)
     if len(reports) < size.rounds:
         raise FedSEAError(f"only {len(reports)} of {size.rounds} rounds were done")
     scored = [report for report in reports if report["round"] % size.every == 0]

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any, Self
 
 from fedsea.errors import FedSEAError, UsageError
+from fedsea.federation import read_status
 from fedsea.federation.flower.app import project_file
 from fedsea.federation.process import flower_environment
 from fedsea.process import TOOLS, Child
+from fedsea.server.process import ServerProcess
 
 START_SECONDS = 60.0
 RUN_SECONDS = 3600.0
@@ -28,6 +30,22 @@ def require_ray() -> None:
         import ray  # noqa: F401
     except ImportError:
         raise UsageError("simulated clients need Ray: pip install 'fedsea[simulation]'") from None
+
+
+def simulate(
+    server: ServerProcess,
+    data: Path,
+    output: Path,
+    actors: int,
+    on_poll: Callable[[], None] = lambda: None,
+    **settings: Any,
+) -> list[dict[str, Any]]:
+    """Run a federation at a block server to its end, `actors` clients at a time; returns the rounds' reports."""
+    given = {name.replace("_", "-"): value for name, value in settings.items()}
+    given |= {"servers": server.address, "insecure": True, "data": str(data), "output": str(output)}
+    with SimulationLink() as link:
+        link.run(given, actors, on_poll)
+    return read_status(output).reports
 
 
 class SimulationLink:

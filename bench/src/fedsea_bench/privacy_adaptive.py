@@ -1,9 +1,9 @@
 """Whether noise that follows a training reaches a loss in fewer steps than noise that stays, at equal leakage.
 
 The same model learns the same texts in the same order, with the same adapter to start from, behind
-`relative-clipped-gaussian` and behind `adaptive` of the same clip, level and number of looks: what all looks at a text
-may tell is equal. The loss is that of texts that are not learnt, behind the level's noise, as a user has it afterwards:
-not the training's own, which a coarser look makes larger.
+`relative-clipped-gaussian` and behind `adaptive` of the same clip, level and number of epochs: what all epochs tell of
+a text at most is equal. The loss is that of texts that are not learnt, behind the level's noise, as a user has it
+afterwards: not the training's own, which coarser noise makes larger.
 """
 
 import math
@@ -29,15 +29,15 @@ from fedsea_bench.workbench import PARTITION, Workbench, described
 CLIP, LR, BATCH = 1.0, 2e-3, 4
 LEVEL = 3.0
 SEEDS, FEW, QUICK_SEEDS = tuple(range(8)), 3, (0,)
-FIXED, ADAPTIVE, LATE, SHORT = "fixed", "adaptive", "adaptive, late precision", "fixed, in fewer passes"
-SHORT_SHARE = 2 / 3  # of the passes, which have all of the budget then
+FIXED, ADAPTIVE, LATE, SHORT = "fixed", "adaptive", "adaptive, late precision", "fixed, in fewer epochs"
+SHORT_SHARE = 2 / 3  # of the epochs, which have all of the budget then
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much is learnt: passes, steps of each, after how many the loss is measured, and on how many texts."""
+    """How much is learnt: epochs, steps of each, after how many the loss is measured, and on how many texts."""
 
-    passes: int
+    epochs: int
     steps: int
     every: int
     held_out: int
@@ -53,7 +53,7 @@ def adaptive_noise(bench: Workbench) -> Iterator[Line]:
     quick = bench.settings.quick
     size, seeds = (QUICK, QUICK_SEEDS) if quick else (FULL, SEEDS)
     # With few seeds, two more: precision that comes late, so that the direction is a finding, and the same budget in
-    # fewer equal passes, as adaptive noise spends most of it in the first ones.
+    # fewer equal epochs, as adaptive noise spends most of it in the first ones.
     arms = (FIXED, ADAPTIVE) if quick else (FIXED, ADAPTIVE, LATE, SHORT)
     curves: dict[str, list[Curve]] = {arm: [] for arm in arms}
     for seed in seeds:
@@ -74,7 +74,7 @@ def compared(bench: Workbench, arm: str, curves: Sequence[Curve], fixed: Sequenc
     never = sum(one is None for one in needed)
     missed = f"not reached in {never} of {len(curves)}, counted as 1; " if never else ""
     conditions = (
-        f"{in_words(arm, size)}; {size.passes} passes of {size.steps} steps of {BATCH} notes (bench/training_case.py), "
+        f"{in_words(arm, size)}; {size.epochs} epochs of {size.steps} steps of {BATCH} notes (bench/training_case.py), "
         f"lr {LR:g} cosine, {ADAPTER_TEXT}; loss of {size.held_out} other notes, every {size.every} steps; "
         f"clip {CLIP:g}, partition {described(PARTITION)}; a sample a seed; {bench.place}"
     )
@@ -102,9 +102,9 @@ def compared(bench: Workbench, arm: str, curves: Sequence[Curve], fixed: Sequenc
 def in_words(arm: str, size: Size) -> str:
     """How a way divides the budget."""
     if arm == SHORT:
-        return f"all in {round(SHORT_SHARE * size.passes)} equal passes"
+        return f"all in {round(SHORT_SHARE * size.epochs)} equal epochs"
     ratio = FIRST_OVER_LAST if arm == ADAPTIVE else 1 / FIRST_OVER_LAST
-    return f"first pass's precision {ratio:g} x the last's"
+    return f"first epoch's precision {ratio:g} x the last's"
 
 
 def steps_until(curve: Curve, goal: float) -> float | None:
@@ -122,10 +122,10 @@ def steps_until(curve: Curve, goal: float) -> float | None:
 def train(bench: Workbench, arm: str, seed: int, size: Size) -> Curve:
     """Fine-tune through the bench's server; returns the loss of texts that are not learnt as it goes."""
     learnt, held_out = texts(bench, seed, size)
-    passes = round(SHORT_SHARE * size.passes) if arm == SHORT else size.passes
-    recipe = Recipe(passes * size.steps, BATCH, lr=LR, seed=seed, save_every=passes * size.steps)
+    epochs = round(SHORT_SHARE * size.epochs) if arm == SHORT else size.epochs
+    recipe = Recipe(epochs * size.steps, BATCH, lr=LR, seed=seed, save_every=epochs * size.steps)
     fixed = relative_clipped_gaussian(CLIP, LEVEL)
-    adaptive = AdaptiveGaussianNoise(CLIP, LEVEL, size.passes)
+    adaptive = AdaptiveGaussianNoise(CLIP, LEVEL, size.epochs)
     curve: Curve = []
     with (
         tempfile.TemporaryDirectory(prefix="fedsea-bench-") as folder,
@@ -140,7 +140,7 @@ def train(bench: Workbench, arm: str, seed: int, size: Size) -> Curve:
         if arm == LATE:
             training.callback = Recalibration(model, adaptive, first_over_last=1 / FIRST_OVER_LAST)
         if arm == SHORT:
-            finer = relative_clipped_gaussian(CLIP, LEVEL * math.sqrt(passes / size.passes))
+            finer = relative_clipped_gaussian(CLIP, LEVEL * math.sqrt(epochs / size.epochs))
             model.protection.in_training = finer.calibrated(model.protection.measure)
 
         def measure(figures: Figures | None) -> None:

@@ -120,8 +120,8 @@ def frontier(bench: Workbench) -> Iterator[Line]:
     words = _words(bench, size, list(free.values()), metric)
     yield from (_line(place, metric, words) for place in protected)
     yield from (_line_alone(place, metric, words) for place in alone)
-    yield _best(name, target, protected)
-    yield _least(protected)
+    yield best_line(name, target, protected)
+    yield least_line(protected)
     if bench.settings.plots is not None:
         # What the most frequent label keeps of the score, whatever the question: nothing is learnt for it.
         majority = next(iter(free.values())).majority
@@ -231,7 +231,8 @@ def _line_alone(place: Place, metric: str, words: str) -> Line:
     return Line.of(f"frontier, {_cuts(place)}: share of the score kept", place.kept, "x", conditions=said)
 
 
-def _best(name: str, target: str, places: Sequence[Place]) -> Line:
+def best_line(name: str, target: str, places: Sequence[Place]) -> Line:
+    """What is kept of the score where next to nothing is read."""
     hidden = [place for place in places if place.leaked <= READ]
     if not hidden:
         least = min(places, key=lambda place: place.leaked, default=None)
@@ -242,7 +243,8 @@ def _best(name: str, target: str, places: Sequence[Place]) -> Line:
     return Line.of(name, best.kept, "x", target=target, conditions=note)
 
 
-def _least(places: Sequence[Place]) -> Line:
+def least_line(places: Sequence[Place]) -> Line:
+    """What is read where nearly all of the score is kept."""
     name = f"frontier, {TASK}: least points read above prior where {KEPT:.0%} of the noise-free score is kept"
     good = [place for place in places if place.kept >= KEPT]
     if not good:

@@ -73,7 +73,7 @@ class QualityBench:
                 continue
             self.console.print(f"… {job}", style="dim", highlight=False)
             began = time.monotonic()
-            made = self._do(job)
+            made = self.make(job)
             results[job] = Result(**{**asdict(made), "seconds": round(time.monotonic() - began, 1)})
             self._keep(job, results[job])
             left = time_left(jobs, results)
@@ -84,7 +84,8 @@ class QualityBench:
             )
         return {job: results[job] for job in jobs}
 
-    def _do(self, job: Job) -> Result:
+    def make(self, job: Job) -> Result:
+        """Train and evaluate; of a training that broke off, the result says why."""
         if job.setting == UNTRAINED:
             return self._evaluated(job, self._whole)
         try:
