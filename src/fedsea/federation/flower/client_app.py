@@ -158,7 +158,7 @@ class SimulatedClients:
 
     def __init__(self, size: int = 64) -> None:
         self._size, self._lock = size, threading.Lock()
-        self.participants: OrderedDict[tuple[Any, ...], Participant] = OrderedDict()
+        self.participants: OrderedDict[str, Participant] = OrderedDict()
         self.models: PreparedModels | None = None
 
     def participant(self, settings: Settings, node_config: Mapping[str, Any]) -> "Participant":
@@ -168,7 +168,7 @@ class SimulatedClients:
         from fedsea.federation.owner.prepared_models import PreparedModels
 
         options = simulated_options(settings, node_config)
-        key = tuple(sorted(options.items()))
+        key = json.dumps(options, sort_keys=True)
         with self._lock:
             if self.models is None:
                 self.models = PreparedModels()
