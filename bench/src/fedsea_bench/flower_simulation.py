@@ -15,7 +15,7 @@ from fedsea.federation import read_status
 from fedsea.federation.flower.app import project_file
 from fedsea.federation.process import flower_environment
 from fedsea.process import TOOLS, Child
-from fedsea.server.process import ServerProcess
+from fedsea.server import ServerProcess
 
 START_SECONDS = 60.0
 RUN_SECONDS = 3600.0
