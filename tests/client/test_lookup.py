@@ -11,7 +11,7 @@ from fedsea import GaussianNoise, SplitModelForCausalLM, load_tokenizer
 from fedsea.client.answer import Answer
 from fedsea.client.conversation import Conversation, chat_tokens
 from fedsea.client.decode import GREEDY, Sampling, stream_tokens
-from fedsea.client.lookup import LONGEST_PAUSE, PATIENCE, GuessCount, PromptLookup
+from fedsea.client.lookup import LONGEST_PAUSE, MISSES, GuessCount, PromptLookup
 from fedsea.errors import LimitExceededError, UsageError
 from tests.conftest import RunningServer, connect
 from tests.support.link import Link
@@ -197,13 +197,13 @@ def test_guesses_grow_while_they_are_right_and_are_never_more_than_allowed() -> 
 def test_guessing_pauses_after_misses_and_begins_again() -> None:
     lookup = PromptLookup([1, 1, 1, 1], 8)
     silent = []
-    for _ in range(PATIENCE + 6):
+    for _ in range(MISSES + 6):
         pause = 0
         while not (guess := lookup.guess(9)):
             pause += 1
         silent.append(pause)
         lookup.judge(len(guess), 0)
-    assert silent == [0] * (PATIENCE + 1) + [2, 4, 8, LONGEST_PAUSE, LONGEST_PAUSE]
+    assert silent == [0] * (MISSES + 1) + [2, 4, 8, LONGEST_PAUSE, LONGEST_PAUSE]
     while not lookup.guess(9):
         pass
     lookup.judge(1, 1)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fedsea.client.loss_scale import LossScale
 from fedsea.client.middle import RemoteMiddle
 from fedsea.client.protection import Protection
+from fedsea.client.run import MiddleRun
 from fedsea.client.state_dict import HANDLE, register_state_hooks
 from fedsea.errors import ModelMismatchError, UsageError
 from fedsea.partition import LIFT, PROJECT, Partition, in_middle
@@ -62,7 +63,7 @@ class TrainedAdapter:
         return self._partition.middle(self.config.num_hidden_layers)
 
     @property
-    def _run(self) -> Any:
+    def _run(self) -> MiddleRun | None:
         return self._middle.run if self._middle is not None else None
 
     @property
@@ -181,7 +182,7 @@ class TrainedAdapter:
         if self._middle is None:
             return
         module, dtype = self._module, self._module.dtype
-        new = self._middle.begin_run(
+        is_new = self._middle.begin_run(
             spec,
             name,
             module.get_parameter(HANDLE),
@@ -192,7 +193,7 @@ class TrainedAdapter:
             scale=LossScale() if dtype is torch.float16 else None,
         )
         self._middle.use_adapter(self.on)
-        if spec.narrow and new:
+        if spec.narrow and is_new and self._run is not None:
             # Until it is trained, the lift undoes what it can of the projection, whose rows are orthonormal.
             self._run.load({f"{ADAPTER}/{LIFT}": adapter_parameters(self._parts[0])[PROJECT].T})
 
@@ -368,7 +369,7 @@ class TrainedAdapter:
         self._forget_gradients()  # of a round that broke off between forward and backward pass, say
         if self.spec is None:
             self._put_on(spec, lora)
-        self._run.handle.requires_grad_(True)
+        self.set_trainable(True)
 
     def finish_round(self) -> None:
         """The local steps are done, and others need not wait; raises what went wrong with the last steps."""

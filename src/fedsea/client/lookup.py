@@ -14,7 +14,7 @@ LENGTHS = (3, 2)  # of the last tokens that must have stood before: the longer s
 # with two, 74 with four, 93 with eight), so it pays if it is right once in seven times. A slow link makes it cheaper.
 GUESSES = 8  # at a time, unless the user says otherwise: where all are right, 2 to 4 times the speed
 FIRST = 2
-PATIENCE = 3  # steps without a right guess before guessing pauses
+MISSES = 3  # steps without a right guess before guessing pauses
 LONGEST_PAUSE = 16  # occasions to guess that are let pass
 
 
@@ -56,8 +56,8 @@ class PromptLookup:
         """Learn how many of the last guesses were right."""
         self._wanted = min(2 * self._wanted if accepted == guessed else accepted + 1, self._most)
         self._misses = 0 if accepted else self._misses + 1
-        if self._misses > PATIENCE:
-            self._pause = min(2 ** (self._misses - PATIENCE), LONGEST_PAUSE)
+        if self._misses > MISSES:
+            self._pause = min(2 ** (self._misses - MISSES), LONGEST_PAUSE)
 
     def _place(self) -> int | None:
         """Where the text went on when its last tokens stood there before, the latest time; None if never."""
