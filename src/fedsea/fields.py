@@ -1,4 +1,4 @@
-"""Strict readers of JSON that may come from anybody: each check is written once, and says which field is wrong."""
+"""Strict readers of untrusted JSON: each check is written once, and says which field is wrong."""
 
 import math
 import re
@@ -43,7 +43,7 @@ class Fields:
         self.body = body
 
     def text(self, name: str, *, longest: int = MAX_TEXT, like: re.Pattern[str] | None = None) -> str:
-        """A text of at most so many characters, all of it `like` a pattern."""
+        """A text of at most `longest` characters, all of it `like` a pattern."""
         value = self.body.get(name)
         if not isinstance(value, str) or len(value) > longest or (like is not None and not like.fullmatch(value)):
             raise self.wrong(name, "a text" if like is None else f"a text like {like.pattern}")
@@ -82,21 +82,21 @@ class Fields:
             raise self.wrong(name, "a finite number") from None
 
     def items(self, name: str, length: int | None = None) -> list[Any]:
-        """A list of anything, which the caller checks; of so many, if that is given."""
+        """A list of anything, which the caller checks; of `length` items, if that is given."""
         value = self.body.get(name)
         if not isinstance(value, list) or (length is not None and len(value) != length):
             raise self.wrong(name, "a list" if length is None else f"a list of {length}")
         return value
 
     def counts(self, name: str, length: int | None = None) -> list[int]:
-        """A list of whole numbers, 0 or more; so many, if that is given."""
+        """A list of whole numbers, 0 or more; `length` of them, if that is given."""
         value = self.items(name, length)
         if any(type(one) is not int or not 0 <= one < MAX_COUNT for one in value):
             raise self.wrong(name, f"a list of whole numbers below {MAX_COUNT}")
         return value
 
     def numbers(self, name: str, length: int, low: float = 0.0, high: float = math.inf) -> list[float]:
-        """A list of so many finite numbers within bounds."""
+        """A list of `length` finite numbers within bounds."""
         named = {f"{name}[{at}]": one for at, one in enumerate(self.items(name, length))}
         read = Fields(named, self.what)
         return [read.number(one, low, high) for one in named]
@@ -109,7 +109,7 @@ class Fields:
         return value
 
     def rows(self, name: str, columns: Sequence[str], most: int = MAX_TEXT) -> "Iterator[Fields]":
-        """A list of at most so many lists; each is read by the names of its columns."""
+        """A list of at most `most` lists; each is read by the names of its columns."""
         value = self.items(name)
         if len(value) > most:
             raise self.wrong(name, f"a list of at most {most}")

@@ -273,7 +273,7 @@ WRONG: dict[str, tuple[bytes, str]] = {
     "a message with a dtype": (message(b"{}", dtype=1), "header fields"),
     "a message with a width": (raw(Kind.OUTCOME, b"{}", dtype=0, length=2), "header fields"),
     "a message with a number": (message(b"{}", number=1), "OPEN has a number"),
-    "a message of another length": (message(b"{}", length=1), "says it has 1 bytes"),
+    "a message of another length": (message(b"{}", length=1), "says it has 1 bytes of content and has 2"),
     "a message too long": (message(b'{"a":"' + b"x" * MAX_JSON + b'"}'), "says it has"),
     "no JSON": (message(b""), "not JSON"),
     "no text": (message(b"\xff\xfe\x00"), "not JSON"),

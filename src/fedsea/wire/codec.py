@@ -19,6 +19,7 @@ import json
 import struct
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import chain
 from typing import Any, NamedTuple
 
 from safetensors.torch import save
@@ -50,9 +51,11 @@ MAX_WEIGHT = 2.0**30  # of a gradient beside others: more tokens than a step can
 WANT_RESULT, ROW_MAP, TEXT, TRAINING, RECOMPUTE, WANT_GRADIENT, FRESH, MORE = (1 << bit for bit in range(8))
 
 
-class Header(NamedTuple):
-    """What every frame begins with."""
+class _Incoming(NamedTuple):
+    """A frame that came: all its bytes, which named tensors its reader has, and its header's fields."""
 
+    data: bytes
+    knows: Callable[[str], bool]
     version: int
     kind: int
     dtype: int
@@ -73,15 +76,6 @@ class _Content(NamedTuple):
     before: bytes = b""
 
 
-class _Incoming(NamedTuple):
-    """A frame that came, checked and read up to its content, which begins at `offset`."""
-
-    header: Header
-    data: bytes
-    offset: int
-    knows: Callable[[str], bool]
-
-
 class _Field(NamedTuple):
     """A number that a kind of frame has: its name there, its code in `struct`, and its bounds."""
 
@@ -94,15 +88,16 @@ class _Field(NamedTuple):
 class _Layout:
     """How a kind of frame is written and read.
 
-    `make` makes the frame from its attributes, `write` its content; `read` gives the attributes that the content has.
-    `switches` are the flags of attributes that are true or false; `flags` those that `write` and `read` see to.
+    `make` makes the frame from its attributes, `write` its content; `read` gives the attributes that the content has,
+    which begins at an offset. `switches` are the flags of attributes that are true or false; `flags` those that `write`
+    and `read` see to.
     """
 
     def __init__(
         self,
         make: Callable[..., Frame],
         write: Callable[[Any], _Content],
-        read: Callable[[_Incoming], dict[str, Any]],
+        read: Callable[[_Incoming, int], dict[str, Any]],
         *fields: _Field,
         flags: int = 0,
         **switches: int,
@@ -111,6 +106,22 @@ class _Layout:
         self.switches, self.flags = tuple(switches.items()), flags | sum(switches.values())
         self.struct = struct.Struct(HEADER.format + "".join(field.code for field in fields))
         self.start = self.struct.size  # of the content
+
+    def attributes(self, came: _Incoming) -> dict[str, Any]:
+        """The frame's attributes but for its content; ProtocolError if they are not what the kind may have."""
+        if came.flags & ~self.flags:
+            raise ProtocolError(f"{Kind(came.kind).name} has unknown flags ({came.flags})")
+        if len(came.data) < self.start:
+            raise ProtocolError(f"a frame of {len(came.data)} bytes is shorter than its header of {self.start}")
+        found: dict[str, Any] = {"number": came.number}
+        numbers = self.struct.unpack_from(came.data)[-len(self.fields) :] if self.fields else ()
+        for (name, _code, low, high), value in zip(self.fields, numbers, strict=True):
+            if not low <= value <= high:
+                raise ProtocolError(f"the {name} of {Kind(came.kind).name} is out of its range: {value}")
+            found[name] = value
+        for name, flag in self.switches:
+            found[name] = bool(came.flags & flag)
+        return found
 
 
 def overhead(kind: Kind, rows: int) -> int:
@@ -135,8 +146,10 @@ def encode(frame: Frame) -> bytes:
     for name, flag in layout.switches:
         if getattr(frame, name):
             flags |= flag
-    own = [getattr(frame, field.name) for field in layout.fields]
-    return _pack(layout.struct, VERSION, frame.kind, dtype, flags, frame.number, length, width, *own) + before + data
+    header = [VERSION, frame.kind, dtype, flags, frame.number, length, width]
+    for field in layout.fields:
+        header.append(getattr(frame, field.name))
+    return _pack(layout.struct, *header) + before + data
 
 
 def decode(data: bytes, *, max_bytes: int | None = None, knows: Callable[[str], bool] = _no_name) -> Frame:
@@ -159,29 +172,17 @@ def decode(data: bytes, *, max_bytes: int | None = None, knows: Callable[[str], 
         raise LimitExceededError(f"a frame of {len(data)} bytes is over the limit of {max_bytes} bytes a frame")
     if len(data) < HEADER.size:
         raise ProtocolError(f"a frame of {len(data)} bytes is shorter than its header of {HEADER.size}")
-    header = Header._make(HEADER.unpack_from(data))
-    if header.version != VERSION:
-        raise ProtocolError(other_version(header.version))
-    layout = _LAYOUTS.get(header.kind)
+    came = _Incoming(data, knows, *HEADER.unpack_from(data))
+    if came.version != VERSION:
+        raise ProtocolError(other_version(came.version))
+    layout = _LAYOUTS.get(came.kind)
     if layout is None:
-        raise ProtocolError(f"there is no frame of kind {header.kind}")
-    if header.flags & ~layout.flags:
-        raise ProtocolError(f"{Kind(header.kind).name} has unknown flags ({header.flags})")
-    if len(data) < layout.start:
-        raise ProtocolError(f"a frame of {len(data)} bytes is shorter than its header of {layout.start}")
-    found: dict[str, Any] = {"number": header.number}
-    if layout.fields:
-        for field, value in zip(layout.fields, layout.struct.unpack_from(data)[len(header) :], strict=True):
-            if not field.low <= value <= field.high:
-                raise ProtocolError(f"the {field.name} of {Kind(header.kind).name} is out of its range: {value}")
-            found[field.name] = value
-    for name, flag in layout.switches:
-        found[name] = bool(header.flags & flag)
-    return layout.make(**found, **layout.read(_Incoming(header, data, layout.start, knows)))
+        raise ProtocolError(f"there is no frame of kind {came.kind}")
+    return layout.make(**layout.attributes(came), **layout.read(came, layout.start))
 
 
 def other_version(version: int) -> str:
-    """What either side is told where the two do not speak the same version."""
+    """The message to both sides where they do not speak the same version."""
     return (
         f"client and block server speak different versions of the protocol ({version} and {VERSION}); "
         "install the same version of FedSEA on both sides"
@@ -206,12 +207,11 @@ def _write_json(frame: Message | Command | Outcome) -> _Content:
     return _Content(text, len(text))
 
 
-def _read_json(came: _Incoming) -> dict[str, Any]:
-    length, had = _length_of_bytes(came), len(came.data) - came.offset
-    if length > MAX_JSON or had != length:
-        raise ProtocolError(f"a message says it has {length} bytes and has {had}")
+def _read_json(came: _Incoming, offset: int) -> dict[str, Any]:
+    if came.length > MAX_JSON:
+        raise ProtocolError(f"a message says it has {came.length} bytes; {MAX_JSON} are allowed")
     try:
-        body = json.loads(came.data[came.offset :])
+        body = json.loads(_rest(came, offset))
     except (ValueError, RecursionError) as error:
         raise ProtocolError("a message is not JSON") from error
     if not isinstance(body, dict):
@@ -224,57 +224,55 @@ def _write_named(frame: Tensors) -> _Content:
     return _Content(data, len(data))
 
 
-def _read_named(came: _Incoming) -> dict[str, Any]:
-    length, had = _length_of_bytes(came), len(came.data) - came.offset
-    if had != length:
-        raise ProtocolError(f"a frame says it has {length} bytes of tensors and has {had}")
-    return {"tensors": read_named(came.data[came.offset :], came.knows)}
+def _read_named(came: _Incoming, offset: int) -> dict[str, Any]:
+    return {"tensors": read_named(_rest(came, offset), came.knows)}
 
 
-def _length_of_bytes(came: _Incoming) -> int:
-    if came.header.dtype or came.header.width:
+def _rest(came: _Incoming, offset: int) -> bytes:
+    """The content of a frame that has no states."""
+    if came.dtype or came.width:
         raise ProtocolError("a frame without states has header fields that only states have")
-    return came.header.length
+    if len(came.data) != offset + came.length:
+        had = len(came.data) - offset
+        raise ProtocolError(f"a frame says it has {came.length} bytes of content and has {had}")
+    return came.data[offset:]
 
 
 def _write_states(frame: Result | States) -> _Content:
-    return _of_tensor(frame.states) if frame.states is not None else _Content(b"", 0)
+    return _states(frame.states, len(frame.states)) if frame.states is not None else _Content(b"", 0)
 
 
 def _write_gradient(frame: Backward) -> _Content:
-    return _of_tensor(frame.gradient)
+    return _states(frame.gradient, len(frame.gradient))
 
 
-def _of_tensor(states: Tensor) -> _Content:
-    tokens, width = states.shape
-    return _Content(tensor_bytes(states), tokens, width, CODES[states.dtype])
+def _states(states: Tensor, length: int, flags: int = 0, before: tuple[int, ...] = ()) -> _Content:
+    numbers = _pack(struct.Struct(f"<{len(before)}I"), *before) if before else b""
+    return _Content(tensor_bytes(states), length, states.shape[1], CODES[states.dtype], flags, numbers)
 
 
-def _read_states(came: _Incoming) -> dict[str, Any]:
-    header = came.header
-    if header.dtype == header.length == header.width == 0 and len(came.data) == came.offset:
+def _read_states(came: _Incoming, offset: int) -> dict[str, Any]:
+    if came.dtype == came.length == came.width == 0 and len(came.data) == offset:
         return {"states": None}
-    return {"states": read_states(came.data, came.offset, header.dtype, header.length, header.width)}
+    return {"states": read_states(came.data, offset, came.dtype, came.length, came.width)}
 
 
-def _read_gradient(came: _Incoming) -> dict[str, Any]:
-    return {"gradient": read_states(came.data, came.offset, came.header.dtype, came.header.length, came.header.width)}
+def _read_gradient(came: _Incoming, offset: int) -> dict[str, Any]:
+    return {"gradient": read_states(came.data, offset, came.dtype, came.length, came.width)}
 
 
 def _write_step(step: Step) -> _Content:
-    rows, states, flags, numbers = step.rows, step.states, 0, _numbers_of(step.rows)
+    rows, flags, numbers = step.rows, 0, _numbers_of(step.rows)
     if step.row_map is not None:
-        flags |= ROW_MAP
-        numbers += step.row_map
+        flags, numbers = flags | ROW_MAP, numbers + step.row_map
     if rows.text > max(rows.ends):
-        flags |= TEXT
-        numbers.append(rows.text)
-    return _Content(tensor_bytes(states), len(rows), states.shape[1], CODES[states.dtype], flags, _packed(numbers))
+        flags, numbers = flags | TEXT, (*numbers, rows.text)
+    return _states(step.states, len(rows), flags, numbers)
 
 
-def _read_step(came: _Incoming) -> dict[str, Any]:
-    rows, offset = _read_rows(came)
-    count, flags, row_map = len(rows), came.header.flags, None
+def _read_step(came: _Incoming, offset: int) -> dict[str, Any]:
+    rows, offset = _read_rows(came, offset)
+    count, flags, row_map = len(rows), came.flags, None
     if count * rows.width > MAX_PLACES:
         raise ProtocolError(f"a step of {count} rows x {rows.width} tokens is over the {MAX_PLACES} places of a step")
     if flags & ROW_MAP:
@@ -284,42 +282,36 @@ def _read_step(came: _Incoming) -> dict[str, Any]:
         if text <= max(rows.ends):
             raise ProtocolError(f"a step's text is said to have {text} tokens, and has {max(rows.ends)}")
         rows = replace(rows, text=text)
-    states = read_states(came.data, offset, came.header.dtype, rows.total, came.header.width)
+    states = read_states(came.data, offset, came.dtype, rows.total, came.width)
     return {"rows": rows, "states": states, "row_map": row_map}
 
 
 def _write_forward(frame: Forward) -> _Content:
-    rows, states = frame.rows, frame.states
-    before = _packed(_numbers_of(rows))
-    return _Content(tensor_bytes(states), len(rows), states.shape[1], CODES[states.dtype], before=before)
+    return _states(frame.states, len(frame.rows), before=_numbers_of(frame.rows))
 
 
-def _read_forward(came: _Incoming) -> dict[str, Any]:
-    rows, offset = _read_rows(came)
+def _read_forward(came: _Incoming, offset: int) -> dict[str, Any]:
+    rows, offset = _read_rows(came, offset)
     if any(rows.starts):
         raise ProtocolError("a micro-batch holds whole texts; one of its rows starts later")
     if len(rows) > 1 and len(rows) * rows.width > MAX_PLACES:
         raise ProtocolError(f"a micro-batch of {len(rows)} rows x {rows.width} tokens is over {MAX_PLACES} places")
-    return {"rows": rows, "states": read_states(came.data, offset, came.header.dtype, rows.total, came.header.width)}
+    return {"rows": rows, "states": read_states(came.data, offset, came.dtype, rows.total, came.width)}
 
 
-def _numbers_of(rows: Rows) -> list[int]:
-    return [number for pair in zip(rows.starts, rows.counts, strict=True) for number in pair]
+def _numbers_of(rows: Rows) -> tuple[int, ...]:
+    return tuple(chain.from_iterable(zip(rows.starts, rows.counts, strict=True)))
 
 
-def _read_rows(came: _Incoming) -> tuple[Rows, int]:
-    count = came.header.length
+def _read_rows(came: _Incoming, offset: int) -> tuple[Rows, int]:
+    count = came.length
     if not 1 <= count <= MAX_ROWS:
         raise ProtocolError(f"a frame has {count} rows; 1 to {MAX_ROWS} are allowed")
-    numbers, offset = _read_numbers(came.data, came.offset, 2 * count)
+    numbers, offset = _read_numbers(came.data, offset, 2 * count)
     rows = Rows(numbers[0::2], numbers[1::2])
     if rows.total == 0:
         raise ProtocolError("a frame's rows have no tokens")
     return rows, offset
-
-
-def _packed(numbers: list[int]) -> bytes:
-    return _pack(struct.Struct(f"<{len(numbers)}I"), *numbers)
 
 
 def _read_numbers(data: bytes, offset: int, count: int) -> tuple[tuple[int, ...], int]:

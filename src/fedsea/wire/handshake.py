@@ -49,7 +49,7 @@ class Opened:
     session
         The session's name, unguessable; who knows it (and has the same identity) may resume the session.
     step
-        The last step that the session has done; 0 in a new one, so a client that wished to resume sees that it cannot.
+        The last step that the session has done; 0 in a new one, so a client that asked to resume sees that it cannot.
     max_tokens
         Tokens that one row may have.
     frame_bytes

@@ -1,8 +1,8 @@
 """What coordinator, block server and clients tell each other about a federated round.
 
 A coordinator opens a round at a block server, with a seat for each client. It hands each client a ticket for its seat
-(by Flower), and the client shows the ticket when it begins its run. The server never sees a ticket before that: it is
-told the hash, so what it knows is not enough to take a client's seat elsewhere.
+(by Flower), and the client shows the ticket when it begins its run. The server never sees a ticket before that: it
+has the hash, so what it knows is not enough to take a client's seat elsewhere.
 """
 
 import hashlib
@@ -123,9 +123,9 @@ class RoundPlan:
     members
         Who may take part.
     join_seconds
-        So long the first step waits for members that have not come.
+        Seconds that the first step waits for members that have not come.
     straggler_seconds
-        So long a step waits for a member that has nothing to do yet.
+        Seconds that a step waits for a member that has nothing to do yet.
     step
         What every optimizer step is, and the number of the last one; its scale is each member's own. None for what
         most of the members ask for.
@@ -208,7 +208,7 @@ class RoundPlan:
 
 
 def settings_of(step: OptimizerStep) -> OptimizerStep:
-    """What an optimizer step is, whichever it is and whoever makes it."""
+    """An optimizer step without what differs from step to step and from member to member."""
     return replace(step, step=0, scale=1.0, fresh=False)
 
 
@@ -271,7 +271,7 @@ class RoundStatus:
 
 @dataclass(frozen=True)
 class ServerDescription:
-    """What a coordinator is told of a block server.
+    """What a block server says of itself to a coordinator.
 
     Attributes
     ----------
