@@ -1,10 +1,12 @@
 """Block servers and models that many tests share."""
 
 import asyncio
+import itertools
 import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -97,6 +99,19 @@ def tiny_server(start_server: Callable[..., RunningServer]) -> RunningServer:
 def whole_tiny() -> torch.nn.Module:
     """The tiny random model, whole, in transformers: the reference."""
     return load_whole_model("random:tiny", dtype=torch.float32, device="cpu")
+
+
+def numbered_secrets(patch: pytest.MonkeyPatch) -> None:
+    """Draw the same noise in each run: the secret of each model is the next number, not the operating system's."""
+    numbers = itertools.count()
+    secrets = SimpleNamespace(token_bytes=lambda size: next(numbers).to_bytes(size, "big"))
+    patch.setattr("fedsea.privacy.source.secrets", secrets)
+
+
+@pytest.fixture
+def same_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a test that compares figures under noise."""
+    numbered_secrets(monkeypatch)
 
 
 def connect(server: RunningServer, name: str = "random:tiny", **options: object) -> SplitModelForCausalLM:

@@ -42,8 +42,9 @@ def test_without_noise_a_provider_reads_everything(tmp_path: Path, capsys: pytes
     assert report["verdict"].startswith(verdict)
 
 
-def test_an_audit_of_a_small_model_with_noise_and_looks(small: str) -> None:
-    """A call does what the command does; the noise hides texts from one look, and not from the mean of many."""
+@pytest.mark.usefixtures("same_draws")
+def test_an_audit_of_a_small_model_with_noise_and_observations(small: str) -> None:
+    """A call does what the command does; noise hides texts from one observation, and not from the mean of many."""
     doing: list[str] = []
     plan = Plan(small, list(SAMPLES[:2]), Partition(0, 1), RelativeGaussianNoise(4.0), tokens=12, observations=30)
     report = Auditor(plan, lambda what, _done, _all: doing.append(what)).report()

@@ -50,6 +50,7 @@ def test_a_chat_shows_what_is_read_of_each_turn(
     assert lines[6].endswith(": then?")
 
 
+@pytest.mark.usefixtures("same_draws")
 def test_noise_hides_the_question_and_not_the_answer(small: str, server: RunningServer) -> None:
     with connect(server, small, noise=GaussianNoise(3.0), partition=Partition(0, 1)) as model:
         conversation = Conversation(model, load_tokenizer(small), max_new_tokens=8)
