@@ -1,9 +1,7 @@
 """Block servers and models that many tests share."""
 
-import asyncio
 import itertools
 import os
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from fedsea import SplitModelForCausalLM
 from fedsea.checkpoints import load_tokenizer, load_whole_model, open_checkpoint
 from fedsea.client.channel import RunChannel
-from fedsea.server import BlockServer, ServerOptions
+from fedsea.server import BackgroundServer, ServerOptions
 from fedsea.wire.frames import Forward, Operation
 from tests.support.ports import held_address
 
@@ -38,39 +36,13 @@ IMPORTED_BY_CHILDREN = [
 ]
 
 
-class RunningServer:
-    """A real block server in a thread of its own."""
+class RunningServer(BackgroundServer):
+    """A real block server in a thread of its own, by the name of its model."""
 
     def __init__(self, name: str, options: ServerOptions, tap: Any = None) -> None:
-        self._started = threading.Event()
-        self._loop = asyncio.new_event_loop()
-        self.server: BlockServer
-        self.address = ""
-        self.failure: BaseException | None = None
-        self._thread = threading.Thread(target=self._main, args=(name, options, tap), daemon=True)
-        self._thread.start()
-        self._started.wait(60)
-        if self.failure is not None:
-            raise self.failure
+        super().__init__(open_checkpoint(name), options, tap)
 
-    def _main(self, name: str, options: ServerOptions, tap: Any) -> None:
-        async def live() -> None:
-            try:
-                self.server = BlockServer(open_checkpoint(name), options, tap)
-                self.address = await self.server.start()
-            except BaseException as error:
-                self.failure = error
-            finally:
-                self._started.set()
-            if self.failure is None:
-                await self.server.wait()
-
-        self._loop.run_until_complete(live())
-
-    def stop(self) -> None:
-        if self._thread.is_alive():
-            asyncio.run_coroutine_threadsafe(self.server.stop(), self._loop).result(30)
-            self._thread.join(30)
+    stop = BackgroundServer.close
 
 
 @pytest.fixture(scope="session")

@@ -239,7 +239,7 @@ def test_long_frames_are_read_and_modules_built_beside_the_event_loop(
     start_server: Callable[..., RunningServer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = start_server()
-    loop, seen = server._thread, list[tuple[str, bool]]()
+    loop, seen = server.thread, list[tuple[str, bool]]()
 
     def watch(owner: Any, name: str, what: Callable[..., bool] = lambda *_arguments: True) -> None:
         original = getattr(owner, name)

@@ -1,10 +1,6 @@
 """A provider that keeps what it sees: a real block server, whose frames are read as they pass."""
 
-import asyncio
-import threading
 from collections.abc import Callable
-from types import TracebackType
-from typing import Self
 
 import torch
 from torch import Tensor
@@ -12,32 +8,21 @@ from torch import Tensor
 from fedsea.audit.observation import Observation
 from fedsea.checkpoints import Checkpoint
 from fedsea.parts import Rows
-from fedsea.server import BlockServer, ServerOptions
+from fedsea.server import BackgroundServer, ServerOptions
 from fedsea.wire.codec import decode
 from fedsea.wire.frames import Backward, Forward, Result, States, Step
 
-START_SECONDS = 600.0
 
+class CuriousProvider(BackgroundServer):
+    """A block server in a thread of its own, and a record of every frame.
 
-class CuriousProvider:
-    """A block server in a thread of its own, and a record of every frame; a context manager.
-
-    Clients reach it at `address`. What it has seen of their sessions is in `sessions`, of their training in `runs`.
+    What it has seen of clients' sessions is in `sessions`, of their training in `runs`. The record stays when it is
+    closed.
     """
 
     def __init__(self, checkpoint: Checkpoint, options: ServerOptions | None = None) -> None:
         self._streams: list[_Record] = []
-        self._started = threading.Event()
-        self._loop = asyncio.new_event_loop()
-        self._server: BlockServer | None = None
-        self._failure: BaseException | None = None
-        self.address = ""
-        chosen = options if options is not None else ServerOptions(listen="127.0.0.1:0")
-        self._thread = threading.Thread(target=self._main, args=(checkpoint, chosen), daemon=True)
-        self._thread.start()
-        self._started.wait(START_SECONDS)
-        if self._failure is not None:
-            raise self._failure
+        super().__init__(checkpoint, options or ServerOptions(listen="127.0.0.1:0"), self._record)
 
     def sessions(self) -> list[list[Observation]]:
         """Of each session that has sent anything, in the order in which they began: what was seen of each row."""
@@ -52,39 +37,10 @@ class CuriousProvider:
         for record in self._streams:
             record.clear()
 
-    def _tap(self) -> Callable[[bool, bytes], None]:
+    def _record(self) -> Callable[[bool, bytes], None]:
         record = _Record()
         self._streams.append(record)
         return record.keep
-
-    def _main(self, checkpoint: Checkpoint, options: ServerOptions) -> None:
-        async def live() -> None:
-            try:
-                self._server = BlockServer(checkpoint, options, tap=self._tap)
-                self.address = await self._server.start()
-            except BaseException as error:
-                self._failure = error
-            finally:
-                self._started.set()
-            if self._server is not None and self._failure is None:
-                await self._server.wait()
-
-        self._loop.run_until_complete(live())
-
-    def close(self) -> None:
-        """Stop the server. The record stays. Safe to call twice."""
-        if self._thread.is_alive() and self._server is not None:
-            asyncio.run_coroutine_threadsafe(self._server.stop(), self._loop).result(30)
-            self._thread.join(30)
-            self._server = None  # its weights are not needed to look at the record
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 class _Record:

@@ -12,13 +12,19 @@ from typing import TYPE_CHECKING, Any
 from fedsea.server.limits import Limits
 
 if TYPE_CHECKING:
+    from fedsea.server.background import BackgroundServer
     from fedsea.server.process import ServerProcess
     from fedsea.server.service import BlockServer
     from fedsea.server.state import ServerOptions
 
-__all__ = ["BlockServer", "Limits", "ServerOptions", "ServerProcess"]
+__all__ = ["BackgroundServer", "BlockServer", "Limits", "ServerOptions", "ServerProcess"]
 # Limits are options of `fedsea serve`, whose help needs neither torch nor grpc. The others do: they are imported late.
-_MODULES = {"BlockServer": "service", "ServerOptions": "state", "ServerProcess": "process"}
+_MODULES = {
+    "BackgroundServer": "background",
+    "BlockServer": "service",
+    "ServerOptions": "state",
+    "ServerProcess": "process",
+}
 
 
 def __getattr__(name: str) -> Any:
