@@ -9,7 +9,7 @@ import pytest
 from fedsea.parts.adapter_files import read_adapter
 from fedsea_bench.flower_simulation import SimulationLink
 from tests.conftest import RunningServer
-from tests.federation.test_participant import write_cb
+from tests.support.federation_commands import write_cb
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "federation"
 
@@ -21,7 +21,7 @@ def test_flwr_run_simulates_a_federation(start_server: Callable[..., RunningServ
     settings = {
         "model": "random:tiny",
         "task": "cb",
-        "data": write_cb(tmp_path / "cb"),
+        "data": str(write_cb(tmp_path / "cb", train=12, validation=4)),
         "servers": server.address,
         "insecure": True,
         "clients": 2,

@@ -15,13 +15,13 @@ from fedsea.federation.coordinator.block_server_admin import BlockServerAdmin
 from fedsea.federation.coordinator.up import Federation, UpOptions
 from fedsea.federation.owner.local_dp import GRID_BITS, deviation_of, normals, protected
 from fedsea.federation.owner.participant import Participant
-from fedsea.federation.owner.participant_options import ParticipantOptions
 from fedsea.federation.owner.worker import FINISH
 from fedsea.federation.settings import Settings
 from fedsea.parts.adapter_files import read_adapter
 from tests.conftest import RunningServer
-from tests.federation.test_participant import write_cb
+from tests.support.federation_commands import write_cb
 from tests.support.federation_fakes import FakeServer, Run, World, clients
+from tests.support.participants import options
 
 ROOT = Path(__file__).parents[2]
 
@@ -136,8 +136,8 @@ def test_up_tells_its_coordinator_to_dial_this_machine(
 
 
 def participant(tmp_path: Path, **more: Any) -> Participant:
-    given = {"name": "ann", "model": "random:tiny", "task": "cb", "data": write_cb(tmp_path / "cb")}
-    return Participant(ParticipantOptions(**(given | {"output": str(tmp_path / "mine" / "adapter")} | more)))
+    given = {"output": str(tmp_path / "mine" / "adapter")} | more
+    return Participant(options(write_cb(tmp_path / "cb"), **given))
 
 
 def test_a_data_owner_keeps_the_adapter_of_its_model_and_no_other(tmp_path: Path) -> None:

@@ -20,11 +20,13 @@ from torch import Tensor
 from fedsea import SplitModelForCausalLM
 from fedsea.checkpoints import open_checkpoint
 from fedsea.errors import CredentialsError, UsageError
+from fedsea.federation import ParticipantOptions
 from fedsea.federation.arrays import from_record
 from fedsea.federation.coordinator import replies
 from fedsea.federation.flower import client_app, server_app
 from fedsea.federation.flower.server_app import adapter_shapes
 from fedsea.federation.owner.data import Texts
+from fedsea.federation.owner.participant import Participant
 from fedsea.federation.owner.private_adapter import PrivateAdapter, read_private_adapter
 from fedsea.federation.owner.shards import Sharding
 from fedsea.federation.recipe import lora_config
@@ -37,16 +39,17 @@ from fedsea.training.batches import Batches
 from fedsea.training.export import export_adapter
 from fedsea.wire.credential_files import create_credentials
 from fedsea.wire.credentials import Credentials
-from tests.conftest import RunningServer
-from tests.federation.test_participant import write_cb
+from tests.conftest import RunningServer, connect
+from tests.support.federation_commands import write_cb
 from tests.support.flower_grid import InProcessGrid
+from tests.support.participants import train_alone
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "federation"
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_cb(tmp_path_factory.mktemp("cb"), train=13, validation=6)
+    return str(write_cb(tmp_path_factory.mktemp("cb"), train=13, validation=6))
 
 
 @pytest.fixture(scope="module")
@@ -65,24 +68,21 @@ class AllApart:
     """The ClientApp as processes of their own would run it: each node has models of its own."""
 
     def __init__(self) -> None:
-        self._halves: dict[int, Any] = {}
+        self._workers: dict[int, Participant] = {}
 
     def __call__(self, message: Message, context: Context) -> Message:
         return client_app.app(message, context)
 
     def worker_of(self, context: Context) -> Any:
-        if context.node_id not in self._halves:
-            from fedsea.federation.owner.participant import Participant
-            from fedsea.federation.owner.participant_options import ParticipantOptions
-
+        if context.node_id not in self._workers:
             settings = Settings.from_run_config(context.run_config)
             options = client_app.simulated_options(settings, context.node_config) | {"wire_dtype": "float32"}
-            self._halves[context.node_id] = Participant(ParticipantOptions.from_body(options))
-        return self._halves[context.node_id]
+            self._workers[context.node_id] = Participant(ParticipantOptions.from_body(options))
+        return self._workers[context.node_id]
 
     def close(self) -> None:
-        while self._halves:
-            self._halves.popitem()[1].close()
+        while self._workers:
+            self._workers.popitem()[1].close()
 
 
 @pytest.fixture
@@ -144,39 +144,30 @@ class Reference:
             model.close()
 
     def _model(self) -> SplitModelForCausalLM:
-        model = SplitModelForCausalLM.from_pretrained(
-            "random:tiny", server=self.server.address, insecure=True, wire_dtype="float32"
-        )
+        model = connect(self.server)
         model.add_adapter(lora_config(self.settings.lora()), seed=0)
         return model
 
     def train(self, whole: dict[str, Tensor], client: int, number: int) -> dict[str, Tensor]:
         """One client's training in round `number`, from 0."""
-        model, settings = self._model(), self.settings
+        model, settings, steps = self._model(), self.settings, self.settings.local_steps
         model.set_adapter_state(whole)
-        model.train()
-        optimizer = model.create_optimizer(lr=settings.lr)
         batches = Batches(self.texts[client].train, settings.batch_size, settings.seed)
-        for step in range(settings.local_steps):
-            batch = batches[number * settings.local_steps + step]
-            model.answer_loss(batch.input_ids, batch.attention_mask, batch.labels, batch.learnt).backward()
-            model.clip_grad_norm_(settings.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad()
-        found = model.adapter_state()
-        model.close()
-        return found
+        return train_alone(model, settings, [batches[step] for step in range(number * steps, (number + 1) * steps)])[0]
+
+    def mean(self, parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Clients' adapters, weighted by examples."""
+        sizes = [len(texts.train) for texts in self.texts]
+        return {
+            name: sum(size * part[name] for size, part in zip(sizes, parts, strict=True)) / sum(sizes)  # type: ignore[misc]
+            for name in parts[0]
+        }
 
     def hierarchical(self) -> dict[str, Tensor]:
         """Separate trainings, then their average weighted by examples, every round."""
         whole = self.first
-        sizes = [len(texts.train) for texts in self.texts]
         for number in range(self.settings.rounds):
-            parts = [self.train(whole, client, number) for client in range(self.count)]
-            whole = {
-                name: sum(size * part[name] for size, part in zip(sizes, parts, strict=True)) / sum(sizes)  # type: ignore[misc]
-                for name in whole
-            }
+            whole = self.mean([self.train(whole, client, number) for client in range(self.count)])
         return whole
 
     def sequential(self) -> dict[str, Tensor]:
@@ -275,8 +266,6 @@ def test_a_client_goes_on_with_its_data_whichever_process_it_is_in(
 def test_errors_reach_the_coordinator_as_one_line(
     server: RunningServer, data: str, tmp_path: Path, apart: AllApart, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fedsea.federation.owner.participant import Participant
-
     usual = Participant._steps
 
     def steps(self: Any, *args: Any) -> Any:
@@ -329,15 +318,10 @@ def test_private_ends_stay_with_their_owners(
     assert not came  # no weight of anybody has come
     assert [len(one["clients"]) for one in rounds(given)] == [3, 3]
 
-    sizes = [len(texts.train) for texts in reference.texts]
     wholes = [reference.first] * 3
     for number in range(2):
         parts = [reference.train(whole, client, number) for client, whole in enumerate(wholes)]
-        middle = {
-            name: sum(size * part[name] for size, part in zip(sizes, parts, strict=True)) / sum(sizes)
-            for name in reference.first
-            if layer_of(name) in range(1, 5)
-        }
+        middle = {name: mean for name, mean in reference.mean(parts).items() if layer_of(name) in range(1, 5)}
         wholes = [part | middle for part in parts]
     ends = {name: weight for name, weight in reference.first.items() if name not in middle}
     assert_same({name: found[name] for name in ends}, ends)  # as at the start
@@ -448,10 +432,10 @@ def test_a_client_that_hangs_costs_the_others_one_deadline_and_may_come_back(
     usual = apart.worker_of
 
     def worker_of(context: Context) -> Any:
-        half = usual(context)
+        worker = usual(context)
         if context.node_id == 2:
-            half.on_step = hang
-        return half
+            worker.on_step = hang
+        return worker
 
     monkeypatch.setattr(client_app, "worker_of", worker_of)
     given = config(server.address, data, tmp_path / "out", mode=mode, rounds=3, straggler_seconds=1.5)

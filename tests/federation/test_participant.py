@@ -1,9 +1,9 @@
-"""One data owner's half of a federation, against a real block server."""
+"""One data owner's part in a federation, against a real block server."""
 
 import itertools
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,7 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import Message, RecordDict
-from torch import Tensor
 
-from fedsea.checkpoints import open_checkpoint
 from fedsea.errors import (
     FedSEAError,
     ModelMismatchError,
@@ -24,47 +22,29 @@ from fedsea.errors import (
     RefusedTicketError,
     TermsError,
     UsageError,
-)
+)  # fmt: skip
+from fedsea.federation import ParticipantOptions
 from fedsea.federation.arrays import Arrays
-from fedsea.federation.coordinator.block_server_admin import BlockServerAdmin
 from fedsea.federation.flower import client_app
-from fedsea.federation.flower.server_app import adapter_shapes
-from fedsea.federation.owner.data import tokenizer_of
+from fedsea.federation.owner.data import Texts, tokenizer_of
 from fedsea.federation.owner.participant import Participant
-from fedsea.federation.owner.participant_options import ParticipantOptions
 from fedsea.federation.owner.prepared_models import PreparedModels
 from fedsea.federation.owner.worker import write_error
 from fedsea.federation.recipe import lora_config
-from fedsea.federation.settings import Settings
-from fedsea.partition import layer_of
-from fedsea.parts.adapters import AdapterSpec
 from fedsea.privacy import GaussianNoise, parse_mechanism
+from fedsea.tasks import get_task
 from fedsea.training.batches import Batches
-from fedsea.wire.rounds import RoundPlan, Seat, Ticket, new_seat
-from tests.conftest import RunningServer
+from tests.conftest import RunningServer, connect
+from tests.support.federation_commands import write_cb
 from tests.support.flower_grid import InProcessGrid
+from tests.support.participants import SETTINGS, Coordinator, body, local, options, tensors, train_alone, weights
 
-LABELS = ("entailment", "contradiction", "neutral")
-SETTINGS = Settings(lora_rank=4, lora_targets="q_proj,v_proj", local_steps=3, batch_size=2, lr=1e-2)
-CONFIG = open_checkpoint("random:tiny").config
-SPEC = AdapterSpec.from_config(lora_config(SETTINGS.lora()), CONFIG, 3)
-
-
-def write_cb(folder: Path, train: int = 12, validation: int = 4) -> str:
-    """A small CB, as its authors' files are."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for split, count in (("train", train), ("val", validation)):
-        rows = [
-            {"premise": f"It is {n} o'clock.", "hypothesis": f"It is late, {n}.", "label": LABELS[n % 3], "idx": n}
-            for n in range(count)
-        ]
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(folder)
+Make = Callable[..., Participant]
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_cb(tmp_path_factory.mktemp("cb"))
+    return str(write_cb(tmp_path_factory.mktemp("cb"), train=12, validation=4))
 
 
 @pytest.fixture(scope="module")
@@ -72,90 +52,38 @@ def server(start_server: Callable[..., RunningServer]) -> RunningServer:
     return start_server("random:tiny")
 
 
-def options(data: str, name: str = "ann", **more: Any) -> ParticipantOptions:
-    given = {"model": "random:tiny", "task": "cb", "data": data, "insecure": True, "wire_dtype": "float32"}
-    return ParticipantOptions(name=name, **{**given, **more})
-
-
-def weights(seed: int = 0) -> Arrays:
-    """A whole adapter whose parts all do something."""
-    draw = np.random.default_rng(seed)
-    return {
-        name: (draw.normal(size=shape) / 10).astype(np.float32) for name, shape in adapter_shapes(SPEC, CONFIG).items()
-    }
-
-
-def tensors(arrays: Arrays) -> dict[str, Tensor]:
-    return {name: torch.from_numpy(array) for name, array in arrays.items()}
-
-
-def local(whole: Arrays, middle: range = range(1, 5)) -> Arrays:
-    return {name: weight for name, weight in whole.items() if layer_of(name) not in middle}
-
-
-def body(ticket: Ticket, **more: Any) -> dict[str, Any]:
-    return {
-        "ticket": ticket.to_body(),
-        "lora": SETTINGS.lora(),
-        "recipe": SETTINGS.recipe(),
-        "evaluation": SETTINGS.evaluation(),
-        "round": 1,
-        **more,
-    }
-
-
-class Coordinator:
-    """Opens rounds for clients by name."""
-
-    def __init__(self, server: RunningServer) -> None:
-        self.admin, self._server, self._rounds = BlockServerAdmin(server.address, insecure=True), server, 0
-        self.address = server.address
-
-    def open(self, *clients: str, strategy: str = "server-hierarchical", whole: Any = None) -> list[Ticket]:
-        self._rounds += 1
-        self.label = f"test-{id(self)}.{self._rounds}"
-        pairs: list[tuple[Seat, Ticket]] = [new_seat(self._server.address, self.label, client) for client in clients]
-        seats = tuple(seat for seat, _ in pairs)
-        plan = RoundPlan(self.label, strategy, SPEC, seats, 20, 20)  # type: ignore[arg-type]
-        self.admin.open_round(plan, tensors(whole if whole is not None else weights()))
-        return [ticket for _, ticket in pairs]
-
-
 @pytest.fixture
 def coordinator(server: RunningServer) -> Coordinator:
     return Coordinator(server)
 
 
-def test_a_round_is_the_local_steps_of_an_ordinary_training(
-    coordinator: Coordinator, server: RunningServer, data: str
-) -> None:
-    from fedsea import SplitModelForCausalLM
+@pytest.fixture
+def make(data: str) -> Iterator[Make]:
+    """Makes participants, and closes them."""
+    made: list[Participant] = []
 
+    def participant(name: str = "ann", models: PreparedModels | None = None, **more: Any) -> Participant:
+        made.append(Participant(options(data, name, **more), models))
+        return made[-1]
+
+    yield participant
+    for one in made:
+        one.close()
+
+
+def test_a_round_is_the_local_steps_of_an_ordinary_training(
+    coordinator: Coordinator, server: RunningServer, data: str, make: Make
+) -> None:
     whole = weights()
-    (ticket,) = coordinator.open("ann", whole=whole)
-    participant = Participant(options(data))
-    metrics, trained = participant.train(body(ticket), local(whole))
+    metrics, trained = coordinator.train(make(), whole)
     middle = coordinator.admin.aggregate(coordinator.label, {"ann": 1.0})
 
-    model = SplitModelForCausalLM.from_pretrained(
-        "random:tiny", server=server.address, insecure=True, wire_dtype="float32"
-    )
+    model = connect(server, wire_dtype="float32")
     model.add_adapter(lora_config(SETTINGS.lora()))
     model.set_adapter_state(tensors(whole))
-    optimizer = model.create_optimizer(lr=SETTINGS.lr)
-    batches = Batches(participant._texts.train, SETTINGS.batch_size, SETTINGS.seed)
-    model.train()
-    losses = []
-    for number in range(SETTINGS.local_steps):
-        batch = batches[number]
-        loss = model.answer_loss(batch.input_ids, batch.attention_mask, batch.labels, batch.learnt)
-        loss.backward()
-        model.clip_grad_norm_(SETTINGS.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append((float(loss.detach()), batch.learnt))
-    expected = model.adapter_state()
-    model.close()
+    texts = Texts(get_task("cb"), data, None, "ann", "random:tiny", 512)
+    batches = [Batches(texts.train, SETTINGS.batch_size, SETTINGS.seed)[number] for number in range(3)]
+    expected, losses = train_alone(model, SETTINGS, batches)
 
     assert trained.keys() | middle.keys() == expected.keys()
     assert not trained.keys() & middle.keys()
@@ -163,98 +91,75 @@ def test_a_round_is_the_local_steps_of_an_ordinary_training(
         torch.testing.assert_close(weight, expected[name], rtol=1e-5, atol=1e-6)
         assert not np.array_equal(weight, whole[name])
     assert metrics["num-examples"] == 12
-    assert metrics["train-loss"] == pytest.approx(sum(a * b for a, b in losses) / sum(b for _, b in losses), rel=1e-5)
+    learnt = [batch.learnt for batch in batches]
+    assert metrics["train-loss"] == pytest.approx(np.average(losses, weights=learnt), rel=1e-5)
     assert metrics["bytes-up"] > 0 < metrics["bytes-down"]
-    participant.close()
 
 
-def test_batches_go_on_where_the_last_round_ended(coordinator: Coordinator, data: str) -> None:
-    participant = Participant(options(data))
-    seen: list[list[int]] = []
-    whole = weights()
-    for _ in range(2):
-        (ticket,) = coordinator.open("ann")
-        first, _ = participant.train(body(ticket), local(whole))
-        seen.append([first["next-batch"]])
-    assert seen == [[3], [6]]  # 12 examples: one epoch
-    (ticket,) = coordinator.open("ann")
-    metrics, _ = participant.train(body(ticket, **{"first-batch": 1}), local(whole))
-    assert metrics["next-batch"] == 4
-    participant.close()
+def test_batches_go_on_where_the_last_round_ended(coordinator: Coordinator, make: Make) -> None:
+    participant = make()
+    given: list[dict[str, Any]] = [{}, {}, {"first_batch": 1}]
+    ends = [coordinator.train(participant, **more)[0]["next-batch"] for more in given]
+    assert ends == [3, 6, 4]  # 12 examples: one epoch
 
 
-def test_dropout_of_a_round_is_the_same_for_a_client_that_was_restarted_and_for_nobody_else(
-    coordinator: Coordinator, data: str
+def test_dropout_of_a_round_is_the_same_for_a_client_that_was_restarted_and_for_no_other(
+    coordinator: Coordinator, make: Make
 ) -> None:
     dropping, draws = replace(SETTINGS, lora_dropout=0.2).lora(), itertools.count(100, 17)
 
     def trained(participant: Participant, first: int) -> Arrays:
         torch.rand(next(draws))  # whatever ran before in the process
-        (ticket,) = coordinator.open(participant.options.name)
-        return participant.train(body(ticket, lora=dropping, **{"first-batch": first}), local(weights()))[1]
+        return coordinator.train(participant, lora=dropping, first_batch=first)[1]
 
-    ann, again, bob = (Participant(options(data, name)) for name in ("ann", "ann", "bob"))
-    alive = [trained(ann, first) for first in (0, 3)]
-    restarted, other = trained(again, 3), trained(bob, 3)
-    assert all(np.array_equal(alive[1][name], restarted[name]) for name in restarted)
-    assert not all(np.array_equal(alive[1][name], other[name]) for name in other)
-    for participant in (ann, again, bob):
-        participant.close()
+    ann = make()
+    alive = [trained(ann, first) for first in (0, 3)][1]
+    restarted, other = trained(make(), 3), trained(make("bob"), 3)
+    assert all(np.array_equal(alive[name], restarted[name]) for name in restarted)
+    assert not all(np.array_equal(alive[name], other[name]) for name in other)
 
 
-def test_the_model_is_warm_in_the_next_round_and_shared_by_simulated_clients(
-    coordinator: Coordinator, data: str
+def test_the_model_is_ready_in_the_next_round_and_shared_by_simulated_clients(
+    coordinator: Coordinator, make: Make
 ) -> None:
     models = PreparedModels()
-    ann, bob = (Participant(options(data, name), models) for name in ("ann", "bob"))
-    results = []
-    for participant in (ann, bob, ann):
-        (ticket,) = coordinator.open(participant.options.name)
-        results.append(participant.train(body(ticket, **{"first-batch": 0}), local(weights()))[1])
+    ann, bob = make("ann", models), make("bob", models)
+    first, *others = [coordinator.train(participant, first_batch=0)[1] for participant in (ann, bob, ann)]
     assert len(models) == 1
-    # Nothing of a round is left in the next one.
-    for name, weight in results[0].items():
-        for other in results[1:]:
+    for other in others:  # nothing of a round is left in the next one
+        for name, weight in first.items():
             np.testing.assert_allclose(other[name], weight, rtol=1e-5, atol=1e-6)
-    models.close()
 
 
-def test_fedprox_pulls_towards_the_start(coordinator: Coordinator, data: str) -> None:
-    moved = []
-    participant = Participant(options(data))
+def test_fedprox_pulls_towards_the_start(coordinator: Coordinator, make: Make) -> None:
+    participant, start, moved = make(), weights(), []
     for mu in (0.0, 100.0):
-        (ticket,) = coordinator.open("ann")
-        how = {**SETTINGS.recipe(), "local_steps": 8}
-        _, trained = participant.train(
-            body(ticket, recipe=how, **{"proximal-mu": mu, "first-batch": 0}), local(weights())
-        )
-        moved.append(sum(float(np.linalg.norm(trained[name] - weights()[name])) for name in trained))
+        recipe = {**SETTINGS.recipe(), "local_steps": 8}
+        _, trained = coordinator.train(participant, recipe=recipe, proximal_mu=mu, first_batch=0)
+        moved.append(sum(float(np.linalg.norm(trained[name] - start[name])) for name in trained))
     assert moved[1] < 0.7 * moved[0]
-    participant.close()
 
 
-def test_evaluation_uses_the_round_s_adapter(coordinator: Coordinator, data: str) -> None:
-    participant = Participant(options(data))
-    found = []
-    for seed in (0, 0, 1):
+def test_evaluation_uses_the_round_s_adapter(coordinator: Coordinator, make: Make) -> None:
+    participant = make()
+
+    def evaluate(seed: int = 0, **more: Any) -> dict[str, Any]:
         (ticket,) = coordinator.open("ann", strategy="client-batch", whole=weights(seed))
-        found.append(participant.evaluate(body(ticket), local(weights(seed))))
+        return participant.evaluate(body(ticket, **more), local(weights(seed)))
+
+    found = [evaluate(seed) for seed in (0, 0, 1)]
     assert found[0] == found[1]
     assert found[0]["answer_loss"] != found[2]["answer_loss"]
     assert found[0].keys() == {"num-examples", "accuracy", "macro_f1", "answer_loss", "perplexity"}
-    (ticket,) = coordinator.open("ann", whole=weights())
-    limited = participant.evaluate(body(ticket, evaluation={"examples": 2, "batch_size": 1}), local(weights()))
-    assert limited["num-examples"] == 2
-    (ticket,) = coordinator.open("ann", whole=weights())
+    assert evaluate(evaluation={"examples": 2, "batch_size": 1})["num-examples"] == 2
     with pytest.raises(ProtocolError, match="too much"):
-        participant.evaluate(body(ticket, evaluation={"examples": 0, "batch_size": 1 << 40}), local(weights()))
-    participant.close()
+        evaluate(evaluation={"examples": 0, "batch_size": 1 << 40})
 
 
-def test_two_participants_train_one_adapter_together(coordinator: Coordinator, data: str) -> None:
+def test_two_participants_train_one_adapter_together(coordinator: Coordinator, make: Make) -> None:
     whole = weights()
     tickets = coordinator.open("ann", "bob", strategy="client-batch", whole=whole)
-    participants = [Participant(options(data, name, shard=f"iid:{n}/2")) for n, name in enumerate(("ann", "bob"))]
+    participants = [make(name, shard=f"iid:{n}/2") for n, name in enumerate(("ann", "bob"))]
     results: dict[int, Any] = {}
 
     def work(number: int) -> None:
@@ -268,80 +173,60 @@ def test_two_participants_train_one_adapter_together(coordinator: Coordinator, d
     assert {metrics["num-examples"] for metrics, _ in results.values()} == {6}
     middle = coordinator.admin.aggregate(coordinator.label, {"ann": 6, "bob": 6})
     assert all(not np.array_equal(weight, whole[name]) for name, weight in middle.items())
-    for participant in participants:
-        participant.close()
 
 
-def test_what_a_participant_says_of_itself_has_no_text(data: str) -> None:
-    description = Participant(options(data, shard="iid:1/3", lora={"r": 4})).describe()
+def test_what_a_participant_says_of_itself_has_no_text(make: Make) -> None:
+    description = make(shard="iid:1/3", lora={"r": 4}).describe()
     assert json.loads(json.dumps(description)) == description
     assert description["examples"] == 4
     assert description["lora"] == {"r": 4}
     assert "o'clock" not in json.dumps(description)
 
 
-def test_errors_are_typed_and_the_participant_lives_on(coordinator: Coordinator, data: str) -> None:
-    participant = Participant(options(data, lora={"r": 4}))
-    whole = weights()
+def test_errors_are_typed_and_the_participant_lives_on(coordinator: Coordinator, make: Make) -> None:
+    participant, whole = make(lora={"r": 4}), weights()
     (ticket,) = coordinator.open("ann")
     participant.train(body(ticket), local(whole))
     with pytest.raises(RefusedTicketError):
         participant.train(body(ticket), local(whole))  # used already
-
-    bad: list[tuple[type[FedSEAError], str, dict[str, Any], Arrays]] = [
-        (ProtocolError, "ticket", {"ticket": {}}, local(whole)),
-        (ProtocolError, "adapter", {"lora": {"r": 4}}, local(whole)),
-        (ProtocolError, "target modules", {"lora": SETTINGS.lora() | {"target_modules": ".*"}}, local(whole)),
-        (ProtocolError, "recipe", {"recipe": {"steps": 1}}, local(whole)),
-        (ProtocolError, "lr", {"recipe": SETTINGS.recipe() | {"lr": float("nan")}}, local(whole)),
-        (ProtocolError, "local_steps", {"recipe": SETTINGS.recipe() | {"local_steps": 0}}, local(whole)),
-        (UsageError, "with r=4 only", {"lora": SETTINGS.lora() | {"r": 8}}, local(whole)),
-        (ModelMismatchError, "missing", {}, {}),
-        (ModelMismatchError, "does not train", {}, whole),
-        (NonFiniteError, "not finite", {}, {name: weight * np.nan for name, weight in local(whole).items()}),
+    bad: list[tuple[type[FedSEAError], str, dict[str, Any]]] = [
+        (ProtocolError, "ticket", {"ticket": {}}),
+        (ProtocolError, "adapter", {"lora": {"r": 4}}),
+        (ProtocolError, "target modules", {"lora": SETTINGS.lora() | {"target_modules": ".*"}}),
+        (ProtocolError, "recipe", {"recipe": {"steps": 1}}),
+        (ProtocolError, "lr", {"recipe": SETTINGS.recipe() | {"lr": float("nan")}}),
+        (ProtocolError, "local_steps", {"recipe": SETTINGS.recipe() | {"local_steps": 0}}),
+        (UsageError, "with r=4 only", {"lora": SETTINGS.lora() | {"r": 8}}),
+        (ModelMismatchError, "missing", {"given": {}}),
+        (ModelMismatchError, "does not train", {"given": whole}),
+        (NonFiniteError, "not finite", {"given": {name: weight * np.nan for name, weight in local(whole).items()}}),
     ]
-    for kind, match, change, given in bad:
-        (ticket,) = coordinator.open("ann")
+    for kind, match, change in bad:
         with pytest.raises(kind, match=match):
-            participant.train(body(ticket) | change, given)
-    (ticket,) = coordinator.open("ann")
-    metrics, _ = participant.train(body(ticket), local(whole))
-    assert metrics["steps"] == 3
-    participant.close()
+            coordinator.train(participant, whole, **change)
+    assert coordinator.train(participant)[0]["steps"] == 3
 
 
-def test_a_ticket_moves_nobody_to_where_its_owner_did_not_agree_to(coordinator: Coordinator, data: str) -> None:
-    """Neither out of the block servers that the data owner was told of, nor in plaintext out of this machine."""
-    whole = weights()
-    agreed = Participant(options(data, servers=(coordinator.address,)))
-    anywhere = Participant(options(data))
+def test_a_ticket_moves_no_client_to_where_its_owner_did_not_agree_to(coordinator: Coordinator, make: Make) -> None:
+    """Neither out of the block servers that the data owner knows, nor in plaintext out of this machine."""
+    agreed, anywhere = make(servers=(coordinator.address,)), make()
     for participant in (agreed, anywhere):
-        (ticket,) = coordinator.open("ann")
-        participant.train(body(ticket), local(whole))
-    for server in (
-        "203.0.113.7:7070",
-        "0.0.0.0:7070",
-        "[::]:7070",
-        "hub.example.org:7070",
-        "unix:/run/x",
-        "",
-        "a\nb:1",
-    ):
+        coordinator.train(participant)
+    places = ("203.0.113.7:7070", "0.0.0.0:7070", "[::]:7070", "hub.example.org:7070", "unix:/run/x", "", "a\nb:1")
+    for server in places:
         (ticket,) = coordinator.open("ann")
         elsewhere = body(replace(ticket, server=server))
         with pytest.raises(TermsError, match="none of this federation's block servers"):
-            agreed.train(elsewhere, local(whole))
+            agreed.train(elsewhere, local(weights()))
         with pytest.raises(UsageError, match=r"stay on this machine|is no address"):
-            anywhere.train(elsewhere, local(whole))
+            anywhere.train(elsewhere, local(weights()))
     for participant in (agreed, anywhere):
-        (ticket,) = coordinator.open("ann")
-        assert participant.train(body(ticket), local(whole))[0]["steps"] == 3
-        participant.close()
+        assert coordinator.train(participant)[0]["steps"] == 3
 
 
 def test_what_is_wrong_with_the_data_stays_with_their_owner(tmp_path: Path) -> None:
     folder = write_cb(tmp_path / "cb")
-    with (tmp_path / "cb" / "val.jsonl").open("a") as file:
+    with (folder / "val.jsonl").open("a") as file:
         file.write('{"premise": "a", "hypothesis": "b", "label": "Mr. Meier has it"}\n')
     participant = Participant(options(folder))
     with pytest.raises(UsageError, match="Meier") as caught:
@@ -358,69 +243,55 @@ def test_what_is_wrong_with_the_data_stays_with_their_owner(tmp_path: Path) -> N
         assert write_error(error) == {"code": error.code, "message": str(error)}
 
 
-def test_a_training_that_blows_up_is_told_and_gives_its_seat_up(coordinator: Coordinator, data: str) -> None:
-    participant = Participant(options(data))
-    (ticket,) = coordinator.open("ann")
+def test_a_training_that_blows_up_is_an_error_and_gives_its_seat_up(coordinator: Coordinator, make: Make) -> None:
+    large = {name: weight * np.float32(1e37) for name, weight in local(weights()).items()}
     with pytest.raises(NonFiniteError):
-        participant.train(body(ticket), {name: weight * np.float32(1e37) for name, weight in local(weights()).items()})
+        coordinator.train(make(), given=large)
     assert coordinator.admin.status(coordinator.label).members[0].state == "gone"
-    participant.close()
 
 
-def test_whoever_watches_may_stop_the_training(coordinator: Coordinator, data: str) -> None:
-    participant = Participant(options(data))
-    steps = []
-
+def test_what_watches_the_steps_may_stop_the_training(coordinator: Coordinator, make: Make) -> None:
     class StopError(FedSEAError):
         pass
 
     def watch(step: int, loss: float) -> None:
-        steps.append((step, loss))
+        steps.append(step)
         if step == 2:
             raise StopError("enough")
 
+    participant, steps = make(), list[int]()
     participant.on_step = watch
-    (ticket,) = coordinator.open("ann")
     with pytest.raises(StopError):
-        participant.train(body(ticket), local(weights()))
-    assert [step for step, _ in steps] == [1, 2]
+        coordinator.train(participant)
+    assert steps == [1, 2]
     assert coordinator.admin.status(coordinator.label).members[0].state == "gone"
-    participant.close()
 
 
-def test_what_leaves_is_protected_as_its_owner_says(coordinator: Coordinator, data: str) -> None:
-    whole, losses = weights(), {}
+def test_what_leaves_is_protected_as_its_owner_says(coordinator: Coordinator, make: Make) -> None:
+    losses = []
     for mechanism in ("", "clip:norm=0.5"):
-        (ticket,) = coordinator.open("ann", whole=whole)
         models = PreparedModels(1)
-        participant = Participant(options(data, noise=mechanism), models)
-        metrics, _ = participant.train(body(ticket), local(whole))
-        losses[mechanism] = metrics["train-loss"]
+        losses.append(coordinator.train(make(models=models, noise=mechanism))[0]["train-loss"])
         (model,) = models
         assert model.noise == (parse_mechanism(mechanism) if mechanism else GaussianNoise(0.0))
-        participant.close()
-    assert abs(losses[""] - losses["clip:norm=0.5"]) > 1e-4
+    assert abs(losses[0] - losses[1]) > 1e-4
     with pytest.raises(UsageError, match="no mechanism 'gauss'"):
-        Participant(options(data, noise="gauss:std=1"))
+        make(noise="gauss:std=1")
 
 
-def test_a_data_owner_insists_on_its_own_ends(coordinator: Coordinator, data: str, tmp_path: Path) -> None:
-    whole = weights()
-    (ticket,) = coordinator.open("ann", whole=whole)
-    insists = Participant(options(data, insist_private=True, private_ends=str(tmp_path / "own")))
+def test_a_data_owner_insists_on_its_own_ends(coordinator: Coordinator, make: Make, tmp_path: Path) -> None:
+    insists = make(insist_private=True, private_ends=str(tmp_path / "own"))
     with pytest.raises(UsageError, match="keeps the adapter of its own blocks"):
-        insists.train(body(ticket), local(whole))
-    metrics, sent = insists.train(body(ticket, **{"private-ends": "us"}), local(whole))
+        coordinator.train(insists)
+    metrics, sent = coordinator.train(insists, private_ends="us")
     assert (metrics["steps"], sent) == (3, {})
     # That a federation begins anew is said by its coordinator; what was learnt is its owner's, and stays.
     learnt = (tmp_path / "own").read_bytes()
-    (ticket,) = coordinator.open("ann", whole=whole)
-    insists.train(body(ticket, **{"private-ends": "us", "round": 1}), local(weights(1)))
+    coordinator.train(insists, private_ends="us", round=1, given=local(weights(1)))
     assert (tmp_path / "own").read_bytes() != learnt
     assert (tmp_path / "own.1").read_bytes() == learnt
-    insists.close()
     with pytest.raises(UsageError, match="no place to keep them"):
-        Participant(options(data)).train(body(ticket, **{"private-ends": "us"}), local(whole))
+        coordinator.train(make(), private_ends="us")
 
 
 def test_options_survive_as_json(data: str) -> None:
@@ -430,7 +301,7 @@ def test_options_survive_as_json(data: str) -> None:
         ParticipantOptions.from_body({"name": "ann", "colour": "red"})
 
 
-def test_random_models_read_bytes(data: str) -> None:
+def test_random_models_read_bytes() -> None:
     tokenizer = tokenizer_of("random:tiny")
     ids = tokenizer("Grüße", add_special_tokens=True)["input_ids"]
     assert tokenizer.decode(ids) == "Grüße"

@@ -22,8 +22,9 @@ from fedsea.parts.adapters import adapter_parameters
 from fedsea.privacy import LookLedger
 from fedsea.server import Limits
 from tests.conftest import RunningServer, connect
-from tests.federation.test_participant import SETTINGS, Coordinator, body, local, options, weights, write_cb
 from tests.privacy.test_noise_key import TEXT, adapted
+from tests.support.federation_commands import write_cb
+from tests.support.participants import SETTINGS, Coordinator, body, local, options, weights
 
 NOISE = "gaussian:std=4.0"
 
@@ -39,7 +40,7 @@ def moved(whole: dict[str, torch.Tensor], number: int) -> dict[str, torch.Tensor
 
 @pytest.fixture
 def data(tmp_path: Path) -> str:
-    return write_cb(tmp_path / "cb", train=4, validation=2)
+    return str(write_cb(tmp_path / "cb", train=4, validation=2))
 
 
 def test_a_look_is_a_fresh_draw_and_the_last_one_again_is_none(tmp_path: Path) -> None:

@@ -16,10 +16,14 @@ LABELS = ("entailment", "contradiction", "neutral")
 QUIET = {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "1"}
 
 
-def write_cb(folder: Path) -> Path:
-    """Write 24 examples of CB to train on, and 6 to validate."""
-    for split, count in (("train", 24), ("val", 6)):
-        rows = [{"premise": f"P {at}", "hypothesis": "H", "label": LABELS[at % 3], "idx": at} for at in range(count)]
+def write_cb(folder: Path, train: int = 24, validation: int = 6) -> Path:
+    """Write so many examples of CB, as its authors' files are."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, count in (("train", train), ("val", validation)):
+        rows = [
+            {"premise": f"It is {n} o'clock.", "hypothesis": f"It is late, {n}.", "label": LABELS[n % 3], "idx": n}
+            for n in range(count)
+        ]
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
