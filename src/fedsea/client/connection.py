@@ -87,15 +87,16 @@ class Endpoint:
         self._channel: grpc.Channel | None = None
         self._process = os.getpid()
 
-    def stream(self, traffic: Traffic, path: str = contract.SESSION_PATH) -> "Connection":
-        """A new stream of a method of the service. Does not wait for the server.
-
-        In a forked process gRPC's threads are missing, and nothing would ever be sent: UsageError.
-        """
+    def require_own_process(self) -> None:
+        """UsageError in a forked process: threads of gRPC and torch are missing there, and nothing would ever end."""
         if os.getpid() != self._process:
             raise UsageError(
                 "a split model cannot be used in a forked process: load it there, or start processes with 'spawn'"
             )
+
+    def stream(self, traffic: Traffic, path: str = contract.SESSION_PATH) -> "Connection":
+        """A new stream of a method of the service. Does not wait for the server."""
+        self.require_own_process()
         with self._lock:
             if self._channel is None:
                 # With a pool of its own, a new channel does not wait out the back-off of one that failed.

@@ -114,6 +114,7 @@ class Session:
         `row_map[i]` was. An error ends the session, as the two sides may differ then: what the server refuses, or
         ServerUnavailableError if the connection is lost and does not come back within the bound.
         """
+        self._stream.endpoint.require_own_process()  # before anything is computed
         with self._using:
             self.last_used = next(_USES)
             if self._stream.closed:
