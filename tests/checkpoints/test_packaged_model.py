@@ -65,6 +65,6 @@ def test_packaged_model_that_is_not_installed_says_how(monkeypatch: pytest.Monke
 
 def test_that_its_weights_are_of_4_bits_is_said_where_it_is_named() -> None:
     said = run_python("from fedsea.cli import main; import sys; sys.argv = ['fedsea', 'chat', '--help']; main()")
-    assert "weights of 4 bits" in " ".join(said.replace("│", " ").split())
+    assert "4-bit weights" in " ".join(said.replace("│", " ").split())
     assert "weights of 4 bits" in opening("smollm2-135m")
     assert "bits" not in opening("random:tiny")

@@ -28,7 +28,7 @@ Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="smollm2-135m (installed with FedSEA: 4-bit weights, read as float32), a folder, a .gguf file, "
+        help="smollm2-135m (a Python package: 4-bit weights, read as float32), a folder, a .gguf file, "
         "organisation/model at the Hugging Face hub, or random:CONFIG.",
         show_default=False,
     ),
