@@ -123,7 +123,9 @@ def test_a_ping_is_answered_while_it_trains_and_tells_the_progress(worker: Runni
 
 
 def test_a_request_whose_client_app_died_is_given_up_at_its_next_step(worker: RunningWorker) -> None:
-    worker.request(steps=100_000, seconds=0.01).close()
+    request = worker.request(steps=100_000, seconds=0.01)
+    worker.wait_until_it_trains()
+    request.close()
     started = time.monotonic()
     worker.client.train({}, WEIGHTS)
     assert time.monotonic() - started < 100  # all of its steps would take a thousand
