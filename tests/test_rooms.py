@@ -95,3 +95,28 @@ def test_the_commands_are_known_without_what_takes_seconds_to_load() -> None:
 def test_the_client_loads_no_extra_and_no_certificate_library() -> None:
     loaded = modules_after("import fedsea; fedsea.SplitModelForCausalLM")
     assert not {name.split(".")[0] for name in loaded} & {"cryptography", "gguf", "matplotlib"}
+
+
+FACES = [path for path in SOURCE.rglob("__init__.py") if path.parent != SOURCE]
+
+
+@pytest.mark.parametrize("face", FACES, ids=lambda path: str(path.parent.relative_to(SOURCE)))
+def test_no_lazy_name_of_a_face_is_called_as_a_module_beside_it(face: Path) -> None:
+    # Importing a module makes it an attribute of its package: a lazy name of the same spelling is the module from then.
+    modules = {path.stem for path in face.parent.iterdir()}
+    package = ".".join(["fedsea", *face.parent.relative_to(SOURCE).parts])
+    lazy = [node for node in ast.parse(face.read_text()).body if isinstance(node, ast.If)]  # if TYPE_CHECKING
+    for node in (inner for block in lazy for inner in block.body):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(f"{package}."):
+            assert not modules & {alias.name for alias in node.names}
+
+
+def test_every_name_of_a_face_is_there() -> None:
+    packages = [".".join(["fedsea", *face.parent.relative_to(SOURCE).parts]) for face in FACES]
+    code = f"""
+for package in {packages}:
+    for name in getattr(__import__(package, fromlist=["*"]), "__all__", []):
+        assert hasattr(__import__(package, fromlist=[name]), name), (package, name)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-500:]

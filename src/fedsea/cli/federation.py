@@ -121,7 +121,7 @@ def join(
     privacy: PrivacyOptions,
 ) -> None:
     """Take part in a federation with your own text, until it is over or Ctrl-C. The text stays here."""
-    from fedsea.client.leak_notice import IN_TRAINING, leak_notice
+    from fedsea.client import IN_TRAINING, leak_notice
     from fedsea.federation.owner.join import OwnerProcess
 
     # The worker that reads them runs in another folder.

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from fedsea.client.conversation import Conversation
     from fedsea.client.decode import stream_tokens
     from fedsea.client.dtypes import wire_dtype_for
-    from fedsea.client.leak_notice import IN_TRAINING, SEE, leak_notice
     from fedsea.client.lookup import GUESSES
     from fedsea.client.middle import MICRO_BATCHES
     from fedsea.client.model import SplitModelForCausalLM
+    from fedsea.client.notice import IN_TRAINING, SEE, leak_notice
     from fedsea.client.sampling import GREEDY, Sampling
     from fedsea.client.traffic import Traffic
 
@@ -34,7 +34,7 @@ _HOMES = {
     "conversation": ("Conversation",),
     "decode": ("stream_tokens",),
     "dtypes": ("wire_dtype_for",),
-    "leak_notice": ("IN_TRAINING", "SEE", "leak_notice"),
+    "notice": ("IN_TRAINING", "SEE", "leak_notice"),
     "lookup": ("GUESSES",),
     "middle": ("MICRO_BATCHES",),
     "model": ("SplitModelForCausalLM",),

@@ -17,8 +17,8 @@ from fedsea.client.backbone import SplitBackbone, known_as
 from fedsea.client.cache import SplitCache
 from fedsea.client.connection import Endpoint, client_credentials
 from fedsea.client.dtypes import compute_dtype, wire_dtype_for
-from fedsea.client.leak_notice import IN_TRAINING, leak_notice
 from fedsea.client.middle import RemoteMiddle
+from fedsea.client.notice import IN_TRAINING, leak_notice
 from fedsea.client.optimizer import keep_state
 from fedsea.client.protection import Protection, check_rank
 from fedsea.client.session import SessionSettings
