@@ -120,3 +120,22 @@ for package in {packages}:
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-500:]
+
+
+def test_where_is_what_names_files_that_are_there_and_the_glossary_is_short() -> None:
+    page = (TESTS.parent / "docs" / "architecture.md").read_text()
+    where = page.split("## Where is what")[1].split("\n## ")[0]
+    rows = [line for line in where.splitlines() if line.startswith("| ")][2:]
+    assert len(rows) == 20
+    for row in rows:
+        files = re.findall(r"`([\w/]+\.py)`", row.split("|")[2])
+        assert files
+        assert all((SOURCE / file).is_file() for file in files), row
+    glossary = page.split("## Glossary")[1].split("\n## ")[0]
+    assert len([line for line in glossary.splitlines() if line.startswith("| ")]) - 2 <= 25
+
+
+def test_the_map_names_every_room() -> None:
+    page = (TESTS.parent / "docs" / "architecture.md").read_text()
+    names = re.findall(r"^  (\w+)(?:/|\.py) ", page.split("src/fedsea/\n")[1].split("```")[0], re.MULTILINE)
+    assert names == ORDER
