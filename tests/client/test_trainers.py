@@ -14,7 +14,7 @@ from fedsea.checkpoints import load_whole_model
 from fedsea.parts.adapter_files import read_adapter
 from tests.conftest import RunningServer, connect
 from tests.support.raw_stream import prompt
-from tests.support.split_training import adapted, assert_same_losses, lora, snapshot, whole_twin
+from tests.support.split_training import adapted, assert_same_losses, lora, snapshot, trl_settings, whole_twin
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -140,23 +140,9 @@ def sft(model: Any, folder: Path, sentences: Any, **more: Any) -> list[float]:
     from trl import SFTConfig, SFTTrainer
 
     adapter = more.pop("peft_config", None)
-    settings: dict[str, Any] = {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": 2,
-        "max_steps": 3,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "report_to": [],
-        "use_cpu": True,
-        "bf16": False,
-        "disable_tqdm": True,
-        "gradient_checkpointing": False,
-        "save_strategy": "no",
-        "seed": 0,
-    }
     run = SFTTrainer(
         model=model,
-        args=SFTConfig(**(settings | more)),
+        args=SFTConfig(**trl_settings(folder, **({"max_steps": 3, "learning_rate": 1e-2} | more))),
         train_dataset=sentences,
         processing_class=load_tokenizer("smollm2-135m"),
         peft_config=adapter,

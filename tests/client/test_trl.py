@@ -13,7 +13,7 @@ from fedsea import SplitModelForCausalLM, load_tokenizer
 from fedsea.checkpoints import load_whole_model
 from fedsea.errors import UsageError
 from tests.conftest import connect
-from tests.support.split_training import adapted, assert_same_losses, lora, whole_twin
+from tests.support.split_training import adapted, assert_same_losses, lora, trl_settings, whole_twin
 
 trl = pytest.importorskip("trl")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
@@ -27,24 +27,6 @@ ASKED = [{"prompt": row["prompt"]} for row in PREFERRED]
 NUMBERS = ("loss", "grad_norm", "kl", "rewards/margins", "eval_loss")
 
 
-def settings(folder: Path, **more: Any) -> dict[str, Any]:
-    common = {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": 2,
-        "max_steps": 2,
-        "learning_rate": 1e-3,
-        "logging_steps": 1,
-        "report_to": [],
-        "use_cpu": True,
-        "bf16": False,
-        "disable_tqdm": True,
-        "gradient_checkpointing": False,
-        "save_strategy": "no",
-        "seed": 0,
-    }
-    return common | more
-
-
 def logged(trainer: Any) -> list[float]:
     torch.manual_seed(0)
     trainer.train()
@@ -54,7 +36,7 @@ def logged(trainer: Any) -> list[float]:
 def sft(model: Any, folder: Path, **more: Any) -> Any:
     return trl.SFTTrainer(
         model=model,
-        args=trl.SFTConfig(**settings(folder, **more)),
+        args=trl.SFTConfig(**trl_settings(folder, **more)),
         train_dataset=Dataset.from_list(PLAIN),
         eval_dataset=Dataset.from_list(PLAIN[:4]) if "eval_steps" in more else None,
         processing_class=load_tokenizer("smollm2-135m"),
@@ -65,7 +47,7 @@ def dpo(model: Any, folder: Path, ref_model: Any = None, peft_config: Any = None
     return trl.DPOTrainer(
         model=model,
         ref_model=ref_model,
-        args=trl.DPOConfig(**settings(folder)),
+        args=trl.DPOConfig(**trl_settings(folder)),
         train_dataset=Dataset.from_list(PREFERRED),
         processing_class=load_tokenizer("smollm2-135m"),
         peft_config=peft_config,
@@ -78,7 +60,7 @@ def many_letters(completions: list[str], **_more: Any) -> list[float]:
 
 def with_rewards(kind: str) -> Callable[..., Any]:
     def make(model: Any, folder: Path, peft_config: Any = None, beta: float = 0.5) -> Any:
-        how = settings(folder, num_generations=2, max_completion_length=5, beta=beta)
+        how = trl_settings(folder, num_generations=2, max_completion_length=5, beta=beta)
         return getattr(trl, f"{kind}Trainer")(
             model=model,
             reward_funcs=many_letters,
@@ -98,7 +80,7 @@ def kto(model: Any, folder: Path, peft_config: Any = None) -> Any:
     ]
     return trl.KTOTrainer(
         model=model,
-        args=trl.KTOConfig(**settings(folder)),
+        args=trl.KTOConfig(**trl_settings(folder)),
         train_dataset=Dataset.from_list(judged),
         processing_class=load_tokenizer("smollm2-135m"),
         peft_config=peft_config,

@@ -123,3 +123,11 @@ def assert_same_adapters(split: SplitModelForCausalLM, whole: Any, atol: float =
     assert ours.keys() == theirs.keys()
     for name, weight in theirs.items():
         torch.testing.assert_close(ours[name], weight, rtol=0, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def trl_settings(folder: Path, **more: Any) -> dict[str, Any]:
+    """Arguments of a TRL configuration for a few steps on the CPU."""
+    few: dict[str, Any] = {"max_steps": 2, "learning_rate": 1e-3, "per_device_train_batch_size": 2, "logging_steps": 1}
+    plain: dict[str, Any] = {"report_to": [], "use_cpu": True, "bf16": False, "disable_tqdm": True, "seed": 0}
+    kept: dict[str, Any] = {"output_dir": str(folder), "gradient_checkpointing": False, "save_strategy": "no"}
+    return few | plain | kept | more
