@@ -113,7 +113,7 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert run([]) == 0
     assert "serve" in capsys.readouterr().out
     assert run(["serve", "--help"]) == 0
-    assert "smollm2-135m (installed" in capsys.readouterr().out
+    assert "smollm2-135m (a Python package" in capsys.readouterr().out
 
 
 def test_each_limit_has_a_flag_in_the_unit_of_its_help(monkeypatch: pytest.MonkeyPatch) -> None:
