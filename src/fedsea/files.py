@@ -37,7 +37,7 @@ def replacing(path: Path, mode: int = PRIVATE) -> Iterator[Path]:
     os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, PRIVATE))
     try:
         yield partial
-        partial.chmod(mode)  # whoever wrote may have made it anew
+        partial.chmod(mode)  # the writer may have made a new file
         sync(partial)
         partial.replace(path)
         sync(path.parent)
@@ -182,7 +182,7 @@ def _told(path: Path) -> Iterator[None]:
 
 
 def make_private(folder: Path) -> None:
-    """Make the files in a folder their owner's alone, whoever wrote them."""
+    """Make the files in a folder their owner's alone, no matter who wrote them."""
     for file in folder.iterdir():
         file.chmod(PRIVATE)
 

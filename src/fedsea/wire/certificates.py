@@ -39,7 +39,7 @@ class Pair:
 def create_authority(lifetime: datetime.timedelta) -> Pair:
     """Create a certificate authority: a self-signed EC P-256 certificate that may sign others, none below them."""
     key = ec.generate_private_key(ec.SECP256R1())
-    # The random part keeps two authorities apart in messages, and in the trust store of whoever verifies.
+    # The random part keeps two authorities apart in messages, and in the trust store of the verifier.
     name = _name(f"FedSEA authority {secrets.token_hex(4)}")
     now = _now()
     usage = _key_usage(signs_certificates=True)

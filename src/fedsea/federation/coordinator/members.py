@@ -163,7 +163,7 @@ class Directory:
         self._ask(grid, self.absent())
 
     def admit(self, grid: Grid, nodes: Iterable[int], seconds: float) -> list[Member]:
-        """Members among some nodes, by name; those that are not known are asked, and have so many seconds to answer."""
+        """Members among some nodes, by name; those that are not known are asked, and have `seconds` to answer."""
         wanted = list(nodes)
         unknown = {node for node in wanted if node not in self.members and node not in self.absent()}
         self._ask(grid, unknown)

@@ -26,7 +26,7 @@ from fedsea.wire.credentials import Credentials
 READY_SECONDS = 600.0  # a large model's files and data are read first
 POLL_SECONDS = 0.5
 YOUNG_SECONDS = 20.0  # a process that dies later does not count with those that died before
-# After its SuperNode was killed, a data owner counts as connected for a while, and Flower lets nobody in twice.
+# After its SuperNode was killed, a data owner counts as connected for a while, and Flower admits no client twice.
 LET_IN_SECONDS = 90.0
 TRY_AGAIN_SECONDS = 3.0
 QUIET_SECONDS = 10.0  # without a connection: then the reason is looked for
@@ -93,7 +93,7 @@ class OwnerProcess:
             (self._folder / "logs").mkdir(mode=0o700, exist_ok=True)
         except OSError as error:
             raise UsageError(f"cannot write to {self._folder}: {error.strerror}; copy it to where you can") from None
-        # A Unix socket's path is short, and its folder nobody else's.
+        # A Unix socket's path is short, and its folder is private.
         self._private = tempfile.TemporaryDirectory(prefix="fedsea-")
         self._socket = Path(self._private.name) / "worker"
         self._worker: Supervised | None = None

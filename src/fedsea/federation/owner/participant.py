@@ -289,7 +289,7 @@ def _start(own: PrivateAdapter | None, body: Mapping[str, Any], weights: dict[st
         return weights
     if body.get("round") != 1:
         return kept
-    own.set_aside()  # that it begins anew is the coordinator's word, and these weights are nobody else's
+    own.set_aside()  # that it begins anew is the coordinator's word, and these weights are the owner's only copy
     return weights
 
 
