@@ -11,7 +11,7 @@ A model that is split, for code that uses transformers:
 
 TYPE_CHECKING = False  # as in `typing`, which `python -m fedsea` would look for in the current folder
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 if TYPE_CHECKING:
     from fedsea.checkpoints import load_tokenizer as load_tokenizer
