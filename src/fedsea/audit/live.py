@@ -81,7 +81,7 @@ class LiveLeakage:
         shared = SharedKnowledge(checkpoint, model.partition, self._tokenizer, projection=model.protection.projection)
         self._knowledge = Knowledge(shared, model.noise, wire_dtype=model.wire_dtype)
         self._tap = Tap()
-        model.middle.tap = self._tap
+        model.tap = self._tap
         self._search, self._read_out = get_attack("search"), get_attack("read-out")
         self._read: tuple[int | None, ...] = ()
 

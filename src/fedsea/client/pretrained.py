@@ -17,7 +17,7 @@ from fedsea.client.backbone import SplitBackbone, known_as
 from fedsea.client.cache import SplitCache
 from fedsea.client.connection import Endpoint, client_credentials
 from fedsea.client.dtypes import compute_dtype, wire_dtype_for
-from fedsea.client.middle import RemoteMiddle
+from fedsea.client.middle import RemoteMiddle, Tap
 from fedsea.client.notice import IN_TRAINING, leak_notice
 from fedsea.client.optimizer import keep_state
 from fedsea.client.protection import Protection, check_rank
@@ -215,6 +215,16 @@ class SplitPreTrainedModel(PreTrainedModel):
     def micro_batches(self, count: int) -> None:
         if self.middle is not None:
             self.middle.micro_batches = count
+
+    @property
+    def tap(self) -> Tap | None:
+        """Called for every step with its rows, `h_A` as it left and `h_B` as it came; may be set."""
+        return self.middle.tap if self.middle is not None else None
+
+    @tap.setter
+    def tap(self, tap: Tap | None) -> None:
+        if self.middle is not None:
+            self.middle.tap = tap
 
     @property
     def noise(self) -> Noise:

@@ -189,11 +189,11 @@ def _steps_kept(model: SplitModelForCausalLM) -> Iterator[list[tuple[bytes, byte
         up, down = model.traffic.bytes_up, model.traffic.bytes_down
 
     assert model.middle is not None
-    model.middle.tap = keep
+    model.tap = keep
     try:
         yield kept
     finally:
-        model.middle.tap = None
+        model.tap = None
 
 
 def _choose_token(tokenizer: Any, tokens: list[int], steps: list[tuple[bytes, bytes, int, int]]) -> WireToken:
