@@ -17,9 +17,10 @@ demo: $(READY)
 	@$(BIN)/fedsea demo
 
 # One process more than there are cores, up to four: many tests wait for a deadline or another process.
+# make test ARGS='-p randomly' runs them in random order.
 test: $(READY)
 	@$(BIN)/python -m pytest --numprocesses $$($(BIN)/python -c 'import os; print(min(4, 1 + os.cpu_count()))') \
-	    --dist loadfile --no-loadscope-reorder
+	    --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # What depends on transformers, PEFT, TRL and the rest most: that every module imports, generate, chat, training.
 OTHERS := tests/test_public_names.py $(patsubst %,tests/client/test_%.py,generation generate_arguments conversation native \
