@@ -14,7 +14,7 @@ from fedsea.errors import LimitExceededError
 from fedsea.federation.coordinator.deployment import Deployment
 from fedsea.federation.coordinator.folder import FederationFolder
 from fedsea.federation.coordinator.status import read_status
-from fedsea.federation.coordinator.up import UpOptions
+from fedsea.federation.coordinator.up_options import UpOptions
 from fedsea.federation.invitation import Invitation
 from fedsea.federation.settings import Settings
 from fedsea.parts.adapter_files import read_adapter

@@ -6,7 +6,7 @@ line need. Commands take such dataclasses as arguments (`fedsea.cli.spread`).
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +42,9 @@ class Flag:
 
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+DTYPES: tuple[Dtype, ...] = get_args(Dtype)
+Strategy = Literal["sequential", "client-batch", "server-hierarchical"]  # how many clients train a middle
+STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 ComputeDtype = Annotated[Dtype, Flag("Dtype to compute in.")]
 WireDtype = Annotated[Dtype | None, Flag("Dtype of hidden states on the wire.", default="16 bits")]
 Device = Annotated[str, Flag("Where to compute: cpu, cuda, cuda:1.")]

@@ -27,7 +27,8 @@ from fedsea.cli import run
 from fedsea.errors import FedSEAError, UsageError
 from fedsea.federation.coordinator.deployment import Deployment
 from fedsea.federation.coordinator.status import read_status
-from fedsea.federation.coordinator.up import Federation, UpOptions, run_config
+from fedsea.federation.coordinator.up import Federation, run_config
+from fedsea.federation.coordinator.up_options import UpOptions
 from fedsea.federation.flower.app import COMPONENTS, bundle, check_bundle, project_file
 from fedsea.federation.flower.gate import is_for_data_owners, is_local
 from fedsea.federation.flower.patches import connector

@@ -12,7 +12,8 @@ from flwr.app import Context, Error, Message, RecordDict
 
 from fedsea.errors import FedSEAError, ModelMismatchError, NonFiniteError, TermsError, UsageError
 from fedsea.federation.coordinator.block_server_admin import BlockServerAdmin
-from fedsea.federation.coordinator.up import Federation, UpOptions
+from fedsea.federation.coordinator.up import Federation
+from fedsea.federation.coordinator.up_options import UpOptions
 from fedsea.federation.owner.local_dp import GRID_BITS, deviation_of, normals, protected
 from fedsea.federation.owner.participant import Participant
 from fedsea.federation.owner.worker import FINISH

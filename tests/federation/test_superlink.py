@@ -15,7 +15,8 @@ import pytest
 
 from fedsea.errors import FedSEAError
 from fedsea.federation.coordinator import control as control_module
-from fedsea.federation.coordinator.up import Federation, UpOptions
+from fedsea.federation.coordinator.up import Federation
+from fedsea.federation.coordinator.up_options import UpOptions
 from fedsea.federation.flower.app import COMPONENTS, bundle, project_file
 from fedsea.federation.invitation import SUPERNODE_KEY
 from fedsea.federation.owner import join as join_module

@@ -15,10 +15,11 @@ from typing import Any, Self
 from fedsea.checkpoints import open_checkpoint
 from fedsea.client import SplitModelForCausalLM
 from fedsea.federation.coordinator.block_server_admin import BlockServerAdmin
+from fedsea.flags import Strategy
 from fedsea.parts.adapters import AdapterSpec
 from fedsea.process import Child
 from fedsea.server import ServerProcess
-from fedsea.wire.rounds import RoundPlan, Strategy, Ticket, new_seat
+from fedsea.wire.rounds import RoundPlan, Ticket, new_seat
 from fedsea_bench.link import Link
 from fedsea_bench.speed import LINK_MBIT, RTT_SECONDS
 from fedsea_bench.training_case import adamw, adapter_config, even_batch, train_step

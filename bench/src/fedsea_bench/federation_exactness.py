@@ -9,10 +9,11 @@ from torch import Tensor
 
 from fedsea.client import SplitModelForCausalLM
 from fedsea.federation.coordinator.block_server_admin import BlockServerAdmin
+from fedsea.flags import Strategy
 from fedsea.partition import Partition
 from fedsea.parts.adapters import AdapterSpec
 from fedsea.server import ServerProcess
-from fedsea.wire.rounds import RoundPlan, Strategy, Ticket, new_seat
+from fedsea.wire.rounds import RoundPlan, Ticket, new_seat
 from fedsea_bench.results import Line
 from fedsea_bench.training_case import (
     ADAPTER_TEXT,

@@ -11,7 +11,8 @@ from typing import Any
 
 from fedsea.errors import UsageError
 from fedsea.federation.coordinator.status import read_status
-from fedsea.federation.coordinator.up import Federation, UpOptions
+from fedsea.federation.coordinator.up import Federation
+from fedsea.federation.coordinator.up_options import UpOptions
 from fedsea.federation.owner.join import OwnerProcess, kept_running
 from fedsea.federation.owner.participant_options import ParticipantOptions
 from fedsea.federation.settings import Settings

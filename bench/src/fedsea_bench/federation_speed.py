@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator
 from time import perf_counter
 
-from fedsea.wire.rounds import Strategy
+from fedsea.flags import Strategy
 from fedsea_bench.federation_clients import CLIENTS, ClientProcesses
 from fedsea_bench.peak import MIB, NO_PROC
 from fedsea_bench.processes import process_memory

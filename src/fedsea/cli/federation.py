@@ -15,44 +15,16 @@ from fedsea.cli.options import AsJson
 from fedsea.cli.spread import Typed, spread
 from fedsea.cli.terminal import interrupt_on, print_json, tell
 from fedsea.errors import UsageError
+from fedsea.federation.coordinator.up_options import UpOptions
 from fedsea.federation.owner.participant_options import ParticipantOptions
 from fedsea.federation.settings import Settings
 from fedsea.flags import ComputeDtype, Device, Flag, Threads
 
 if TYPE_CHECKING:  # --help needs neither torch nor Flower
-    from fedsea.federation.coordinator.up import Federation, UpOptions
+    from fedsea.federation.coordinator.up import Federation
 
 app = typer.Typer(help="Train one adapter with several data owners, none of whom shows its text.", no_args_is_help=True)
 POLL_SECONDS = 0.5
-
-
-@dataclass(frozen=True)
-class PlaceOptions:
-    """Where the servers run. None: as before in DIR."""
-
-    clients: Annotated[str | None, Flag("Names of the data owners, such as a,b,c.", metavar="NAMES")] = None
-    listen: Annotated[str | None, Flag("Address of this machine to listen on.", default="127.0.0.1")] = None
-    hosts: Annotated[
-        list[str] | None,
-        Flag(
-            "Name or address by which data owners reach this machine; may be given several times, and the first one is "
-            "written into their folders.",
-            "--host",
-        ),
-    ] = None
-    port: Annotated[int | None, Flag("Port of the block server.", default="7070", min=0, max=65535)] = None
-    superlink_port: Annotated[int | None, Flag("Port of Flower's SuperLink.", default="7071", min=0, max=65535)] = None
-    servers: Annotated[
-        list[str] | None,
-        Flag("A block server on another machine; may be given several times.", "--server", metavar="HOST:PORT"),
-    ] = None
-
-    def given(self) -> dict[str, Any]:
-        """What was given, by the fields of `UpOptions`."""
-        found = {key: value for key, value in asdict(self).items() if value not in (None, [])}
-        if self.clients is not None:
-            found["clients"] = [name.strip() for name in self.clients.split(",") if name.strip()]
-        return found
 
 
 @dataclass(frozen=True)
@@ -78,7 +50,7 @@ class PrivacyOptions:
 def up(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="The federation's folder; may be new.")],
     settings: Annotated[dict[str, Any], Typed(Settings)],
-    place: PlaceOptions,
+    place: Annotated[dict[str, Any], Typed(UpOptions)],
     others: Annotated[
         list[str] | None,
         Flag("Any other setting of docs/federation.md; may be given several times.", "--set", metavar="KEY=VALUE"),
@@ -186,17 +158,19 @@ def status(
             live.update(tables(found), refresh=True)
 
 
-def _settled(directory: Path, typed: Mapping[str, Any], place: PlaceOptions) -> "tuple[Settings, UpOptions]":
+def _settled(directory: Path, typed: Mapping[str, Any], place: Mapping[str, Any]) -> tuple[Settings, UpOptions]:
     """What was typed; what was not is as before in the folder, or the default."""
     from fedsea.federation.coordinator.deployment import Deployment
-    from fedsea.federation.coordinator.up import UpOptions
     from fedsea.federation.invitation import federation_name
 
     before = Deployment(directory.expanduser()).before()
-    options = UpOptions.from_body({**before.get("options", {}), **place.given()})
+    place = dict(place)
+    if typed_names := "clients" in place:
+        place["clients"] = [one.strip() for some in place["clients"] for one in some.split(",") if one.strip()]
+    options = UpOptions.from_body({**before.get("options", {}), **place})
     count = {"clients": len(options.clients)}
     given = {"name": federation_name(directory), **count, **before.get("settings", {})}
-    return Settings.from_run_config({**given, **(count if place.clients is not None else {}), **typed}), options
+    return Settings.from_run_config({**given, **(count if typed_names else {}), **typed}), options
 
 
 def _assignment(text: str) -> tuple[str, Any]:

@@ -52,8 +52,11 @@ def _options(name: str, hint: Any, default: Any) -> Iterator[inspect.Parameter]:
     if (typed := _noted(hint, Typed)) is not None:
         for field, inner in _fields(typed.kind):
             if (own := _noted(inner, Flag)) is not None:
-                shown_flag = dataclasses.replace(own, default=own.default or str(field.default))
-                yield from _options(field.name, Annotated[typing.get_args(inner)[0] | None, shown_flag], None)
+                default = "" if field.default in ((), dataclasses.MISSING) else str(field.default)
+                kind = typing.get_args(inner)[0]
+                kind = list[str] if typing.get_origin(kind) is tuple else kind  # an option that is given several times
+                shown_flag = dataclasses.replace(own, default=own.default or default)
+                yield from _options(field.name, Annotated[kind | None, shown_flag], None)
         return
     flag = _noted(hint, Flag)
     if flag is not None:
@@ -86,7 +89,7 @@ def _filled(name: str, hint: Any, values: Mapping[str, Any]) -> Any:
         return kind(**{field.name: _filled(field.name, inner, values) for field, inner in _fields(kind)})
     if (typed := _noted(hint, Typed)) is not None:
         found = {field.name: values[field.name] for field, _ in _fields(typed.kind)}
-        return {key: value for key, value in found.items() if value is not None}
+        return {key: value for key, value in found.items() if value not in (None, [])}
     flag, value = _noted(hint, Flag), values[name]
     return value * flag.unit if flag is not None and flag.unit > 1 and value is not None else value
 

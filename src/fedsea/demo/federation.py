@@ -17,10 +17,12 @@ from fedsea.demo import write_conversations
 from fedsea.demo.screen import Screen
 from fedsea.errors import FedSEAError
 from fedsea.federation.coordinator.status import read_status
-from fedsea.federation.coordinator.up import Federation, UpOptions
+from fedsea.federation.coordinator.up import Federation
+from fedsea.federation.coordinator.up_options import UpOptions
 from fedsea.federation.owner.join import OwnerProcess, kept_running
 from fedsea.federation.owner.participant_options import ParticipantOptions
-from fedsea.federation.settings import MODES, Settings
+from fedsea.federation.settings import Settings
+from fedsea.flags import STRATEGIES
 
 CLINICS = {
     "lindental": (
@@ -143,7 +145,7 @@ def run_federation_demo(
             things.enter_context(kept_running(members))
         done: list[RoundFigures] = []
         seconds: dict[str, float] = {}
-        for mode in MODES:
+        for mode in STRATEGIES:
             began, out, before = time.perf_counter(), folder / "adapters" / mode, tuple(done)
             running.settings = replace(running.settings, mode=mode, output=str(out))
 
@@ -156,8 +158,8 @@ def run_federation_demo(
             done += _rounds(mode, out)[0]
             if any(figures.clients < len(CLINICS) for figures in done):
                 raise FedSEAError(f"a clinic was missing in a round of {mode}; this machine may be too busy for a demo")
-        on_change(MODES[-1], done, "done")
-        adapter = folder / "adapters" / MODES[-1] / "adapter" if output is not None else None
+        on_change(STRATEGIES[-1], done, "done")
+        adapter = folder / "adapters" / STRATEGIES[-1] / "adapter" if output is not None else None
         return FederationDemoReport(name, tuple(done), seconds, adapter)
 
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from fedsea.federation.coordinator.status import FederationStatus as FederationStatus
     from fedsea.federation.coordinator.status import read_status as read_status
     from fedsea.federation.coordinator.up import Federation as Federation
-    from fedsea.federation.coordinator.up import UpOptions as UpOptions
+    from fedsea.federation.coordinator.up_options import UpOptions as UpOptions
     from fedsea.federation.owner.join import OwnerProcess as OwnerProcess
     from fedsea.federation.owner.join import kept_running as kept_running
     from fedsea.federation.owner.participant_options import ParticipantOptions as ParticipantOptions
@@ -52,7 +52,7 @@ _HOMES = {
     "ParticipantOptions": "owner.participant_options",
     "Settings": "settings",
     "Sharding": "owner.shards",
-    "UpOptions": "coordinator.up",
+    "UpOptions": "coordinator.up_options",
     "kept_running": "owner.join",
     "read_private_adapter": "owner.private_adapter",
     "read_shard": "owner.shards",

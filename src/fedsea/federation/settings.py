@@ -11,17 +11,14 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any
 
 from fedsea.errors import UsageError
 from fedsea.federation.recipe import RECIPE_BOUNDS, bounds_problem
-from fedsea.flags import Flag
+from fedsea.flags import DTYPES, STRATEGIES, Flag, Strategy
 from fedsea.training.recipe import Lora
 
-Mode = Literal["sequential", "client-batch", "server-hierarchical"]
-MODES: tuple[Mode, ...] = get_args(Mode)
 LORA_KINDS = ("lora", "rslora", "dora")
-DTYPES = ("float32", "bfloat16", "float16")
 _POSITIVE = {"rounds", "clients", "min_clients", "lora_rank", "local_steps", "batch_size", "accumulation", "threads"}
 _POSITIVE |= {"eval_batch_size", "join_seconds", "straggler_seconds", "round_seconds", "lr", "max_grad_norm"}
 _POSITIVE |= {"fraction_train", "fraction_evaluate", "max_examples"}
@@ -113,7 +110,7 @@ class Settings:
     dial: str = ""
     credentials: str = ""
     insecure: bool = False
-    mode: Annotated[Mode, Flag("How the middle blocks are trained.")] = "server-hierarchical"
+    mode: Annotated[Strategy, Flag("How the middle blocks are trained.")] = "server-hierarchical"
     strategy: Annotated[str, Flag("A strategy of Flower, such as FedAvg, FedProx or FedAdam.")] = "FedAvg"
     strategy_options: str = ""
     rounds: Annotated[int, Flag("Rounds in all.", min=1)] = 3
@@ -174,7 +171,7 @@ class Settings:
                 raise UsageError(f"{key} must be {'at most' if field.name in _SHARES else 'below'} 1; got {value}")
             if field.name in RECIPE_BOUNDS and (problem := bounds_problem(field.name, value)):
                 raise UsageError(f"{key} {problem}")
-        for name, choices in (("mode", MODES), ("lora_kind", LORA_KINDS), ("dtype", DTYPES)):
+        for name, choices in (("mode", STRATEGIES), ("lora_kind", LORA_KINDS), ("dtype", DTYPES)):
             if getattr(self, name) not in choices:
                 raise UsageError(f"{_key(name)} must be one of {', '.join(choices)}; got {getattr(self, name)!r}")
         if not self.addresses:

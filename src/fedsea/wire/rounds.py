@@ -15,12 +15,11 @@ from typing import Any, Literal, cast, get_args
 from fedsea.checkpoints.fingerprint import Fingerprint
 from fedsea.errors import ProtocolError, UsageError
 from fedsea.fields import Fields
+from fedsea.flags import STRATEGIES, Strategy
 from fedsea.parts.adapters import AdapterSpec
 from fedsea.wire.codec import MAX_WEIGHT
 from fedsea.wire.runs import NAME, OptimizerStep
 
-Strategy = Literal["sequential", "client-batch", "server-hierarchical"]
-STRATEGIES: tuple[Strategy, ...] = ("sequential", "client-batch", "server-hierarchical")
 MemberState = Literal["expected", "joined", "finished", "gone"]
 MAX_MEMBERS = 512  # what a message has room for
 MAX_SECONDS = 86_400.0

@@ -16,10 +16,11 @@ from fedsea.errors import FedSEAError, NonFiniteError, ProtocolError, ServerUnav
 from fedsea.federation.arrays import Arrays
 from fedsea.federation.coordinator.block_server_admin import BlockServerAdmin
 from fedsea.federation.coordinator.members import Member
+from fedsea.flags import Strategy
 from fedsea.partition import layer_of
 from fedsea.parts.adapters import AdapterSpec
 from fedsea.parts.averaging import WeightedMean
-from fedsea.wire.rounds import MemberStatus, RoundPlan, Seat, Strategy, Ticket, new_seat
+from fedsea.wire.rounds import MemberStatus, RoundPlan, Seat, Ticket, new_seat
 from fedsea.wire.runs import OptimizerStep
 
 RETRY_SECONDS, RETRIES = 1.0, 3

@@ -1,93 +1,29 @@
 """The coordinator's side on one machine: block server, SuperLink, credentials for all, and the run."""
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from shlex import quote
 from typing import Any, Self
 
-from fedsea.errors import FedSEAError, ServerUnavailableError, UsageError
+from fedsea.errors import FedSEAError, ServerUnavailableError
 from fedsea.federation.coordinator.control import Control, FlowerRun
 from fedsea.federation.coordinator.deployment import Deployment
 from fedsea.federation.coordinator.status import app_is_gone
+from fedsea.federation.coordinator.up_options import UpOptions
 from fedsea.federation.flower.patches import require_flower
 from fedsea.federation.invitation import Invitation, check_name
 from fedsea.federation.process import Supervised, flower_environment
 from fedsea.federation.settings import Settings
 from fedsea.files import write_json
 from fedsea.process import Child
-from fedsea.wire.address import format_address, is_loopback, parse_address, require_free
+from fedsea.wire.address import format_address, require_free
 
 START_SECONDS = 600.0  # a large model is read first
 SUPERLINK_SECONDS = 60.0
 GONE_SECONDS = 3.0
 POLL_SECONDS = 0.5
-_EVERYWHERE = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}  # and how this machine reaches itself there
-
-
-@dataclass(frozen=True)
-class UpOptions:
-    """Where a federation's servers run and who may take part.
-
-    Attributes
-    ----------
-    clients
-        Names of the data owners.
-    listen
-        The address of this machine that is listened on; `0.0.0.0` for all.
-    hosts
-        Under which names or addresses data owners reach this machine; the first stands in their folders. Empty for
-        `listen`.
-    port, superlink_port
-        Of the block server and of Flower's SuperLink; 0 for a free one.
-    servers
-        Block servers that run elsewhere, with certificates of this federation's authority; then none is started here.
-
-    Raises
-    ------
-    UsageError
-        If a name or address cannot be used.
-    """
-
-    clients: tuple[str, ...]
-    listen: str = "127.0.0.1"
-    hosts: tuple[str, ...] = ()
-    port: int = 7070
-    superlink_port: int = 7071
-    servers: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if not self.clients:
-            raise UsageError("a federation needs clients: --clients a,b,c")
-        for name in self.clients:
-            check_name(name)
-        if len(set(self.clients)) < len(self.clients):
-            raise UsageError("a client is named twice")
-        for server in self.servers:
-            parse_address(server)
-        if self.listen in _EVERYWHERE and not self.hosts:
-            raise UsageError("data owners must know how to reach this machine: give --host NAME with --listen 0.0.0.0")
-
-    @classmethod
-    def from_body(cls, body: Mapping[str, Any]) -> "UpOptions":
-        """Read what `vars` of one gave, as JSON; UsageError if an option is unknown or cannot be used."""
-        names = {field.name for field in fields(cls)}
-        if not body.keys() <= names:
-            raise UsageError(f"the federation's folder names unknown options: {', '.join(body.keys() - names)}")
-        plain: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in body.items()}
-        return cls(**{"clients": (), **plain})
-
-    @property
-    def host(self) -> str:
-        """How data owners reach this machine."""
-        return self.hosts[0] if self.hosts else self.listen
-
-    @property
-    def certified(self) -> tuple[str, ...]:
-        """What the server's certificate must be good for, beside the loopback names."""
-        here = () if self.listen in _EVERYWHERE or is_loopback(self.listen) else (self.listen,)
-        return (*self.hosts, *here, *(parse_address(server)[0] for server in self.servers))
 
 
 class Federation:
@@ -167,7 +103,7 @@ class Federation:
             self._tell(f"loading {settings.model} for the block server at {self._block_listen}")
             if self._block_server.child.says(START_SECONDS) is None:
                 raise FedSEAError(f"the block server did not start: {self._block_server.child.last_words()}")
-        self._control = Control(format_address(self._local, self.options.superlink_port), here.authority)
+        self._control = Control(format_address(self.options.local, self.options.superlink_port), here.authority)
         self._await_superlink()
         for client in self.options.clients:
             self.control.register(client, here.public_key(client))
@@ -182,11 +118,6 @@ class Federation:
             settings=run_config(self._chosen),
             options=vars(self.options),
         )
-
-    @property
-    def _local(self) -> str:
-        """Where this machine reaches what it listens on."""
-        return _EVERYWHERE.get(self.options.listen, self.options.listen)
 
     @property
     def control(self) -> Control:
@@ -221,7 +152,7 @@ class Federation:
         keys = {self.deployment.public_key(client): client for client in self.options.clients}
         members = [f"{keys[node.public_key]}={node.number}" for node in self.control.nodes() if node.public_key in keys]
         # The public name of this machine may not lead here from here: it is reached as it is listened on.
-        dial = "" if self.options.servers else format_address(self._local, self.options.port)
+        dial = "" if self.options.servers else format_address(self.options.local, self.options.port)
         number = self.control.start(run_config(replace(self.settings, members=", ".join(members), dial=dial)))
         try:
             while True:
