@@ -1,4 +1,4 @@
-"""FedSEA: use and fine-tune a large language model whose middle is run by somebody else.
+"""FedSEA: use and fine-tune a large language model whose middle layers another organisation runs.
 
 A model that is split, for code that uses transformers:
 
