@@ -14,7 +14,7 @@ from tests.conftest import RunningServer, connect
 from tests.support.raw_stream import prompt
 
 SOURCE = str(Path(fedsea.__file__).parent)
-MOST = 115  # 106, and what the server may still do for the step before; comprehensions are not counted
+MOST = 115  # 108, and what the server may still do for the step before; comprehensions are not counted
 
 
 def calls_of_a_step(start_server: Callable[..., RunningServer]) -> Counter[str]:

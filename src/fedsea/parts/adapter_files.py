@@ -37,11 +37,9 @@ def save_adapter(
     folder
         Made if it is not there.
     weights
-        By names as `adapter_parameters` gives them; all layers.
+        Of all layers, by names as `adapter_parameters` gives them; those of the cut among them.
     base_model
         The name under which the base model is found.
-    cut
-        Of a narrow cut, whose weights are among `weights`; None if there is none.
 
     Raises
     ------

@@ -1,10 +1,9 @@
 """LoRA adapters: their description, which is small and checked, and the weights that they start with.
 
-One `LoraConfig` of the user becomes an `AdapterSpec`: which linear modules of which layers, of what rank. The spec is
-small and checked, so it may come from any peer; each side puts PEFT's modules on the layers that it holds. Where the
-weights start depends on a seed and on their names alone, so two sides (or two partitions) start from the same adapter
-without sending it. Adapters are float32 whatever the model computes in: an update of a float16 weight at a learning
-rate of 1e-5 is about one unit in its last place, and would vanish.
+One `LoraConfig` of the user becomes an `AdapterSpec`, which may come from any peer; each side puts PEFT's modules on
+the layers that it holds. Where the weights start depends on a seed and on their names alone, so two sides (or two
+partitions) start from the same adapter without sending it. Adapters are float32 whatever the model computes in: an
+update of a float16 weight at a learning rate of 1e-5 is about one unit in its last place, and would vanish.
 """
 
 import hashlib
@@ -48,14 +47,8 @@ class AdapterSpec:
     ) -> "AdapterSpec":
         """The adapter that a `LoraConfig` describes for a model; arguments and errors are those of `find_targets`."""
         targets = find_targets(lora, config, fresh=fresh)
-        spec = cls(
-            targets,
-            dropout=lora.lora_dropout,
-            use_rslora=lora.use_rslora,
-            use_dora=lora.use_dora,
-            gaussian=lora.init_lora_weights == "gaussian",
-            seed=seed,
-        )
+        gaussian = lora.init_lora_weights == "gaussian"
+        spec = cls(targets, lora.lora_dropout, lora.use_rslora, lora.use_dora, gaussian, seed)
         try:
             return cls.from_body(spec.to_body())  # what the block server would say of it
         except ProtocolError as error:
@@ -67,15 +60,7 @@ class AdapterSpec:
         for name, (rank, alpha) in self.targets.items():
             _, _, layer, suffix = name.split(".", 3)
             groups.setdefault((suffix, rank, alpha), []).append(int(layer))
-        return {
-            "targets": [[*key, sorted(layers)] for key, layers in sorted(groups.items())],
-            "dropout": self.dropout,
-            "use_rslora": self.use_rslora,
-            "use_dora": self.use_dora,
-            "gaussian": self.gaussian,
-            "seed": self.seed,
-            "narrow": self.narrow,
-        }
+        return vars(self) | {"targets": [[*key, sorted(layers)] for key, layers in sorted(groups.items())]}
 
     @classmethod
     def from_body(cls, body: Any) -> "AdapterSpec":
@@ -98,9 +83,10 @@ class AdapterSpec:
         narrow = read.count("narrow", 0, MAX_NARROW) if "narrow" in read.body else 0
         return cls(targets, dropout, seed=seed, narrow=narrow, **switches)
 
-    def within(self, layers: range) -> Targets:
+    def within(self, layers: Iterable[int]) -> Targets:
         """Those of the targets that are in the given layers."""
-        return {name: sizes for name, sizes in self.targets.items() if layer_of(name) in layers}
+        held = set(layers)
+        return {name: sizes for name, sizes in self.targets.items() if layer_of(name) in held}
 
     def weight_names(self, layers: range) -> set[str]:
         """Names of the adapter's weights in the given layers, as `adapter_parameters` gives them."""
@@ -132,14 +118,9 @@ class AdapterSpec:
 
         A ProtocolError if a target is not a linear module of the part.
         """
-        held = set(layers)
-        targets = {name: sizes for name, sizes in self.targets.items() if layer_of(name) in held}
+        targets, modules = self.within(layers), dict(module.named_modules())
         for name in targets:
-            try:
-                found = module.get_submodule(name)
-            except AttributeError:
-                found = None
-            if not isinstance(found, nn.Linear):
+            if not isinstance(modules.get(name), nn.Linear):
                 raise ProtocolError(f"{name} is not a linear module of the model")
         if not targets:
             return
@@ -168,13 +149,13 @@ class AdapterSpec:
             return f"other target modules ({some[0]}{' and more' if len(some) > 1 else ''})"
         for name, sizes in self.targets.items():
             if sizes != other.targets[name]:
-                return f"rank {sizes[0]}, alpha {sizes[1]:g} beside rank {other.targets[name][0]}, " + (
-                    f"alpha {other.targets[name][1]:g} ({name})"
-                )
+                ours, theirs = (f"rank {rank}, alpha {alpha:g}" for rank, alpha in (sizes, other.targets[name]))
+                return f"{ours} beside {theirs} ({name})"
         if (self.use_dora, self.use_rslora) != (other.use_dora, other.use_rslora):
             return "another kind (DoRA or rsLoRA)"
         if self.narrow != other.narrow:
-            return f"{_cut_words(self.narrow)} beside {_cut_words(other.narrow)}"
+            cuts = (f"a narrow cut of rank {one}" if one else "no narrow cut" for one in (self.narrow, other.narrow))
+            return " beside ".join(cuts)
         return None
 
 
@@ -189,7 +170,3 @@ def adapter_parameters(module: nn.Module, adapter: str = "default") -> dict[str,
         for name, parameter in module.named_parameters()
         if (".lora_" in name and infix in name) or name in (PROJECT, LIFT)
     }
-
-
-def _cut_words(rank: int) -> str:
-    return f"a narrow cut of rank {rank}" if rank else "no narrow cut"

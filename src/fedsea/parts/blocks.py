@@ -45,7 +45,7 @@ class Part(nn.Module):
         except Exception as error:  # of any kind: the configuration may come from a stranger
             why = one_line(f"{type(error).__name__}: {error}")
             raise ModelNotFoundError(f"the model's configuration cannot be used ({why})") from error
-        self.narrow_cut = nn.ModuleDict()  # its half of a narrow cut, if there is one
+        self.narrow_cut = nn.ModuleDict()  # the part's half of a narrow cut, if there is one
         self.eval()
 
     def _build(self, family: Family, *, embedding: bool, head: bool) -> None:
@@ -62,7 +62,7 @@ class Part(nn.Module):
 
     def follow(self, decoder: Any) -> Self:
         """Compute with the modules that a decoder has now under the names of this part's own."""
-        # Looked at for every token, and hardly ever another: registering a module takes longer than asking for it.
+        # For every token, and hardly ever another: registering a module takes longer than asking for it.
         for name in ("embed_tokens", "norm"):
             if name in self.model._modules and getattr(self.model, name) is not (module := getattr(decoder, name)):
                 setattr(self.model, name, module)
@@ -86,12 +86,12 @@ class Part(nn.Module):
         """Bytes of the part's weights."""
         return sum(weight.numel() * weight.element_size() for weight in self.parameters())
 
-    def cache_bytes_per_token(self, dtype: torch.dtype, layers: range | None = None) -> int:
-        """Bytes that one cached token of one row takes, over all layers (or the given ones)."""
+    def cache_bytes_per_token(self, dtype: torch.dtype) -> int:
+        """Bytes that one cached token of one row takes in one layer."""
         config: Any = self.config
         head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         heads: int = config.num_key_value_heads
-        return 2 * len(self.layers if layers is None else layers) * heads * head_dim * dtype.itemsize
+        return 2 * heads * head_dim * dtype.itemsize
 
     def run_layers(self, hidden: Tensor, rows: Rows, cache: RowCache | None, layers: range) -> Tensor:
         """Run layers, by their numbers in the whole model, on new tokens: `[rows, width, hidden]` -> the same shape.
@@ -112,9 +112,8 @@ class Part(nn.Module):
         else:
             rotary = _rotate_within(rows.furthest, embedding, hidden, positions)
         masks: dict[int | None, Tensor | None] = {}
-        blocks = self.model.layers
         for layer in layers:
-            block, window = blocks[str(layer)], self.windows[layer]
+            block, window = self.model.layers[str(layer)], self.windows[layer]
             if window not in masks:
                 masks[window] = attention_mask(rows, window, hidden.device)
             hidden = block(
@@ -136,7 +135,7 @@ class Part(nn.Module):
         # By the name under which it is stored: a tied head is the embedding.
         tied = self.config.tie_word_embeddings
         stored_as = {name: _EMBEDDING if tied and name == _HEAD else name for name in self.state_dict()}
-        shapes = {stored_as[name]: tuple(weight.shape) for name, weight in self.state_dict().items()}
+        shapes = {stored_as[name]: list(weight.shape) for name, weight in self.state_dict().items()}
         weights = {} if head is None else {_HEAD: head}
         wanted = sorted({stored for name, stored in stored_as.items() if name not in weights})
         lacking = [name for name in wanted if name not in checkpoint.tensor_names()]
@@ -144,16 +143,13 @@ class Part(nn.Module):
             raise ModelNotFoundError(f"{checkpoint.name} does not fill the model: it lacks {', '.join(lacking[:3])}")
         loaded = {}
         for name, tensor in checkpoint.load(wanted, dtype=dtype, device=device):
-            if tensor.shape != shapes[name]:
-                raise ModelNotFoundError(
-                    f"{checkpoint.name}: weight {name} has shape {list(tensor.shape)}; "
-                    f"the model of its configuration needs {list(shapes[name])}"
-                )
+            which = f"{checkpoint.name}: weight {name}"
+            if list(tensor.shape) != shapes[name]:
+                needed = f"the model of its configuration needs {shapes[name]}"
+                raise ModelNotFoundError(f"{which} has shape {list(tensor.shape)}; {needed}")
             if not tensor.is_floating_point():
-                raise ModelNotFoundError(
-                    f"{checkpoint.name}: weight {name} is stored as {str(tensor.dtype).removeprefix('torch.')}, as "
-                    "quantised weights are; use the original checkpoint instead"
-                )
+                kind = f"{str(tensor.dtype).removeprefix('torch.')}, as quantised weights are"
+                raise ModelNotFoundError(f"{which} is stored as {kind}; use the original checkpoint instead")
             loaded[name] = tensor
         weights |= {name: loaded[stored] for name, stored in stored_as.items() if name not in weights}
         self.load_state_dict(weights, strict=True, assign=True)
@@ -186,22 +182,17 @@ class InputBlocks(Part):
         self.narrow_cut["project"] = LinearMap(weight).to(self.device)
 
     def forward(self, input_ids: Tensor, rows: Rows, cache: RowCache | None) -> Tensor:
-        """Token ids `[rows, width]` -> hidden states `h_A` `[rows, width, hidden]`, without noise.
-
-        With a narrow cut what it leaves of them, `[rows, width, rank]`.
-        """
+        """Token ids `[rows, width]` -> `h_A` without noise, `[rows, width, hidden]`, or `rank` with a narrow cut."""
         return self.run_embedded(self.model.embed_tokens(input_ids), rows, cache)
 
     def run_embedded(self, embedded: Tensor, rows: Rows, cache: RowCache | None) -> Tensor:
         """The same of what the embedding gave, `[rows, width, hidden]`."""
-        hidden = self.run_layers(embedded, rows, cache, self.layers)
-        return self.narrowed(hidden) if self.narrow_cut else hidden
+        return self.narrowed(self.run_layers(embedded, rows, cache, self.layers))
 
     def narrowed(self, hidden: Tensor) -> Tensor:
-        """What leaves of states `[..., hidden]`; with a narrow cut `[..., hidden]` -> `[..., rank]`."""
-        if self.narrow_cut:
-            hidden = self.narrow_cut["project"](hidden)
-        return hidden
+        """What leaves of states `[..., hidden]`: all, or `[..., rank]` with a narrow cut."""
+        narrow: Tensor = self.narrow_cut["project"](hidden) if self.narrow_cut else hidden
+        return narrow
 
 
 class MiddleBlocks(Part):
@@ -209,12 +200,7 @@ class MiddleBlocks(Part):
 
     @classmethod
     def from_checkpoint(
-        cls,
-        checkpoint: Checkpoint,
-        layers: range,
-        *,
-        dtype: torch.dtype,
-        device: torch.device | str = "cpu",
+        cls, checkpoint: Checkpoint, layers: range, *, dtype: torch.dtype, device: torch.device | str = "cpu"
     ) -> Self:
         """Read these layers, and no others, from a checkpoint; a PartitionError if the model does not have them."""
         count = checkpoint.config.num_hidden_layers
@@ -235,17 +221,13 @@ class MiddleBlocks(Part):
         self.narrow_cut["lift"] = LinearMap(weight).to(self.device)
 
     def lifted(self, hidden: Tensor) -> Tensor:
-        """What came, `[rows, width, hidden]`; with a narrow cut `[rows, width, rank]` -> `[rows, width, hidden]`."""
-        if self.narrow_cut:
-            hidden = self.narrow_cut["lift"](hidden)
-        return hidden
+        """What came, `[..., hidden]`; with a narrow cut `[..., rank]` -> `[..., hidden]`."""
+        lifted: Tensor = self.narrow_cut["lift"](hidden) if self.narrow_cut else hidden
+        return lifted
 
     def forward(self, hidden: Tensor, rows: Rows, cache: RowCache | None, layers: range) -> Tensor:
-        """What came over the cut -> `h_B` `[rows, width, hidden]`, through `layers`.
-
-        `hidden` is `h_A` `[rows, width, hidden]`, or with a narrow cut what that leaves of it, `[rows, width, rank]`.
-        """
-        return self.run_layers(self.lifted(hidden) if self.narrow_cut else hidden, rows, cache, layers)
+        """What came over the cut, `[rows, width, hidden or rank]` -> `h_B` `[rows, width, hidden]`."""
+        return self.run_layers(self.lifted(hidden), rows, cache, layers)
 
 
 class OutputBlocks(Part):
@@ -261,11 +243,7 @@ class OutputBlocks(Part):
         device: torch.device | str = "cpu",
         embedding: Tensor | None = None,
     ) -> Self:
-        """Read this part's weights, and no others, from a checkpoint.
-
-        A model that ties its head to its embedding shares `embedding`, the input blocks', if it is given; else this
-        part reads the weight for itself.
-        """
+        """Read this part's weights, and no others; a tied head shares the input blocks' `embedding`, if it is given."""
         layers = partition.output(checkpoint.config.num_hidden_layers)
         part = cls(checkpoint.config, layers, head=True)
         head = embedding if checkpoint.config.tie_word_embeddings else None

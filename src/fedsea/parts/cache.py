@@ -1,8 +1,7 @@
 """A KV cache whose rows have lengths of their own.
 
-transformers' dynamic cache keeps all rows equally long and pads the short ones; it also copies everything to append
-one token. Here position `i` of a row is at column `i`, whatever the other rows do, so lengths and starts are all that
-has to be known, nothing is padded to be kept, rows crop and move independently, and appending writes in place.
+transformers' dynamic cache pads the short rows, and copies everything to append one token. Here position `i` of a row
+is at column `i`: nothing is padded, rows crop and move independently, and appending writes in place.
 """
 
 import copy
@@ -37,17 +36,12 @@ class RowCache(Cache):
     rotary
         The family's rotary embedding. The cache keeps a copy: some variants (dynamic NTK, longrope) change with the
         length of the text, and one text must not change another's.
-
-    Attributes
-    ----------
-    lengths
-        Tokens that each row holds.
     """
 
     def __init__(self, rotary: nn.Module) -> None:
         super().__init__(layers=[])
         self.rotary = copy.deepcopy(rotary)
-        self.lengths: list[int] = []
+        self.lengths: list[int] = []  # tokens that each row holds
         self.capacity = 0
         self._keys: dict[int, Tensor] = {}
         self._values: dict[int, Tensor] = {}
@@ -57,10 +51,7 @@ class RowCache(Cache):
     def begin(self, rows: Rows) -> None:
         """Make room for a step; what a row holds from its start position on is dropped.
 
-        Raises
-        ------
-        IndexError
-            If a row starts behind its end, or the number of rows is another than the cache holds.
+        An IndexError if a row starts behind its end, or the number of rows is another than the cache holds.
         """
         if not self.lengths:
             self.lengths = [0] * len(rows.starts)
@@ -76,10 +67,9 @@ class RowCache(Cache):
 
     def capacity_for(self, rows: Rows) -> int:
         """Columns that the buffers will have after a step with these rows."""
-        needed = rows.reach
-        if needed <= self.capacity:
+        if rows.reach <= self.capacity:
             return self.capacity
-        return max(needed, min(self.capacity * 2, self.capacity + 16 * GROWTH), GROWTH)
+        return max(rows.reach, min(self.capacity * 2, self.capacity + 16 * GROWTH), GROWTH)
 
     def finish(self) -> None:
         """Count the step's tokens, once all layers have them."""
@@ -95,8 +85,8 @@ class RowCache(Cache):
         assert rows is not None, "begin() comes first"
         keys, values = self._keys.get(layer_idx), self._values.get(layer_idx)
         if keys is None or values is None or keys.shape[2] != self.capacity:
-            keys = self._grown(self._keys, key_states, layer_idx)
-            values = self._grown(self._values, value_states, layer_idx)
+            keys = self._keys[layer_idx] = self._grown(keys, key_states)
+            values = self._values[layer_idx] = self._grown(values, value_states)
         if rows.same_start:
             start, end = rows.starts[0], rows.starts[0] + rows.width
             keys[:, :, start:end] = key_states
@@ -111,24 +101,16 @@ class RowCache(Cache):
             values[which, :, columns] = value_states.transpose(1, 2)
         return keys[:, :, : rows.reach], values[:, :, : rows.reach]
 
-    def _grown(self, buffers: dict[int, Tensor], states: Tensor, layer: int) -> Tensor:
-        buffer = buffers.get(layer)
+    def _grown(self, buffer: Tensor | None, states: Tensor) -> Tensor:
         # Zeros, not whatever memory held: a masked column has weight 0, and 0 times NaN would still be NaN.
         grown = states.new_zeros(len(self.lengths), states.shape[1], self.capacity, states.shape[3])
         if buffer is not None:
             used = max(self.lengths)
             grown[:, :, :used] = buffer[:, :, :used]
-        buffers[layer] = grown
         return grown
 
     def select(self, chosen: Sequence[int]) -> None:
-        """Row `i` becomes a copy of what row `chosen[i]` was; the number of rows may change.
-
-        Raises
-        ------
-        IndexError
-            If a row is chosen that is not there.
-        """
+        """Row `i` becomes a copy of what row `chosen[i]` was; an IndexError if that is not there."""
         if not self.lengths:
             return
         if any(not 0 <= row < len(self.lengths) for row in chosen):

@@ -51,13 +51,7 @@ def save_cut(folder: Path, weights: Mapping[str, Tensor], cut: CutRecord | None)
 
 
 def read_cut(folder: str | Path) -> tuple[CutRecord, dict[str, Tensor]] | None:
-    """The narrow cut beside an adapter, and its weights; None if there is none.
-
-    Raises
-    ------
-    ModelNotFoundError
-        If its files are damaged, or one of them is missing.
-    """
+    """The narrow cut beside an adapter, and its weights, or None; a ModelNotFoundError if they are damaged."""
     path = Path(folder)
     there = [(path / name).is_file() for name in (CUT, CUT_WEIGHTS)]
     if not any(there):

@@ -15,18 +15,10 @@ from fedsea.registry import Registry
 
 
 class Family:
-    """A model family, by transformers' own modules. A new one is a file in `families/`, and nothing else.
+    """A model family, by transformers' own modules. A new one is a file in `families/`, and nothing else."""
 
-    Attributes
-    ----------
-    name
-        The `model_type` of its configurations, with hyphens: the name of its file.
-    prefix
-        What the names of its classes in transformers begin with: `Qwen2` of `Qwen2DecoderLayer`.
-    """
-
-    name: ClassVar[str]
-    prefix: ClassVar[str]
+    name: ClassVar[str]  # the `model_type` of its configurations, with hyphens: the name of its file
+    prefix: ClassVar[str]  # what the names of its classes in transformers begin with: `Qwen2` of `Qwen2DecoderLayer`
 
     def layer(self, config: PreTrainedConfig, index: int) -> nn.Module:
         """A decoder layer, for hidden states `[1, tokens, hidden]`."""
@@ -75,16 +67,9 @@ def narrowest_window(config: PreTrainedConfig) -> int | None:
 
 
 def family_of(config: PreTrainedConfig) -> Family:
-    """The family of a model, by its configuration's `model_type`.
-
-    Raises
-    ------
-    ModelNotFoundError
-        If FedSEA does not know the family.
-    """
-    name = config.model_type.replace("_", "-")
-    if name not in _FAMILIES.names:
-        raise ModelNotFoundError(
-            f"models of the family {config.model_type!r} are not supported yet; supported: {', '.join(_FAMILIES.names)}"
-        )
+    """The family of a model, by its configuration's `model_type`; a ModelNotFoundError if FedSEA does not know it."""
+    name, known = config.model_type.replace("_", "-"), _FAMILIES.names
+    if name not in known:
+        why = f"models of the family {config.model_type!r} are not supported yet"
+        raise ModelNotFoundError(f"{why}; supported: {', '.join(known)}")
     return _FAMILIES.find(name)()

@@ -6,7 +6,7 @@ done.
 """
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any, NoReturn, Protocol
 
@@ -43,55 +43,36 @@ class Holder(Protocol):
         """The client's half is trained or frozen from now on: so is the middle's."""
 
 
+def _refusing(why: str) -> Callable[..., NoReturn]:
+    """A method that refuses."""
+
+    def refuse(self: "Held", *_args: Any, **_kwargs: Any) -> NoReturn:
+        raise self._holder().refusal(why)
+
+    return refuse
+
+
 class Held:
     """Comes before one of PEFT's layer classes, and has its methods that change an adapter's state."""
 
     _holder: Any
 
-    def _refuse(self, why: str) -> NoReturn:
-        raise self._holder().refusal(why)
+    delete_adapter = _refusing(TAKEN_OFF)
+    merge = unmerge = _refusing(MERGED)
+    update_layer = _refusing(ANOTHER)
+    set_scale = scale_layer = unscale_layer = _refusing(SCALED)
+    scaling = property(lambda self: self.__dict__.get("scaling", {}), _refusing(SCALED))
+
+    def unload_and_optionally_merge_module(self, merge: bool, *_args: Any, **_kwargs: Any) -> None:
+        raise self._holder().refusal(MERGED if merge else TAKEN_OFF)
 
     def enable_adapters(self, enabled: bool) -> None:
         self._holder().switch(enabled)
         super().enable_adapters(enabled)  # type: ignore[misc]
 
-    def delete_adapter(self, *_args: Any, **_kwargs: Any) -> None:
-        self._refuse(TAKEN_OFF)
-
-    def merge(self, *_args: Any, **_kwargs: Any) -> None:
-        self._refuse(MERGED)
-
-    def unmerge(self) -> None:
-        self._refuse(MERGED)
-
-    def unload_and_optionally_merge_module(self, merge: bool, *_args: Any, **_kwargs: Any) -> None:
-        self._refuse(MERGED if merge else TAKEN_OFF)
-
-    def update_layer(self, *_args: Any, **_kwargs: Any) -> None:
-        self._refuse(ANOTHER)
-
-    def set_scale(self, *_args: Any) -> None:
-        self._refuse(SCALED)
-
-    def scale_layer(self, *_args: Any) -> None:
-        self._refuse(SCALED)
-
-    def unscale_layer(self, *_args: Any) -> None:
-        self._refuse(SCALED)
-
-    @property
-    def scaling(self) -> dict[str, float]:
-        """By adapter, as PEFT has it."""
-        found: dict[str, float] = self.__dict__.get("scaling", {})
-        return found
-
-    @scaling.setter
-    def scaling(self, _scaling: dict[str, float]) -> None:
-        self._refuse(SCALED)
-
     def set_adapter(self, adapter_names: str | list[str], *args: Any, **kwargs: Any) -> None:
         if adapter_names not in (NAME, [NAME]) or self._holder().has_foreign_layers():
-            self._refuse(ANOTHER)
+            raise self._holder().refusal(ANOTHER)
         super().set_adapter(adapter_names, *args, **kwargs)  # type: ignore[misc]
         self._holder().set_trainable(not (args[0] if args else kwargs.get("inference_mode", False)))
 
@@ -113,9 +94,9 @@ class OneConfig(dict[str, LoraConfig]):
 
 
 class RemoteModule(Held, nn.Module, LoraLayer):
-    """Stands where a target module of another process would be, so that PEFT counts its weights as the adapter's.
+    """Stands where a target module of another process would be: PEFT tells by modules what belongs to an adapter.
 
-    PEFT tells by its modules which entries of a state belong to an adapter. This one has PEFT's names and no weights.
+    It has PEFT's names and no weights.
     """
 
     adapter_layer_names = ("lora_A", "lora_B", "lora_magnitude_vector")

@@ -1,9 +1,8 @@
 """Which positions of which rows a tensor of hidden states covers.
 
 A batch of texts of different lengths is sent and computed without padding: all tokens of row 0, then all of row 1, and
-so on, `[tokens, hidden]`. `Rows` says how to read that: for each row the position of its first token and the number of
-its tokens. It is all that a peer needs to rebuild attention masks and position ids, so neither crosses the wire
-(FedSEA-LLaMA, section on attention-mask compression).
+so on, `[tokens, hidden]`. `Rows` is all that a peer needs to read that and to rebuild attention masks and position ids,
+so neither crosses the wire (FedSEA-LLaMA, section on attention-mask compression).
 """
 
 from collections.abc import Sequence
@@ -27,35 +26,18 @@ class Rows:
     text
         Tokens that the longest row will have after the step that this is a piece of, where that is more than here. Some
         rotary embeddings depend on it.
-
-    Attributes
-    ----------
-    width
-        Tokens of the longest row.
-    total
-        Tokens of all rows together.
-    ends
-        Each row's number of tokens after this step.
-    furthest
-        Tokens that the longest row has after the whole step.
-    reach
-        Columns that a padded step touches: the furthest start and the width together.
-    same_start
-        Whether all rows start at one position.
-    same_count
-        Whether all rows have the same number of tokens, so that nothing is padded.
     """
 
     starts: tuple[int, ...]
     counts: tuple[int, ...]
     text: int = 0
-    width: int = field(init=False, repr=False, compare=False)
-    total: int = field(init=False, repr=False, compare=False)
-    ends: tuple[int, ...] = field(init=False, repr=False, compare=False)
-    furthest: int = field(init=False, repr=False, compare=False)
-    reach: int = field(init=False, repr=False, compare=False)
+    width: int = field(init=False, repr=False, compare=False)  # tokens of the longest row
+    total: int = field(init=False, repr=False, compare=False)  # tokens of all rows together
+    ends: tuple[int, ...] = field(init=False, repr=False, compare=False)  # each row's tokens after this step
+    furthest: int = field(init=False, repr=False, compare=False)  # tokens of the longest row after the whole step
+    reach: int = field(init=False, repr=False, compare=False)  # columns of a padded step: furthest start and width
     same_start: bool = field(init=False, repr=False, compare=False)
-    same_count: bool = field(init=False, repr=False, compare=False)
+    same_count: bool = field(init=False, repr=False, compare=False)  # then nothing is padded
 
     def __post_init__(self) -> None:
         # At once: each step asks for all of them, and a property that is kept costs more than its number.
@@ -73,7 +55,7 @@ class Rows:
 
     @classmethod
     def uniform(cls, rows: int, start: int, count: int) -> "Rows":
-        """Rows that all start at the same position and have the same number of tokens."""
+        """Rows that all have the same start and count."""
         return cls((start,) * rows, (count,) * rows)
 
     def __len__(self) -> int:
@@ -108,8 +90,8 @@ class Rows:
     def chunks(self, tokens: int, places: int | None = None) -> list["Rows"]:
         """Split into steps of at most `tokens` tokens in all (at least one a row), each continuing the one before.
 
-        All chunks have the same rows; one that has run out of tokens has a count of 0. With `places`, a chunk also has
-        at most this many once its rows are padded to the longest (again, at least one a row).
+        All chunks have the same rows; one that has run out of tokens has a count of 0. With `places`, a chunk has at
+        most this many once its rows are padded, too.
         """
         limit = tokens
         if self.total <= tokens:
@@ -134,14 +116,14 @@ def attention_mask(rows: Rows, window: int | None, device: torch.device) -> Tens
     scaled-dot-product attention does that by itself, which is its fastest form.
     """
     columns = rows.reach
-    limited = window is not None and columns > window
-    if not limited and rows.same_start and (rows.width == 1 or rows.starts[0] == 0):
+    if window is not None and columns <= window:
+        window = None
+    if window is None and rows.same_start and (rows.width == 1 or rows.starts[0] == 0):
         return None
     positions = rows.positions(device).unsqueeze(-1)
     column = torch.arange(columns, device=device)
     mask = column <= positions
-    if limited:
-        assert window is not None
+    if window is not None:
         mask &= column > positions - window
     return mask.unsqueeze(1)
 

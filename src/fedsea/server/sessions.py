@@ -77,7 +77,7 @@ class SessionTable(LeaseTable[Session]):
         self.middle, self.limits, self.dtype = middle, limits, dtype
         self.max_tokens: int = middle.config.max_position_embeddings
         self._device, self._hidden_size = middle.device, int(middle.config.hidden_size)
-        self._token_bytes = middle.cache_bytes_per_token(dtype, range(1))  # of one layer
+        self._token_bytes = middle.cache_bytes_per_token(dtype)  # of one layer
 
     @property
     def cache_bytes(self) -> int:

@@ -12,13 +12,7 @@ from fedsea.training.examples import IGNORED, Encoded
 
 @dataclass(frozen=True)
 class Batch:
-    """Some texts, padded at the right.
-
-    Attributes
-    ----------
-    input_ids, attention_mask, labels
-        `[rows, columns]`, int64.
-    """
+    """Some texts, padded at the right: `[rows, columns]` each, int64."""
 
     input_ids: Tensor
     attention_mask: Tensor
@@ -40,14 +34,12 @@ class Batch:
 
 
 class Batches:
-    """Batches of examples, in another order for each epoch.
+    """Batches of examples, in another order for each epoch; a batch may go over from one epoch to the next.
 
     Parameters
     ----------
     examples
-        At least one, and each with something to learn.
-    batch_size
-        Examples a batch; a batch may go over from one epoch to the next.
+        Those with nothing to learn are left out.
     seed
         Decides the orders.
     padding

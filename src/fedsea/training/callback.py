@@ -29,22 +29,17 @@ class Callback:
         return {}
 
     def load(self, state: Mapping[str, Any], step: int, recorded: int, epochs: int) -> str:
-        """Go on from a checkpoint.
+        """Go on from a checkpoint; returns a line for the user if a checkpoint has to be written at once, or none.
 
         Parameters
         ----------
         state
-            All that it holds as JSON.
+            All that the checkpoint holds as JSON.
         step
             Steps that it has done.
         recorded
             Steps whose figures were recorded before the training broke off; one more may have begun.
         epochs
             That the recorded steps have begun.
-
-        Returns
-        -------
-        str
-            A line for the user if a checkpoint has to be written at once; else nothing.
         """
         return ""

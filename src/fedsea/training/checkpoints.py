@@ -9,9 +9,9 @@
         state.json                  step, schedule, loss scale
         manifest.json               sizes and SHA-256 of the files above
 
-A checkpoint is written beside its place and moved there once it is complete and on the disk, so a crash, a full disk or
-a lost mains plug leaves the one before it. Everything goes by names of the whole model: a training may be resumed in
-another partition, but a narrow cut stays where it is.
+A checkpoint is moved to its place once it is complete and on the disk, so a crash, a full disk or a loss of power
+leaves the one before it. Everything goes by names of the whole model: a training may be resumed in another partition,
+but a narrow cut stays where it is.
 """
 
 import hashlib
@@ -50,14 +50,9 @@ class TrainingState:
 
 
 class CheckpointFolder:
-    """The checkpoints of one training.
+    """The checkpoints of one training, in a folder that is made when the first is written.
 
-    Parameters
-    ----------
-    path
-        The folder; made when the first is written.
-    notice
-        Called with one line when a damaged checkpoint is passed over.
+    `notice` is called with one line when a damaged checkpoint is passed over.
     """
 
     def __init__(self, path: Path, notice: Callable[[str], None]) -> None:
@@ -69,18 +64,17 @@ class CheckpointFolder:
         Raises
         ------
         UsageError
-            If it cannot be written, the disk is full, say. Those before it are untouched.
+            If it cannot be written (the disk is full, say). Those before it are untouched.
         """
-        final = self.path / f"step-{checkpoint.step:08d}"
+        final = self._folder(checkpoint.step)
         partial = self.path / f".partial-{checkpoint.step:08d}-{os.getpid()}"
         try:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(mode=0o700, parents=True)
             save_adapter(partial, lora, checkpoint.adapter, base_model, checkpoint.cut)
             for name, tensors in (("optimizer", checkpoint.optimizer), ("random", checkpoint.random)):
-                save_file(
-                    {key: tensor.contiguous() for key, tensor in tensors.items()}, partial / f"{name}.safetensors"
-                )
+                whole = {key: tensor.contiguous() for key, tensor in tensors.items()}
+                save_file(whole, partial / f"{name}.safetensors")
             write_json(partial / "state.json", {"step": checkpoint.step, **checkpoint.state})
             write_json(partial / MANIFEST, _manifest(partial))
             make_private(partial)
@@ -111,23 +105,14 @@ class CheckpointFolder:
         if folder is None:
             return None
         state = parse_json((folder / "state.json").read_bytes())
-        _lora, adapter = read_adapter(folder)
-        cut = read_cut(folder)
-        return TrainingState(
-            state.pop("step"),
-            adapter,
-            load_file(folder / "optimizer.safetensors"),
-            load_file(folder / "random.safetensors"),
-            state,
-            cut[0] if cut is not None else None,
-        )
+        optimizer, random = (load_file(folder / f"{name}.safetensors") for name in ("optimizer", "random"))
+        cut, _weights = read_cut(folder) or (None, None)
+        return TrainingState(state.pop("step"), read_adapter(folder)[1], optimizer, random, state, cut)
 
     def _folder(self, step: int) -> Path:
         return self.path / f"step-{step:08d}"
 
     def _steps(self) -> list[int]:
-        if not self.path.is_dir():
-            return []
         names = (folder.name.removeprefix("step-") for folder in self.path.glob("step-*"))
         return sorted(int(name) for name in names if name.isdecimal())
 

@@ -15,10 +15,9 @@ class Encoded:
     input_ids
         Token ids of the whole text, the answer included.
     labels
-        As many: the token ids again where something is learnt, -100 elsewhere (the prompt, unless that is learnt too).
-        Not shifted: label i belongs to token i, as transformers takes them.
+        Of each token (not shifted, as transformers takes them): its id where it is learnt, else `IGNORED`.
     cut
-        Number of tokens that truncation removed; 0 if the text is whole.
+        Number of tokens that truncation removed.
     """
 
     input_ids: tuple[int, ...]

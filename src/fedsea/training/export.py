@@ -21,19 +21,12 @@ from fedsea.partition import LIFT, PROJECT
 from fedsea.parts.adapter_files import CONFIG, WEIGHTS, read_adapter, save_adapter, write_card
 from fedsea.parts.cut_files import CUT, CUT_WEIGHTS, read_cut
 from fedsea.parts.narrow import project
+from fedsea.text import one_line
 from fedsea.training.folder import RUN, RunFolder
 
 
 def find_adapter(source: Path) -> Path:
-    """The PEFT adapter of a training's output folder, or the folder itself if it is an adapter.
-
-    A training that is not done gives the adapter of its last checkpoint.
-
-    Raises
-    ------
-    UsageError
-        If there is neither.
-    """
+    """The adapter of a training's output folder (of its last checkpoint, if it is not done), or the folder itself."""
     if (source / RUN).is_file():
         folder = RunFolder(source, lambda _line: None)
         if (folder.adapter / WEIGHTS).is_file():
@@ -60,7 +53,7 @@ def export_adapter(source: Path, out: Path, ends: Mapping[str, Tensor] | None = 
     Raises
     ------
     UsageError
-        If there is none, or `out` cannot be written or is taken.
+        If there is no adapter, or `out` cannot be written or is taken.
     ModelMismatchError
         If the adapter has no such weights.
     """
@@ -92,8 +85,7 @@ def merge_adapter(source: Path, model: str, out: Path, *, dtype: torch.dtype, de
     ModelMismatchError
         If the adapter is not one of this model.
     UsageError, ModelNotFoundError
-        If there is no adapter, it has a narrow cut, the model's weights are not to be had, or `out` cannot be written
-        or is taken.
+        If there is no adapter, it has a narrow cut, the model has no weights, or `out` cannot be written or is taken.
     """
     adapter = find_adapter(source)
     read_adapter(adapter)
@@ -126,7 +118,7 @@ def whole_with_adapter(whole: Any, adapter: Path, name: str = "the model") -> An
         with safe_open(adapter / WEIGHTS, "pt") as file:
             different = set(file.keys()) ^ set(get_peft_model_state_dict(adapted))
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(str(error))
     else:
         if not different:
             with_cut(whole, adapter)

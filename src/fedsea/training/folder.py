@@ -21,15 +21,7 @@ RUN, METRICS = "run.json", "metrics.jsonl"
 
 
 class RunFolder:
-    """An output folder.
-
-    Parameters
-    ----------
-    path
-        Where it is, or will be.
-    notice
-        Called with one line about what is unusual.
-    """
+    """An output folder, that is there or will be; `notice` is called with one line about what is unusual."""
 
     def __init__(self, path: Path, notice: Callable[[str], None]) -> None:
         self.path = path
@@ -108,10 +100,8 @@ class RunFolder:
 
     def forget_after(self, step: int) -> None:
         """Drop the figures of steps after `step`: they are about to be done again."""
-        kept = [figures for figures in self.metrics() if figures["step"] <= step]
-        file = self.path / METRICS
-        if file.exists():
-            write_lines(file, kept)
+        if (self.path / METRICS).exists():
+            write_lines(self.path / METRICS, [figures for figures in self.metrics() if figures["step"] <= step])
 
     def record(self, figures: dict[str, Any]) -> None:
         """Append a line to `metrics.jsonl`."""

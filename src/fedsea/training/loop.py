@@ -21,33 +21,15 @@ SAVE_SECONDS = 600.0  # a checkpoint at least so often, however slow the steps a
 
 @dataclass(frozen=True)
 class Figures:
-    """One optimizer step.
+    """One optimizer step."""
 
-    Attributes
-    ----------
-    step
-        Its number, from 1.
-    loss
-        Mean over the learnt tokens of its batches.
-    grad_norm
-        Of A, B and C together, before clipping.
-    lr
-        Learning rate.
-    tokens, tokens_per_second
-        Tokens of its batches, without padding.
-    bytes_up, bytes_down
-        Application bytes.
-    seconds
-        It took.
-    """
-
-    step: int
-    loss: float
-    grad_norm: float
+    step: int  # its number, from 1
+    loss: float  # mean over the learnt tokens of its batches
+    grad_norm: float  # of A, B and C together, before clipping
     lr: float
-    tokens: int
+    tokens: int  # of its batches, without padding
     tokens_per_second: float
-    bytes_up: int
+    bytes_up: int  # application bytes
     bytes_down: int
     seconds: float
 
@@ -70,10 +52,6 @@ class FineTuning:
     ----------
     model
         With its adapter, whose run is at the server.
-    batches
-        What it learns.
-    recipe
-        How.
     folder
         Where its work is kept; begun or resumed already.
     lora, base_model
@@ -136,13 +114,7 @@ class FineTuning:
         return True
 
     def save(self) -> None:
-        """Write a checkpoint of the state as it is, between two steps.
-
-        Raises
-        ------
-        UsageError
-            If it cannot be written; those before it are untouched.
-        """
+        """Write a checkpoint of the state as it is, between two steps; raises what `CheckpointFolder.save` does."""
         adapter, states = self.model.adapter.training_state(self.optimizer)
         state = {"recipe": asdict(self.recipe), "loss_scale": self.model.adapter.loss_scale, **self.callback.state()}
         checkpoint = TrainingState(self.step, adapter, states, random_state(), state, self.model.adapter.cut_record())
@@ -172,7 +144,6 @@ class FineTuning:
                 try:
                     if lost:
                         self._begin_again()
-                        lost = False
                     return self._run(on_step, stop)
                 except RunLostError:
                     lost = True
@@ -183,10 +154,8 @@ class FineTuning:
         """The server has lost the run: give it the last checkpoint."""
         self.model.adapter.begin_run_again()
         if not self.resume() and self.step > 0:
-            raise UsageError(
-                "the block server has lost the run, and there is no checkpoint to go on from; begin anew, in another "
-                "--output"
-            )
+            why = "the block server has lost the run, and there is no checkpoint to go on from"
+            raise UsageError(f"{why}; begin anew, in another --output")
         self._notice(f"the block server had lost the run; going on from the checkpoint of step {self.step}")
 
     def _run(self, on_step: Callable[[Figures], None], stop: Callable[[], bool]) -> bool:
@@ -211,13 +180,12 @@ class FineTuning:
 
     def _one_step(self) -> Figures:
         began, before = time.perf_counter(), self.model.traffic.copy()
-        recipe = self.recipe
         batches = [self.batches[number] for number in self._numbers(self.step, self.step + 1)]
-        lr = recipe.lr * self._factor(self.step)
+        lr = self.recipe.lr * self._factor(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         total = backpropagate(self.model, batches)
-        norm = float(self.model.clip_grad_norm_(recipe.max_grad_norm))
+        norm = float(self.model.clip_grad_norm_(self.recipe.max_grad_norm))
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1

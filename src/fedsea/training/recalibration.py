@@ -9,12 +9,9 @@ epochs with `p_1 + ... + p_N = N` tell no more than `N` epochs at that level:
 - Epsilon depends on the sum of `p` alone. It stays so where `p` is chosen in sight of the epochs before (Feldman and
   Zrnic, Individual Privacy Accounting via a Renyi Filter, 2021).
 
-So the sum is what `PrecisionBudget` keeps. Two more things have to hold. All texts of an epoch have the same `p`: a
-schedule by steps would tell more of those texts that come in the precise steps. And clip and noise grow or shrink
-together where they follow the size of states.
-
-What is decided for an epoch is on disk before any text leaves under it, so a training that goes on after a crash does
-not spend it again.
+So the sum is what `PrecisionBudget` keeps. All texts of an epoch have the same `p`: a schedule by steps would tell more
+of those texts that come in the precise steps. Clip and noise grow or shrink together where they follow the size of
+states. What is decided for an epoch is on disk before any text leaves under it, so a crash does not spend it again.
 """
 
 import math
@@ -38,36 +35,17 @@ FINER = 2.0  # by which the next epoch's share, relative to those after it, is l
 
 @dataclass(frozen=True)
 class Update:
-    """How the noise of an epoch differs from that of the level.
+    """How the noise of an epoch differs from that of the level."""
 
-    Attributes
-    ----------
-    precision
-        The noise's variance is divided by it.
-    scale
-        Clip and noise are multiplied by it, as the states have become larger or smaller.
-    """
-
-    precision: float
-    scale: float
+    precision: float  # the noise's variance is divided by it
+    scale: float  # clip and noise are multiplied by it, as the states have become larger or smaller
 
 
 class PrecisionBudget:
     """What the planned epochs have told, and what is left, in units of one epoch at the level.
 
-    Whatever is wanted, `spent` never sums up to more than the number of epochs.
-
-    Parameters
-    ----------
-    epochs
-        That are planned.
-    spent
-        The precision of each that was begun, where a training goes on.
-
-    Raises
-    ------
-    UsageError
-        If more is spent than there was.
+    Whatever is wanted, `spent`, the precision of each epoch that was begun, never sums up to more than their number; a
+    UsageError if it does already.
     """
 
     def __init__(self, epochs: int, spent: tuple[float, ...] = ()) -> None:
@@ -86,10 +64,7 @@ class PrecisionBudget:
         return self.epochs - len(self.spent)
 
     def spend(self, share: float) -> float:
-        """The precision of the next planned epoch: `share`, in [0, 1], of what is left; all of it for the last one.
-
-        As far as this epoch and those to come have `FLOOR` each.
-        """
+        """The precision of the next planned epoch: a share, in [0, 1], of what is left, so that all have `FLOOR`."""
         assert self.later > 0, "no epoch is left"
         most = self.left - FLOOR * (self.later - 1)
         wanted = self.left if self.later == 1 else self.left * share
@@ -103,38 +78,23 @@ class Recalibration(Callback):
 
     Parameters
     ----------
-    model
-        Whose mechanism is adaptive, and which is trained.
-    mechanism
-        The adaptive part of it.
+    model, mechanism
+        The model that is trained, and the adaptive part of its mechanism.
     first_over_last
         Precision of the first planned epoch over that of the last, were the loss to fall all the time; in between in
         equal steps of its logarithm.
-
-    Attributes
-    ----------
-    budget
-        What was spent.
-    updates
-        Of each epoch that was begun; of those beyond the planned ones, too.
-    begun
-        Steps that have begun, so that their texts may have been seen.
     """
 
     def __init__(
-        self,
-        model: SplitModelForCausalLM,
-        mechanism: AdaptiveGaussianNoise,
-        *,
-        first_over_last: float = FIRST_OVER_LAST,
+        self, model: SplitModelForCausalLM, mechanism: AdaptiveGaussianNoise, first_over_last: float = FIRST_OVER_LAST
     ) -> None:
         self._model, self._spec, channel = model, model.protection.spec, model.noise.channel
         # What the states were measured to be when the model was loaded.
         self._loaded = Magnitude(channel.std / (mechanism.level or 1.0), channel.clip / mechanism.clip)
         self._first_over_last = first_over_last
         self.budget = PrecisionBudget(mechanism.epochs)
-        self.updates: list[Update] = []
-        self.begun = 0
+        self.updates: list[Update] = []  # of each epoch that was begun; of those beyond the planned ones, too
+        self.begun = 0  # steps that have begun, so that their texts may have been seen
         self._losses: list[tuple[float, int]] = []  # of each epoch: the sum over its steps, and how many there were
 
     def begin(self, steps: int, epochs: int) -> str:
@@ -198,14 +158,11 @@ class Recalibration(Callback):
             losses = [(float(total), int(steps)) for total, steps in held["losses"]]
             begun = int(held["begun"])
         except (KeyError, TypeError, ValueError):
-            raise UsageError(
-                "the checkpoint does not say how precise its noise was; the training cannot be resumed from it"
-            ) from None
+            why = "the checkpoint does not say how precise its noise was"
+            raise UsageError(f"{why}; the training cannot be resumed from it") from None
         if epochs > len(updates):  # a checkpoint before the last, as that is damaged
-            raise UsageError(
-                f"the checkpoint knows of {len(updates)} epochs, {epochs} were begun: the noise of the "
-                "others is not known, so the training cannot be resumed; begin anew, in another --output"
-            )
+            why = f"the checkpoint knows of {len(updates)} epochs, {epochs} were begun: it lacks the others' noise"
+            raise UsageError(f"{why}, so the training cannot be resumed; begin anew, in another --output")
         planned = self.budget.epochs
         self.budget = PrecisionBudget(planned, tuple(update.precision for update in updates[:planned]))
         self.updates, self._losses = updates, losses
@@ -214,10 +171,8 @@ class Recalibration(Callback):
         self.begun = max(self.begun, begun, recorded + 1)
         if self.begun == begun or recorded == step:
             return ""
-        return (
-            f"steps {step + 1} to {recorded} are done again, with the level's noise at least: a further look at their "
-            "texts"
-        )
+        again = f"steps {step + 1} to {recorded} are done again"
+        return f"{again}, with the level's noise at least: a further look at their texts"
 
     def _protect(self, training: Noise | None, lasting: Noise) -> None:
         """Protect forward passes of the training, and what else leaves (chat, evaluation)."""

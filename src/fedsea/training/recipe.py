@@ -12,13 +12,7 @@ Schedule = Literal["cosine", "linear", "constant"]
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train, with AdamW. The help of each flag says what a field means.
-
-    Raises
-    ------
-    UsageError
-        If a number cannot be used.
-    """
+    """How to train, with AdamW. The help of each flag says what a field means; a UsageError if one cannot be used."""
 
     steps: Annotated[int, Flag("Optimizer steps in all.", min=1)] = 200
     batch_size: Annotated[int, Flag("Examples in a batch.", min=1)] = 4
@@ -34,12 +28,11 @@ class Recipe:
     save_every: Annotated[int, Flag("Optimizer steps between two checkpoints.", min=1)] = 50
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulation", "save_every"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} must be 1 or more; got {getattr(self, name)}")
-        for name in ("lr", "max_grad_norm"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
-                raise UsageError(f"{name} must be a number above 0; got {getattr(self, name)}")
+        for name, value in vars(self).items():
+            if name in ("steps", "batch_size", "accumulation", "save_every") and value < 1:
+                raise UsageError(f"{name} must be 1 or more; got {value}")
+            if name in ("lr", "max_grad_norm") and not 0 < value < math.inf:
+                raise UsageError(f"{name} must be a number above 0; got {value}")
 
 
 @dataclass(frozen=True)
