@@ -25,7 +25,6 @@ READ: dict[str, tuple[Callable[[Fields], Any], list[Any], list[Any]]] = {
     "numbers": (lambda read: read.numbers("x", 2, 0, 1), [[0, 1.0]], [[0], [0, 2], [0, "x"], {"a": 1}, None]),
     "counts": (lambda read: read.counts("x"), [[], [1, 2]], [[-1], [True], [[]], "12", None]),
     "so many counts": (lambda read: read.counts("x", 2), [[1, 2]], [[1], [1, 2, 3]]),
-    "texts": (lambda read: read.texts("x"), [["a", ""]], [[], [1], "a", None]),
     "maybe": (lambda read: read.maybe(read.count, "x"), [None, 3], [-1, "3"]),
     "rows": (
         lambda read: [[row.text("name"), row.count("size")] for row in read.rows("x", ("name", "size"), 2)],

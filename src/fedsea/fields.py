@@ -14,24 +14,15 @@ T = TypeVar("T")
 
 
 class Fields:
-    """A JSON object, read field by field.
+    """A JSON object, `body`, read field by field; errors call it `what`.
 
     Every reader raises ProtocolError if the field is missing or not what it should be. `true` and `false` are no
     numbers, and a number with a point is no count.
 
-    Parameters
-    ----------
-    body
-        What came.
-    what
-        What it should be, for the message.
-    only
-        The fields that it may have; None for any.
-
     Raises
     ------
     ProtocolError
-        If it is no object, or has other fields.
+        If `body` is no object, or has other fields than `only` (None for any).
     """
 
     def __init__(self, body: Any, what: str, only: Collection[str] | None = None) -> None:
@@ -50,21 +41,18 @@ class Fields:
         return value
 
     def one_of(self, name: str, choices: Collection[str]) -> str:
-        """One of some texts."""
         value = self.body.get(name)
         if not isinstance(value, str) or value not in choices:
             raise self.wrong(name, f"one of {', '.join(choices)}")
         return value
 
     def switch(self, name: str) -> bool:
-        """True or false."""
         value = self.body.get(name)
         if not isinstance(value, bool):
             raise self.wrong(name, "true or false")
         return value
 
     def count(self, name: str, low: int = 0, high: int = MAX_COUNT - 1) -> int:
-        """A whole number within bounds."""
         value = self.body.get(name)
         if type(value) is not int or not low <= value <= high:
             raise self.wrong(name, f"a whole number from {low} to {high}")
@@ -82,14 +70,14 @@ class Fields:
             raise self.wrong(name, "a finite number") from None
 
     def items(self, name: str, length: int | None = None) -> list[Any]:
-        """A list of anything, which the caller checks; of `length` items, if that is given."""
+        """A list of anything, which the caller checks."""
         value = self.body.get(name)
         if not isinstance(value, list) or (length is not None and len(value) != length):
             raise self.wrong(name, "a list" if length is None else f"a list of {length}")
         return value
 
     def counts(self, name: str, length: int | None = None) -> list[int]:
-        """A list of whole numbers, 0 or more; `length` of them, if that is given."""
+        """A list of whole numbers, 0 or more."""
         value = self.items(name, length)
         if any(type(one) is not int or not 0 <= one < MAX_COUNT for one in value):
             raise self.wrong(name, f"a list of whole numbers below {MAX_COUNT}")
@@ -100,13 +88,6 @@ class Fields:
         named = {f"{name}[{at}]": one for at, one in enumerate(self.items(name, length))}
         read = Fields(named, self.what)
         return [read.number(one, low, high) for one in named]
-
-    def texts(self, name: str) -> list[str]:
-        """A list of texts, one at least."""
-        value = self.items(name)
-        if not value or not all(isinstance(one, str) for one in value):
-            raise self.wrong(name, "a list of texts")
-        return value
 
     def rows(self, name: str, columns: Sequence[str], most: int = MAX_TEXT) -> "Iterator[Fields]":
         """A list of at most `most` lists; each is read by the names of its columns."""

@@ -453,10 +453,7 @@ def test_certificates_say_who_coordinates_and_who_a_ticket_is_for(
 
 def test_a_large_adapter_goes_in_pages(start_server: Callable[..., RunningServer]) -> None:
     server = start_server(limits=Limits(frame_bytes=8_000))
-    with (
-        BlockServerAdmin(server.address, insecure=True) as admin,
-        contextlib.closing(Arena(server, admin)) as arena,
-    ):
+    with BlockServerAdmin(server.address, insecure=True) as admin, contextlib.closing(Arena(server, admin)) as arena:
         arena.seat(arena.invite(["a"], "server-hierarchical")["a"]).adapter.finish_round()
         average = admin.aggregate("test.1", {"a": 1.0})
         assert sum(weight.nbytes for weight in average.values()) > 8_000

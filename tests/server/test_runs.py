@@ -180,11 +180,7 @@ REFUSED: dict[str, tuple[Any, type[FedSEAError], str]] = {
     "micro-batches by name": (Command(3, {"do": "discard", "micros": ["1"]}), ProtocolError, "whole numbers"),
     "micro-batches without a list": (Command(3, {"do": "discard"}), ProtocolError, "'micros' must be a list"),
     "a version below 0": (Command(3, {"do": "restore", "version": -1}), ProtocolError, "'version' must be a whole"),
-    "an endless rescale": (
-        Command(3, {"do": "rescale", "factor": float("inf")}),
-        ProtocolError,
-        "'factor' must be",
-    ),
+    "an endless rescale": (Command(3, {"do": "rescale", "factor": float("inf")}), ProtocolError, "'factor' must be"),
     "an unknown weight": (Tensors(3, {"adapter/model.x": torch.zeros(1)}), ProtocolError, "no weight 'model.x'"),
     "an unknown state": (
         Tensors(3, {"loot/model.layers.2.self_attn.q_proj.lora_A.weight": torch.zeros(4, 64)}),

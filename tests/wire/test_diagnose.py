@@ -158,7 +158,7 @@ def test_server_of_another_authority(serve: Callable[..., str], made: Path, othe
 
 def test_server_certificate_has_expired(serve: Callable[..., str], made: Path, client: Credentials) -> None:
     address = serve(server_credentials(issue(made, lifetime=EXPIRED)))
-    check(explain_unreachable(address, client), CredentialsError, "certificate of the server", "has expired")
+    check(explain_unreachable(address, client), CredentialsError, "certificate of the server", "it has expired")
 
 
 def test_server_certificate_is_not_valid_yet(

@@ -65,8 +65,7 @@ class Limits:
         ),
     ] = None
     run_micro_batches: Annotated[
-        int,
-        Flag("Most micro-batches of one run that wait for their gradient.", "--max-run-micro-batches", min=1),
+        int, Flag("Most micro-batches of one run that wait for their gradient.", "--max-run-micro-batches", min=1)
     ] = 64
     client_share: Annotated[
         float | None,

@@ -31,11 +31,7 @@ class Stream:
     """
 
     def __init__(
-        self,
-        context: Any,
-        frame_bytes: int,
-        codec: Scheduler,
-        on_frame: Callable[[bool, bytes], None] | None = None,
+        self, context: Any, frame_bytes: int, codec: Scheduler, on_frame: Callable[[bool, bytes], None] | None = None
     ) -> None:
         task = asyncio.current_task()
         assert task is not None

@@ -1,4 +1,4 @@
-"""Issuing and checking X.509 certificates; imported only where TLS is used."""
+"""Issuing and checking X.509 certificates; imported only where TLS is used: `cryptography` takes its time."""
 
 import datetime
 import ipaddress
@@ -6,6 +6,7 @@ import re
 import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
@@ -26,6 +27,7 @@ _USAGE: dict[Role, x509.ObjectIdentifier] = {
     "coordinator": ExtendedKeyUsageOID.CLIENT_AUTH,
 }
 _LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")
+E = TypeVar("E", bound=x509.ExtensionType)
 
 
 @dataclass(frozen=True)
@@ -41,15 +43,8 @@ def create_authority(lifetime: datetime.timedelta) -> Pair:
     key = ec.generate_private_key(ec.SECP256R1())
     # The random part keeps two authorities apart in messages, and in the trust store of the verifier.
     name = _name(f"FedSEA authority {secrets.token_hex(4)}")
-    now = _now()
-    usage = _key_usage(signs_certificates=True)
-    certificate = (
-        _builder(name, name, key, now, now + lifetime)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .add_extension(usage, critical=True)
-        .sign(key, hashes.SHA256())
-    )
-    return _pair(certificate, key)
+    builder = _builder(name, name, key, key, _now() + lifetime, authority=True)
+    return _pair(builder.sign(key, hashes.SHA256()), key)
 
 
 def issue(
@@ -64,20 +59,15 @@ def issue(
     issuer_key = _read_key(authority.key, "the authority's key")
     if not isinstance(issuer_key, ec.EllipticCurvePrivateKey) or issuer.public_key() != issuer_key.public_key():
         raise CredentialsError("the authority's key does not belong to its certificate: create credentials anew")
-    now = _now()
-    expires = min(now + lifetime, issuer.not_valid_after_utc)
-    if issuer.not_valid_after_utc <= now:
+    expires = min(_now() + lifetime, issuer.not_valid_after_utc)
+    if issuer.not_valid_after_utc <= _now():
         raise CredentialsError(
             f"the authority expired on {_day(issuer.not_valid_after_utc)}: create credentials in a new folder, "
             "and hand the clients' folders out again"
         )
     key = ec.generate_private_key(ec.SECP256R1())
-    builder = (
-        _builder(_name(name), issuer.subject, key, now, expires, issuer_key)
-        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(_key_usage(signs_certificates=False), critical=True)
-        .add_extension(x509.ExtendedKeyUsage([_USAGE[role]]), critical=False)
-    )
+    builder = _builder(_name(name), issuer.subject, key, issuer_key, expires, authority=False)
+    builder = builder.add_extension(x509.ExtendedKeyUsage([_USAGE[role]]), critical=False)
     alternatives = [_general_name(host) for host in hosts]
     if role == "coordinator":
         alternatives.append(x509.UniformResourceIdentifier(COORDINATOR_URI))
@@ -128,14 +118,11 @@ def expiry(certificate: bytes) -> datetime.datetime:
 
 def hosts_of(certificate: bytes) -> tuple[str, ...]:
     """Names and IP addresses that a server's PEM certificate is good for."""
-    try:
-        extension = _read_certificates(certificate, "the certificate")[0].extensions.get_extension_for_class(
-            x509.SubjectAlternativeName
-        )
-    except x509.ExtensionNotFound:
+    names = _extension(_read_certificates(certificate, "the certificate")[0], x509.SubjectAlternativeName)
+    if names is None:
         return ()
-    names = extension.value.get_values_for_type(x509.DNSName)
-    return (*names, *(str(address) for address in extension.value.get_values_for_type(x509.IPAddress)))
+    addresses = [str(address) for address in names.get_values_for_type(x509.IPAddress)]
+    return (*names.get_values_for_type(x509.DNSName), *addresses)
 
 
 def normalise_host(host: str) -> str:
@@ -169,35 +156,35 @@ def _builder(
     subject: x509.Name,
     issuer: x509.Name,
     key: ec.EllipticCurvePrivateKey,
-    now: datetime.datetime,
+    issuer_key: ec.EllipticCurvePrivateKey,
     expires: datetime.datetime,
-    issuer_key: ec.EllipticCurvePrivateKey | None = None,
+    *,
+    authority: bool,
 ) -> x509.CertificateBuilder:
-    identifier = x509.AuthorityKeyIdentifier.from_issuer_public_key((issuer_key or key).public_key())
+    identifier = x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer_key.public_key())
+    usage = x509.KeyUsage(
+        digital_signature=not authority,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        key_cert_sign=authority,
+        crl_sign=authority,
+        encipher_only=False,
+        decipher_only=False,
+    )
     return (
         x509.CertificateBuilder()
         .subject_name(subject)
         .issuer_name(issuer)
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - CLOCK_SKEW)
+        .not_valid_before(_now() - CLOCK_SKEW)
         .not_valid_after(expires)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
         .add_extension(identifier, critical=False)
-    )
-
-
-def _key_usage(*, signs_certificates: bool) -> x509.KeyUsage:
-    return x509.KeyUsage(
-        digital_signature=not signs_certificates,
-        content_commitment=False,
-        key_encipherment=False,
-        data_encipherment=False,
-        key_agreement=False,
-        key_cert_sign=signs_certificates,
-        crl_sign=signs_certificates,
-        encipher_only=False,
-        decipher_only=False,
+        .add_extension(x509.BasicConstraints(ca=authority, path_length=0 if authority else None), critical=True)
+        .add_extension(usage, critical=True)
     )
 
 
@@ -223,20 +210,18 @@ def _read_key(content: bytes, what: str) -> PrivateKeyTypes:
         raise CredentialsError(f"{what} is not a readable, unencrypted PEM key: copy or create it again") from error
 
 
+def _extension(certificate: x509.Certificate, kind: type[E]) -> E | None:
+    try:
+        return certificate.extensions.get_extension_for_class(kind).value
+    except x509.ExtensionNotFound:
+        return None
+
+
 def _allows(certificate: x509.Certificate, role: Role) -> bool:
-    try:
-        usage = certificate.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
-    except x509.ExtensionNotFound:
-        return False
-    return _USAGE[role] in usage and (role == "coordinator") == (COORDINATOR_URI in _uris(certificate))
-
-
-def _uris(certificate: x509.Certificate) -> list[str]:
-    try:
-        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    except x509.ExtensionNotFound:
-        return []
-    return names.get_values_for_type(x509.UniformResourceIdentifier)
+    usage = _extension(certificate, x509.ExtendedKeyUsage)
+    names = _extension(certificate, x509.SubjectAlternativeName)
+    uris = names.get_values_for_type(x509.UniformResourceIdentifier) if names is not None else []
+    return usage is not None and _USAGE[role] in usage and (role == "coordinator") == (COORDINATOR_URI in uris)
 
 
 def _issued_by(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:

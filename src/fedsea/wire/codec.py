@@ -27,19 +27,7 @@ from torch import Tensor
 
 from fedsea.errors import LimitExceededError, ProtocolError
 from fedsea.parts.rows import Rows
-from fedsea.wire.frames import (
-    Backward,
-    Command,
-    Forward,
-    Frame,
-    Kind,
-    Message,
-    Outcome,
-    Result,
-    States,
-    Step,
-    Tensors,
-)
+from fedsea.wire.frames import Backward, Command, Forward, Frame, Kind, Message, Outcome, Result, States, Step, Tensors
 from fedsea.wire.tensors import CODES, SMALLEST_EXPONENT, read_named, read_states, tensor_bytes
 
 VERSION = 2
@@ -89,8 +77,7 @@ class _Layout:
     """How a kind of frame is written and read.
 
     `make` makes the frame from its attributes, `write` its content; `read` gives the attributes that the content has,
-    which begins at an offset. `switches` are the flags of attributes that are true or false; `flags` those that `write`
-    and `read` see to.
+    from an offset on. `switches` are the flags of attributes that are true or false, `flags` those of `write`.
     """
 
     def __init__(
@@ -104,7 +91,8 @@ class _Layout:
     ) -> None:
         self.make, self.write, self.read, self.fields = make, write, read, fields
         self.switches, self.flags = tuple(switches.items()), flags | sum(switches.values())
-        self.struct = struct.Struct(HEADER.format + "".join(field.code for field in fields))
+        codes = "".join(field.code for field in fields)
+        self.struct, self.own = struct.Struct(HEADER.format + codes), struct.Struct("<" + codes)
         self.start = self.struct.size  # of the content
 
     def attributes(self, came: _Incoming) -> dict[str, Any]:
@@ -114,7 +102,7 @@ class _Layout:
         if len(came.data) < self.start:
             raise ProtocolError(f"a frame of {len(came.data)} bytes is shorter than its header of {self.start}")
         found: dict[str, Any] = {"number": came.number}
-        numbers = self.struct.unpack_from(came.data)[-len(self.fields) :] if self.fields else ()
+        numbers = self.own.unpack_from(came.data, HEADER.size)
         for (name, _code, low, high), value in zip(self.fields, numbers, strict=True):
             if not low <= value <= high:
                 raise ProtocolError(f"the {name} of {Kind(came.kind).name} is out of its range: {value}")
@@ -129,18 +117,8 @@ def overhead(kind: Kind, rows: int) -> int:
     return _LAYOUTS[kind].start + (8 * rows + 4 * rows + 4 if kind is Kind.STEP else 8 * rows)
 
 
-def _no_name(_name: str) -> bool:
-    return False
-
-
 def encode(frame: Frame) -> bytes:
-    """A frame's bytes.
-
-    Raises
-    ------
-    ProtocolError
-        If a message is longer than a peer accepts, or a number does not fit its field.
-    """
+    """A frame's bytes; ProtocolError if a message is longer than a peer accepts, or a number does not fit its field."""
     layout = _LAYOUTS[frame.kind]
     data, length, width, dtype, flags, before = layout.write(frame)
     for name, flag in layout.switches:
@@ -152,14 +130,10 @@ def encode(frame: Frame) -> bytes:
     return _pack(layout.struct, *header) + before + data
 
 
-def decode(data: bytes, *, max_bytes: int | None = None, knows: Callable[[str], bool] = _no_name) -> Frame:
+def decode(data: bytes, *, max_bytes: int | None = None, knows: Callable[[str], bool] = lambda _name: False) -> Frame:
     """The frame in `data`, which may come from anybody.
 
-    Parameters
-    ----------
-    knows
-        Whether the reader has a tensor of a name (by default it has none); TENSORS with another are refused before any
-        is made.
+    `knows` says whether the reader has a tensor of a name; TENSORS with another are refused before any is made.
 
     Raises
     ------

@@ -46,10 +46,9 @@ _STATUS: dict[type[FedSEAError], grpc.StatusCode] = {
 
 
 def channel_options(frame_bytes: int) -> list[tuple[str, int]]:
-    """Options that client and server share.
+    """Options that client and server share. Frames may have `frame_bytes` bytes.
 
-    Frames may have `frame_bytes` bytes. Nagle-like probes of the link's bandwidth are off: they cost bytes at every
-    token. Keepalive notices a peer that went away without a word.
+    Probes of the link's bandwidth are off: they cost bytes at every token. Keepalive notices a peer that is gone.
     """
     return [
         ("grpc.max_receive_message_length", frame_bytes),

@@ -26,6 +26,7 @@ LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 
 _AUTHORITY, _SERVER = "authority", "server"
 _TAKEN = (_AUTHORITY, _SERVER, COORDINATOR)
+_FILES = ("authority.pem", "certificate.pem", "key.pem")
 _CLIENT_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 _PEM = re.compile(rb"-----BEGIN ([A-Z0-9 ]+)-----.*?-----END \1-----", re.DOTALL)
 
@@ -44,21 +45,11 @@ class CredentialsEntry:
 
 @dataclass(frozen=True)
 class CredentialsSummary:
-    """What `create_credentials` did.
+    """What `create_credentials` did."""
 
-    Attributes
-    ----------
-    directory
-        The folder that holds everything.
-    hosts
-        Names and addresses that the server's certificate is good for.
-    entries
-        The authority, the server, the coordinator, then each client.
-    """
-
-    directory: Path
-    hosts: tuple[str, ...]
-    entries: tuple[CredentialsEntry, ...]
+    directory: Path  # that holds everything
+    hosts: tuple[str, ...]  # names and addresses that the server's certificate is good for
+    entries: tuple[CredentialsEntry, ...]  # the authority, the server, the coordinator, then each client
 
     def names(self, outcome: Outcome) -> tuple[str, ...]:
         """Names of the entries with this outcome."""
@@ -75,10 +66,9 @@ def create_credentials(
 ) -> CredentialsSummary:
     """Create what mutual TLS needs, or complete and renew what is there.
 
-    What exists and is good for 30 more days is kept. A certificate that is damaged, of another authority
-    or near its end is issued again, and so is the server's when it lacks a host; hosts that it had stay. Certificates
-    of an authority remain valid until they expire: taking a client away is a matter of the server's own list, or of a
-    new authority.
+    What exists and is good for 30 more days is kept. A certificate that is damaged, of another authority or near its
+    end is issued again, and so is the server's when it lacks a host; hosts that it had stay. Certificates of an
+    authority remain valid until they expire: to shut a client out takes a new authority.
 
     Parameters
     ----------
@@ -105,13 +95,11 @@ def create_credentials(
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         names = (_existing_clients(directory) or ["client-a"]) if clients is None else list(dict.fromkeys(clients))
-        authority, entry = complete_authority(directory / _AUTHORITY, authority_lifetime)
-        server = directory / _SERVER
-        server_hosts.update(dict.fromkeys(present_hosts(server)))
-        complete = partial(complete_party, authority=authority, lifetime=lifetime)
-        entries = [entry, complete(server, _SERVER, role="server", hosts=tuple(server_hosts))]
-        entries.append(complete(directory / COORDINATOR, COORDINATOR, role="coordinator"))
-        entries.extend(complete(directory / name, name, role="client") for name in names)
+        authority, entry = _complete_authority(directory / _AUTHORITY, authority_lifetime)
+        server_hosts.update(dict.fromkeys(_present_hosts(directory / _SERVER)))
+        complete = partial(_complete_party, directory, authority, lifetime)
+        entries = [entry, complete(_SERVER, "server", tuple(server_hosts)), complete(COORDINATOR, "coordinator")]
+        entries.extend(complete(name, "client") for name in names)
     except OSError as error:
         raise CredentialsError(f"cannot write {error.filename or directory}: {error.strerror}") from error
     return CredentialsSummary(directory, tuple(server_hosts), tuple(entries))
@@ -136,12 +124,12 @@ def load(folder: Path, role: Role) -> Credentials:
             f"{folder} holds credentials of several parties: give the folder of one client, "
             f"such as {next(iter(clients), folder / 'client-a')}"
         )
-    authority, pair = read_party(folder, renew)
+    authority, pair = _read_party(folder, renew)
     name, expires = certificates.check(authority, pair, role, str(folder), renew)
     return Credentials(authority, pair.certificate, pair.key, name, expires)
 
 
-def complete_authority(folder: Path, lifetime: datetime.timedelta) -> tuple[Pair, CredentialsEntry]:
+def _complete_authority(folder: Path, lifetime: datetime.timedelta) -> tuple[Pair, CredentialsEntry]:
     """Read the authority in `folder`, or create it if the folder holds none.
 
     Raises CredentialsError if only one of its files is there: a new authority would shut out all who hold credentials.
@@ -159,20 +147,15 @@ def complete_authority(folder: Path, lifetime: datetime.timedelta) -> tuple[Pair
         pair = certificates.create_authority(lifetime)
         write_file(folder / "key.pem", pair.key)
         write_file(folder / "certificate.pem", pair.certificate)
-    pair = Pair(*(only_pem(path.read_bytes()) for path in paths))
+    pair = Pair(*(_only_pem(path.read_bytes()) for path in paths))
     return pair, CredentialsEntry("authority", folder, outcome, certificates.expiry(pair.certificate))
 
 
-def complete_party(
-    folder: Path,
-    name: str,
-    authority: Pair,
-    lifetime: datetime.timedelta,
-    *,
-    role: Role,
-    hosts: Sequence[str] = (),
+def _complete_party(
+    directory: Path, authority: Pair, lifetime: datetime.timedelta, name: str, role: Role, hosts: Sequence[str] = ()
 ) -> CredentialsEntry:
-    """Keep the credentials in `folder` if they are good for `hosts` and for a while, else issue them."""
+    """Keep the credentials in the folder `name` if they are good for `hosts` and for a while, else issue them."""
+    folder = directory / name
     existed = (folder / "certificate.pem").exists()
     expires = _usable_until(folder, authority, role, hosts) if existed else None
     if expires is not None:
@@ -185,27 +168,27 @@ def complete_party(
     return CredentialsEntry(name, folder, "re-issued" if existed else "created", expires)
 
 
-def present_hosts(folder: Path) -> tuple[str, ...]:
+def _present_hosts(folder: Path) -> tuple[str, ...]:
     """Hosts that the server's certificate in `folder` is good for; none if there is no readable certificate."""
     try:
-        return certificates.hosts_of(only_pem((folder / "certificate.pem").read_bytes()))
+        return certificates.hosts_of(_only_pem((folder / "certificate.pem").read_bytes()))
     except (FileNotFoundError, CredentialsError):
         return ()
 
 
-def read_party(folder: Path, renew: str) -> tuple[bytes, Pair]:
+def _read_party(folder: Path, renew: str) -> tuple[bytes, Pair]:
     """Read `authority.pem`, `certificate.pem` and `key.pem`.
 
     Raises CredentialsError if one is missing or unreadable, or if other users of the machine can change it or read the
     key.
     """
     contents = []
-    for name in ("authority.pem", "certificate.pem", "key.pem"):
+    for name in _FILES:
         path = folder / name
         try:
             with path.open("rb") as file:
                 mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
-                contents.append(only_pem(file.read()))
+                contents.append(_only_pem(file.read()))
         except FileNotFoundError:
             raise CredentialsError(f"{path} is missing: {renew}") from None
         except OSError as error:
@@ -221,7 +204,7 @@ def read_party(folder: Path, renew: str) -> tuple[bytes, Pair]:
     return authority, Pair(certificate, key)
 
 
-def only_pem(content: bytes) -> bytes:
+def _only_pem(content: bytes) -> bytes:
     """What is PEM in a file, without a byte order mark before it or notes around it; all of it if nothing is."""
     blocks = [found[0] for found in _PEM.finditer(content)]
     return b"\n".join([*blocks, b""]) if blocks else content
@@ -235,20 +218,14 @@ def _make_private(folder: Path) -> None:
 def _usable_until(folder: Path, authority: Pair, role: Role, hosts: Sequence[str]) -> datetime.datetime | None:
     """When the credentials in `folder` expire; None if they must be issued again."""
     try:
-        trusted, pair = (
-            (folder / "authority.pem").read_bytes(),
-            Pair((folder / "certificate.pem").read_bytes(), (folder / "key.pem").read_bytes()),
-        )
+        trusted, *pair_files = ((folder / name).read_bytes() for name in _FILES)
+        pair = Pair(*pair_files)
         _, expires = certificates.check(authority.certificate, pair, role, str(folder), renew="")
     except (FileNotFoundError, CredentialsError):
         return None
-    soon = datetime.datetime.now(datetime.UTC) + RENEW_BEFORE
-    good = (
-        trusted == authority.certificate
-        and expires > soon
-        and set(hosts) <= set(certificates.hosts_of(pair.certificate))
-    )
-    return expires if good else None
+    lasts = expires > datetime.datetime.now(datetime.UTC) + RENEW_BEFORE
+    named = set(hosts) <= set(certificates.hosts_of(pair.certificate))
+    return expires if lasts and named and trusted == authority.certificate else None
 
 
 def _check_client_name(name: str) -> None:

@@ -15,23 +15,13 @@ RENEW_BEFORE = datetime.timedelta(days=30)  # a certificate that ends sooner is 
 
 @dataclass(frozen=True)
 class Credentials:
-    """One side's credentials, checked when they were loaded.
-
-    Attributes
-    ----------
-    authority, certificate, key
-        PEM. The key never shows in a `repr`.
-    name
-        The certificate's common name: a client's name, `server` or `coordinator`.
-    expires
-        When they stop being valid (UTC).
-    """
+    """One side's credentials, checked when they were loaded; certificates and key are PEM."""
 
     authority: bytes
     certificate: bytes
     key: bytes = field(repr=False)
-    name: str
-    expires: datetime.datetime
+    name: str  # the certificate's common name: a client's name, "server" or "coordinator"
+    expires: datetime.datetime  # UTC
 
     def ends_soon(self) -> str | None:
         """A warning in one line if they end within 30 days (`RENEW_BEFORE`); else None."""
@@ -53,7 +43,7 @@ class Credentials:
             The folder with `authority.pem`, `certificate.pem` and `key.pem`. For a server and a coordinator also the
             folder above it.
         role
-            Which side will use them; the certificate must be for this side.
+            Which side will use them.
 
         Raises
         ------
@@ -72,16 +62,7 @@ def open_channel(
     """A gRPC channel to a block server: the only place that makes one. It connects when it is used.
 
     A proxy that the environment names (`https_proxy` and so on) is used for TLS to another machine alone: to this
-    machine it would be a way round, and to plaintext a way out.
-
-    Parameters
-    ----------
-    address
-        `HOST:PORT`.
-    credentials
-        The client's; None for plaintext.
-    options
-        gRPC's, beside those that FedSEA needs.
+    machine it would be a way round, and to plaintext a way out. `credentials` are the client's; None for plaintext.
     """
     if credentials is None or is_loopback(parse_address(address)[0]):
         options = [*options, ("grpc.enable_http_proxy", 0)]
@@ -98,7 +79,5 @@ def channel_credentials(credentials: Credentials) -> grpc.ChannelCredentials:
 def server_credentials(credentials: Credentials) -> grpc.ServerCredentials:
     """gRPC's form of a server's credentials: a client without a certificate of this authority is refused."""
     return grpc.ssl_server_credentials(
-        [(credentials.key, credentials.certificate)],
-        root_certificates=credentials.authority,
-        require_client_auth=True,
+        [(credentials.key, credentials.certificate)], root_certificates=credentials.authority, require_client_auth=True
     )

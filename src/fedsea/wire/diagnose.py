@@ -26,11 +26,16 @@ _PROXIES = ("grpc_proxy", "https_proxy", "http_proxy")  # in gRPC's order
 # not wait for it; a server of another protocol shows by its reply what it is.
 _HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 
-# Verification results of OpenSSL (x509_vfy.h).
-_NOT_YET_VALID, _EXPIRED = 9, 10
-_OTHER_AUTHORITY = frozenset({2, 7, 18, 19, 20, 21, 24, 30})
-_WRONG_PURPOSE = 26
-_OTHER_HOST = frozenset({62, 64})
+# What is wrong with a server's certificate, by OpenSSL's verification results (x509_vfy.h).
+_OTHER_AUTHORITY = "the server is of another authority: check the address, or copy the client's folder from it again"
+_OTHER_HOST = "it is not for the name {host!r}: its operator adds it with `fedsea credentials init DIR --host {quoted}`"
+_UNVERIFIED = {
+    9: "it is not valid yet: check both machines' clocks",
+    10: "it has expired: its operator renews it with `fedsea credentials init DIR` and restarts the server",
+    26: "it is not for a server: check the address",
+    **dict.fromkeys((2, 7, 18, 19, 20, 21, 24, 30), _OTHER_AUTHORITY),
+    **dict.fromkeys((62, 64), f"{_OTHER_HOST} and restarts the server"),
+}
 
 # TLS alerts (RFC 8446, section 6.2) by which a server rejects the client's certificate, as OpenSSL names them.
 _REFUSALS = {
@@ -47,11 +52,10 @@ _REFUSALS = {
 
 
 def explain_unreachable(address: str, credentials: Credentials | None, detail: str = "") -> FedSEAError:
-    """The error that says why a connection failed, for the caller to raise.
+    """The error that says why a connection failed, for the caller to raise; takes up to about ten seconds.
 
     CredentialsError if TLS or a certificate is the cause, UsageError if the address is none, else
-    ServerUnavailableError, which quotes gRPC's `detail` if no cause is found. It opens a few short connections, and
-    takes up to about ten seconds where nothing answers.
+    ServerUnavailableError, which quotes gRPC's `detail` if no cause is found.
     """
     error = _cause(address, credentials, detail)
     proxy = next((name for name in _PROXIES if os.environ.get(name)), None)
@@ -109,7 +113,7 @@ def _check_without_tls(host: str, port: int) -> None:
     try:
         context.wrap_socket(_connect(host, port), server_hostname=host).close()
     except ssl.SSLError as error:
-        if "ALERT" not in _reason(error):
+        if "ALERT" not in str(error.reason):
             _check_http2(host, port)
             return
     except ConnectionError:
@@ -131,7 +135,9 @@ def _check_with_tls(host: str, port: int, credentials: Credentials) -> None:
     try:
         connection = _client_context(credentials).wrap_socket(_connect(host, port), server_hostname=host)
     except ssl.SSLCertVerificationError as error:
-        raise _server_refused(host, where, error) from None
+        why = _UNVERIFIED.get(error.verify_code, "{reason}")
+        why = why.format(host=host, quoted=quote(host), reason=error.verify_message)
+        raise CredentialsError(f"the certificate of the server at {where} is refused: {why}") from None
     except ssl.SSLError as error:
         _raise_if_alert(where, error)
         _raise_other_protocol(host, port)
@@ -156,37 +162,9 @@ def _check_with_tls(host: str, port: int, credentials: Credentials) -> None:
         )
 
 
-def _server_refused(host: str, where: str, error: ssl.SSLCertVerificationError) -> CredentialsError:
-    code = error.verify_code
-    if code == _EXPIRED:
-        return CredentialsError(
-            f"the certificate of the server at {where} has expired: its operator renews it with "
-            "`fedsea credentials init DIR` and restarts the server"
-        )
-    if code == _NOT_YET_VALID:
-        return CredentialsError(
-            f"the certificate of the server at {where} is not valid yet: check both machines' clocks"
-        )
-    if code in _OTHER_AUTHORITY:
-        return CredentialsError(
-            f"the server at {where} is of another authority: check the address, or copy the client's folder from "
-            "this server again"
-        )
-    if code in _OTHER_HOST:
-        return CredentialsError(
-            f"the certificate of the server at {where} is not for the name {host!r}: its operator adds it with "
-            f"`fedsea credentials init DIR --host {quote(host)}` and restarts the server"
-        )
-    if code == _WRONG_PURPOSE:
-        return CredentialsError(
-            f"the server at {where} shows a certificate that is not for a server: check the address"
-        )
-    return CredentialsError(f"the certificate of the server at {where} is refused: {error.verify_message}")
-
-
 def _raise_if_alert(where: str, error: ssl.SSLError) -> None:
     """Raise what a TLS alert of the server means; return if the error is none."""
-    _, alert, name = _reason(error).partition("ALERT_")
+    _, alert, name = str(error.reason).partition("ALERT_")
     if not alert:
         return
     if name in _REFUSALS:
@@ -246,7 +224,3 @@ def _as_file(content: bytes) -> Iterator[str]:
         file.write(content)
         file.flush()
         yield file.name
-
-
-def _reason(error: ssl.SSLError) -> str:
-    return str(error.reason or "")

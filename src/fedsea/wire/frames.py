@@ -42,28 +42,14 @@ class Message:
 
 @dataclass(frozen=True)
 class Step:
-    """A client's frame in a session: new hidden states `h_A` of some rows.
-
-    Attributes
-    ----------
-    number
-        The step's number in its session, from 1.
-    rows
-        Where the new tokens stand.
-    states
-        `[rows.total, hidden]`, in the wire dtype.
-    row_map
-        Before the step, row `i` becomes a copy of row `row_map[i]` (beams, twins); None leaves the rows as they are.
-    want_result
-        False for a replay after a lost connection, whose results the client has already.
-    """
+    """A client's frame in a session: new hidden states `h_A` of some rows."""
 
     kind: ClassVar[Kind] = Kind.STEP
-    number: int
-    rows: Rows
-    states: Tensor
-    row_map: tuple[int, ...] | None = None
-    want_result: bool = True
+    number: int  # in its session, from 1
+    rows: Rows  # where the new tokens stand
+    states: Tensor  # [rows.total, hidden], in the wire dtype
+    row_map: tuple[int, ...] | None = None  # before the step, row i becomes a copy of row row_map[i] (beams, twins)
+    want_result: bool = True  # False for a replay after a lost connection, whose results the client has already
 
 
 @dataclass(frozen=True)
@@ -77,65 +63,31 @@ class Result:
 
 @dataclass(frozen=True)
 class Forward:
-    """Run a micro-batch through the middle.
-
-    Attributes
-    ----------
-    number
-        Of the operation, from 1.
-    micro
-        The micro-batch's name: its client gives each another.
-    rows
-        Whole texts, so all start at 0.
-    states
-        `h_A`, `[rows.total, hidden]`, in the wire dtype.
-    training
-        Whether dropout is on.
-    recompute
-        Keep no activations; compute them again for the backward pass.
-    want_gradient
-        Whether the client has a use for the gradient at `h_A`.
-    seed
-        Of dropout's draws, 31 bits.
-    received
-        The last reply that the client has.
-    """
+    """Run a micro-batch through the middle."""
 
     kind: ClassVar[Kind] = Kind.FORWARD
-    number: int
-    micro: int
-    rows: Rows
-    states: Tensor = field(repr=False)
-    training: bool = True
-    recompute: bool = False
-    want_gradient: bool = True
-    seed: int = 0
-    received: int = 0
+    number: int  # of the operation in its run, from 1
+    micro: int  # the micro-batch's name: its client gives each another
+    rows: Rows  # whole texts, so all start at 0
+    states: Tensor = field(repr=False)  # h_A, [rows.total, hidden], in the wire dtype
+    training: bool = True  # dropout is on
+    recompute: bool = False  # keep no activations; compute them again for the backward pass
+    want_gradient: bool = True  # the client has a use for the gradient at h_A
+    seed: int = 0  # of dropout's draws, 31 bits
+    received: int = 0  # the last reply that the client has, as in each operation
 
 
 @dataclass(frozen=True)
 class Backward:
-    """Run a micro-batch's gradient back through the middle, and add it up at the middle's adapter.
-
-    Attributes
-    ----------
-    gradient
-        `2**exponent` times the loss's gradient at `h_B`, `[tokens, hidden]`, in the wire dtype.
-    fresh
-        Forget what was added up before.
-    weight
-        How much the gradient counts beside those of other clients, where they train one adapter; above 0.
-    received
-        The last reply that the client has.
-    """
+    """Run a micro-batch's gradient back through the middle, and add it up at the middle's adapter."""
 
     kind: ClassVar[Kind] = Kind.BACKWARD
     number: int
     micro: int
-    gradient: Tensor = field(repr=False)
+    gradient: Tensor = field(repr=False)  # 2**exponent times that at h_B, [tokens, hidden], in the wire dtype
     exponent: int = 0
-    fresh: bool = False
-    weight: float = 1.0
+    fresh: bool = False  # forget what was added up before
+    weight: float = 1.0  # how much it counts beside those of other clients, where they train one adapter; above 0
     received: int = 0
 
 
@@ -151,18 +103,12 @@ class Command:
 
 @dataclass(frozen=True)
 class Tensors:
-    """Some named float32 tensors of an adapter or its optimizer: to the server to be set, from it as a reply.
-
-    Attributes
-    ----------
-    more
-        In a reply: there are further ones to ask for.
-    """
+    """Some named float32 tensors of an adapter or its optimizer: to the server to be set, from it as a reply."""
 
     kind: ClassVar[Kind] = Kind.TENSORS
     number: int
     tensors: dict[str, Tensor] = field(repr=False)
-    more: bool = False
+    more: bool = False  # in a reply: there are further ones to ask for
     received: int = 0
 
 

@@ -1,4 +1,7 @@
-"""What client and server tell each other when a session opens."""
+"""What client and server tell each other when a session opens, as JSON objects.
+
+`from_body` of these raises ProtocolError or PartitionError if a field is missing or not what it should be.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -24,17 +27,11 @@ class Open:
     narrow: int = 0
 
     def to_body(self) -> dict[str, Any]:
-        """As the JSON object of an OPEN frame."""
-        return {
-            **model_body(self.partition, self.fingerprint, self.wire_dtype),
-            "resume": self.resume,
-            "run": self.run,
-            "narrow": self.narrow,
-        }
+        model = model_body(self.partition, self.fingerprint, self.wire_dtype)
+        return model | {"resume": self.resume, "run": self.run, "narrow": self.narrow}
 
     @classmethod
     def from_body(cls, body: dict[str, Any]) -> "Open":
-        """Check and read it; ProtocolError or PartitionError if a field is missing or not what it should be."""
         read = Fields(body, "OPEN of a session")
         narrow = read.count("narrow") if "narrow" in body else 0
         return cls(*read_model(read), read.maybe(read.text, "resume"), read.maybe(read.text, "run"), narrow)
@@ -42,35 +39,19 @@ class Open:
 
 @dataclass(frozen=True)
 class Opened:
-    """The server's answer.
+    """The server's answer."""
 
-    Attributes
-    ----------
-    session
-        The session's name, unguessable; who knows it (and has the same identity) may resume the session.
-    step
-        The last step that the session has done; 0 in a new one, so a client that asked to resume sees that it cannot.
-    max_tokens
-        Tokens that one row may have.
-    frame_bytes
-        The longest frame that the server takes.
-    layers
-        The layers that the server holds, as (first, end).
-    """
-
-    session: str
-    step: int
-    max_tokens: int
-    frame_bytes: int
-    layers: tuple[int, int]
+    session: str  # the name, unguessable: who knows it (and has the same identity) may resume the session
+    step: int  # the last one done; 0 in a new session, so a client that asked to resume sees that it cannot
+    max_tokens: int  # that one row may have
+    frame_bytes: int  # the longest frame that the server takes
+    layers: tuple[int, int]  # that the server holds: the first, and the end
 
     def to_body(self) -> dict[str, Any]:
-        """As the JSON object of an OPENED frame."""
         return {**vars(self), "layers": list(self.layers)}
 
     @classmethod
     def from_body(cls, body: dict[str, Any]) -> "Opened":
-        """Check and read it; ProtocolError if a field is missing or not what it should be."""
         read = Fields(body, "the server's answer to OPEN")
         first, end = read.counts("layers", 2)
         counts = {name: read.count(name) for name in ("step", "max_tokens", "frame_bytes")}
@@ -88,7 +69,7 @@ def model_body(partition: Partition, fingerprint: Fingerprint, wire_dtype: str) 
 
 
 def read_model(read: Fields) -> tuple[Partition, Fingerprint, str]:
-    """Check and read what `model_body` made; ProtocolError or PartitionError if it is anything else."""
+    """What `model_body` made, checked."""
     wire_dtype = read.one_of("wire_dtype", WIRE_DTYPES)
     partition = Partition(read.count("input_layers"), read.count("output_layers"))
     return partition, Fingerprint.from_json(read.text("fingerprint")), wire_dtype

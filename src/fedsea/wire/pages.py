@@ -41,21 +41,11 @@ def send_pages(call: Call, tensors: Mapping[str, Tensor], limit: int) -> None:
 def read_pages(
     call: Call, command: dict[str, Any], shapes: Mapping[str, tuple[int, ...] | None], needed: Collection[str] = ()
 ) -> dict[str, Tensor]:
-    """Ask for tensors until there are no more; each has one of these names and its shape, and comes once.
+    """Ask for tensors, a page at a time by `command`, until there are no more.
 
-    Parameters
-    ----------
-    command
-        What asks for a page; the name to go on after is added to it.
-    shapes
-        Of every name that the server may send; None where any will do.
-    needed
-        Names that it may not leave out.
-
-    Raises
-    ------
-    ProtocolError
-        If it sends anything else. So it can neither put a name of its own among the client's nor go on for ever.
+    `shapes` has the shape of every name that the server may send, None where any will do; `needed` the names that may
+    not be left out. ProtocolError if it sends anything else: it can neither put a name of its own among the client's
+    nor go on for ever.
     """
     found: dict[str, Tensor] = {}
     more, last = True, ""

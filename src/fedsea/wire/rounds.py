@@ -3,13 +3,15 @@
 A coordinator opens a round at a block server, with a seat for each client. It hands each client a ticket for its seat
 (by Flower), and the client shows the ticket when it begins its run. The server never sees a ticket before that: it
 has the hash, so what it knows is not enough to take a client's seat elsewhere.
+
+`from_body` of these raises ProtocolError if a field is missing or not what it should be.
 """
 
 import hashlib
 import hmac
 import re
 import secrets
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast, get_args
 
 from fedsea.checkpoints.fingerprint import Fingerprint
@@ -34,20 +36,11 @@ def hash_token(token: str) -> str:
 
 @dataclass(frozen=True)
 class Seat:
-    """A client's place in a round, as the block server knows it.
+    """A client's place in a round, as the block server knows it."""
 
-    Attributes
-    ----------
-    client
-        The client's name: its certificate's common name, where there are certificates.
-    token_hash
-        Of the ticket that it must show.
-    weight
-        How much its gradient counts beside those of others where all train one adapter; None for what it says itself.
-    """
-
-    client: str
-    token_hash: str
+    client: str  # its certificate's common name, where there are certificates
+    token_hash: str  # of the ticket that it must show
+    # How much its gradient counts beside those of others where all train one adapter; None for what it says itself.
     weight: float | None = None
 
     def admits(self, token: str) -> bool:
@@ -57,35 +50,18 @@ class Seat:
 
 @dataclass(frozen=True)
 class Ticket:
-    """What a client needs to take its seat.
+    """What a client needs to take its seat."""
 
-    Attributes
-    ----------
-    server
-        Address of the block server, `HOST:PORT`.
-    run
-        The run's name there.
-    client
-        Whose it is.
-    token
-        Good for one use.
-    """
-
-    server: str
-    run: str
+    server: str  # address of the block server, HOST:PORT
+    run: str  # its name there
     client: str
-    token: str
-
-    def __repr__(self) -> str:
-        return f"Ticket(server={self.server!r}, run={self.run!r}, client={self.client!r})"
+    token: str = field(repr=False)  # good for one use
 
     def to_body(self) -> dict[str, str]:
-        """As a JSON object."""
         return dict(vars(self))
 
     @classmethod
     def from_body(cls, body: Any) -> "Ticket":
-        """Check and read it; ProtocolError if anything is missing or not what it should be."""
         read = Fields(body, "a ticket")
         return cls(*(read.text(name) for name in ("server", "run", "client", "token")))
 
@@ -109,36 +85,17 @@ def new_seat(server: str, label: str, client: str, weight: float | None = None) 
 
 @dataclass(frozen=True)
 class RoundPlan:
-    """A round at a block server.
+    """A round at a block server."""
 
-    Attributes
-    ----------
-    label
-        Its name there; a round of the same name is replaced.
-    strategy
-        `client-batch`: one adapter, which all members train together; any other: an adapter for each member.
-    adapter
-        What is trained.
-    members
-        Who may take part.
-    join_seconds
-        Seconds that the first step waits for members that have not come.
-    straggler_seconds
-        Seconds that a step waits for a member that has nothing to do yet.
-    step
-        What every optimizer step is, and the number of the last one; its scale is each member's own. None for what
-        most of the members ask for.
-    max_norm
-        The norm with which a member's gradient of one step counts at most where all train one adapter. None for any.
-    """
-
-    label: str
-    strategy: Strategy
+    label: str  # its name there; a round of the same name is replaced
+    strategy: Strategy  # client-batch: one adapter, which all members train together; else an adapter for each member
     adapter: AdapterSpec
     members: tuple[Seat, ...]
-    join_seconds: float = 60.0
-    straggler_seconds: float = 60.0
+    join_seconds: float = 60.0  # that the first step waits for members that have not come
+    straggler_seconds: float = 60.0  # that a step waits for a member that has nothing to do yet
+    # What every optimizer step is but for its scale, and the last one's number; None for what most members ask for.
     step: OptimizerStep | None = None
+    # The norm with which a member's gradient of one step counts at most where all train one adapter; None for any.
     max_norm: float | None = None
 
     def __post_init__(self) -> None:
@@ -174,7 +131,6 @@ class RoundPlan:
         return None
 
     def to_body(self) -> dict[str, Any]:
-        """As a JSON object."""
         return {
             **vars(self),
             "adapter": self.adapter.to_body(),
@@ -184,7 +140,6 @@ class RoundPlan:
 
     @classmethod
     def from_body(cls, body: dict[str, Any]) -> "RoundPlan":
-        """Check and read it; ProtocolError if anything is missing or not what it should be."""
         read = Fields(body, "a round")
         seats = [
             Seat(row.text("client"), row.text("token_hash", like=_HASH), row.maybe(row.number, "weight"))
@@ -213,27 +168,15 @@ def settings_of(step: OptimizerStep) -> OptimizerStep:
 
 @dataclass(frozen=True)
 class MemberStatus:
-    """How a member of a round stands.
-
-    Attributes
-    ----------
-    steps
-        Optimizer steps done.
-    straggled
-        Whether others went on without it.
-    bytes_up, bytes_down
-        Of its frames.
-    seconds_since
-        Since it was last heard of; of an expected one, since the round was opened.
-    """
+    """How a member of a round stands."""
 
     client: str
     state: MemberState
-    steps: int
-    straggled: bool
-    bytes_up: int
+    steps: int  # of the optimizer, done
+    straggled: bool  # the others went on without it
+    bytes_up: int  # of its frames
     bytes_down: int
-    seconds_since: float
+    seconds_since: float  # it was last heard of; of an expected one, since the round was opened
 
 
 @dataclass(frozen=True)
@@ -245,12 +188,10 @@ class RoundStatus:
     members: tuple[MemberStatus, ...]
 
     def to_body(self) -> dict[str, Any]:
-        """As a JSON object."""
         return {**vars(self), "members": [dict(vars(member)) for member in self.members]}
 
     @classmethod
     def from_body(cls, body: dict[str, Any]) -> "RoundStatus":
-        """Check and read it; ProtocolError if anything is missing or not what it should be."""
         read = Fields(body, "a round's status")
         members = []
         for given in read.items("members"):
@@ -270,22 +211,13 @@ class RoundStatus:
 
 @dataclass(frozen=True)
 class ServerDescription:
-    """What a block server says of itself to a coordinator.
-
-    Attributes
-    ----------
-    layers
-        That it holds.
-    num_layers
-        Of the model.
-    """
+    """What a block server says of itself to a coordinator."""
 
     fingerprint: Fingerprint
-    layers: range
-    num_layers: int
+    layers: range  # that it holds
+    num_layers: int  # of the model
 
     def to_body(self) -> dict[str, Any]:
-        """As a JSON object."""
         return {
             "fingerprint": self.fingerprint.to_json(),
             "layers": [self.layers.start, self.layers.stop],
@@ -294,7 +226,6 @@ class ServerDescription:
 
     @classmethod
     def from_body(cls, body: dict[str, Any]) -> "ServerDescription":
-        """Check and read it; ProtocolError if anything is missing or not what it should be."""
         read = Fields(body, "a block server's description")
         first, end = read.counts("layers", 2)
         if first >= end:
