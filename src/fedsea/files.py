@@ -138,9 +138,19 @@ def read_object(file: Path, otherwise: str) -> dict[str, Any]:
 
 
 def read_lines(path: Path) -> list[Any]:
-    """The JSON values of a file that `append_json` wrote; one that was being written in a crash is left out."""
+    """The JSON values of a file that `append_json` wrote; one that was being written in a crash is left out.
+
+    Raises
+    ------
+    UsageError
+        If it cannot be read.
+    """
     found: list[Any] = []
-    for line in path.read_bytes().splitlines() if path.exists() else []:
+    try:
+        lines = path.read_bytes().splitlines() if path.exists() else []
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from None
+    for line in lines:
         try:
             found.append(parse_json(line))
         except ValueError:

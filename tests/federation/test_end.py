@@ -127,7 +127,7 @@ def test_up_tells_its_coordinator_to_dial_this_machine(
             raise FedSEAError("that is all")
 
     federation.deployment.prepare(options.certified, options.clients)
-    monkeypatch.setattr(federation, "_control", Recorded())
+    monkeypatch.setattr(federation, "control", Recorded(), raising=False)
     with pytest.raises(FedSEAError, match="that is all"):
         federation.run()
     settings = Settings.from_run_config(started[0])

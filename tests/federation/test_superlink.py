@@ -15,6 +15,7 @@ import pytest
 
 from fedsea.errors import FedSEAError
 from fedsea.federation.coordinator import control as control_module
+from fedsea.federation.coordinator.deployment import new_key
 from fedsea.federation.coordinator.up import Federation
 from fedsea.federation.coordinator.up_options import UpOptions
 from fedsea.federation.flower.app import COMPONENTS, bundle, project_file
@@ -107,7 +108,7 @@ def test_an_unregistered_supernode_is_not_let_in(
 ) -> None:
     stranger = tmp_path / "bob"
     shutil.copytree(superlink.deployment.client("bob"), stranger)
-    (stranger / SUPERNODE_KEY).write_bytes(control_module.new_key())
+    (stranger / SUPERNODE_KEY).write_bytes(new_key())
     monkeypatch.setattr(join_module, "LET_IN_SECONDS", 0.0)
     monkeypatch.setattr(join_module, "TRY_AGAIN_SECONDS", 0.1)
     running = member(stranger)

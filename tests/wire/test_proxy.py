@@ -3,6 +3,7 @@
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -81,8 +82,8 @@ def test_tls_to_another_machine_goes_through_the_proxy_and_its_failure_names_it(
 
 
 def test_no_proxy_stands_between_the_processes_of_a_federation(made: Path, asked: list[bytes]) -> None:
-    with Control(NOWHERE, made / "server" / "authority.pem") as control, pytest.raises(ServerUnavailableError):
-        control.nodes()
+    with closing(Control(NOWHERE, made / "server" / "authority.pem")) as link, pytest.raises(ServerUnavailableError):
+        link.nodes()
     assert asked == []
     spared = child_environment()["no_proxy"].split(",")
     assert {"localhost", "127.0.0.1", "::1", "intranet.example.org"} <= set(spared)

@@ -13,8 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
 from fedsea.errors import CredentialsError, UsageError
-from fedsea.federation.coordinator.control import new_key, public_key_of
 from fedsea.federation.invitation import FEDERATION, SUPERNODE_KEY, VERSION
 from fedsea.files import read_object, write_file, write_json
 
@@ -36,15 +38,7 @@ class Deployment:
         return self.path / "clients" / name
 
     def prepare(self, hosts: Sequence[str], clients: Sequence[str]) -> None:
-        """Make or complete certificates and keys.
-
-        Raises
-        ------
-        UsageError
-            If a name cannot be used.
-        CredentialsError
-            If they cannot be made.
-        """
+        """Make or complete certificates and keys; UsageError for a name, CredentialsError if they cannot be made."""
         from fedsea.wire.credential_files import create_credentials
 
         try:
@@ -64,24 +58,19 @@ class Deployment:
         """A data owner's SuperNode's public key (PEM); CredentialsError if its key cannot be read."""
         file = self.client(name) / SUPERNODE_KEY
         try:
-            return public_key_of(file.read_bytes())
+            key = serialization.load_ssh_private_key(file.read_bytes(), None)
         except (OSError, ValueError):
-            raise CredentialsError(
-                f"{file} is no key of a SuperNode: remove it, and start again for a new one"
-            ) from None
+            raise CredentialsError(f"{file} is no key of a SuperNode: remove it, and start again") from None
+        return key.public_key().public_bytes(
+            serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+        )
 
     def describe(self, **what: Any) -> None:
         """Write what the federation is and where it listens."""
         write_json(self.path / FEDERATION, {"version": VERSION, **what})
 
     def before(self) -> dict[str, Any]:
-        """What `describe` wrote, with `settings` and `options`; nothing if this federation is new.
-
-        Raises
-        ------
-        UsageError
-            If the folder holds something else.
-        """
+        """What `describe` wrote, with `settings` and `options`; nothing if it is new. UsageError if it is another's."""
         file = self.path / FEDERATION
         if not file.exists():
             if self.path.is_dir() and any(one.name not in _OURS for one in self.path.iterdir()):
@@ -91,3 +80,11 @@ class Deployment:
         if body.get("version") != VERSION:
             raise UsageError(f"{file} is not what fedsea federation up writes")
         return body
+
+
+def new_key() -> bytes:
+    """A SuperNode's private key: EC P-384, PEM as OpenSSH has it."""
+    key = ec.generate_private_key(ec.SECP384R1())
+    return key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
+    )

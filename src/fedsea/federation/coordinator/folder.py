@@ -37,12 +37,9 @@ class FederationFolder:
         self._checkpoints = CheckpointFolder(path / "checkpoints", notice)
 
     def begin(self, identity: Mapping[str, Any], *, resume: bool) -> TrainingState | None:
-        """Make the folder, or take up what is in it: the state after its last round, None if there is none.
+        """Make the folder, or take up what is in it; the state after its last round, None if there is none.
 
-        Raises
-        ------
-        UsageError
-            If it holds something else, or cannot be written.
+        UsageError if it holds something else, or cannot be written.
         """
         file = self.path / FEDERATION
         if not file.exists():

@@ -1,9 +1,9 @@
-"""How a federation stands, read from its output folder: rounds, clients, losses, bytes, stragglers."""
+"""How a federation stands, read from its output folder: rounds, clients, losses, bytes, stragglers. Without torch."""
 
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,97 +17,53 @@ ROUNDS, NOW = "rounds.jsonl", "now.json"  # of an output folder: see folder.py
 
 @dataclass
 class ClientStatus:
-    """What is known of one client.
+    """What is known of one client."""
 
-    Attributes
-    ----------
-    state
-        `training`, `waiting` and so on: in the round that is under way, or what became of it in the last one.
-    rounds, loss
-        In how many its training counted, and the loss of the last of them.
-    examples
-        That it has.
-    steps
-        In the round that is under way.
-    bytes_up, bytes_down
-        At the block servers, over all rounds that counted.
-    straggled
-        In how many rounds others went on without it.
-    note
-        Why it was left out last; empty if it was not.
-    """
-
-    state: str = "not there"
-    rounds: int = 0
-    loss: float | None = None
+    state: str = "not there"  # in the round that is under way, or what became of it in the last one
+    rounds: int = 0  # in which its training counted
+    loss: float | None = None  # of the last of them
     examples: int | None = None
-    steps: int | None = None
-    bytes_up: int = 0
+    steps: int | None = None  # in the round that is under way
+    bytes_up: int = 0  # at the block servers, over all rounds that counted
     bytes_down: int = 0
-    straggled: int = 0
-    note: str = ""
+    straggled: int = 0  # rounds in which others went on without it
+    note: str = ""  # why it was left out last
 
 
 @dataclass
 class FederationStatus:
-    """How a federation stands.
-
-    Attributes
-    ----------
-    doing
-        In words; empty if nothing has been heard of the coordinator's app.
-    running
-        Whether that app runs on this machine.
-    age
-        Seconds since it was last heard of.
-    round
-        That is under way, or was done last.
-    reports
-        Of the rounds that are done, as `rounds.jsonl` has them.
-    """
+    """How a federation stands."""
 
     name: str
     model: str
     mode: str
     rounds: int
-    doing: str
-    running: bool
-    age: float | None
-    round: int
+    doing: str  # in words; empty if nothing has been heard of the coordinator's app
+    running: bool  # whether that app runs on this machine
+    age: float | None  # seconds since it was last heard of
+    round: int  # that is under way, or was done last
     clients: dict[str, ClientStatus] = field(default_factory=dict)
-    reports: list[dict[str, Any]] = field(default_factory=list)
+    reports: list[dict[str, Any]] = field(default_factory=list)  # of the rounds that are done, as in rounds.jsonl
 
     def to_body(self) -> dict[str, Any]:
         """As a JSON object."""
-        clients = {name: dict(vars(client)) for name, client in self.clients.items()}
-        body: dict[str, Any] = dict(vars(self))
-        return {**body, "clients": clients}
+        return asdict(self)
 
 
 def read_status(path: Path) -> FederationStatus:
-    """Read how a federation stands.
-
-    Parameters
-    ----------
-    path
-        The folder of `fedsea federation up`, or an output folder of the Flower app.
-
-    Raises
-    ------
-    UsageError
-        If it is neither.
-    """
+    """Read a folder of `fedsea federation up`, or an output folder of the Flower app; UsageError if it is neither."""
     path = path.expanduser()
     what = read_object(path / FEDERATION, f"{path} holds no federation: fedsea federation up makes one")
-    output = path
-    there: list[str] = []
+    output, there = path, []
     if "version" in what:  # the folder of a deployment
         here = Deployment(path)
         output, there = here.output, _read(here.online).get("clients", [])
     elif not (path / NOW).exists() and not (path / ROUNDS).exists():
         raise UsageError(f"{path} holds no federation that has begun")
-    reports, now = _read_rounds(output / ROUNDS), _read(output / NOW)
-    told: dict[str, Any] = {**what, **{key: now[key] for key in ("mode", "rounds", "name") if key in now}}
+    now = _read(output / NOW)
+    lines: list[Any] = read_lines(output / ROUNDS)  # without one that is just being written
+    reports: list[dict[str, Any]] = [line for line in lines if isinstance(line, dict) and "round" in line]
+    told: dict[str, Any] = what | {key: now[key] for key in ("mode", "rounds", "name") if key in now}
     status = FederationStatus(
         name=str(told.get("name", "")),
         model=str(told.get("model", "")),
@@ -117,13 +73,11 @@ def read_status(path: Path) -> FederationStatus:
         running=_runs(now),
         age=max(0.0, round(time.time() - now["time"], 1)) if "time" in now else None,
         round=int(now.get("round", reports[-1]["round"] if reports else 0)),
-        clients={
-            name: ClientStatus("there" if name in there else "not there")
-            for name in what.get("clients", ())
-            if isinstance(name, str)
-        },
         reports=reports,
     )
+    for name in what.get("clients", ()):
+        if isinstance(name, str):
+            status.clients[name] = ClientStatus("there" if name in there else "not there")
     for report in reports:
         _add_report(status, report)
     _add_now(status, now)
@@ -134,6 +88,12 @@ def _client(status: FederationStatus, name: str) -> ClientStatus:
     return status.clients.setdefault(name, ClientStatus())
 
 
+def _note(status: FederationStatus, reasons: Mapping[str, Any], state: str) -> None:
+    for name, why in reasons.items():
+        client = _client(status, name)
+        client.state, client.note = state, str(why)
+
+
 def _add_report(status: FederationStatus, report: Mapping[str, Any]) -> None:
     for name, figures in report.get("clients", {}).items():
         client = _client(status, name)
@@ -142,10 +102,8 @@ def _add_report(status: FederationStatus, report: Mapping[str, Any]) -> None:
         client.loss, client.examples = figures.get("train-loss"), int(figures.get("num-examples", 0))
         client.bytes_up += int(figures.get("bytes-up", 0))
         client.bytes_down += int(figures.get("bytes-down", 0))
-    for name, why in report.get("dropped", {}).items():
-        client = _client(status, name)
-        client.state, client.note = f"left out in round {report['round']}", str(why)
-    _add_refused(status, report)
+    _note(status, report.get("dropped", {}), f"left out in round {report['round']}")
+    _note(status, report.get("refused", {}), "refused")
     for name in report.get("stragglers", ()):
         _client(status, name).straggled += 1
 
@@ -157,13 +115,7 @@ def _add_now(status: FederationStatus, now: Mapping[str, Any]) -> None:
         client.steps = member.get("steps")
         if member.get("straggled"):
             client.state = "straggler"
-    _add_refused(status, now)
-
-
-def _add_refused(status: FederationStatus, body: Mapping[str, Any]) -> None:
-    for name, why in body.get("refused", {}).items():
-        client = _client(status, name)
-        client.state, client.note = "refused", str(why)
+    _note(status, now.get("refused", {}), "refused")
 
 
 def app_is_gone(output: Path, since: float) -> bool:
@@ -191,11 +143,3 @@ def _runs(now: Mapping[str, Any]) -> bool:
 
 def _read(file: Path) -> dict[str, Any]:
     return read_object(file, "") if file.exists() else {}
-
-
-def _read_rounds(file: Path) -> list[dict[str, Any]]:
-    """The rounds' lines; one that is just being written is left out."""
-    try:
-        return [line for line in read_lines(file) if isinstance(line, dict) and "round" in line]
-    except OSError as error:
-        raise UsageError(f"cannot read {file}: {error.strerror}") from None

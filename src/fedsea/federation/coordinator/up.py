@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from shlex import quote
@@ -48,6 +49,9 @@ class Federation:
         If something of it cannot be done: a port is taken, Flower is not installed.
     """
 
+    control: Control  # once it is started
+    _superlink: Child
+
     def __init__(
         self,
         path: Path,
@@ -60,92 +64,73 @@ class Federation:
         check_name(settings.name)
         self.deployment, self._tell = Deployment(path.expanduser().resolve()), tell
         self._server_options = server_options
-        self._superlink_child: Child | None = None
+        self._running = ExitStack()
         self._block_server: Supervised | None = None
         self._there: set[str] = set()
-        self._control: Control | None = None
         port = 0 if options.servers else require_free(options.listen, options.port, "--port")
         superlink_port = require_free(options.listen, options.superlink_port, "--superlink-port")
         # Written down with their ports: the data owners' folders name them, and must be right when it goes on.
         self.options = replace(options, port=port, superlink_port=superlink_port)
         self._block_listen = format_address(options.listen, port)
         self.superlink = format_address(options.host, superlink_port)
-        servers = options.servers or (format_address(options.host, port),)
         self._chosen = settings
         self.settings = replace(
             settings,
             wait_seconds=0.0,  # data owners come when they come, and `tell` says who is there
-            servers=",".join(servers),
+            servers=",".join(options.servers or (format_address(options.host, port),)),
             credentials=str(self.deployment.coordinator),
             insecure=False,
             output=str(self.deployment.output),
         )
 
     def start(self) -> None:
-        """Start the servers, and write the data owners' folders.
-
-        Raises
-        ------
-        FedSEAError
-            If a server does not start; the message has what it said.
-        """
-        here, settings = self.deployment, self.settings
-        here.prepare(self.options.certified, self.options.clients)
-        if not self.options.servers:
-            self._block_server = Supervised("block server", self._start_block_server, self._tell)
-        self._superlink_child = self._start_superlink()
-        for client in self.options.clients:
-            invitation = Invitation(
-                settings.name, client, settings.model, settings.task, self.superlink, settings.addresses
-            )
-            invitation.write(here.client(client))
+        """Start the servers, and write the data owners' folders; FedSEAError if a server fails, with its words."""
+        here, settings, options = self.deployment, self.settings, self.options
+        here.prepare(options.certified, options.clients)
+        self._running.callback(here.online.unlink, missing_ok=True)
+        if not options.servers:
+            self._block_server = server = Supervised("block server", self._start_block_server, self._tell)
+            self._running.callback(lambda: server.child.stop())  # of the last one that was started
+        self._superlink = self._running.enter_context(self._start_superlink())
+        for client in options.clients:
+            names = settings.name, client, settings.model, settings.task
+            Invitation(*names, self.superlink, settings.addresses).write(here.client(client))
         if self._block_server is not None:
             self._tell(f"loading {settings.model} for the block server at {self._block_listen}")
             if self._block_server.child.says(START_SECONDS) is None:
                 raise FedSEAError(f"the block server did not start: {self._block_server.child.last_words()}")
-        self._control = Control(format_address(self.options.local, self.options.superlink_port), here.authority)
+        self.control = Control(format_address(options.local, options.superlink_port), here.authority)
+        self._running.callback(self.control.close)
         self._await_superlink()
-        for client in self.options.clients:
+        for client in options.clients:
             self.control.register(client, here.public_key(client))
         here.describe(
             name=settings.name,
             model=settings.model,
             mode=settings.mode,
             rounds=settings.rounds,
-            clients=list(self.options.clients),
+            clients=list(options.clients),
             superlink=self.superlink,
             servers=list(settings.addresses),
             settings=run_config(self._chosen),
-            options=vars(self.options),
+            options=vars(options),
         )
-
-    @property
-    def control(self) -> Control:
-        """The SuperLink's Control API, once it is started."""
-        assert self._control is not None
-        return self._control
 
     def commands(self) -> dict[str, str]:
         """For each client the command that its data owner runs."""
-        task = self.settings.task or "TASK"
-        return {
-            name: f"fedsea federation join {quote(str(self.deployment.client(name)))} --task {quote(task)} --data PATH"
-            for name in self.options.clients
-        }
+        task = quote(self.settings.task or "TASK")
+        folders = {name: quote(str(self.deployment.client(name))) for name in self.options.clients}
+        return {name: f"fedsea federation join {folder} --task {task} --data PATH" for name, folder in folders.items()}
 
     def online(self) -> list[str]:
         """Names of the clients whose SuperNodes are there."""
         return [node.name for node in self.control.nodes() if node.online and node.name in self.options.clients]
 
     def run(self, on_look: Callable[[], None] | None = None) -> FlowerRun:
-        """Start the run and wait for its end; `on_look` is called twice a second.
+        """Start the run and wait for its end; FedSEAError if it fails, or a server dies.
 
-        The run itself waits for the clients: what is wrong with the settings shows at once, not when all are there.
-
-        Raises
-        ------
-        FedSEAError
-            If the run fails, or a server dies.
+        `on_look` is called twice a second. The run itself waits for the clients: what is wrong with the settings shows
+        at once, not when all are there.
         """
         began, gone = time.time(), 0
         # A coordinator's app gets numbers of nodes from Flower; their keys are known here.
@@ -177,20 +162,10 @@ class Federation:
             raise FedSEAError(f"the federation has ended early ({state.outcome}): {why}")
         return state
 
-    def _tell_of_clients(self) -> None:
-        for name in sorted(set(self.online()) ^ self._there):
-            self._there ^= {name}
-            what = "there" if name in self._there else "gone"
-            self._tell(f"{name} is {what}: {len(self._there)} of {len(self.options.clients)} clients")
-            write_json(self.deployment.online, {"clients": sorted(self._there)})
-
     def check(self) -> None:
-        """Check that the servers run; start the block server again if it has died, as it holds nothing for long.
+        """Start the block server again if it has died, as it holds nothing for long.
 
-        Raises
-        ------
-        FedSEAError
-            If the SuperLink has ended, or the block server again and again.
+        FedSEAError if it dies again and again, or the SuperLink has ended.
         """
         if not self._superlink.running:
             raise FedSEAError(
@@ -201,13 +176,7 @@ class Federation:
 
     def close(self) -> None:
         """Stop the servers, and all that they have started."""
-        if self._control is not None:
-            self._control.close()
-        if self._superlink_child is not None:
-            self._superlink_child.stop()
-        if self._block_server is not None:
-            self._block_server.child.stop()
-        self.deployment.online.unlink(missing_ok=True)
+        self._running.close()
 
     def __enter__(self) -> Self:
         return self
@@ -215,11 +184,17 @@ class Federation:
     def __exit__(self, *_what: object) -> None:
         self.close()
 
+    def _tell_of_clients(self) -> None:
+        for name in sorted(set(self.online()) ^ self._there):
+            self._there ^= {name}
+            what = "there" if name in self._there else "gone"
+            self._tell(f"{name} is {what}: {len(self._there)} of {len(self.options.clients)} clients")
+            write_json(self.deployment.online, {"clients": sorted(self._there)})
+
     def _start_block_server(self) -> Child:
         credentials = ("--credentials", str(self.deployment.credentials))
         arguments = ("--listen", self._block_listen, "--json", *self._server_options, *credentials)
-        log = self.deployment.logs / "block-server.log"
-        return Child("fedsea", ("serve", self.settings.model, *arguments), log)
+        return Child("fedsea", ("serve", self.settings.model, *arguments), self.deployment.logs / "block-server.log")
 
     def _start_superlink(self) -> Child:
         certificate = self.deployment.credentials / "server"
@@ -234,11 +209,6 @@ class Federation:
         arguments += ["--enable-supernode-auth", "--disable-runtime-dependency-installation"]
         log, environment = self.deployment.logs / "superlink.log", flower_environment(self.deployment.flower)
         return Child("fedsea.federation.flower.superlink", arguments, log, environment)
-
-    @property
-    def _superlink(self) -> Child:
-        assert self._superlink_child is not None
-        return self._superlink_child
 
     def _await_superlink(self) -> None:
         end = time.monotonic() + SUPERLINK_SECONDS
