@@ -6,6 +6,7 @@ line need. Commands take such dataclasses as arguments (`fedsea.cli.spread`).
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal, get_args
 
 
@@ -57,4 +58,5 @@ NOISE = Flag(
     default="none",
 )
 Noise = Annotated[str, NOISE]
+Adapter = Annotated[Path | None, Flag("A PEFT adapter of the model, from fedsea finetune or elsewhere.", metavar="DIR")]
 DATA = Flag("A file, a folder with one file for each split, hub:NAME or hub:NAME:CONFIG.", metavar="PATH")

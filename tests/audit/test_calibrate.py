@@ -64,9 +64,9 @@ def test_a_family_is_a_mechanism_with_its_strength_left_out() -> None:
 
 def test_a_target_is_met_by_the_weakest_and_the_cheapest_wins(small: str) -> None:
     """The target is measured, so what is found meets it in the very trial that is reported."""
-    plan = Plan(small, TEXTS, Partition(0, 1), tokens=8)
+    plan = Plan(TEXTS, Partition(0, 1), tokens=8)
     families = [parse_family("relative"), parse_family("gaussian")]
-    found = calibrate(plan, Goal(0.4, precision=0.5), families)
+    found = calibrate(small, plan, Goal(0.4, precision=0.5), families)
     for outcome in found.outcomes:
         assert outcome.found is not None
         assert outcome.found.recovery.high <= 0.4

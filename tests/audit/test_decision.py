@@ -31,7 +31,7 @@ MESSAGES = [
 def reports(small: str) -> list[Report]:
     """Without protection, under noise that hides the text, and the same behind a clip; answers attacked as well."""
     auditor = Auditor(
-        Plan(small, SAMPLES[:2], Partition(0, 1), tokens=8, answer=3, attacks=("prior", "search", "read-out"))
+        small, Plan(SAMPLES[:2], Partition(0, 1), tokens=8, answer_tokens=3, attacks=("prior", "search", "read-out"))
     )
     noises = (RelativeGaussianNoise(0.0), RelativeGaussianNoise(1e4), relative_clipped_gaussian(1.0, 1e4))
     return [auditor.report(noise) for noise in noises]
@@ -40,7 +40,7 @@ def reports(small: str) -> list[Report]:
 @pytest.fixture(scope="module")
 def trained(small: str) -> Report:
     attacks = ("prior", "nearest", "search", "search-map", "read-out", "gradient", "average")
-    return Auditor(Plan(small, SAMPLES[:2], Partition(0, 1), tokens=8, train_steps=2, attacks=attacks)).report(
+    return Auditor(small, Plan(SAMPLES[:2], Partition(0, 1), tokens=8, train_steps=2, attacks=attacks)).report(
         RelativeGaussianNoise(0.5)
     )
 

@@ -25,7 +25,7 @@ from fedsea.checkpoints import open_checkpoint
 from fedsea.cli import run as command
 from fedsea.parts.adapter_files import save_adapter
 from fedsea.parts.adapters import AdapterSpec
-from tests.support.attacks import draw, knowledge_of, observe, right, right_of
+from tests.support.attacks import NOTHING, draw, knowledge_of, observe, right, right_of
 
 TEXTS = [draw(40, seed) for seed in range(4)]
 
@@ -115,8 +115,8 @@ def test_descent_reads_no_less_than_nearest(p: int, std: float, model: Callable[
 def test_with_the_adapter_search_is_matched(tmp_path: Path) -> None:
     """Through real sessions of a client with an adapter: all tokens if attackers have it, not all without."""
     folder, checkpoint = large_adapter("random:tiny", 0.15, tmp_path), open_checkpoint("random:tiny")
-    plan = Plan("random:tiny", [""], Partition(1, 1), adapter=folder)
-    subjects, noise = observe_sessions(plan, checkpoint, TEXTS, lambda _what, _done, _all: None)
+    plan = Plan([""], Partition(1, 1), adapter=folder)
+    subjects, noise = observe_sessions(plan, checkpoint, NOTHING, TEXTS, lambda _what, _done, _all: None)
 
     def hits(adapter: KnownAdapter | None) -> int:
         knowledge = Knowledge(SharedKnowledge(checkpoint, plan.partition, adapter=adapter), noise)
@@ -129,9 +129,9 @@ def test_the_adapter_gets_from_the_plan_to_the_attackers(tmp_path: Path, small: 
     """A read-out is exact only with the output blocks that the client has."""
     folder = large_adapter(small, 0.3, tmp_path)
     attacks = ("read-out",)
-    plan = Plan(small, SAMPLES[:1], Partition(0, 1), tokens=8, answer=6, attacks=attacks, adapter=folder)
-    (without,) = Auditor(plan).report().findings
-    report = Auditor(dataclasses.replace(plan, attacker_has_adapter=True)).report()
+    plan = Plan(SAMPLES[:1], Partition(0, 1), tokens=8, answer_tokens=6, attacks=attacks, adapter=folder)
+    (without,) = Auditor(small, plan).report().findings
+    report = Auditor(small, dataclasses.replace(plan, attacker_has_adapter=True)).report()
     assert report.attacker_has_adapter
     assert report.findings[0].answer["tokens"].mean == 1.0 > without.answer["tokens"].mean
 

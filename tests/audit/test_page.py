@@ -23,15 +23,15 @@ ATTACKS = ("prior", "nearest", "search", "search-map", "read-out", "gradient", "
 
 @pytest.fixture(scope="module")
 def reports(small: str) -> list[Report]:
-    plan = Plan(small, [HOSTILE, "A second one."], Partition(0, 1), tokens=14, attacks=("prior", "search", "read-out"))
-    auditor = Auditor(plan)
+    plan = Plan([HOSTILE, "A second one."], Partition(0, 1), tokens=14, attacks=("prior", "search", "read-out"))
+    auditor = Auditor(small, plan)
     return [auditor.report(RelativeGaussianNoise(level)) for level in (0.0, 6.0)]
 
 
 @pytest.fixture(scope="module")
 def trained(small: str) -> Report:
-    plan = Plan(small, [HOSTILE, "A second one."], Partition(0, 1), tokens=8, train_steps=2, attacks=ATTACKS)
-    return Auditor(plan).report(GaussianNoise(0.0))
+    plan = Plan([HOSTILE, "A second one."], Partition(0, 1), tokens=8, train_steps=2, attacks=ATTACKS)
+    return Auditor(small, plan).report(GaussianNoise(0.0))
 
 
 @pytest.mark.parametrize("count", [1, 2])

@@ -30,13 +30,13 @@ PARTITION = Partition(0, 1)  # the attackers' tables are the embedding then, and
 @pytest.fixture(scope="module")
 def reports(small: str) -> list[Report]:
     texts = ["Pay Mr. Voss at once, and tell nobody of it.", "A second one."]
-    auditor = Auditor(Plan(small, texts, PARTITION, tokens=14, attacks=("prior", "search", "read-out")))
+    auditor = Auditor(small, Plan(texts, PARTITION, tokens=14, attacks=("prior", "search", "read-out")))
     return [auditor.report(RelativeGaussianNoise(level)) for level in (0.0, 6.0)]
 
 
 def limited(name: str, texts: list[str], **options: Any) -> tuple[Report, Limits]:
     """A report under `NOISE` and its limits, of which the first is a guarantee for as many looks as it says."""
-    report = Auditor(Plan(name, texts, PARTITION, attacks=("read-out",), **options)).report(NOISE)
+    report = Auditor(name, Plan(texts, PARTITION, attacks=("read-out",), **options)).report(NOISE)
     limits = report.limits
     config = open_checkpoint(name).config
     bound = guaranteed_bound(NOISE, config.hidden_size, uniform_source(config.vocab_size), looks=limits.observations)

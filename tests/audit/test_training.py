@@ -38,9 +38,9 @@ def trained_on(
         first = 0 if answer is None else length - answer
         labels = [IGNORED] * first + ids[first:]
         texts.append((Encoded(tuple(ids), tuple(labels), 0), first or length))
-    plan = Plan(name, [""] * len(texts), partition, noise, train_steps=steps, batch_size=2)
+    plan = Plan([""] * len(texts), partition, train_steps=steps, batch_size=2)
     torch.manual_seed(0)
-    subjects, noise = observe_training(plan, checkpoint, texts, lambda _what, _done, _all: None)
+    subjects, noise = observe_training(plan, checkpoint, noise, texts, lambda _what, _done, _all: None)
     return subjects, Knowledge(SharedKnowledge(checkpoint, partition), noise)
 
 
@@ -122,10 +122,10 @@ def test_a_small_training_from_texts_to_a_verdict(
 
 
 def test_attacks_on_gradients_and_averages_are_made_where_there_is_something() -> None:
-    usual = Plan("smollm2-135m", SAMPLES, train_steps=2).chosen
+    usual = Plan(SAMPLES, train_steps=2).chosen
     assert usual == ("prior", "nearest", "search", "search-map", "read-out", "gradient", "average")
-    assert "average" not in Plan("smollm2-135m", SAMPLES, train_steps=1).chosen  # no text is reached twice
-    assert "gradient" not in Plan("smollm2-135m", SAMPLES).chosen
+    assert "average" not in Plan(SAMPLES, train_steps=1).chosen  # no text is reached twice
+    assert "gradient" not in Plan(SAMPLES).chosen
 
 
 def test_questions_are_read_with_their_answers(tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def test_without_a_gradient_nothing_is_learnt() -> None:
     ("options", "says"),
     [
         ({"train_steps": 1, "observations": 2}, "leave both numbers out"),
-        ({"train_steps": 1, "answer": 4}, "leave both numbers out"),
+        ({"train_steps": 1, "answer_tokens": 4}, "leave both numbers out"),
         ({"attacker_has_adapter": True}, "only if the client runs with one"),
         ({"batch_size": 0}, "batch_size must be 1 or more"),
         ({"colluder": ["another", "a text"]}, "of the colluder is attacked as well"),
@@ -167,4 +167,4 @@ def test_without_a_gradient_nothing_is_learnt() -> None:
 )
 def test_a_plan_that_makes_no_sense_is_refused(options: dict[str, object], says: str) -> None:
     with pytest.raises(UsageError, match=says):
-        Plan("smollm2-135m", ["a text"], **options)  # type: ignore[arg-type]
+        Plan(["a text"], **options)  # type: ignore[arg-type]

@@ -46,8 +46,8 @@ def test_without_noise_a_provider_reads_everything(tmp_path: Path, capsys: pytes
 def test_an_audit_of_a_small_model_with_noise_and_observations(small: str) -> None:
     """A call does what the command does; noise hides texts from one observation, and not from the mean of many."""
     doing: list[str] = []
-    plan = Plan(small, list(SAMPLES[:2]), Partition(0, 1), RelativeGaussianNoise(4.0), tokens=12, observations=30)
-    report = Auditor(plan, lambda what, _done, _all: doing.append(what)).report()
+    plan = Plan(SAMPLES[:2], Partition(0, 1), tokens=12, observations=30)
+    report = Auditor(small, plan, lambda what, _done, _all: doing.append(what)).report(RelativeGaussianNoise(4.0))
     found = {finding.attack: finding.prompt["tokens"].mean for finding in report.findings}
     assert list(found) == ["prior", "nearest", "search", "search-map", "read-out", "average"]
     assert found["search"] < 0.5 < found["average"]

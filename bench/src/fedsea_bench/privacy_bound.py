@@ -5,9 +5,8 @@ from pathlib import Path
 
 from fedsea.audit.limits import Limit
 from fedsea.audit.report import Report
-from fedsea.audit.run import Auditor
 from fedsea.errors import FedSEAError
-from fedsea.privacy import GaussianNoise, RelativeGaussianNoise, relative_clipped_gaussian
+from fedsea.privacy import RelativeGaussianNoise, relative_clipped_gaussian
 from fedsea_bench.plots import drawing
 from fedsea_bench.privacy_case import Case
 from fedsea_bench.results import Line
@@ -23,7 +22,7 @@ def bound_holds(bench: Workbench) -> Iterator[Line]:
     case = Case.of(bench, grid=True)
     levels = QUICK_LEVELS if bench.settings.quick else LEVELS
     points: dict[str, list[tuple[float, Report, Limit]]] = {}
-    auditor = Auditor(case.plan(bench, GaussianNoise(0.0), attacks=ATTACKS))
+    auditor = case.auditor(bench, attacks=ATTACKS)
     for level in levels:
         for noise in (RelativeGaussianNoise(level), relative_clipped_gaussian(CLIP, level)):
             with bench.step(f"attacks under {noise}"):

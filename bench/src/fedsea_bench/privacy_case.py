@@ -5,9 +5,9 @@ from typing import Any
 
 from fedsea.audit.observation import Observation, Subject
 from fedsea.audit.plan import Plan
+from fedsea.audit.run import Auditor
 from fedsea.audit.samples import SAMPLES
 from fedsea.partition import Partition
-from fedsea.privacy import Noise
 from fedsea_bench.workbench import PARTITION, Workbench, described
 
 TEXTS, TOKENS = 6, 48
@@ -29,11 +29,9 @@ class Case:
             return cls(QUICK_TEXTS, QUICK_TOKENS)
         return cls(FEW_TEXTS, FEW_TOKENS) if grid else cls(TEXTS, TOKENS)
 
-    def plan(self, bench: Workbench, noise: Noise, partition: Partition = PARTITION, **more: Any) -> Plan:
+    def auditor(self, bench: Workbench, partition: Partition = PARTITION, **more: Any) -> Auditor:
         """An audit of the texts."""
-        return Plan(
-            bench.settings.model, SAMPLES[: self.texts], partition=partition, noise=noise, tokens=self.tokens, **more
-        )
+        return Auditor(bench.settings.model, Plan(SAMPLES[: self.texts], partition, tokens=self.tokens, **more))
 
     def words(self, bench: Workbench, partition: Partition = PARTITION) -> str:
         """The audit's side of the conditions."""

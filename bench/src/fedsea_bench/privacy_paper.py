@@ -12,7 +12,6 @@ from pathlib import Path
 from fedsea.audit.attacks.decoder import Decoder
 from fedsea.audit.attacks.paper_decoder import PaperDecoder
 from fedsea.audit.attacks.prior import Prior
-from fedsea.audit.run import Auditor
 from fedsea.audit.scores import Score
 from fedsea.partition import Partition
 from fedsea.privacy import RelativeGaussianNoise
@@ -46,7 +45,7 @@ def paper_claim(bench: Workbench) -> Iterator[Line]:
     for p in QUICK_DEPTHS if quick else DEPTHS:
         curves[p] = []
         partition = Partition(p, 1)
-        auditor = Auditor(case.plan(bench, RelativeGaussianNoise(0.0), partition))
+        auditor = case.auditor(bench, partition)
         for level in QUICK_LEVELS if quick else LEVELS:
             with bench.step(f"decoders at partition ({p}, 1), noise level {level:g}"):
                 observed = auditor.observe(RelativeGaussianNoise(level))

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from fedsea.audit.run import Auditor
 from fedsea.partition import Partition
 from fedsea.privacy import RelativeGaussianNoise
 from fedsea_bench.plots import drawing
@@ -29,9 +28,9 @@ def partition_study(bench: Workbench) -> Iterator[Line]:
             partition = Partition(p, q)
             # What is read of the text depends on h_A, so on p; it is attacked once.
             attacks = ("search", "search-map", "read-out") if q == depths[0] else ("read-out",)
-            plan = case.plan(bench, noise, partition, attacks=attacks, answer=8)
+            auditor = case.auditor(bench, partition, attacks=attacks, answer_tokens=8)
             with bench.step(f"attacks at partition {described(partition)}"):
-                report = Auditor(plan).report()
+                report = auditor.report(noise)
             for finding in report.findings:
                 if finding.attack == "read-out":
                     answer[p, q] = finding.answer["tokens"].mean

@@ -24,7 +24,7 @@ from fedsea.audit.limits import find_limits
 from fedsea.audit.plan import Plan
 from fedsea.audit.run import Auditor
 from fedsea.audit.samples import TaskText
-from fedsea.checkpoints import load_tokenizer, load_whole_model, open_checkpoint
+from fedsea.checkpoints import load_tokenizer, load_whole_model
 from fedsea.client import SplitModelForCausalLM
 from fedsea.errors import FedSEAError, NonFiniteError
 from fedsea.partition import Partition
@@ -210,17 +210,16 @@ def _attacked(
     bench: Workbench, task: LabelTask, data: Path, point: Point, size: Size, adapter: Path, made: Outcome
 ) -> Outcome:
     """With what is read of the validation texts' sessions, and what could be."""
+    # An adapter with a cut brings its mechanism, at the strengths of its training.
+    noise = GaussianNoise(0.0) if read_cut(adapter) is not None else point.noise
     plan = Plan(
-        open_checkpoint(bench.settings.model),
         [TaskText(task, example) for example in _validation(task, data, size)[: size.texts]],
         partition=point.partition,
-        # An adapter with a cut brings its mechanism, at the strengths of its training.
-        noise=GaussianNoise(0.0) if read_cut(adapter) is not None else point.noise,
         tokens=size.max_tokens,
         adapter=adapter,
     )
-    auditor = Auditor(plan)
-    whole = auditor.observe()
+    auditor = Auditor(bench.settings.model, plan)
+    whole = auditor.observe(noise)
     prompts = [one.tokens for one in whole.subjects]
     # What all texts of the task begin with is public, their question's words included.
     start, end = _common(prompts), len(_common([ids[::-1] for ids in prompts]))
@@ -240,7 +239,7 @@ def _attacked(
     # By the clip if there is one, else by the estimate.
     limit = next((limit for limit in of_text if limit.bits_guaranteed), of_text[-1])
     if size.with_adapter:
-        having = Auditor(replace(plan, attacker_has_adapter=True)).shared
+        having = Auditor(auditor.checkpoint, replace(plan, attacker_has_adapter=True)).shared
         observed = replace(observed, knowledge=replace(knowledge, shared=having))
     stronger = {name: share_read(name) for name in size.with_adapter}
     return replace(made, read=read, read_with_adapter=stronger, bits=limit.bits, bound=limit.accuracy)

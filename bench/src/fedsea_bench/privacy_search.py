@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from fedsea.audit.attacks.search import Search
-from fedsea.audit.run import Auditor
 from fedsea.privacy import RelativeGaussianNoise
 from fedsea_bench.clock import seconds_of
 from fedsea_bench.privacy_case import Case, first_tokens
@@ -21,7 +20,7 @@ EXACT_TOKENS = 8  # that the search of the whole vocabulary is timed on
 def search_reads(bench: Workbench) -> Iterator[Line]:
     """Token accuracy of every attack on states, by noise level."""
     case = Case.of(bench)
-    auditor = Auditor(case.plan(bench, RelativeGaussianNoise(0.0), attacks=ATTACKS, answer=8))
+    auditor = case.auditor(bench, attacks=ATTACKS, answer_tokens=8)
     for level in QUICK_LEVELS if bench.settings.quick else LEVELS:
         with bench.step(f"attacks at noise level {level:g}"):
             report = auditor.report(RelativeGaussianNoise(level))
@@ -46,8 +45,8 @@ def search_speed(bench: Workbench) -> Iterator[Line]:
     """Seconds a token of the search, and of the one that runs the whole vocabulary."""
     case = Case.of(bench)
     with bench.step(f"the search's speed at noise level {PAPER_LEVEL:g}"):
-        auditor = Auditor(case.plan(bench, RelativeGaussianNoise(PAPER_LEVEL)))
-        observed = auditor.observe()
+        auditor = case.auditor(bench)
+        observed = auditor.observe(RelativeGaussianNoise(PAPER_LEVEL))
         knowledge = observed.knowledge
         search = Search()
         prepared = seconds_of(lambda: search.prepare(knowledge))

@@ -14,11 +14,12 @@ import torch
 
 from fedsea.audit.attacks import FLOOR
 from fedsea.audit.observe import Progress
-from fedsea.audit.plan import Plan
+from fedsea.audit.plan import Plan, SessionPlan
 from fedsea.audit.report import Report, share
 from fedsea.audit.run import Auditor
 from fedsea.audit.scores import Score
 from fedsea.audit.utility import protected_model
+from fedsea.checkpoints import Checkpoint
 from fedsea.checkpoints.whole import whole_model
 from fedsea.errors import UsageError
 from fedsea.parts import InputBlocks
@@ -113,7 +114,8 @@ class TaskData:
 
 
 def calibrate(
-    plan: Plan,
+    model: str | Checkpoint,
+    plan: SessionPlan,
     goal: Goal,
     families: Sequence[Noise],
     data: TaskData | None = None,
@@ -125,8 +127,8 @@ def calibrate(
 
     Parameters
     ----------
-    plan
-        The model, its partition and the texts that are attacked; its mechanism and attacks play no part.
+    model, plan
+        As `Auditor` takes them.
     goal
         What is to be met.
     families
@@ -144,16 +146,18 @@ def calibrate(
     FedSEAError
         Whatever is wrong with the model, the texts or a mechanism.
     """
-    return _Search(plan, goal, data, progress, on_trial).calibration(families)
+    return _Search(
+        Auditor(model, Plan(**vars(plan) | {"attacks": (goal.attack,)}), progress), goal, data, progress, on_trial
+    ).calibration(families)
 
 
 class _Search:
     """A calibration under way: one auditor for all strengths, and what the task is worth."""
 
     def __init__(
-        self, plan: Plan, goal: Goal, data: TaskData | None, progress: Progress, on_trial: Callable[[Trial], None]
+        self, auditor: Auditor, goal: Goal, data: TaskData | None, progress: Progress, on_trial: Callable[[Trial], None]
     ) -> None:
-        self._auditor = Auditor(replace(plan, attacks=(goal.attack,)), progress)
+        self._auditor = auditor
         self._goal, self._data, self._progress, self._on_trial = goal, data, progress, on_trial
         self._public_loss: float | None = None
 
@@ -196,7 +200,9 @@ class _Search:
             return (
                 said + "; the provider computes h_B itself, so noise on h_A hides no answer from public output blocks"
             )
-        floor = Auditor(replace(self._auditor.plan, attacks=(FLOOR,))).report().guessed("prompt")
+        floor = (
+            Auditor(self._auditor.checkpoint, replace(self._auditor.plan, attacks=(FLOOR,))).report().guessed("prompt")
+        )
         if floor is None or floor.high <= self._goal.max_recovery:
             return said
         return (

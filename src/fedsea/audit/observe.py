@@ -23,33 +23,33 @@ Progress = Callable[[str, int, int], None]
 
 
 def observe_sessions(
-    plan: Plan, checkpoint: Checkpoint, prompts: Sequence[list[int]], progress: Progress
+    plan: Plan, checkpoint: Checkpoint, noise: Noise, prompts: Sequence[list[int]], progress: Progress
 ) -> tuple[list[Subject], Noise]:
     """Send texts through real sessions; what the provider saw of each, and the mechanism as it was calibrated."""
     texts: list[list[int]] = []
     seen: list[list[Observation]] = [[] for _ in prompts]
     with CuriousProvider(checkpoint) as provider:
         for done in range(0, plan.observations * len(prompts), len(prompts)):
-            with _client(plan, checkpoint, provider, trainable=False) as model:
+            with _client(plan, checkpoint, provider, noise, trainable=False) as model:
                 for place, ids in enumerate(prompts):
                     progress("sending the texts", done + place, plan.observations * len(prompts))
                     provider.forget()
                     if done:  # the same text again, with the answer that it had
                         _send(model, texts[place], 0)
                     else:
-                        texts.append(_send(model, ids, plan.answer))
+                        texts.append(_send(model, ids, plan.answer_tokens))
                     ((observation,),) = provider.sessions()
                     seen[place].append(observation)
-                noise = model.noise
+                calibrated = model.noise
     subjects = [
         Subject(tuple(observations), tuple(tokens), len(ids))
         for observations, tokens, ids in zip(seen, texts, prompts, strict=True)
     ]
-    return subjects, noise
+    return subjects, calibrated
 
 
 def observe_training(
-    plan: Plan, checkpoint: Checkpoint, texts: Sequence[tuple[Encoded, int]], progress: Progress
+    plan: Plan, checkpoint: Checkpoint, noise: Noise, texts: Sequence[tuple[Encoded, int]], progress: Progress
 ) -> tuple[list[Subject], Noise]:
     """Train a LoRA adapter on texts, in turn, and give what the provider saw of each text that was reached.
 
@@ -58,7 +58,7 @@ def observe_training(
     size = min(plan.batch_size, len(texts))
     turns = [[(step * size + row) % len(texts) for row in range(size)] for step in range(plan.train_steps)]
     with CuriousProvider(checkpoint) as provider:
-        with _client(plan, checkpoint, provider, trainable=True) as model:
+        with _client(plan, checkpoint, provider, noise, trainable=True) as model:
             if plan.adapter is None:
                 model.add_adapter(LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear"))
             model.train()
@@ -69,7 +69,7 @@ def observe_training(
                 model.clip_grad_norm_(1.0)
                 optimizer.step()
                 optimizer.zero_grad()
-            noise = model.noise
+            calibrated = model.noise
         (observations,) = provider.runs()
     seen: list[list[Observation]] = [[] for _ in texts]
     for place, observation in zip([place for turn in turns for place in turn], observations, strict=True):
@@ -79,19 +79,19 @@ def observe_training(
         for observed, (text, prompt) in zip(seen, texts, strict=True)
         if observed
     ]
-    return subjects, noise
+    return subjects, calibrated
 
 
 @contextmanager
 def _client(
-    plan: Plan, checkpoint: Checkpoint, provider: CuriousProvider, *, trainable: bool
+    plan: Plan, checkpoint: Checkpoint, provider: CuriousProvider, noise: Noise, *, trainable: bool
 ) -> Iterator[SplitModelForCausalLM]:
     with SplitModelForCausalLM.from_pretrained(
         checkpoint,
         server=provider.address,
         insecure=True,
         partition=plan.partition,
-        noise=plan.noise,
+        noise=noise,
         wire_dtype=plan.wire_dtype,
     ) as model:
         if plan.adapter is not None:

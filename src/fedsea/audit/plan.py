@@ -1,82 +1,84 @@
-"""The settings of an audit."""
+"""The settings of an audit. Those that users choose say how a command line has them; nothing here needs torch."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
+from typing import Annotated
 
 from fedsea.audit.attacks import attack_class, usual_attacks
-from fedsea.audit.samples import Text
-from fedsea.checkpoints import Checkpoint
+from fedsea.audit.samples import SAMPLES, Text
 from fedsea.errors import UsageError
+from fedsea.flags import Adapter, Flag, WireDtype
 from fedsea.partition import Partition
-from fedsea.privacy import GaussianNoise, Noise
+
+LEAST = {"tokens": 1, "answer_tokens": 0, "observations": 1, "train_steps": 0, "batch_size": 1}
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What is audited.
+class SessionPlan:
+    """What a client sends, and how.
 
-    Parameters
+    Attributes
     ----------
-    model
-        As `open_checkpoint` takes it; it needs a tokenizer.
     texts
-        What the client sends, each in a session of its own; of one with an answer, the prompt. In training it is all
-        sent, and learnt: the answer, or the whole text if it has none.
-    partition
-        Where the model is cut.
-    noise
-        How the states are protected.
-    wire_dtype
-        As `SplitModelForCausalLM.from_pretrained` takes it.
-    tokens
-        Of each text at most; what is more is cut off.
-    answer
-        Tokens of an answer, greedy, that are generated and observed after each text; 0 for none.
+        Each goes in a session of its own; of one with an answer, the prompt. In a training it is all sent, and learnt:
+        the answer, or the whole text if it has none.
     observations
         How often each text is sent and observed, each time by another process, so with another secret.
+
+    Raises
+    ------
+    UsageError
+        If there are no texts, or a number cannot be used.
+    """
+
+    texts: Sequence[Text] = SAMPLES
+    partition: Partition = Partition()
+    wire_dtype: WireDtype = None
+    adapter: Adapter = None
+    tokens: Annotated[int, Flag("Use the first N tokens of each text only.", min=1, metavar="N")] = 64
+    answer_tokens: Annotated[
+        int, Flag("Let the model answer each text with N tokens, which are attacked as well.", min=0, metavar="N")
+    ] = 0
+    observations: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.texts:
+            raise UsageError("an audit needs at least one text")
+        for name, least in LEAST.items():
+            if getattr(self, name, least) < least:
+                raise UsageError(f"{name} must be {least} or more; got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Plan(SessionPlan):
+    """What is audited: sessions, or a training in place of them, and by which attacks.
+
+    Attributes
+    ----------
     attacks
-        Their names; empty for the usual ones.
-    adapter
-        A PEFT adapter that the client and its middle run with, and training goes on with.
-    attacker_has_adapter
-        Whether attackers have it as well, as it is before training.
-    train_steps
-        Steps of a training on the texts, in turn, which is audited instead of sessions; 0 for sessions.
-    batch_size
-        Texts of a training step at most.
+        Their names; empty for those that fit and are not slow.
     colluder
         Texts of a client who tells the provider what they are, for the attacks that learn from that.
 
     Raises
     ------
     UsageError
-        If there are no texts, a number cannot be used, there is no such attack, or options exclude each other.
+        Also if there is no such attack, or options exclude each other.
     """
 
-    model: str | Checkpoint
-    texts: Sequence[Text]
-    partition: Partition = Partition()
-    noise: Noise = field(default_factory=GaussianNoise)
-    wire_dtype: str | None = None
-    tokens: int = 64
-    answer: int = 0
-    observations: int = 1
     attacks: tuple[str, ...] = ()
-    adapter: Path | None = None
-    attacker_has_adapter: bool = False
-    train_steps: int = 0
-    batch_size: int = 4
+    attacker_has_adapter: Annotated[bool, Flag("Attackers have the adapter as well, as it is before a training.")] = (
+        False
+    )
+    train_steps: Annotated[
+        int, Flag("Audit a training on the texts, of N steps, instead of inference.", min=0, metavar="N")
+    ] = 0
+    batch_size: Annotated[int, Flag("Texts in a training step.", min=1, metavar="N")] = 4
     colluder: Sequence[Text] = ()
 
     def __post_init__(self) -> None:
-        if not self.texts:
-            raise UsageError("an audit needs at least one text")
-        least = {"tokens": 1, "answer": 0, "observations": 1, "train_steps": 0, "batch_size": 1}
-        for name, lowest in least.items():
-            if getattr(self, name) < lowest:
-                raise UsageError(f"{name} must be {lowest} or more; got {getattr(self, name)}")
-        if self.train_steps and (self.answer or self.observations > 1):
+        super().__post_init__()
+        if self.train_steps and (self.answer_tokens or self.observations > 1):
             raise UsageError(
                 "a training generates no answers, and each of its epochs is one observation; leave both numbers out"
             )

@@ -24,9 +24,11 @@ from fedsea.client import wire_dtype_for
 from fedsea.errors import UsageError
 from fedsea.partition import PROJECT
 from fedsea.parts.cut_files import read_cut
-from fedsea.privacy import Noise
+from fedsea.privacy import GaussianNoise, Noise
 from fedsea.privacy.measure import measure_magnitude
 from fedsea.training.examples import Encoded
+
+NOTHING = GaussianNoise(0.0)
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,10 @@ class Auditor:
 
     Parameters
     ----------
+    model
+        As `open_checkpoint` takes it; it needs a tokenizer.
     plan
-        What is audited.
+        What is sent, and attacked how.
     progress
         Called with what is done, how much of it, and how much there is.
 
@@ -56,9 +60,11 @@ class Auditor:
         Whatever is wrong with the model, the partition or the adapter.
     """
 
-    def __init__(self, plan: Plan, progress: Progress = lambda _doing, _done, _all: None) -> None:
-        self.checkpoint = plan.model if isinstance(plan.model, Checkpoint) else open_checkpoint(plan.model)
-        self.plan, self._progress = dataclasses.replace(plan, model=self.checkpoint), progress
+    def __init__(
+        self, model: str | Checkpoint, plan: Plan, progress: Progress = lambda _doing, _done, _all: None
+    ) -> None:
+        self.checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
+        self.plan, self._progress = plan, progress
         if not plan.partition.middle(self.checkpoint.config.num_hidden_layers):
             raise UsageError(
                 "this partition leaves no middle: nothing leaves the client, and there is nothing to attack"
@@ -80,13 +86,8 @@ class Auditor:
             projection=cut[1][PROJECT] if cut is not None else None,
         )
 
-    def report(self, noise: Noise | None = None) -> Report:
-        """Audit a mechanism.
-
-        Parameters
-        ----------
-        noise
-            Not calibrated; None for the plan's.
+    def report(self, noise: Noise = NOTHING) -> Report:
+        """Audit a mechanism, which is not calibrated.
 
         Raises
         ------
@@ -96,22 +97,21 @@ class Auditor:
         observed = self.observe(noise)
         return self._report(observed, tuple(self.attack(get_attack(name), observed) for name in self.plan.chosen))
 
-    def observe(self, noise: Noise | None = None) -> Observed:
+    def observe(self, noise: Noise = NOTHING) -> Observed:
         """Send or train on the texts under a mechanism, as `report` does, and attack nothing."""
-        plan = self.plan if noise is None else dataclasses.replace(self.plan, noise=noise)
+        plan = self.plan
         if plan.train_steps:
-            subjects, calibrated = observe_training(plan, self.checkpoint, self._texts, self._progress)
+            subjects, calibrated = observe_training(plan, self.checkpoint, noise, self._texts, self._progress)
         else:
-            prompts = self._prompts
-            subjects, calibrated = observe_sessions(plan, self.checkpoint, prompts, self._progress)
+            subjects, calibrated = observe_sessions(plan, self.checkpoint, noise, self._prompts, self._progress)
         knowledge = Knowledge(
             self.shared,
             calibrated,
-            colluder=self._colluders(plan),
+            colluder=self._colluders(noise),
             wire_dtype=self.wire_dtype,
             start=known_start(plan.texts, self._prompts, self.shared.tokenizer),
         )
-        return Observed(plan.noise, subjects, knowledge)
+        return Observed(noise, subjects, knowledge)
 
     def attack(self, attack: Attack, observed: Observed) -> Finding:
         """Make an attack on what was observed, and score it."""
@@ -144,13 +144,16 @@ class Auditor:
     def _prompts(self) -> list[list[int]]:
         return [list(text.input_ids[:length]) for text, length in self._texts]
 
-    def _colluders(self, plan: Plan) -> list[Subject]:
+    def _colluders(self, noise: Noise) -> list[Subject]:
         """Texts of a colluding client, as the provider saw them, without their answers."""
+        plan = self.plan
         if not plan.colluder:
             return []
-        plain = dataclasses.replace(plan, answer=0, observations=1)
+        plain = dataclasses.replace(plan, answer_tokens=0, observations=1)
         texts = [encode(text, self.shared.tokenizer, plan.tokens, answers=False)[0] for text in plan.colluder]
-        return observe_sessions(plain, self.checkpoint, [list(one.input_ids) for one in texts], self._progress)[0]
+        return observe_sessions(plain, self.checkpoint, noise, [list(one.input_ids) for one in texts], self._progress)[
+            0
+        ]
 
     def _report(self, observed: Observed, findings: tuple[Finding, ...]) -> Report:
         plan, subjects, knowledge = self.plan, observed.subjects, observed.knowledge

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedsea.audit.attacks import attack_names
-from fedsea.cli.options import Adapter, Model, parse_noise, prepare_torch, require_folders
+from fedsea.audit.plan import Plan
+from fedsea.cli.options import Model, parse_noise, prepare_torch, require_folders
 from fedsea.cli.spread import command_line, spread
 from fedsea.cli.terminal import escape, progress_bar, write_json
 from fedsea.errors import UsageError
-from fedsea.flags import NOISE, Flag, Threads, WireDtype
-from fedsea.partition import Partition
+from fedsea.flags import NOISE, Flag, Threads
 from fedsea.text import one_line
 
 if TYPE_CHECKING:  # --help needs no torch
@@ -52,34 +52,22 @@ def _looks(given: object) -> int:
     return int(text)
 
 
-@dataclasses.dataclass(frozen=True)
-class AttackedModel:
-    """Which model, split where, and how much of the texts is attacked; for calibrate as well."""
-
-    model: Model
-    partition: Partition = Partition()
-    wire_dtype: WireDtype = None
-    adapter: Adapter = None
-    texts: Annotated[int | None, Flag("Use the first N texts only.", min=1, metavar="N", default="all")] = None
-    tokens: Annotated[int, Flag("Use the first N tokens of each text only.", min=1, metavar="N")] = 64
-    answer_tokens: Annotated[
-        int, Flag("Let the model answer each text with N tokens, which are attacked as well.", min=0, metavar="N")
-    ] = 0
-    looks: Annotated[
-        int,
-        typer.Option(
-            parser=_looks,
-            metavar="N|FILE",
-            help="How often each text is sent, each time with fresh noise: a number, or the file of another command's "
-            "--looks.",
-        ),
-    ] = 1
-    threads: Threads = None
+Texts = Annotated[int | None, Flag("Use the first N texts only.", min=1, metavar="N", default="all")]
+Looks = Annotated[
+    int,
+    typer.Option(
+        parser=_looks,
+        metavar="N|FILE",
+        help="How often each text is sent, each time with fresh noise: a number, or the file of another command's "
+        "--looks.",
+    ),
+]
 
 
 @spread
 def audit(
-    model: AttackedModel,
+    model: Model,
+    plan: Plan,
     noise: Annotated[list[str] | None, NOISE] = None,
     levels: Annotated[
         str | None,
@@ -89,7 +77,6 @@ def audit(
             default="one only",
         ),
     ] = None,
-    attacker_has_adapter: Annotated[bool, Flag("Attackers have the adapter as well.")] = False,
     data: Annotated[
         Path | None,
         Flag(
@@ -101,10 +88,8 @@ def audit(
     task: Annotated[
         str | None, Flag("Read --data as fedsea finetune reads the data of this task.", metavar="TASK")
     ] = None,
-    train_steps: Annotated[
-        int, Flag("Audit a training on the texts, of N steps, instead of inference.", min=0, metavar="N")
-    ] = 0,
-    batch_size: Annotated[int, Flag("Texts in a training step.", min=1, metavar="N")] = 4,
+    texts: Texts = None,
+    looks: Looks = 1,
     colluder: Annotated[
         Path | None,
         Flag(
@@ -127,6 +112,7 @@ def audit(
     report_file: Annotated[
         Path | None, Flag("Write an HTML page with all results and the recovered texts.", "--report", metavar="FILE")
     ] = None,
+    threads: Threads = None,
 ) -> None:
     """Send texts of yours through a real session of MODEL, or train on them, and show what attacks can read of them.
 
@@ -138,38 +124,28 @@ def audit(
 
     if task is not None and data is None:
         raise UsageError("--task says how --data is read; give --data PATH as well")
-    check_model(model.model)
+    check_model(model)
     require_folders(json_file, report_file)
     require_rouge()
     attacked: list[Text] = list(SAMPLES)
     if data is not None:
         attacked = read_texts(data) if task is None else read_task(task, str(data))
-    known = [] if colluder is None else read_texts(colluder)
     noises = _noises(noise, levels)
-    prepare_torch("cpu", model.threads)
+    plan = dataclasses.replace(
+        plan,
+        texts=attacked[:texts],
+        observations=looks,
+        attacks=tuple(attack or ()),
+        colluder=() if colluder is None else read_texts(colluder),
+    )
+    prepare_torch("cpu", threads)
     from fedsea.audit.decision import decide
     from fedsea.audit.page import write_page
-    from fedsea.audit.plan import Plan
     from fedsea.audit.run import Auditor
 
-    plan = Plan(
-        model=model.model,
-        texts=attacked[: model.texts],
-        partition=model.partition,
-        wire_dtype=model.wire_dtype,
-        tokens=model.tokens,
-        answer=model.answer_tokens,
-        observations=model.looks,
-        attacks=tuple(attack or ()),
-        adapter=model.adapter,
-        attacker_has_adapter=attacker_has_adapter,
-        train_steps=train_steps,
-        batch_size=batch_size,
-        colluder=known,
-    )
     reports: list[Report] = []
     with progress_bar() as progress:
-        auditor = Auditor(plan, progress)
+        auditor = Auditor(model, plan, progress)
         for place, one in enumerate(noises, 1):
             if len(noises) > 1:
                 progress(f"{one} ({place} of {len(noises)})", 0, len(plan.texts))

@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedsea.cli.audit import AttackedModel
-from fedsea.cli.options import AsJson, prepare_torch
+from fedsea.audit.plan import SessionPlan
+from fedsea.cli.audit import Looks, Texts
+from fedsea.cli.options import AsJson, Model, prepare_torch
 from fedsea.cli.spread import spread
 from fedsea.cli.terminal import print_json, progress_bar, table, tell
 from fedsea.errors import UsageError
-from fedsea.flags import Flag
+from fedsea.flags import Flag, Threads
 from fedsea.tasks import get_task
 
 if TYPE_CHECKING:  # --help needs no torch
@@ -70,7 +71,8 @@ class CostOptions:
 
 @spread
 def calibrate(
-    model: AttackedModel,
+    model: Model,
+    plan: SessionPlan,
     costs: CostOptions,
     max_recovery: Annotated[
         float, Flag("The largest share of tokens that the attack may read, such as 0.05.", metavar="SHARE")
@@ -94,6 +96,9 @@ def calibrate(
         ),
     ] = None,
     precision: Annotated[float, Flag("Stop the search where two strengths differ by less than this share.")] = 0.1,
+    texts: Texts = None,
+    looks: Looks = 1,
+    threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
     """Find the --noise under which an attack reads no more of MODEL's texts than a target, at the least cost.
@@ -104,33 +109,22 @@ def calibrate(
     from fedsea.checkpoints.names import check_model
     from fedsea.tasks.metrics import require_rouge
 
-    check_model(model.model)
+    check_model(model)
     require_rouge()
-    texts = list(SAMPLES) if audit_data is None else read_texts(audit_data)
+    attacked = list(SAMPLES) if audit_data is None else read_texts(audit_data)
     costs.check()
     from fedsea.privacy import parse_family
 
     chosen = [parse_family(one) for one in mechanism_family or FAMILIES]
-    data = costs.read(model.model)
-    prepare_torch("cpu", model.threads)
+    data = costs.read(model)
+    prepare_torch("cpu", threads)
     from fedsea.audit.calibration import Goal
     from fedsea.audit.calibration import calibrate as search
-    from fedsea.audit.plan import Plan
 
     goal = Goal(max_recovery, attack, precision)
-    plan = Plan(
-        model=model.model,
-        texts=texts[: model.texts],
-        partition=model.partition,
-        wire_dtype=model.wire_dtype,
-        tokens=model.tokens,
-        answer=model.answer_tokens,
-        observations=model.looks,
-        attacks=(attack,),
-        adapter=model.adapter,
-    )
+    plan = dataclasses.replace(plan, texts=attacked[:texts], observations=looks)
     with progress_bar() as progress:
-        found = search(plan, goal, chosen, data, progress=progress, on_trial=lambda one: _tell(one, attack))
+        found = search(model, plan, goal, chosen, data, progress=progress, on_trial=lambda one: _tell(one, attack))
     if as_json:
         print_json(_as_json(found))
     else:

@@ -15,7 +15,7 @@ import typer
 from fedsea.cli.terminal import tell
 from fedsea.client import GREEDY, GUESSES, SEE, Sampling
 from fedsea.errors import UsageError
-from fedsea.flags import DATA, ComputeDtype, Device, Flag, Noise, Threads, WireDtype
+from fedsea.flags import DATA, Adapter, ComputeDtype, Device, Flag, Noise, Threads, WireDtype
 from fedsea.partition import Partition
 from fedsea.tasks import task_names
 
@@ -38,7 +38,6 @@ Credentials = Annotated[
 ]
 Insecure = Annotated[bool, Flag("Connect without TLS. On this machine only.")]
 AsJson = Annotated[bool, Flag("Print one JSON object, for programs.", "--json")]
-Adapter = Annotated[Path | None, Flag("A PEFT adapter of the model, from fedsea finetune or elsewhere.", metavar="DIR")]
 TaskName = Annotated[
     str, Flag(f"{', '.join(task_names())}; text and chat are for JSON lines of yours.", metavar="TASK")
 ]

@@ -11,7 +11,6 @@ from fedsea.audit import SAMPLES, Auditor, Plan, Report
 from fedsea.checkpoints import open_checkpoint
 from fedsea.checkpoints.packaged import opening
 from fedsea.demo.screen import Screen
-from fedsea.partition import Partition
 from fedsea.privacy import parse_mechanism
 
 TEXTS, TOKENS, ANSWER = 2, 24, 8
@@ -30,8 +29,8 @@ def run_audit_demo(name: str, screen: Screen, *, threads: int) -> Iterator[Repor
     torch.set_num_threads(threads)
     with screen.step(opening(name)):
         checkpoint = open_checkpoint(name)
-        plan = Plan(checkpoint, SAMPLES[:TEXTS], Partition(1, 1), tokens=TOKENS, answer=ANSWER, attacks=ATTACKS)
-        auditor = Auditor(plan)
+        plan = Plan(SAMPLES[:TEXTS], tokens=TOKENS, answer_tokens=ANSWER, attacks=ATTACKS)
+        auditor = Auditor(checkpoint, plan)
     for level in LEVELS:
         how = f"with noise of {level} × the mean |h_A|" if level else "as it is"
         with screen.step(f"Sending {TEXTS} texts through a session, {how}, and attacking what was seen"):
