@@ -4,6 +4,7 @@
 # make docs   these pages and the exported names, searchable, in build/docs
 # make test-newest, test-oldest  a part of the tests with the newest, and the oldest, release of every dependency
 # make bench  what the docs' numbers come from
+# make figures  the docs' numbers, from what benches have saved in docs/results
 
 PYTHON ?= python3
 VENV   := .venv
@@ -11,7 +12,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-newest test-oldest install-newest install-oldest check docs bench setup clean
+.PHONY: demo test test-newest test-oldest install-newest install-oldest check docs figures bench setup clean
 
 demo: $(READY)
 	@$(BIN)/fedsea demo
@@ -55,6 +56,9 @@ check: $(READY)
 docs: $(READY)
 	@$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going docs build/docs
 	@echo "build/docs/index.html"
+
+figures: $(READY)
+	@$(BIN)/fedsea bench figures docs
 
 bench: $(READY)
 	@$(BIN)/fedsea bench inference

@@ -1,6 +1,7 @@
 """`fedsea bench`: figures that anyone can measure again."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -24,6 +25,7 @@ def _topics(bench: str) -> str:
 
 JsonFile = Annotated[Path | None, Flag("Write the lines as a JSON list.", "--json", metavar="FILE")]
 Plots = Annotated[Path | None, Flag("Draw curves as PNG files.", metavar="DIR")]
+Save = Annotated[Path | None, Flag("Write a JSON file for each topic, as docs/results has them.", metavar="DIR")]
 Strict = Annotated[bool, Flag("Exit with 1 if a measured target is missed; by default that is a result.", "--strict")]
 
 
@@ -37,6 +39,7 @@ class BenchOptions:
     threads: Threads = None
     json_file: JsonFile = None
     markdown: Annotated[Path | None, Flag("Write the lines as a Markdown table.", metavar="FILE")] = None
+    save: Save = None
     strict: Strict = False
 
     def run(self, bench: str, plots: Path | None = None, data: Path | None = None) -> None:
@@ -49,14 +52,20 @@ class BenchOptions:
         import torch
         from rich.console import Console
 
-        from fedsea_bench.results import markdown_table
+        from fedsea_bench import saved
+        from fedsea_bench.results import Line, markdown_table
         from fedsea_bench.workbench import Settings
+
+        def keep(topic: str, lines: Sequence[Line]) -> None:
+            if self.save is not None:
+                more = {"only": topic} | ({"data": data} if data is not None else {})
+                saved.save(self.save, f"{bench}-{topic}", saved.command(bench, self, **more), lines)
 
         settings = Settings(self.model, self.quick, self.threads or torch.get_num_threads(), plots, data)
         console = Console()
         if self.quick:
             console.print("Quick: fewer repetitions and smaller cases; figures are rougher than those of a full run.")
-        report = run_topics(bench, settings, console, self.only or [])
+        report = run_topics(bench, settings, console, self.only or [], keep)
         if self.markdown is not None:
             self.markdown.write_text(markdown_table(report.lines))
         _end(report, self.json_file, self.strict)
@@ -116,6 +125,7 @@ def quality(
         "fedsea-quality"
     ),
     json_file: JsonFile = None,
+    save: Save = None,
     strict: Strict = False,
 ) -> None:
     """Fine-tune the whole model, the split, and the split with noise, and score all of them. Takes hours on a CPU."""
@@ -123,10 +133,27 @@ def quality(
     prepare_torch(plan.device, plan.threads)
     from rich.console import Console
 
+    from fedsea_bench import saved
     from fedsea_bench.quality import QualityBench
     from fedsea_bench.quality_report import report_quality
 
     console = Console()
     with QualityBench(plan, output, console) as bench:
         results = bench.run()
-    _end(report_quality(plan, results, output, console), json_file, strict)
+    report = report_quality(plan, results, output, console)
+    if save is not None:
+        saved.save(save, f"quality-{'-'.join(plan.names)}", saved.command("quality", plan), report.lines)
+    _end(report, json_file, strict)
+
+
+@app.command()
+def figures(
+    docs: Annotated[Path, typer.Argument(metavar="DIR", help="The pages, with what --save wrote in results/.")] = Path(
+        "docs"
+    ),
+) -> None:
+    """Fill the figures of the docs' pages from the saved results."""
+    from fedsea_bench.saved import fill_pages
+
+    for page in fill_pages(docs):
+        print(f"{page} has new figures")

@@ -53,7 +53,7 @@ def client_memory(bench: Workbench) -> Iterator[Line]:
     repeats = 1 if bench.settings.quick else 3
     case = PeakCase(bench.settings.model, "decode", context, new_tokens=NEW_TOKENS)
     with bench.step(f"peak memory of a client, {repeats} times in a fresh process"):
-        found = [peak_of(bench, case, bench.server.connection) for _ in range(repeats)]
+        found = [peak_of(bench.settings.threads, case, bench.server.connection) for _ in range(repeats)]
     allowed = 1.25 * found[0].weights / MIB + 64
     note = (
         f"1.25 x the parts' {found[0].weights / MIB:.1f} MiB + 64 MiB; {bench.place}, partition "

@@ -10,11 +10,12 @@ import torch
 
 from fedsea.checkpoints import load_whole_model, open_checkpoint
 from fedsea.client import SplitModelForCausalLM
+from fedsea.partition import Partition
 from fedsea.parts.family import family_of
 from fedsea.server import ServerProcess
 from fedsea_bench.clock import decode_rate, times_of_generate
 from fedsea_bench.processes import process_memory, run_fresh
-from fedsea_bench.workbench import PARTITION, Workbench, drawn_prompt, endless
+from fedsea_bench.workbench import Workbench, drawn_prompt, endless
 
 MIB = 1 << 20
 NO_PROC = "resident memory is read from /proc, which only Linux has"
@@ -34,6 +35,7 @@ class PeakCase:
     device: str = "cpu"
     dtype: str = "float32"
     needs: int = 0  # bytes of memory that have to be free for it, about
+    cut: int = 1  # layers of a client at each end
 
 
 @dataclass(frozen=True)
@@ -52,22 +54,22 @@ class Peak:
         return self.device_name != "the CPU"
 
 
-def peak_of(bench: Workbench, case: PeakCase, connection: dict[str, Any] | None = None) -> Peak:
+def peak_of(threads: int, case: PeakCase, connection: dict[str, Any] | None = None) -> Peak:
     """Of the whole model, or of a client with a connection to its server; in a fresh process."""
-    return Peak(**run_fresh(measure, threads=bench.settings.threads, case=asdict(case), connection=connection))
+    return Peak(**run_fresh(measure, threads=threads, case=asdict(case), connection=connection))
 
 
 def whole_and_client(bench: Workbench, case: PeakCase) -> tuple[Peak, Peak]:
     """The whole model alone, then a client beside its server in another process."""
     what = f"{case.work} with {case.model} on {case.device}, {case.dtype}"
     with bench.step(f"the whole model: {what}"):
-        whole = peak_of(bench, case)
+        whole = peak_of(bench.settings.threads, case)
     options = ("--device", case.device, "--dtype", case.dtype)
     with (
         bench.step(f"server and client: {what}"),
         ServerProcess(case.model, threads=bench.settings.threads, options=options) as server,
     ):
-        return whole, peak_of(bench, case, server.connection)
+        return whole, peak_of(bench.settings.threads, case, server.connection)
 
 
 def measure(*, case: dict[str, Any], connection: dict[str, Any] | None) -> dict[str, Any]:
@@ -80,7 +82,7 @@ def measure(*, case: dict[str, Any], connection: dict[str, Any] | None) -> dict[
             model: Any = load_whole_model(here.model, dtype=getattr(torch, here.dtype), device=here.device)
         else:
             model = SplitModelForCausalLM.from_pretrained(
-                here.model, partition=PARTITION, dtype=here.dtype, device=here.device, **connection
+                here.model, partition=Partition(here.cut, here.cut), dtype=here.dtype, device=here.device, **connection
             )
             things.enter_context(model)
         weights = sum(weight.nbytes for weight in model.parameters())

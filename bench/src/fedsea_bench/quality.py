@@ -12,11 +12,12 @@ checkpoint. PEFT's training of the whole model begins again.
 import json
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,14 +29,15 @@ from fedsea.checkpoints import load_tokenizer, load_whole_model
 from fedsea.client import SplitModelForCausalLM
 from fedsea.errors import NonFiniteError, UsageError
 from fedsea.files import write_json
+from fedsea.partition import Partition
 from fedsea.server import ServerProcess
 from fedsea.tasks import Example, Task, encode, evaluate, get_task
 from fedsea.training.batches import Batches
 from fedsea.training.folder import RunFolder
 from fedsea.training.loop import Figures, FineTuning
-from fedsea_bench.quality_plan import UNTRAINED, Job, Plan, Result, Results, Setting
+from fedsea_bench.peak import PeakCase, peak_of
+from fedsea_bench.quality_plan import UNTRAINED, WHOLE, Job, Plan, Result, Results, Setting
 from fedsea_bench.training_case import adapter_config, peft_on, train_whole
-from fedsea_bench.workbench import PARTITION
 
 LAST_STEPS = 10  # over which the loss at a training's end is averaged
 
@@ -74,7 +76,7 @@ class QualityBench:
             self.console.print(f"… {job}", style="dim", highlight=False)
             began = time.monotonic()
             made = self.make(job)
-            results[job] = Result(**{**asdict(made), "seconds": round(time.monotonic() - began, 1)})
+            results[job] = replace(made, seconds=round(time.monotonic() - began, 1), memory=self._memory(job))
             self._keep(job, results[job])
             left = time_left(jobs, results)
             self.console.print(
@@ -130,6 +132,18 @@ class QualityBench:
         shutil.rmtree(folder.checkpoints.path, ignore_errors=True)  # the adapter stays
         return result
 
+    def _memory(self, job: Job) -> int:
+        """Where cuts are compared: the peak of a process that trains so and does nothing else."""
+        plan, setting = self.plan, job.setting
+        if "," not in plan.cuts or job.seed or setting == UNTRAINED or setting.level or setting.mechanism:
+            return 0
+        if sys.platform != "linux":  # there is no /proc to read it from
+            return 0
+        case = PeakCase(
+            plan.model, "train", plan.max_tokens, plan.batch_size, device=plan.device, dtype=plan.dtype, cut=setting.cut
+        )
+        return peak_of(self._threads, case, None if setting == WHOLE else self._server.connection).peak
+
     def _evaluated(self, job: Job, model: Any, losses: Sequence[float] = ()) -> Result:
         task = get_task(job.task)
         found = evaluate(
@@ -177,7 +191,7 @@ class QualityBench:
     def _connect(self, setting: Setting) -> SplitModelForCausalLM:
         return SplitModelForCausalLM.from_pretrained(
             self.plan.model,
-            partition=PARTITION,
+            partition=Partition(setting.cut, setting.cut),
             noise=setting.noise,
             dtype=self.plan.dtype,
             device=self.plan.device,

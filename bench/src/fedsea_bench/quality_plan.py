@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from fedsea.errors import UsageError
 from fedsea.flags import ComputeDtype, Device, Flag, Threads
@@ -15,24 +15,28 @@ from fedsea.training.recipe import Recipe
 if TYPE_CHECKING:
     from fedsea.privacy import Noise
 
+_Number = TypeVar("_Number", int, float)
+
 
 @dataclass(frozen=True)
 class Setting:
     """One way to have a model: `untrained`, `whole`, or `split` with a noise `level` (a multiple of the mean |h_A|).
 
-    Or `split` with another mechanism, as users write it.
+    Or `split` with another mechanism, as users write it. The client has `cut` layers at each end.
     """
 
     kind: str
     level: float = 0.0
     mechanism: str = ""
+    cut: int = 1
 
     @property
     def name(self) -> str:
         """As tables and folders call it."""
         if self.mechanism:
             return f"{self.kind}-{re.sub('[^a-z0-9.]+', '-', self.mechanism.lower())}"
-        return f"{self.kind}-noise-{self.level:g}" if self.level else self.kind
+        kind = self.kind if self.cut == 1 else f"{self.kind}-at-{self.cut}"
+        return f"{kind}-noise-{self.level:g}" if self.level else kind
 
     @property
     def noise(self) -> "Noise":
@@ -59,6 +63,9 @@ class Plan:
         list[str] | None, Flag(f"A further protection, as for fedsea chat; {SEVERAL}.", metavar="MECHANISM")
     ] = None
     mechanism: Annotated[list[str] | None, Flag("The same as --noise.", hidden=True)] = None
+    cuts: Annotated[
+        str, Flag("Layers of the client at each end, with commas; of several, memory is measured too.", metavar="N,N")
+    ] = "1"
     seeds: Annotated[int, Flag("How many times each training is done.", min=1)] = 3
     steps: Annotated[int, Flag("Optimizer steps of each training.", min=1)] = 150
     batch_size: Annotated[int, Flag("Examples a step.", min=1)] = 4
@@ -94,13 +101,13 @@ class Plan:
     @property
     def settings(self) -> list[Setting]:
         """Those that are trained."""
-        try:
-            levels = sorted({float(part) for part in self.levels.split(",") if part.strip()})
-        except ValueError:
-            raise UsageError(f"noise levels are numbers with commas between them; got {self.levels!r}") from None
+        levels = _numbers("noise levels", self.levels, float)
         if not all(math.isfinite(level) and level >= 0 for level in levels):
             raise UsageError("a noise level is a number, 0 or more")
-        split = [Setting("split", level) for level in levels]
+        cuts = _numbers("cuts", self.cuts, int)
+        if not all(cut >= 0 for cut in cuts):
+            raise UsageError("a cut is a number of layers, 0 or more")
+        split = [Setting("split", level, cut=cut) for cut in cuts for level in levels]
         return [WHOLE, *split, *(Setting("split", mechanism=text) for text in self.mechanisms)]
 
     @property
@@ -116,7 +123,7 @@ class Plan:
 
     def common(self) -> dict[str, Any]:
         """What all results of a folder must have in common; further tasks, settings and seeds may come later."""
-        free = {"data", "tasks", "levels", "noise", "mechanism", "seeds", "threads"}
+        free = {"data", "tasks", "levels", "noise", "mechanism", "cuts", "seeds", "threads"}
         return {name: value for name, value in asdict(self).items() if name not in free}
 
 
@@ -149,10 +156,19 @@ class Result:
     first_loss: float | None = None  # of the training's first step
     last_loss: float | None = None  # the mean of its last
     seconds: float = 0.0
+    memory: int = 0  # bytes resident at most in a fresh process that trains so; 0 if it was not measured
     error: str = ""  # why the training broke off
 
 
 Results = dict[Job, Result]
+
+
+def _numbers(what: str, text: str, kind: type[_Number]) -> list[_Number]:
+    """Numbers with commas between them, from the smallest."""
+    try:
+        return sorted({kind(part) for part in text.split(",") if part.strip()})
+    except ValueError:
+        raise UsageError(f"{what} are numbers with commas between them; got {text!r}") from None
 
 
 def results_of(results: Results, task: str, setting: Setting) -> Sequence[Result]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from fedsea.tasks import get_task
+from fedsea_bench.peak import MIB
 from fedsea_bench.plots import drawing
 from fedsea_bench.quality_plan import UNTRAINED, WHOLE, Plan, Results, Setting, results_of
 from fedsea_bench.results import Line, Report
@@ -71,6 +72,22 @@ def lines(plan: Plan, results: Results) -> Iterator[Line]:
                     continue
                 error = f"standard error {found.error:.4f} over the seeds; " if found.error is not None else ""
                 yield Line.of(name, found.mean, "", samples=found.samples, conditions=error + conditions)
+        yield from _memory(plan, results, task)
+
+
+def _memory(plan: Plan, results: Results, task: str) -> Iterator[Line]:
+    """What a process needs that trains the whole model, or a client's layers."""
+    peaks = {
+        setting: max((one.memory for one in results_of(results, task, setting)), default=0)
+        for setting in [UNTRAINED, *plan.settings]
+    }
+    note = (
+        f"VmHWM of a fresh process that trains {plan.batch_size} x {plan.max_tokens} tokens; the server is not counted"
+    )
+    for setting, peak in peaks.items():
+        if peak:
+            share = f"{100 * peak / peaks[WHOLE]:.1f} % of the whole model's; " if peaks[WHOLE] else ""
+            yield Line.of(f"quality, {task}: peak memory, {setting.name}", peak / MIB, "MiB", conditions=share + note)
 
 
 def _comparison(results: Results, task: str, metric: str, conditions: str) -> Line:
@@ -88,8 +105,9 @@ def _comparison(results: Results, task: str, metric: str, conditions: str) -> Li
 def _conditions(plan: Plan, results: Results, task: str) -> str:
     first = results_of(results, task, UNTRAINED)[0]
     main = get_task(task).metrics[0]
+    layers = f"{plan.cuts} layers at each end" if plan.cuts != "1" else f"partition {described(PARTITION)}"
     said = [
-        f"{plan.model}, {plan.dtype} on {plan.device}, partition {described(PARTITION)}, 16-bit wire; {ADAPTER_TEXT}, "
+        f"{plan.model}, {plan.dtype} on {plan.device}, {layers}, 16-bit wire; {ADAPTER_TEXT}, "
         f"{plan.steps} steps of {plan.batch_size} examples, lr {plan.lr:g}, cosine, {plan.seeds} seeds; "
         f"{first.count} examples of validation"
     ]
@@ -150,7 +168,7 @@ def draw(plan: Plan, results: Results, path: Path) -> None:
 
 
 def _points(plan: Plan, results: Results, task: str, metric: str) -> Sequence[tuple[float, Summary]]:
-    split = [setting for setting in plan.settings if setting.kind == "split" and not setting.mechanism]
+    split = [one for one in plan.settings if one.kind == "split" and one.cut == 1 and not one.mechanism]
     found = ((setting.level, summary(results, task, setting, metric)) for setting in split)
     return [(level, one) for level, one in found if one is not None]
 

@@ -73,6 +73,11 @@ class Line:
         return "skipped" if self.measured is None else "reported"
 
     @property
+    def figure(self) -> str:
+        """What was measured, with its unit."""
+        return "–" if self.measured is None else f"{number(self.measured)} {self.unit}".rstrip()
+
+    @property
     def spread(self) -> str:
         """Lowest and highest sample, and how many there are; empty for a single one."""
         if len(self.samples) < 2:
@@ -135,7 +140,6 @@ def markdown_table(lines: Iterable[Line]) -> str:
     """Lines as a Markdown table."""
     rows = ["| figure | measured | target | | spread | conditions |", "| --- | --- | --- | --- | --- | --- |"]
     for line in lines:
-        measured = "–" if line.measured is None else f"{number(line.measured)} {line.unit}"
-        cells = (line.name, measured, line.target or "–", line.verdict, line.spread or "–", line.conditions)
+        cells = (line.name, line.figure, line.target or "–", line.verdict, line.spread or "–", line.conditions)
         rows.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
     return "\n".join(rows) + "\n"

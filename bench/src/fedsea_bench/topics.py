@@ -63,8 +63,16 @@ def check_topics(bench: str, wanted: Sequence[str]) -> None:
         raise UsageError(f"no topic {', '.join(unknown)} in this bench; there are {', '.join(TOPICS[bench])}")
 
 
-def run_topics(bench: str, settings: "Settings", console: "Console", only: Sequence[str] = ()) -> "Report":
+def run_topics(
+    bench: str,
+    settings: "Settings",
+    console: "Console",
+    only: Sequence[str] = (),
+    keep: Callable[[str, Sequence["Line"]], None] = lambda _topic, _lines: None,
+) -> "Report":
     """Measure and print a bench's topics, or `only` some, in their usual order, line by line.
+
+    `keep` is called with the lines of each topic that was measured to its end.
 
     Raises
     ------
@@ -82,6 +90,8 @@ def run_topics(bench: str, settings: "Settings", console: "Console", only: Seque
         for name, function in TOPICS[bench].items():
             if not only or name in only:
                 measure: Callable[[Workbench], Iterator[Line]] = pkgutil.resolve_name(f"fedsea_bench.{function}")
+                before = len(report.lines)
                 for line in measure(workbench):
                     report.add(line)
+                keep(name, report.lines[before:])
     return report
