@@ -27,6 +27,12 @@ def in_middle(name: str, middle: range) -> bool:
     return name == LIFT or layer_of(name) in middle
 
 
+def require_layers(layers: range, count: int) -> None:
+    """PartitionError if a model of `count` layers does not have these."""
+    if not layers or layers.start < 0 or layers.stop > count:
+        raise PartitionError(f"layers {layers.start}:{layers.stop} are not in the model, which has 0:{count}")
+
+
 @dataclass(frozen=True)
 class Partition:
     """The two cuts of a model.

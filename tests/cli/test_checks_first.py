@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,10 @@ from fedsea.cli.old_flags import rewritten
 from fedsea.errors import UsageError
 from fedsea.extras import install_line, require
 from fedsea.federation.settings import Settings
+from fedsea.wire.credential_files import create_credentials
+from fedsea.wire.credentials import Credentials
+from tests.conftest import RunningServer
+from tests.support.ports import NOWHERE
 
 # Runs commands in a process in which torch cannot be imported, and other modules seem not to be installed.
 SCRIPT = """
@@ -31,6 +35,7 @@ for command in commands:
 
 NEAR = ["--server", "localhost:7070", "--insecure"]
 FAR = ["--server", "hub.example.org:7070"]
+SERVE = ["serve", "--insecure", "--listen", "127.0.0.1:0"]
 ONES = {
     "generate": ["generate", "random:tiny", "--prompt", "hi"],
     "chat": ["chat", "random:tiny"],
@@ -68,7 +73,7 @@ WRONG: list[tuple[Sequence[str], int, str]] = [
     (["evaluate", "random:tiny", "--whole", "--task", "text", "--data", "nowhere"], 2, "no file or folder nowhere"),
     (["evaluate", "no-such-model", "--whole", "--task", "text", "--data", "DATA"], 1, "no model 'no-such-model'"),
     ([*ONES["evaluate"], "--whole", "--adapter", "nowhere"], 1, "nowhere is no PEFT adapter"),
-    ([*ONES["generate"], *NEAR, "--adapter", "TRAINING"], 1, "the adapter of this training is in "),
+    ([*ONES["generate"], *NEAR, "--adapter", "TRAINING"], 1, "which is its adapter"),
     (["audit", "no-such-model"], 1, "no model 'no-such-model'"),
     (["audit", "random:tiny", "--data", "nowhere.txt"], 2, "cannot read nowhere.txt"),
     (["audit", "random:tiny", "--noise", "-1"], 2, "must be a number, 0 or more"),
@@ -80,8 +85,11 @@ WRONG: list[tuple[Sequence[str], int, str]] = [
         2,
         "cannot read nowhere.txt",
     ),
-    (["serve", "no-such-model", "--insecure", "--listen", "127.0.0.1:0"], 1, "no model 'no-such-model'"),
+    ([*SERVE, "no-such-model"], 1, "no model 'no-such-model'"),
     (["serve", "random:tiny", "--insecure", "--listen", "0.0.0.0:0"], 2, "listens on loopback addresses only"),
+    ([*SERVE, "random:tiny", "--layers", "2:99"], 1, "layers 2:99 are not in the model, which has 0:6"),
+    ([*SERVE, "FOLDER", "--layers", "2:99"], 1, "layers 2:99 are not in the model, which has 0:7"),
+    *(([*one, "--server", NOWHERE, "--insecure"], 1, "no block server at") for one in ONES.values()),
     (["serve", "random:tiny", "--credentials", "nowhere", "--listen", "127.0.0.1:0"], 1, "there is no folder nowhere"),
     (["export-adapter", "nowhere", "out"], 2, "there is no folder nowhere"),
     (["demo", "--model", "no-such-model"], 1, "no model 'no-such-model'"),
@@ -93,7 +101,9 @@ def outcomes(commands: Sequence[Sequence[str]], folder: Path, absent: Sequence[s
     (folder / "broken.jsonl").write_text("{\n")
     (folder / "training" / "adapter").mkdir(parents=True, exist_ok=True)
     (folder / "training" / "adapter" / "adapter_config.json").write_text("{}")
-    files = {"DATA": "data.jsonl", "BROKEN": "broken.jsonl", "TRAINING": "training"}
+    (folder / "model").mkdir(exist_ok=True)
+    (folder / "model" / "config.json").write_text('{"num_hidden_layers": 7}')
+    files = {"DATA": "data.jsonl", "BROKEN": "broken.jsonl", "TRAINING": "training", "FOLDER": "model"}
     typed = [[str(folder / files[word]) if word in files else word for word in command] for command in commands]
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, json.dumps([absent, typed])],
@@ -113,6 +123,17 @@ def test_a_wrong_command_is_one_line_without_torch(tmp_path: Path) -> None:
         assert got == code, (command, told)
         assert told.count("\n") == 1, (command, told)
         assert told.startswith("fedsea: error: "), (command, told)
+
+
+def test_a_server_with_tls_is_told_to_a_command_without_it_before_torch_is_loaded(
+    start_server: Callable[..., RunningServer], tmp_path: Path
+) -> None:
+    create_credentials(tmp_path / "made")
+    server = start_server(credentials=Credentials.load(tmp_path / "made", "server"))
+    near = ["--server", server.address, "--insecure"]
+    for code, told in outcomes([[*one, *near] for one in ONES.values()], tmp_path):
+        assert (code, "asks for TLS: give this client's credentials" in told) == (1, True), told
+    server.stop()
 
 
 def test_the_flags_of_the_version_before_still_name_the_noise(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,6 +15,7 @@ from fedsea.audit.live import LiveLeakage, Tap
 from fedsea.audit.samples import public_start, question_span
 from fedsea.checkpoints import load_tokenizer, open_checkpoint
 from fedsea.cli import run
+from fedsea.cli.options import tell_notice
 from fedsea.client.conversation import Conversation, chat_tokens
 from fedsea.errors import UsageError
 from fedsea.parts import Rows
@@ -144,6 +145,8 @@ def test_the_warning_is_one_line_with_a_command_and_can_be_hidden(
         model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
     assert [("weak" in line, "gradients" in line) for line in said] == [(True, False), (False, True)]
     assert f"{audits}relative:level=1.5 --train-steps 4 --task TASK --data PATH " in said[1]
+    tell_notice(said[1], ("cb", "my data (1)"))
+    assert "--train-steps 4 --task cb --data 'my data (1)' (FEDSEA_LEAK_WARNING" in capsys.readouterr().err
     monkeypatch.setenv("FEDSEA_LEAK_WARNING", "off")
     assert run(ask) == 0
     assert "fedsea:" not in capsys.readouterr().err

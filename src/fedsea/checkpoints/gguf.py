@@ -62,11 +62,17 @@ def converted_folder(source: Path) -> Path:
     return folder
 
 
+def converted_already(source: Path) -> Path | None:
+    """The folder that `source` was converted into, if it was, and has not changed since."""
+    source = source.resolve()
+    folder = _place(source)[0]
+    return folder if _is_current(folder, source) else None
+
+
 def require_converter(source: Path) -> None:
     """Check that `source` is converted already, or can be."""
     absent = missing(*CONVERTER)
-    source = source.resolve()
-    if absent and not _is_current(_place(source)[0], source):
+    if absent and converted_already(source) is None:
         raise ModelNotFoundError(
             f"converting {source.name} needs packages that are not installed here: {install_line(*absent)}"
         )

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Literal
 
 from fedsea.checkpoints.configurations import CONFIGURATIONS, PREFIX
-from fedsea.checkpoints.gguf import require_converter
+from fedsea.checkpoints.gguf import converted_already, require_converter
 from fedsea.checkpoints.packaged import PACKAGED, packaged_gguf
 from fedsea.errors import ModelNotFoundError
+from fedsea.files import parse_json
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -59,11 +60,25 @@ def check_model(name: str) -> None:
         require_converter(place)
 
 
+def layer_count(name: str) -> int | None:
+    """How many decoder layers a model has, if that is known at once: not of the hub's, nor of what is not converted."""
+    kind, place = locate(name)
+    if kind == "random":
+        return int(CONFIGURATIONS[name.removeprefix(PREFIX)]["num_hidden_layers"])
+    folder = converted_already(place) if kind == "gguf" else place
+    try:
+        config = parse_json((folder / "config.json").read_bytes()) if folder is not None else {}
+        return int(config["num_hidden_layers"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return None  # opening it says what is wrong
+
+
 def check_adapter(folder: str | os.PathLike[str]) -> None:
     """Raise a ModelNotFoundError if a folder lacks a file of a PEFT adapter; the files are not read."""
     path = Path(folder)
     for name in ADAPTER_FILES:
         if not (path / name).is_file():
             inside = path / "adapter"
-            where = f"; the adapter of this training is in {inside}" if (inside / name).is_file() else ""
-            raise ModelNotFoundError(f"{path} is no PEFT adapter: {name} is missing{where}")
+            if (inside / name).is_file():
+                raise ModelNotFoundError(f"{path} is the folder of a training; give {inside}, which is its adapter")
+            raise ModelNotFoundError(f"{path} is no PEFT adapter: {name} is missing")

@@ -38,13 +38,7 @@ class EvaluatedModel(AdaptedClientOptions):
     whole: Annotated[bool, Flag("Run the whole model here, without a server.")] = False
 
     def check(self) -> None:
-        """Check that the model is either split or whole.
-
-        Raises
-        ------
-        FedSEAError
-            If it is neither or both, an option is given that means nothing for a whole model, or one is wrong.
-        """
+        """The same, and that the model is either split or whole."""
         from fedsea.checkpoints.names import check_adapter, check_model
 
         if bool(self.server) == self.whole:
@@ -60,13 +54,7 @@ class EvaluatedModel(AdaptedClientOptions):
             check_adapter(self.adapter)
 
     def open(self) -> AbstractContextManager[Any]:
-        """Load the model with its adapter; a context manager that closes what it has opened.
-
-        Raises
-        ------
-        FedSEAError
-            Whatever is wrong with the options, the model, the adapter or the server.
-        """
+        """Load the model with its adapter; a context manager that closes what it has opened."""
         if not self.whole:
             return self.connect()
         prepare_torch(self.device, self.threads)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedsea.cli.options import AsJson
+from fedsea.cli.options import AsJson, tell_notice
 from fedsea.cli.spread import Typed, spread
 from fedsea.cli.terminal import interrupt_on, print_json, tell
 from fedsea.errors import UsageError
@@ -109,10 +109,9 @@ def join(
             tell(f"reading the data and the model's files, as {member.name} of {member.invitation.federation}")
             ready = member.start()
             layers = (options.partition.input_layers, options.partition.output_layers)
-            learnt = (ready["task"], options.data)
-            warning = leak_notice(IN_TRAINING, model, layers, options.noise, training=True, learnt=learnt)
+            warning = leak_notice(IN_TRAINING, model, layers, options.noise, training=True)
             if warning is not None:
-                tell(warning)
+                tell_notice(warning, (ready["task"], options.data))
             tell(f"{ready['examples']} examples of {ready['task']}; connecting to {member.invitation.superlink}")
             member.watch()
             tell("the federation is over; disconnecting")

@@ -90,8 +90,8 @@ def finetune(
     as_json: AsJson = False,
 ) -> None:
     """Train a LoRA adapter of MODEL on private text; text, labels and loss stay here."""
-    client.check()
     examples = data.examples()
+    client.check()
     with working("loading libraries"):
         from peft import LoraConfig
 
@@ -115,7 +115,7 @@ def finetune(
         **dataclasses.asdict(recipe),
     }
     name = folder.resume(settings) if resume else None
-    with client.connect() as model:
+    with client.connect((data.task, data.data)) as model:
         model.look_ledger = looks.ledger(output / "looks.db")
         if micro_batches is not None:
             model.micro_batches = micro_batches

@@ -1,19 +1,19 @@
-"""Options that several commands share.
+"""Options that several commands share, and the checks of what was typed.
 
-Each option is declared once: those of a recipe, of limits, of sampling or of a partition in their own rooms, the others
-here. `fedsea.flags.Flag` says how a field is written; `fedsea.cli.spread` makes options of it.
+Those of a recipe, of limits, of sampling or of a partition are declared in their own rooms, each option once.
 """
 
 import contextlib
 import dataclasses
 import math
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fedsea.cli.terminal import tell
-from fedsea.client import GREEDY, GUESSES, SEE, Sampling
+from fedsea.client import GREEDY, GUESSES, LEARNT, SEE, Sampling
 from fedsea.errors import UsageError
 from fedsea.flags import DATA, Adapter, ComputeDtype, Device, Flag, Noise, Threads, WireDtype
 from fedsea.partition import Partition
@@ -45,11 +45,7 @@ DataPath = Annotated[str, DATA]
 Limit = Annotated[int | None, Flag("Use the first N examples only.", min=1, metavar="N", default="all")]
 
 
-def _tell(line: str) -> None:
-    """A model's notice; a command in it is to be pasted."""
-    said, _, rest = line.partition(f"{SEE}: ")
-    command, _, after = rest.partition(" (")
-    tell(f"{said}{SEE}", command, f"({after}") if rest else tell(line)
+_CONNECTION = ("server", "credentials", "insecure", "partition", "dtype", "wire_dtype", "device", "reconnect_seconds")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,47 +65,48 @@ class ClientOptions:
     reconnect_seconds: Annotated[
         float, Flag("Seconds to try to connect again after the connection is lost.", min=0.0)
     ] = 60.0
+    adapter: Path | None = None  # an option of those commands that load one
 
     def check(self) -> None:
-        """Check what was typed, as far as that needs no library that takes seconds to load.
+        """Check what was typed, and look whether the server is there, before anything that takes seconds to load."""
+        from fedsea.checkpoints.names import check_adapter, check_model, layer_count
+        from fedsea.wire.address import check_server
+        from fedsea.wire.credentials import Credentials as LoadedCredentials
+        from fedsea.wire.diagnose import check_reachable
 
-        Raises
-        ------
-        FedSEAError
-            What is wrong with address, credentials, noise or model.
-        """
-        from fedsea.checkpoints.names import check_model
-
-        check_connection(self.server, self.credentials, self.insecure)
+        require_one_security(self.credentials, self.insecure)
+        check_server(self.server, plaintext=self.insecure)
+        own = None if self.credentials is None else LoadedCredentials.load(self.credentials, role="client")
         check_noise(self.noise)
         check_model(self.model)
+        if self.adapter is not None:
+            check_adapter(self.adapter)
+        layers = layer_count(self.model)
+        if layers is None or self.partition.middle(layers):  # without a middle no server is needed
+            check_reachable(self.server, own)
 
-    def connect(self) -> "SplitModelForCausalLM":
-        """Load the client's parts and connect to the block server.
+    def connect(self, learnt: tuple[str, str] | None = None) -> "SplitModelForCausalLM":
+        """Load the client's parts and the adapter, connect to the block server.
 
-        Raises
-        ------
-        FedSEAError
-            Whatever is wrong with the options, the model or the server.
+        `learnt` are task and data of a training, for the command in the model's notice.
         """
-        self.check()
         noise = parse_noise(self.noise)
         prepare_torch(self.device, self.threads)
         from fedsea.client import SplitModelForCausalLM
 
-        return SplitModelForCausalLM.from_pretrained(
+        model = SplitModelForCausalLM.from_pretrained(
             self.model,
-            server=self.server,
-            credentials=self.credentials,
-            insecure=self.insecure,
-            partition=self.partition,
             noise=noise,
-            dtype=self.dtype,
-            wire_dtype=self.wire_dtype,
-            device=self.device,
-            reconnect_seconds=self.reconnect_seconds,
-            notice=_tell,
+            notice=lambda line: tell_notice(line, learnt),
+            **{name: getattr(self, name) for name in _CONNECTION},
         )
+        if self.adapter is not None:
+            try:
+                model.load_adapter(self.adapter, is_trainable=False)
+            except BaseException:
+                model.close()
+                raise
+        return model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,30 +115,14 @@ class AdaptedClientOptions(ClientOptions):
 
     adapter: Adapter = None
 
-    def check(self) -> None:
-        """The same, and the adapter's files."""
-        from fedsea.checkpoints.names import check_adapter
 
-        super().check()
-        if self.adapter is not None:
-            check_adapter(self.adapter)
-
-    def connect(self) -> "SplitModelForCausalLM":
-        """Load the client's parts, connect to the block server, load the adapter on all three parts.
-
-        Raises
-        ------
-        FedSEAError
-            Whatever is wrong with the options, the model, the adapter or the server.
-        """
-        model = super().connect()
-        if self.adapter is not None:
-            try:
-                model.load_adapter(self.adapter, is_trainable=False)
-            except BaseException:
-                model.close()
-                raise
-        return model
+def tell_notice(line: str, learnt: tuple[str, str] | None = None) -> None:
+    """A model's notice; the command in it is to be pasted, with the user's own task and data."""
+    if learnt is not None:
+        line = line.replace(LEARNT, shlex.join(["--task", learnt[0], "--data", learnt[1]]))
+    said, see, rest = line.partition(f"{SEE}: ")
+    command, _, after = rest.rpartition(" (")
+    tell(f"{said}{SEE}", command, f"({after}") if see else tell(line)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,17 +135,11 @@ class LookOptions:
     ] = None
     looks: Annotated[
         Path | None,
-        Flag("The file in which this is counted; several commands may share one.", metavar="FILE"),
+        Flag("The file that counts how often each text was sent; several commands may share one.", metavar="FILE"),
     ] = None
 
     def ledger(self, default: Path | None = None) -> "LookLedger | None":
-        """What counts, in `default` if no file is named; None if there is neither.
-
-        Raises
-        ------
-        UsageError
-            If there is a limit and nowhere to count.
-        """
+        """What counts, in `default` if no file is named; None if there is neither."""
         from fedsea.privacy import LookLedger
 
         path = self.looks or default
@@ -189,7 +164,7 @@ class AnswerOptions:
     ] = None
 
     def guessed(self, noise: "Mechanism") -> int:
-        """How many tokens to guess ahead: without noise 8, with noise (an adapter's own too) none unless asked.
+        """How many tokens to guess ahead: without noise 8, with noise (an adapter's own too) none by default.
 
         A wrong guess shows the server one more noised state of a token that the text has elsewhere.
         """
@@ -199,13 +174,7 @@ class AnswerOptions:
 
 
 def check_noise(text: str) -> None:
-    """Check the strength that `--noise` gives, as far as that needs no torch.
-
-    Raises
-    ------
-    UsageError
-        If it is negative or no finite number.
-    """
+    """Check the strength that `--noise` gives, as far as that needs no torch."""
     kind, _, number = text.rpartition(":")
     if kind in ("", "relative"):
         with contextlib.suppress(ValueError):
@@ -214,13 +183,7 @@ def check_noise(text: str) -> None:
 
 
 def parse_noise(text: str) -> "Mechanism":
-    """The mechanism that `--noise` names, not calibrated; an empty text is no noise.
-
-    Raises
-    ------
-    UsageError
-        If it cannot be used.
-    """
+    """The mechanism that `--noise` names, not calibrated; an empty text is no noise."""
     check_noise(text)
     from fedsea.privacy import parse_mechanism
 
@@ -228,13 +191,7 @@ def parse_noise(text: str) -> "Mechanism":
 
 
 def require_one_security(credentials: Path | None, insecure: bool) -> None:
-    """Check that TLS was either set up or declined.
-
-    Raises
-    ------
-    UsageError
-        If neither or both were given.
-    """
+    """Check that TLS was either set up or declined."""
     if credentials is not None and insecure:
         raise UsageError("give --credentials DIR or --insecure, not both")
     if credentials is None and not insecure:
@@ -243,34 +200,8 @@ def require_one_security(credentials: Path | None, insecure: bool) -> None:
         )
 
 
-def check_connection(server: str, credentials: Path | None, insecure: bool) -> None:
-    """Check an address and what is needed to connect to it, without connecting.
-
-    Raises
-    ------
-    UsageError
-        If it is no address, TLS was neither set up nor declined, or plaintext would leave this machine.
-    CredentialsError
-        If the credentials cannot be used.
-    """
-    from fedsea.wire.address import check_server
-
-    require_one_security(credentials, insecure)
-    check_server(server, plaintext=insecure)
-    if credentials is not None:
-        from fedsea.wire.credentials import Credentials as LoadedCredentials
-
-        LoadedCredentials.load(credentials, role="client")
-
-
 def prepare_torch(device: str, threads: int | None) -> None:
-    """Check that the device exists, and set the number of CPU threads (None: torch's own choice).
-
-    Raises
-    ------
-    UsageError
-        If there is no such device here.
-    """
+    """Check that the device exists, and set the number of CPU threads (None: torch's own choice)."""
     import torch
 
     try:
@@ -283,13 +214,7 @@ def prepare_torch(device: str, threads: int | None) -> None:
 
 
 def require_folders(*files: Path | None) -> None:
-    """Check before a long run that there is a folder for each file.
-
-    Raises
-    ------
-    UsageError
-        If there is not.
-    """
+    """Check before a long run that there is a folder for each file."""
     for file in files:
         if file is not None and not file.parent.is_dir():
             raise UsageError(f"there is no folder {file.parent} to write {file.name} into")

@@ -14,6 +14,7 @@ from fedsea.cli.options import AsJson, Credentials, Insecure, Model, prepare_tor
 from fedsea.cli.spread import spread
 from fedsea.errors import UsageError
 from fedsea.flags import ComputeDtype, Device, Flag, Threads
+from fedsea.partition import require_layers
 from fedsea.server.limits import Limits
 from fedsea.text import one_line, printable
 
@@ -40,7 +41,7 @@ def serve(
     as_json: AsJson = False,
 ) -> None:
     """Run the middle blocks of MODEL, for many clients at once, until SIGTERM or Ctrl-C."""
-    from fedsea.checkpoints.names import check_model
+    from fedsea.checkpoints.names import check_model, layer_count
     from fedsea.wire.address import check_listen, require_free
     from fedsea.wire.credentials import Credentials as LoadedCredentials
 
@@ -48,6 +49,8 @@ def serve(
     served = None if layers is None else parse_layers(layers)
     require_free(*check_listen(listen, plaintext=insecure), "--listen")
     check_model(model)
+    if served is not None and (count := layer_count(model)) is not None:
+        require_layers(served, count)
     own = None if credentials is None else LoadedCredentials.load(credentials, role="server")
     # While the weights load there is nothing to end gracefully yet.
     signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(0))

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from fedsea.client.lookup import GUESSES
     from fedsea.client.middle import MICRO_BATCHES
     from fedsea.client.model import SplitModelForCausalLM
-    from fedsea.client.notice import IN_TRAINING, SEE, leak_notice
+    from fedsea.client.notice import IN_TRAINING, LEARNT, SEE, leak_notice
     from fedsea.client.sampling import GREEDY, Sampling
     from fedsea.client.traffic import Traffic
 
@@ -34,7 +34,7 @@ _HOMES = {
     "conversation": ("Conversation",),
     "decode": ("stream_tokens",),
     "dtypes": ("wire_dtype_for",),
-    "notice": ("IN_TRAINING", "SEE", "leak_notice"),
+    "notice": ("IN_TRAINING", "LEARNT", "SEE", "leak_notice"),
     "lookup": ("GUESSES",),
     "middle": ("MICRO_BATCHES",),
     "model": ("SplitModelForCausalLM",),
@@ -45,6 +45,7 @@ __all__ = [
     "GREEDY",
     "GUESSES",
     "IN_TRAINING",
+    "LEARNT",
     "MICRO_BATCHES",
     "SEE",
     "Answer",

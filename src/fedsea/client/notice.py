@@ -9,25 +9,22 @@ WARNING = "FEDSEA_LEAK_WARNING"
 SEE = "see how much"
 """Stands before the command."""
 
+LEARNT = "--task TASK --data PATH"
+"""Stands in the command for what a training learns, which the model does not know."""
+
 IN_TRAINING = "in training the gradients tell the provider what is learnt, and noise on the states does not hide that"
 
 
 def leak_notice(
-    why: str,
-    model: str,
-    layers: tuple[int, int],
-    noise: str = "",
-    *,
-    training: bool = False,
-    learnt: tuple[str, str] = ("TASK", "PATH"),
+    why: str, model: str, layers: tuple[int, int], noise: str = "", *, training: bool = False
 ) -> str | None:
     """The line for a reason (`leak_warning`, `IN_TRAINING`), with the command that audits this configuration.
 
-    None if the user has hidden it. `layers` are input and output layers, `mechanism` the protection as users write it.
+    None if the user has hidden it. `layers` are input and output layers, `noise` the protection as users write it.
     """
     if os.environ.get(WARNING) == "off":
         return None
     words = ["fedsea", "audit", model, "--input-layers", str(layers[0]), "--output-layers", str(layers[1])]
     words += ["--noise", noise] if noise else []
-    words += ["--train-steps", "4", "--task", learnt[0], "--data", learnt[1]] if training else ["--answer-tokens", "32"]
-    return f"{why}; {SEE}: {shlex.join(words)} ({WARNING}=off hides this)"
+    what = f"--train-steps 4 {LEARNT}" if training else "--answer-tokens 32"
+    return f"{why}; {SEE}: {shlex.join(words)} {what} ({WARNING}=off hides this)"

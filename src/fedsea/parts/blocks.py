@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from fedsea.checkpoints.base import Checkpoint
-from fedsea.errors import ModelNotFoundError, PartitionError
-from fedsea.partition import Partition
+from fedsea.errors import ModelNotFoundError
+from fedsea.partition import Partition, require_layers
 from fedsea.parts.cache import RowCache, cache_argument
 from fedsea.parts.family import Family, family_of
 from fedsea.parts.narrow import LinearMap
@@ -203,9 +203,7 @@ class MiddleBlocks(Part):
         cls, checkpoint: Checkpoint, layers: range, *, dtype: torch.dtype, device: torch.device | str = "cpu"
     ) -> Self:
         """Read these layers, and no others, from a checkpoint; a PartitionError if the model does not have them."""
-        count = checkpoint.config.num_hidden_layers
-        if not layers or layers.start < 0 or layers.stop > count:
-            raise PartitionError(f"layers {layers.start}:{layers.stop} are not in the model, which has 0:{count}")
+        require_layers(layers, checkpoint.config.num_hidden_layers)
         return cls(checkpoint.config, layers)._load(checkpoint, dtype=dtype, device=device)
 
     def second_adapter_copy(self) -> "MiddleBlocks":

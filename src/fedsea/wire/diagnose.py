@@ -10,7 +10,7 @@ import socket
 import ssl
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from shlex import quote
 from typing import NoReturn
 
@@ -58,21 +58,32 @@ def explain_unreachable(address: str, credentials: Credentials | None, detail: s
     ServerUnavailableError, which quotes gRPC's `detail` if no cause is found.
     """
     error = _cause(address, credentials, detail)
-    proxy = next((name for name in _PROXIES if os.environ.get(name)), None)
-    if proxy is None or credentials is None or isinstance(error, UsageError) or is_loopback(parse_address(address)[0]):
+    if isinstance(error, UsageError) or (proxy := _proxy(address, credentials)) is None:
         return error
     # What was looked at just now went there directly.
     return type(error)(f"{error} (gRPC goes through the proxy that {proxy} names, unless no_proxy has the host)")
 
 
+def check_reachable(address: str, credentials: Credentials | None) -> None:
+    """Raise what `explain_unreachable` would, if a first look at the server shows it: before a model is loaded.
+
+    A server that is slow, or behind a proxy, is left to the connection itself.
+    """
+    if _proxy(address, credentials) is None:
+        with suppress(OSError):
+            _check(address, credentials)
+
+
+def _proxy(address: str, credentials: Credentials | None) -> str | None:
+    """The variable that names the proxy which gRPC may go through."""
+    if credentials is None or is_loopback(parse_address(address)[0]):
+        return None
+    return next((name for name in _PROXIES if os.environ.get(name)), None)
+
+
 def _cause(address: str, credentials: Credentials | None, detail: str) -> FedSEAError:
     try:
-        host, port = parse_address(address)
-        _connect(host, port).close()
-        if credentials is None:
-            _check_without_tls(host, port)
-        else:
-            _check_with_tls(host, port, credentials)
+        _check(address, credentials)
     except FedSEAError as error:
         return error
     except TimeoutError:
@@ -81,6 +92,15 @@ def _cause(address: str, credentials: Credentials | None, detail: str) -> FedSEA
         detail = detail or str(error)
     reason = f": {' '.join(detail.split())}" if detail.strip() else ""
     return ServerUnavailableError(f"the block server at {address} answers, but the connection failed{reason}")
+
+
+def _check(address: str, credentials: Credentials | None) -> None:
+    host, port = parse_address(address)
+    _connect(host, port).close()
+    if credentials is None:
+        _check_without_tls(host, port)
+    else:
+        _check_with_tls(host, port, credentials)
 
 
 def _connect(host: str, port: int) -> socket.socket:
