@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ from fedsea.cli.old_flags import rewritten
 from fedsea.errors import UsageError
 from fedsea.extras import install_line, require
 from fedsea.federation.settings import Settings
+from fedsea.wire.address import format_address
 from fedsea.wire.credential_files import create_credentials
 from fedsea.wire.credentials import Credentials
 from tests.conftest import RunningServer
@@ -62,7 +64,18 @@ WRONG: list[tuple[Sequence[str], int, str]] = [
             (["--top-p", "0.5"], "top-p matters only where tokens are drawn"),
         )
     ),
-    ([*ONES["generate"], *NEAR, "--prompt-file", "x"], 2, "give either"),
+    *(
+        ([*ONES["generate"], *NEAR, *options], code, says)
+        for options, code, says in (
+            (["--prompt-file", "x"], 2, "give either"),
+            (["--prompt", "  "], 2, "the prompt is empty"),
+            (["--input-layers", "6"], 1, "more than the model's 6"),
+            (["--credentials", "x"], 2, "not both"),
+            (["--temperature", "-1"], 2, "temperature"),
+            (["--top-k", "5"], 2, "temperature above 0"),
+        )
+    ),
+    (["generate", "random:tiny", *NEAR], 2, "give either"),
     (["generate", "random:tiny", *NEAR, "--prompt-file", "no-file"], 2, "cannot read no-file"),
     ([*ONES["chat"], *NEAR, "--conversation", "BROKEN"], 2, "line 1: broken JSON"),
     (["finetune", "random:tiny", *NEAR, "--task", "squad", "--data", "DATA"], 2, "there is no task 'squad'"),
@@ -86,6 +99,12 @@ WRONG: list[tuple[Sequence[str], int, str]] = [
         "cannot read nowhere.txt",
     ),
     ([*SERVE, "no-such-model"], 1, "no model 'no-such-model'"),
+    ([*SERVE, "random:tiny", "--layers", "3"], 2, "LO:HI"),
+    ([*SERVE, "random:tiny", "--layers", "5:3"], 2, "LO:HI"),
+    ([*SERVE, "random:tiny", "--credentials", "x"], 2, "not both"),
+    (["serve", "random:tiny"], 2, "--credentials DIR"),
+    (["serve", "random:tiny", "--insecure", "--listen", "7070"], 2, "HOST:PORT"),
+    (["serve", "no-such-model", "--insecure", "--listen", "TAKEN"], 2, "is taken"),
     (["serve", "random:tiny", "--insecure", "--listen", "0.0.0.0:0"], 2, "listens on loopback addresses only"),
     ([*SERVE, "random:tiny", "--layers", "2:99"], 1, "layers 2:99 are not in the model, which has 0:6"),
     ([*SERVE, "FOLDER", "--layers", "2:99"], 1, "layers 2:99 are not in the model, which has 0:7"),
@@ -104,14 +123,17 @@ def outcomes(commands: Sequence[Sequence[str]], folder: Path, absent: Sequence[s
     (folder / "model").mkdir(exist_ok=True)
     (folder / "model" / "config.json").write_text('{"num_hidden_layers": 7}')
     files = {"DATA": "data.jsonl", "BROKEN": "broken.jsonl", "TRAINING": "training", "FOLDER": "model"}
-    typed = [[str(folder / files[word]) if word in files else word for word in command] for command in commands]
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, json.dumps([absent, typed])],
-        capture_output=True,
-        text=True,
-        check=True,
-        env=os.environ | {"FEDSEA_CACHE": str(folder)},
-    )
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        words = {word: str(folder / name) for word, name in files.items()}
+        words["TAKEN"] = format_address(*taken.getsockname())
+        typed = [[words.get(word, word) for word in command] for command in commands]
+        done = subprocess.run(
+            [sys.executable, "-c", SCRIPT, json.dumps([absent, typed])],
+            capture_output=True,
+            text=True,
+            check=True,
+            env=os.environ | {"FEDSEA_CACHE": str(folder)},
+        )
     return [(code, told) for code, told in map(json.loads, done.stdout.splitlines())]
 
 
