@@ -24,7 +24,6 @@ from fedsea.federation import ParticipantOptions
 from fedsea.federation.arrays import from_record
 from fedsea.federation.coordinator import replies
 from fedsea.federation.flower import client_app, server_app
-from fedsea.federation.flower.server_app import adapter_shapes
 from fedsea.federation.owner.data import Texts
 from fedsea.federation.owner.participant import Participant
 from fedsea.federation.owner.private_adapter import PrivateAdapter, read_private_adapter
@@ -396,7 +395,7 @@ def test_the_adapter_begins_as_every_part_would_begin_it(server: RunningServer, 
     given = config(server.address, data, tmp_path / "out")
     reference = Reference(server, given)
     cfg = open_checkpoint("random:tiny").config
-    shapes = adapter_shapes(reference.spec, cfg)
+    shapes = reference.spec.shapes_in(cfg, range(6))
     weights = server_app.first_adapter(reference.settings, reference.spec, cfg, shapes)
     assert_same(weights, reference.first, atol=0)
 

@@ -11,7 +11,6 @@ from fedsea import SplitModelForCausalLM
 from fedsea.checkpoints import open_checkpoint
 from fedsea.federation import BlockServerAdmin, ParticipantOptions, Settings
 from fedsea.federation.arrays import Arrays
-from fedsea.federation.flower.server_app import adapter_shapes
 from fedsea.federation.owner.participant import Participant
 from fedsea.federation.recipe import lora_config
 from fedsea.partition import layer_of
@@ -33,9 +32,8 @@ def options(data: object, name: str = "ann", **more: Any) -> ParticipantOptions:
 def weights(seed: int = 0) -> Arrays:
     """A whole adapter whose parts all do something."""
     draw = np.random.default_rng(seed)
-    return {
-        name: (draw.normal(size=shape) / 10).astype(np.float32) for name, shape in adapter_shapes(SPEC, CONFIG).items()
-    }
+    shapes = SPEC.shapes_in(CONFIG, range(6))
+    return {name: (draw.normal(size=shape) / 10).astype(np.float32) for name, shape in shapes.items()}
 
 
 def tensors(arrays: Arrays) -> dict[str, Tensor]:

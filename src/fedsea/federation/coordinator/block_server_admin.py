@@ -37,6 +37,12 @@ class BlockServerAdmin:
     dial
         `HOST:PORT` to connect to, where the coordinator reaches the server otherwise than its clients do; empty for
         `address`.
+
+    Raises
+    ------
+    FedSEAError
+        What the server refuses, or that it does not answer: every method. ProtocolError if it does not have a round
+        (any more), or answers with anything else than it should.
     """
 
     def __init__(
@@ -69,16 +75,8 @@ class BlockServerAdmin:
     def open_round(self, plan: RoundPlan, weights: Mapping[str, Tensor]) -> None:
         """Open a round; one of the same label is given up.
 
-        Parameters
-        ----------
-        weights
-            The adapter at the start, by whole-model names, float32; the server is sent those of its layers. What is
-            missing starts as the plan's adapter says.
-
-        Raises
-        ------
-        FedSEAError
-            What the server refuses, or that it does not answer.
+        `weights` is the adapter at the start, by whole-model names, float32; the server is sent those of its layers.
+        What is missing starts as the plan's adapter says.
         """
 
         def work(call: "_Call") -> None:
@@ -93,37 +91,15 @@ class BlockServerAdmin:
         self._do(work)
 
     def status(self, label: str) -> RoundStatus:
-        """How a round stands.
-
-        Raises
-        ------
-        ProtocolError
-            If the server does not have it (any more).
-        """
+        """How a round stands."""
         return self._do(lambda call: RoundStatus.from_body(call.command({"do": "status", "label": label})))
 
     def aggregate(self, label: str, weights: Mapping[str, float]) -> dict[str, Tensor]:
-        """Take the average of the named clients' middle layers, and close the round.
+        """Take the average of the named clients' middle layers, weighted (above 0), and close the round.
 
-        Parameters
-        ----------
-        weights
-            Of each client in the average, above 0.
-
-        Returns
-        -------
-        dict
-            By whole-model names, float32: each layer averaged over those of the clients whose middle has it.
-
-        Raises
-        ------
-        NonFiniteError
-            If some clients' weights are not finite; it names them, and the round is still there.
-        ProtocolError
-            If a client has no run in the round, the server does not have the round (any more), or it sends anything
-            else than weights of the round that was opened here.
+        By whole-model names, float32: each layer averaged over those of the clients whose middle has it.
+        NonFiniteError names clients whose weights are not finite; the round is still there.
         """
-
         shapes = self._shapes.get(label, {})
 
         def work(call: "_Call") -> dict[str, Tensor]:
@@ -139,12 +115,8 @@ class BlockServerAdmin:
 
     def close_round(self, label: str) -> None:
         """Give a round up, if it is there; its clients' runs end."""
-
-        def work(call: "_Call") -> None:
-            call.command({"do": "close", "label": label})
-
         self._shapes.pop(label, None)
-        self._do(work)
+        self._do(lambda call: call.command({"do": "close", "label": label}))
 
     def _do(self, work: "Callable[[_Call], T]") -> T:
         connection = self._endpoint.stream(self.traffic, contract.COORDINATE_PATH)

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from fedsea.errors import FedSEAError, NonFiniteError, ProtocolError, ServerUnavailableError
-from fedsea.federation.arrays import Arrays
+from fedsea.federation.arrays import Arrays, Shapes
 from fedsea.federation.coordinator.block_server_admin import BlockServerAdmin
 from fedsea.federation.coordinator.members import Member
+from fedsea.federation.settings import Settings
 from fedsea.flags import Strategy
 from fedsea.partition import layer_of
 from fedsea.parts.adapters import AdapterSpec
@@ -24,71 +25,62 @@ from fedsea.wire.rounds import MemberStatus, RoundPlan, Seat, Ticket, new_seat
 from fedsea.wire.runs import OptimizerStep
 
 RETRY_SECONDS, RETRIES = 1.0, 3
-ServersFor = Callable[[range], list[str]]  # addresses of the servers that hold these layers
-
-
-@dataclass(frozen=True)
-class RoundTerms:
-    """What all rounds of a federation have in common; the last four are those of `RoundPlan`.
-
-    `shapes` are of the whole adapter's weights, by name.
-    """
-
-    adapter: AdapterSpec
-    num_layers: int
-    shapes: Mapping[str, tuple[int, ...]]
-    join_seconds: float
-    straggler_seconds: float
-    step: OptimizerStep | None = None
-    max_norm: float | None = None
-
-    def middle_of(self, member: Member) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of a client's middle weights: those that its block server trains."""
-        middle = member.partition.middle(self.num_layers)
-        return {name: shape for name, shape in self.shapes.items() if layer_of(name) in middle}
-
-    def local_of(self, member: Member) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of the weights that a client trains itself."""
-        middle = self.middle_of(member)
-        return {name: shape for name, shape in self.shapes.items() if name not in middle}
-
-    def plan(self, label: str, strategy: Strategy, seats: Sequence[Seat]) -> RoundPlan:
-        """One round at one block server."""
-        seconds = self.join_seconds, self.straggler_seconds
-        return RoundPlan(label, strategy, self.adapter, tuple(seats), *seconds, self.step, self.max_norm)
 
 
 @dataclass
 class Seats:
-    """Seats at block servers; `BlockServers.open` makes them.
-
-    By client: its block server, the ticket for its seat, and why its block server cannot serve it.
-    """
+    """The tickets of clients that have a seat at a block server, and why others have none or do not count any more."""
 
     label: str
-    server_of: dict[str, BlockServerAdmin]
-    tickets: dict[str, Ticket]
+    tickets: dict[str, Ticket] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
+    over: bool = False  # its rounds are closed
 
-    def of(self, admin: BlockServerAdmin) -> list[str]:
-        """The clients at a block server."""
-        return [name for name, its in self.server_of.items() if its is admin]
-
-    @property
-    def admins(self) -> list[BlockServerAdmin]:
-        """The block servers that take part."""
-        return list({id(admin): admin for admin in self.server_of.values()}.values())
+    def by_server(self) -> dict[str, list[str]]:
+        """The clients that have a seat, by the address of their block server."""
+        found: dict[str, list[str]] = {}
+        for ticket in self.tickets.values():
+            found.setdefault(ticket.server, []).append(ticket.client)
+        return found
 
 
 class BlockServers:
-    """All block servers of a federation; `notice` gets one line of what goes wrong with one."""
+    """The federation's block servers; `notice` gets one line about what goes wrong at one of them.
 
-    def __init__(self, admins: Sequence[BlockServerAdmin], terms: RoundTerms, notice: Callable[[str], None]) -> None:
-        self.admins, self.terms, self._notice = list(admins), terms, notice
+    `shapes` are of the whole adapter's weights, by name; `num_layers` the model's.
+    """
 
-    def open(
-        self, label: str, strategy: Strategy, members: Sequence[Member], weights: Arrays, servers_for: ServersFor
-    ) -> Seats:
+    def __init__(
+        self,
+        admins: Sequence[BlockServerAdmin],
+        adapter: AdapterSpec,
+        shapes: Shapes,
+        num_layers: int,
+        settings: Settings,
+        notice: Callable[[str], None],
+    ) -> None:
+        self._admins = {admin.address: admin for admin in admins}
+        self.described = {address: admin.describe() for address, admin in self._admins.items()}
+        self._adapter, self._shapes, self._num_layers = adapter, shapes, num_layers
+        self._settings, self._notice = settings, notice
+        self._step = OptimizerStep("adamw", settings.local_steps, 1.0, settings.lr, settings.weight_decay)
+
+    def holding(self, middle: range) -> list[str]:
+        """Addresses of the servers that hold these layers."""
+        held = {address: described.layers for address, described in self.described.items()}
+        return [address for address, its in held.items() if its.start <= middle.start and middle.stop <= its.stop]
+
+    def middle_of(self, member: Member) -> Shapes:
+        """Names and shapes of a client's middle weights: those that its block server trains."""
+        middle = member.partition.middle(self._num_layers)
+        return {name: shape for name, shape in self._shapes.items() if layer_of(name) in middle}
+
+    def local_of(self, member: Member) -> Shapes:
+        """Names and shapes of the weights that a client trains itself."""
+        middle = self.middle_of(member)
+        return {name: shape for name, shape in self._shapes.items() if name not in middle}
+
+    def open(self, label: str, strategy: Strategy, members: Sequence[Member], weights: Arrays) -> Seats:
         """Open a round of this label at as many block servers as there are for the members.
 
         A server that does not answer is left out; if none does, they are tried again until `join_seconds` are over.
@@ -101,12 +93,15 @@ class BlockServers:
             What a block server refuses.
         """
         tensors = {name: torch.from_numpy(array.copy()) for name, array in weights.items()}
-        end = time.monotonic() + self.terms.join_seconds
+        end = time.monotonic() + self._settings.join_seconds
         while True:
-            seats, down = self._try(label, strategy, members, tensors, servers_for)
+            down: dict[str, str] = {}
+            # From the beginning whenever a server turns out to be down: the others' rounds get its clients as well.
+            while (seats := self._try(label, strategy, members, tensors, down)) is None:
+                pass
             for why in down.values():
                 self._notice(why)
-            if seats.server_of or not members:
+            if seats.tickets or not members:
                 return seats
             if time.monotonic() >= end:
                 raise ServerUnavailableError(next(iter(down.values()), "no block server serves these clients"))
@@ -118,66 +113,57 @@ class BlockServers:
         strategy: Strategy,
         members: Sequence[Member],
         tensors: Mapping[str, Tensor],
-        servers_for: ServersFor,
-    ) -> tuple[Seats, dict[str, str]]:
-        """Open a round at the servers that answer; those that do not, and why."""
-        down: dict[str, str] = {}
-        while True:
-            # From the beginning whenever a server turns out to be down: the others' rounds get its clients as well.
-            seats, before = Seats(label, {}, {}), len(down)
-            groups, lost = self._assign(members, down, servers_for)
-            seats.failed |= {name: f"no block server is there for it: {why}" for name, why in lost.items()}
-            for admin, group in groups:
-                its = [new_seat(admin.address, label, member.name, float(member.examples)) for member in group]
-                try:
-                    admin.open_round(self.terms.plan(label, strategy, [seat for seat, _ in its]), tensors)
-                except ServerUnavailableError as error:
-                    down[admin.address] = str(error)
-                    continue
-                seats.tickets |= {ticket.client: ticket for _, ticket in its}
-                seats.server_of |= {ticket.client: admin for _, ticket in its}
-            if len(down) == before:
-                return seats, down
-
-    def _assign(
-        self, members: Sequence[Member], down: Mapping[str, str], servers_for: ServersFor
-    ) -> tuple[list[tuple[BlockServerAdmin, list[Member]]], dict[str, str]]:
-        """Each member to the server of the fewest that holds its middle; those for whom there is none, and why."""
-        by_address = {admin.address: admin for admin in self.admins}
+        down: dict[str, str],
+    ) -> Seats | None:
+        """Seats at the servers that are not down; None if a further one is, which is then put there with the reason."""
+        seats = Seats(label)
         groups: dict[str, list[Member]] = {}
-        lost = {}
         for member in members:
-            able = servers_for(member.partition.middle(self.terms.num_layers))
-            up = [address for address in able if address not in down]
-            if up:
+            able = self.holding(member.partition.middle(self._num_layers))
+            if up := [address for address in able if address not in down]:
                 chosen = min(up, key=lambda address: len(groups.get(address, ())))
                 groups.setdefault(chosen, []).append(member)
             else:
-                lost[member.name] = next((down[address] for address in able if address in down), "none has its layers")
-        return [(by_address[address], group) for address, group in groups.items()], lost
+                why = next((down[address] for address in able), "none has its layers")
+                seats.failed[member.name] = f"no block server is there for it: {why}"
+        for address, group in groups.items():
+            its = [new_seat(address, label, member.name, float(member.examples)) for member in group]
+            try:
+                self._admins[address].open_round(self._plan(label, strategy, [seat for seat, _ in its]), tensors)
+            except ServerUnavailableError as error:
+                down[address] = str(error)
+                return None
+            seats.tickets |= {ticket.client: ticket for _, ticket in its}
+        return seats
+
+    def _plan(self, label: str, strategy: Strategy, seats: Sequence[Seat]) -> RoundPlan:
+        settings = self._settings
+        seconds, most = (settings.join_seconds, settings.straggler_seconds), settings.max_norm or None
+        return RoundPlan(label, strategy, self._adapter, tuple(seats), *seconds, self._step, most)
 
     def status(self, seats: Seats) -> dict[str, MemberStatus]:
         """How the clients stand, as far as their block servers answer."""
         found: dict[str, MemberStatus] = {}
-        for admin in seats.admins:
+        for address in seats.by_server():
             try:
-                found |= {member.client: member for member in admin.status(seats.label).members}
+                found |= {member.client: member for member in self._admins[address].status(seats.label).members}
             except FedSEAError:
                 continue  # it is noticed when the average is asked for
         return found
 
     def average(
-        self, seats: Seats, members: Mapping[str, Member], examples: Mapping[str, float], mean: WeightedMean
+        self, seats: Seats, members: Sequence[Member], examples: Mapping[str, float], mean: WeightedMean
     ) -> None:
         """Add the average of clients' middle layers at each block server to `mean`; their rounds are over then.
 
         `examples` is the weight of each client that counts. Clients whose part cannot be had are put into
         `seats.failed`.
         """
-        for admin in seats.admins:
-            counted = {name: examples[name] for name in seats.of(admin) if name in examples}
+        middles = {member.name: self.middle_of(member) for member in members}
+        for address, names in seats.by_server().items():
+            counted = {name: examples[name] for name in names if name in examples}
             try:
-                found = self._average(admin, seats, counted)
+                found = self._average(self._admins[address], seats, counted)
             except FedSEAError as error:
                 why = f"its block server failed: {error.code}: {error}"
                 seats.failed |= {name: why for name in counted if name not in seats.failed}
@@ -185,7 +171,7 @@ class BlockServers:
             counted = {name: weight for name, weight in counted.items() if name not in seats.failed}
             shares: dict[str, float] = {}
             for client, weight in counted.items():
-                for name in self.terms.middle_of(members[client]):
+                for name in middles[client]:
                     shares[name] = shares.get(name, 0.0) + weight
             wrong = next((name for name in shares if not self._fits(name, found.get(name))), None)
             if wrong is not None:
@@ -193,16 +179,17 @@ class BlockServers:
                 continue
             for name, weight in shares.items():
                 mean.add(name, found[name], weight)
+        seats.over = True
 
     def _fits(self, name: str, value: Tensor | None) -> bool:
         return (
             value is not None
-            and tuple(value.shape) == tuple(self.terms.shapes[name])
+            and tuple(value.shape) == tuple(self._shapes[name])
             and value.dtype is torch.float32
             and bool(torch.isfinite(value).all())
         )
 
-    def _average(self, admin: BlockServerAdmin, seats: Seats, counted: dict[str, float]) -> dict[str, Tensor]:
+    def _average(self, admin: BlockServerAdmin, seats: Seats, counted: Mapping[str, float]) -> dict[str, Tensor]:
         """One server's average over those of its clients whose middle can be used; the others are failed."""
         states = {member.client: member.state for member in admin.status(seats.label).members} if counted else {}
         for name in counted:
@@ -220,9 +207,10 @@ class BlockServers:
         return {}
 
     def close(self, seats: Seats) -> None:
-        """Give the round up at all its block servers."""
-        for admin in seats.admins:
-            self._close_at(admin, seats.label)
+        """Give the round up at all its block servers, unless it is over."""
+        if not seats.over:
+            for address in seats.by_server():
+                self._close_at(self._admins[address], seats.label)
 
     def _close_at(self, admin: BlockServerAdmin, label: str) -> None:
         """Give a round up; a server that does not answer gives it up itself after a while."""

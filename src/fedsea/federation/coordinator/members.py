@@ -6,16 +6,17 @@ sampled. It has a question pending all the time, so it is back as soon as it ans
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from dataclasses import dataclass, replace
+from typing import Any
 
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from fedsea.checkpoints import Fingerprint
-from fedsea.errors import FedSEAError, ProtocolError, UsageError
-from fedsea.federation.coordinator.replies import MAX_COUNT, error_text, one_line
+from fedsea.errors import FedSEAError, UsageError
+from fedsea.federation.coordinator.replies import MAX_COUNT, failure, one_line
 from fedsea.federation.flower.grid import pull, push
+from fedsea.federation.settings import Settings
 from fedsea.fields import Fields
 from fedsea.files import parse_json
 from fedsea.partition import Partition
@@ -63,29 +64,28 @@ class Member:
 class Requirements:
     """What members must have in common.
 
-    `served` are the layers of each block server. `fingerprint` is of the model as far as it is known: from the
-    configuration, the block servers, and the clients so far; `task` and `schema` are empty until the first client is
-    there. `registered` has the client's name by Flower's node where the SuperLink knows them. A client with more
-    examples than `max_examples` counts as one with as many.
+    `servers_for` gives the block servers that hold some layers. `fingerprint` is of the model as far as it is known:
+    from the configuration, the block servers, and the clients so far; `task` and `schema` are empty until the first
+    client is there.
     """
 
-    federation: str
+    settings: Settings
     num_layers: int
-    served: Mapping[str, range]
+    servers_for: Callable[[range], list[str]]
     fingerprint: Fingerprint
-    lora: Mapping[str, Any]
     task: str = ""
     schema: str = ""
-    registered: Mapping[int, str] = field(default_factory=dict)
-    max_examples: int = 1_000_000
+
+    def __post_init__(self) -> None:
+        self.registered = self.settings.registered  # the client's name by Flower's node, where the SuperLink knows them
+        self.lora = self.settings.lora()
 
     def refusal(self, member: Member) -> str | None:
         """Why a client cannot take part, in words; None if it can."""
         if self.registered and self.registered.get(member.node) != member.name:
             return f"it says that it is {member.name}, and is not registered under this name"
-        different = self.fingerprint.mismatches(member.fingerprint)
-        if different:
-            return f"it has another model: {', '.join(different[:3])} differ{'s' if len(different) == 1 else ''}"
+        if different := self.difference(member.fingerprint):
+            return f"it has another model: {different}"
         if (self.task and member.task != self.task) or (self.schema and member.schema != self.schema):
             other = "another version of it" if member.task == self.task else member.task
             return f"the federation learns the task {self.task}, it has {other}"
@@ -93,7 +93,7 @@ class Requirements:
             if self.lora.get(name) != wanted:
                 return f"it insists on an adapter with {name}={wanted!r}; the federation trains {self.lora.get(name)!r}"
         try:
-            run_name(f"{self.federation}.00000.t000", member.name)
+            run_name(f"{self.settings.name}.00000.t000", member.name)
             middle = member.partition.middle(self.num_layers)
         except FedSEAError as error:
             return str(error)
@@ -103,53 +103,57 @@ class Requirements:
             return f"no block server holds its middle blocks, layers {middle.start} to {middle.stop - 1}"
         return None
 
-    def servers_for(self, middle: range) -> list[str]:
-        """The block servers that hold these layers."""
-        return [
-            address for address, held in self.served.items() if held.start <= middle.start and middle.stop <= held.stop
-        ]
+    def difference(self, fingerprint: Fingerprint) -> str:
+        """Where a model is another one, in words; empty if it is not."""
+        different = self.fingerprint.mismatches(fingerprint)
+        return f"{', '.join(different[:3])} differ{'s' if len(different) == 1 else ''}" if different else ""
+
+    def learn_model(self, fingerprint: Fingerprint) -> None:
+        """From a block server or a client: what is not known of the model yet."""
+        self.fingerprint = Fingerprint(self.fingerprint.config, {**fingerprint.groups, **self.fingerprint.groups})
 
     def learn(self, member: Member) -> None:
         """From a client that is admitted: what is not known yet."""
-        groups = {**member.fingerprint.groups, **self.fingerprint.groups}
-        self.fingerprint = Fingerprint(self.fingerprint.config, groups)
+        self.learn_model(member.fingerprint)
         self.task, self.schema = self.task or member.task, self.schema or member.schema
 
 
 class Directory:
     """The federation's clients: `members` by Flower's node; `refused` as (name, reason) by node.
 
-    A node whose name is not known is called by its number. `notice` gets one line of each refusal.
+    For Flower's strategies, which sample from what `get_node_ids` gives, it is a grid without absent nodes. A node
+    whose name is not known is called by its number. `notice` gets one line of each refusal.
     """
 
-    def __init__(self, requirements: Requirements, notice: Callable[[str], None]) -> None:
-        self.requirements = requirements
+    def __init__(self, grid: Grid, requirements: Requirements, notice: Callable[[str], None]) -> None:
+        self._grid, self._requirements, self._notice = grid, requirements, notice
         self.members: dict[int, Member] = {}
         self.refused: dict[int, tuple[str, str]] = {}
         self._silent: set[int] = set()
         self._asked: dict[str, int] = {}  # nodes by the id of the question that they have not answered
-        self._notice = notice
 
-    def available(self, grid: Grid) -> Grid:
-        """As much of a grid as Flower's strategies sample from, without absent nodes."""
-        return cast(Grid, _Available(grid, self))
+    def get_node_ids(self) -> list[int]:
+        """Nodes that may be sampled; Flower polls this while it waits for nodes."""
+        self.update()
+        absent = self.absent()
+        return [node for node in self._grid.get_node_ids() if node not in absent]
 
     def absent(self) -> set[int]:
         """Nodes that are not to be sampled."""
         return self.refused.keys() | self._silent
 
-    def missed(self, grid: Grid, node: int) -> None:
+    def missed(self, node: int) -> None:
         """A member did not answer in time: it is not waited for again until it answers a question."""
         self._silent.add(node)
-        self._ask(grid, [node])
+        self._ask([node])
 
     def forget(self, node: int) -> None:
         """Ask a member anew before its next round: it is not what it was."""
         self.members.pop(node, None)
 
-    def update(self, grid: Grid) -> None:
+    def update(self) -> None:
         """Take the answers that have come, without waiting; nodes that have left are forgotten."""
-        there = set(grid.get_node_ids())
+        there = set(self._grid.get_node_ids())
         for node in (self.members.keys() | self.absent()) - there:
             self.members.pop(node, None)
             self.refused.pop(node, None)
@@ -159,27 +163,27 @@ class Directory:
         for node, (name, reason) in list(self.refused.items()):
             if reason == NAME_TAKEN and name not in held:  # the other has left: it was this client, restarted
                 del self.refused[node]
-        self._take_answers(grid)
-        self._ask(grid, self.absent())
+        self._take_answers()
+        self._ask(self.absent())
 
-    def admit(self, grid: Grid, nodes: Iterable[int], seconds: float) -> list[Member]:
+    def admit(self, nodes: Iterable[int], seconds: float) -> list[Member]:
         """Members among some nodes, by name; those that are not known are asked, and have `seconds` to answer."""
         wanted = list(nodes)
         unknown = {node for node in wanted if node not in self.members and node not in self.absent()}
-        self._ask(grid, unknown)
+        self._ask(unknown)
         end = time.monotonic() + seconds
         while (waiting := unknown & set(self._asked.values())) and time.monotonic() < end:
-            self._take_answers(grid)
+            self._take_answers()
             if waiting == unknown & set(self._asked.values()):
                 time.sleep(POLL_SECONDS)
         self._give_up(waiting)
         found = [self.members[node] for node in wanted if node in self.members and node not in self._silent]
         return sorted(found, key=lambda member: member.name)
 
-    def ask_all(self, grid: Grid) -> int:
+    def ask_all(self) -> int:
         """Ask the nodes that are not known, without waiting; returns how many have not answered yet."""
-        unknown = set(grid.get_node_ids()) - self.members.keys() - self.absent()
-        self._ask(grid, unknown)
+        unknown = set(self._grid.get_node_ids()) - self.members.keys() - self.absent()
+        self._ask(unknown)
         return len(unknown)
 
     def give_up_asking(self) -> None:
@@ -191,16 +195,16 @@ class Directory:
             self._notice(f"node {node} does not answer; it takes part once it does")
             self._silent.add(node)
 
-    def _ask(self, grid: Grid, nodes: Iterable[int]) -> None:
+    def _ask(self, nodes: Iterable[int]) -> None:
         """Ask those of the nodes that have no question pending."""
-        content = {"config": ConfigRecord({"federation": self.requirements.federation})}
+        content = {"config": ConfigRecord({"federation": self._requirements.settings.name})}
         fresh = sorted(set(nodes) - set(self._asked.values()))
         messages = [Message(RecordDict(dict(content)), node, MessageType.QUERY) for node in fresh]
         if messages:
-            self._asked |= push(grid, messages)
+            self._asked |= push(self._grid, messages)
 
-    def _take_answers(self, grid: Grid) -> None:
-        answers = pull(grid, list(self._asked))
+    def _take_answers(self) -> None:
+        answers = pull(self._grid, list(self._asked))
         # By node, so that of two nodes with one name the same one is admitted whatever the order of the answers.
         for question, reply in sorted(answers, key=lambda answer: self._asked.get(answer[0], 0)):
             node = self._asked.pop(question)
@@ -209,12 +213,12 @@ class Directory:
 
     def _judge(self, node: int, reply: Message | None) -> None:
         self.members.pop(node, None)
-        name = known = self.requirements.registered.get(node, f"node {node}")
+        name = known = self._requirements.registered.get(node, f"node {node}")
         try:
             member = Member.from_body(node, parse_json(_description(reply)))
-            name = member.name if NAME.fullmatch(member.name) and not self.requirements.registered else known
+            name = member.name if NAME.fullmatch(member.name) and not self._requirements.registered else known
             others = (other.name for other in self.members.values() if other.node not in self._silent)
-            reason = NAME_TAKEN if name in others else self.requirements.refusal(member)
+            reason = NAME_TAKEN if name in others else self._requirements.refusal(member)
         except FedSEAError as error:
             reason = str(error)
         except Exception:  # of one client: the others are judged by what they say
@@ -229,30 +233,16 @@ class Directory:
 
     def _admit(self, node: int, name: str, member: Member) -> None:
         self.refused.pop(node, None)
-        most = self.requirements.max_examples
+        most = self._requirements.settings.max_examples
         if member.examples > most:
             self._notice(f"client {name} says that it has {member.examples} examples; it counts as much as {most}")
             member = replace(member, examples=most)
         self.members[node] = member
-        self.requirements.learn(member)
+        self._requirements.learn(member)
 
 
-@dataclass
-class _Available:
-    grid: Grid
-    directory: Directory
-
-    def get_node_ids(self) -> list[int]:
-        """Nodes that may be sampled; Flower polls this while it waits for nodes."""
-        self.directory.update(self.grid)
-        absent = self.directory.absent()
-        return [node for node in self.grid.get_node_ids() if node not in absent]
-
-
-def _description(reply: Message | None) -> str:
-    if reply is None:
-        raise ProtocolError("its answer cannot be read")
-    if reply.has_error():
-        raise UsageError(error_text(reply))
+def _description(reply: Any) -> str:
+    if why := failure(reply):
+        raise UsageError(why)
     (record,) = reply.content.config_records.values()
     return str(record.get(DESCRIPTION))

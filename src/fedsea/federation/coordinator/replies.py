@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from flwr.app import Message
 
@@ -32,25 +33,25 @@ class Reply:
 
 
 def read_reply(message: Message | None, shapes: Shapes | None) -> Reply | str:
-    """Check and read a client's reply, whatever it is; a text says why it does not count.
+    """Check and read a client's reply, no matter what it is; a text says why it does not count.
 
-    Parameters
-    ----------
-    message
-        None for one that Flower could not read.
-    shapes
-        Of the weights that the client trains; None for an evaluation, which brings none.
+    `shapes` are of the weights that the client trains; None for an evaluation, which brings none.
     """
-    if message is None:
-        return "its reply cannot be read"
     try:
-        return _read(message, shapes)
+        return failure(message) or _read(message, shapes)
     except Exception as error:  # of one client: it must not end the round of the others
         return f"its reply cannot be read ({type(error).__name__})"
 
 
-def error_text(message: Message) -> str:
-    """What a client says has gone wrong, or Flower of one that is not there."""
+def failure(message: Message | None) -> str | None:
+    """Why there is no answer: what a client says has gone wrong, or Flower of one that is not there; None if there is.
+
+    The message is None where Flower could not read it.
+    """
+    if message is None:
+        return "its answer cannot be read"
+    if not message.has_error():
+        return None
     if message.error.code == NODE_UNAVAILABLE:
         return "it has left, or its machine is not reached any more"
     return one_line(str(message.error.reason or f"error {message.error.code} without a reason"))
@@ -62,9 +63,7 @@ def one_line(text: str) -> str:
     return text if len(text) <= MAX_REASON else f"{text[:MAX_REASON]}..."
 
 
-def _read(message: Message, shapes: Shapes | None) -> Reply | str:
-    if message.has_error():
-        return error_text(message)
+def _read(message: Any, shapes: Shapes | None) -> Reply | str:
     content = message.content
     if len(content.metric_records) != 1 or len(content.array_records) != (shapes is not None):
         counts = len(content.array_records), len(content.metric_records)

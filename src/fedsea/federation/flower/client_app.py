@@ -5,15 +5,10 @@ and the worker that `fedsea federation join` runs does the work (its socket is n
 FEDSEA_WORKER, or by `worker` in the SuperNode's node configuration). In simulation the participants live in this
 process, their data and models between messages.
 
-Local differential privacy
---------------------------
 With `dp-clip` (in the run configuration, or in the node configuration, which then decides) a client's update is clipped
-to that norm and gets Gaussian noise for `dp-epsilon` and `dp-delta`, in each round anew (`owner/local_dp.py`). What
-it protects is the adapter of the client's input and output blocks, on its way to the coordinator. What it does not
-protect: the middle's adapter, which the block server trains from the hidden states and gradients that it sees in any
-case; the metrics (loss, number of examples); and the sum over many rounds, as the budgets of rounds add up. The noise's
-formula is that of the classical Gaussian mechanism, which holds for an epsilon below 1. There is no secure aggregation
-for this kind of Flower app: the coordinator sees each client's update by itself.
+to that norm and gets Gaussian noise for `dp-epsilon` and `dp-delta`, in each round anew (`owner/local_dp.py`); the
+formula is that of the classical Gaussian mechanism, which holds for an epsilon below 1. docs/federation.md says what
+that protects, and what it does not.
 """
 
 import json
@@ -21,6 +16,7 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
@@ -65,51 +61,52 @@ def protect(message: Message, context: Context, call_next: Callable[[Message, Co
     return reply
 
 
+def answered(work: Callable[[Message, Context], dict[str, Any]]) -> Callable[[Message, Context], Message]:
+    """A handler of Flower's that answers with the records that `work` gives, or with its error."""
+
+    @wraps(work)
+    def handle(message: Message, context: Context) -> Message:
+        try:
+            return Message(RecordDict(work(message, context)), reply_to=message)
+        except Exception as error:
+            return failure(message, error)
+
+    return handle
+
+
 @app.query()
-def query(message: Message, context: Context) -> Message:
+@answered
+def query(message: Message, context: Context) -> dict[str, Any]:
     """Say what this client brings."""
-
-    def describe() -> RecordDict:
-        return RecordDict({"config": ConfigRecord({"description": json.dumps(worker_of(context).describe())})})
-
-    return _answer(message, describe)
+    return {"config": ConfigRecord({"description": json.dumps(worker_of(context).describe())})}
 
 
 @app.train(mods=[protect])
-def train(message: Message, context: Context) -> Message:
+@answered
+def train(message: Message, context: Context) -> dict[str, Any]:
     """Take part in a round of training."""
-
-    def work() -> RecordDict:
-        body, weights = _read(message)
-        state = context.state.config_records.get(STATE, ConfigRecord())
-        if NEXT_BATCH in state:
-            body["first-batch"] = state[NEXT_BATCH]
-        metrics, trained = worker_of(context).train(body, weights)
-        context.state[STATE] = ConfigRecord({NEXT_BATCH: metrics.pop(NEXT_BATCH)})
-        return RecordDict({"arrays": to_record(trained), "metrics": MetricRecord(metrics)})
-
-    return _answer(message, work)
+    body, weights = _read(message)
+    state = context.state.config_records.get(STATE, ConfigRecord())
+    if NEXT_BATCH in state:
+        body["first-batch"] = state[NEXT_BATCH]
+    metrics, trained = worker_of(context).train(body, weights)
+    context.state[STATE] = ConfigRecord({NEXT_BATCH: metrics.pop(NEXT_BATCH)})
+    return {"arrays": to_record(trained), "metrics": MetricRecord(metrics)}
 
 
 @app.evaluate()
-def evaluate(message: Message, context: Context) -> Message:
+@answered
+def evaluate(message: Message, context: Context) -> dict[str, Any]:
     """Evaluate the global adapter on this client's validation split."""
-
-    def work() -> RecordDict:
-        return RecordDict({"metrics": MetricRecord(worker_of(context).evaluate(*_read(message)))})
-
-    return _answer(message, work)
+    return {"metrics": MetricRecord(worker_of(context).evaluate(*_read(message)))}
 
 
 @app.query(FINISH)
-def finish(message: Message, context: Context) -> Message:
+@answered
+def finish(message: Message, context: Context) -> dict[str, Any]:
     """The federation is over: keep its adapter."""
-
-    def keep() -> RecordDict:
-        worker_of(context).finish(*_read(message))
-        return RecordDict({"config": ConfigRecord({"kept": True})})
-
-    return _answer(message, keep)
+    worker_of(context).finish(*_read(message))
+    return {"config": ConfigRecord({"kept": True})}
 
 
 def _read(message: Message) -> tuple[dict[str, Any], Arrays]:
@@ -125,13 +122,6 @@ def _read(message: Message) -> tuple[dict[str, Any], Arrays]:
     if not isinstance(own, dict):
         raise ProtocolError("a round's message cannot be read")
     return {**config, **own}, weights
-
-
-def _answer(message: Message, work: Callable[[], RecordDict]) -> Message:
-    try:
-        return Message(work(), reply_to=message)
-    except Exception as error:
-        return failure(message, error)
 
 
 def failure(message: Message, error: Exception) -> Message:

@@ -65,8 +65,9 @@ class Gate:
 
         key = await run_in_threadpool(signer, scope)
         most, seconds = (KNOWN_BYTES, KNOWN_SECONDS) if key else (UNKNOWN_BYTES, UNKNOWN_SECONDS)
+        too_long = f"a request has at most {most} bytes"
         if declared(scope) > most:
-            await refuse_body(scope, receive, send, most)
+            await refuse(scope, send, 413, too_long, receive)
             return
         turn = self._turns.setdefault(key, asyncio.Semaphore(BODIES_AT_ONCE)) if key else contextlib.nullcontext()
         async with turn:
@@ -78,7 +79,7 @@ class Gate:
             if body is None:
                 return  # it has left
             if len(body) > most:
-                await refuse_body(scope, receive, send, most)
+                await refuse(scope, send, 413, too_long, receive)
                 return
             await self.app(scope, partial(_again, [body], receive), send)
 
@@ -96,36 +97,27 @@ class OwnProcessesOnly:
             await refuse(scope, send, 403, "only processes of the user that runs this are answered")
 
 
-async def refuse(scope: Scope, send: Any, status: int, why: str) -> None:
-    """Answer a request with a status and one line, and end its connection: what else it sends is not read."""
-    log_refusal(scope, status)
-    if scope["type"] == "http":
-        await send({"type": "http.response.start", "status": status, "headers": list(CLOSING)})
-        await send({"type": "http.response.body", "body": why.encode()})
-    else:
-        await send({"type": "websocket.close", "code": 1008})
+async def refuse(scope: Scope, send: Any, status: int, why: str, receive: Any = None) -> None:
+    """Answer a request with a status and one line, and end its connection: what else it sends is not read.
 
-
-async def refuse_body(scope: Scope, receive: Any, send: Any, most: int) -> None:
-    """Answer that a request is too long. What comes for a moment is thrown away, so that its sender sees the answer."""
-
-    async def throw_away() -> None:
-        while (await receive())["type"] == "http.request":
-            pass
-
-    log_refusal(scope, 413)
-    await send({"type": "http.response.start", "status": 413, "headers": list(CLOSING)})
-    text = f"a request has at most {most} bytes".encode()
-    await send({"type": "http.response.body", "body": text, "more_body": True})
-    with contextlib.suppress(TimeoutError):
-        await asyncio.wait_for(throw_away(), LINGER_SECONDS)
-    await send({"type": "http.response.body", "body": b""})
-
-
-def log_refusal(scope: Scope, status: int) -> None:
-    """One line of the log: from where, for what, and with which status."""
+    With `receive`, what comes for a moment is thrown away, so that the sender of a long request sees the answer.
+    """
     host, port, *_ = scope.get("client") or ("somewhere", 0)
     log.warning("refused peer=%s:%s path=%s status=%d", host, port, one_line(str(scope.get("path")))[:100], status)
+    if scope["type"] != "http":
+        await send({"type": "websocket.close", "code": 1008})
+        return
+    await send({"type": "http.response.start", "status": status, "headers": list(CLOSING)})
+    await send({"type": "http.response.body", "body": why.encode(), "more_body": receive is not None})
+    if receive is not None:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(_throw_away(receive), LINGER_SECONDS)
+        await send({"type": "http.response.body", "body": b""})
+
+
+async def _throw_away(receive: Any) -> None:
+    while (await receive())["type"] == "http.request":
+        pass
 
 
 async def read_body(receive: Any, most: int) -> bytes | None:
@@ -181,12 +173,11 @@ def is_for_data_owners(scope: Scope) -> bool:
 def is_local(scope: Scope) -> bool:
     """Whether a request comes from this machine, by its addresses."""
     client, server = scope.get("client"), scope.get("server")
-    if not client:
+    if client is None:
         return False
-    if server and client[0] == server[0]:  # this machine, under the address that is listened on
-        return True
     try:
-        return _plain(client[0]).is_loopback
+        # It is under the address that is listened on, or loopback.
+        return (server is not None and client[0] == server[0]) or _plain(client[0]).is_loopback
     except ValueError:
         return False
 

@@ -19,16 +19,13 @@ EACH_SECONDS = 0.005  # a poll asks for each reply by itself
 CHECK_SECONDS = 0.5  # between two polls of the block servers
 
 
-def exchange(
+def send_and_receive(
     grid: Grid, messages: Sequence[Message], seconds: float, late: Callable[[set[int]], Mapping[int, str]]
 ) -> tuple[list[tuple[int, Message | None]], dict[int, str]]:
     """Send messages and wait for the replies, `seconds` at most.
 
-    Parameters
-    ----------
-    late
-        Called now and then with the nodes that have not replied; returns which of them are not to be waited for, and
-        why. When it names all of them, the waiting is over; one that it no longer names is waited for again.
+    `late` is called now and then with the nodes that have not replied; it returns which of them are not to be waited
+    for, and why. When it names all of them, the waiting is over; one that it no longer names is waited for again.
 
     Returns
     -------
@@ -82,11 +79,7 @@ def pull(grid: Grid, identifiers: Iterable[str]) -> list[tuple[str, Message | No
 
 def push(grid: Grid, messages: Sequence[Message]) -> dict[str, int]:
     """Send messages; returns the node of each by the message's id. One that Flower did not take is missing."""
-    identifiers = list(grid.push_messages(messages))
-    if len(identifiers) == len(messages):
-        sent = zip(identifiers, messages, strict=True)
-        return {identifier: message.metadata.dst_node_id for identifier, message in sent if identifier}
-    taken = set(identifiers)
+    taken = set(grid.push_messages(messages))
     by_id = {message.metadata.message_id: message.metadata.dst_node_id for message in messages}
     return {identifier: node for identifier, node in by_id.items() if identifier in taken}
 

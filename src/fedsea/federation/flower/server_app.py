@@ -15,11 +15,10 @@ from fedsea.checkpoints.fingerprint import config_digest
 from fedsea.errors import FedSEAError, ModelMismatchError, UsageError
 from fedsea.federation.arrays import Arrays, Shapes, misfit
 from fedsea.federation.coordinator.block_server_admin import BlockServerAdmin
-from fedsea.federation.coordinator.block_servers import BlockServers, RoundTerms
+from fedsea.federation.coordinator.block_servers import BlockServers
+from fedsea.federation.coordinator.exchange import FederationContext
 from fedsea.federation.coordinator.folder import FederationFolder
-from fedsea.federation.coordinator.handover import hand_over
 from fedsea.federation.coordinator.members import Directory, Requirements
-from fedsea.federation.coordinator.round_context import FederationContext
 from fedsea.federation.coordinator.rounds import FederatedTraining
 from fedsea.federation.flower.strategy import make_strategy, set_strategy_state
 from fedsea.federation.owner.data import task_schema
@@ -29,7 +28,6 @@ from fedsea.parts.adapter_files import read_adapter
 from fedsea.parts.adapters import AdapterSpec
 from fedsea.parts.cut_files import read_cut
 from fedsea.tasks import get_task
-from fedsea.wire.runs import OptimizerStep
 
 log = logging.getLogger("flwr")  # what Flower shows and collects
 app = ServerApp()
@@ -45,27 +43,17 @@ def main(grid: Grid, context: Context) -> None:
         raise
 
 
-def tell(message: str) -> None:
-    """Default notice: a line in Flower's log."""
-    log.warning("fedsea: %s", message)
-
-
 def run_federation(
     grid: Grid,
     settings: Settings,
     admins: Sequence[BlockServerAdmin] | None = None,
-    notice: Callable[[str], None] = tell,
+    notice: Callable[[str], None] = lambda line: log.warning("fedsea: %s", line),
 ) -> Path:
     """Run a federation, or go on with one; returns the folder of its adapter.
 
-    `admins` are the block servers, where the settings' addresses are not to be used; `notice` gets one line about
-    whatever is unusual.
-
-    Raises
-    ------
-    FedSEAError
-        If it cannot be begun, no block server answers, or no client has trained in any round. The rounds that are done
-        are saved.
+    `admins` are the block servers, where the settings' addresses are not to be used; `notice` gets one line about what
+    is unusual. FedSEAError if it cannot be begun, no block server answers, or no client has trained in any round; the
+    rounds that are done are saved.
     """
     config = open_checkpoint(settings.model).config
     lora = lora_config(settings.lora())
@@ -73,7 +61,7 @@ def run_federation(
     strategy = make_strategy(settings)
     folder = FederationFolder(Path(settings.output), lora, config.name_or_path or settings.model, notice)
     state = folder.begin(settings.identity(), resume=settings.resume)
-    shapes = adapter_shapes(spec, config)
+    shapes = spec.shapes_in(config, range(config.num_hidden_layers))
     if state is None:
         done, source, weights = 0, settings.adapter, first_adapter(settings, spec, config, shapes)
     else:
@@ -85,15 +73,12 @@ def run_federation(
         raise ModelMismatchError(f"the adapter in {source} does not fit the model: {problem}")
     with ExitStack() as opened:
         chosen = admins if admins is not None else [opened.enter_context(admin) for admin in _admins(settings)]
-        step = OptimizerStep("adamw", settings.local_steps, 1.0, settings.lr, settings.weight_decay)
-        deadlines = settings.join_seconds, settings.straggler_seconds
-        terms = RoundTerms(spec, config.num_hidden_layers, shapes, *deadlines, step, settings.max_norm or None)
-        directory = Directory(_requirements(settings, config, chosen), notice)
-        servers = BlockServers(chosen, terms, notice)
-        federation = FederationContext(settings, settings.lora(), servers, directory, folder, notice)
-        training = FederatedTraining(grid, federation, strategy, weights, done)
+        servers = BlockServers(chosen, spec, shapes, config.num_hidden_layers, settings, notice)
+        directory = Directory(grid, _requirements(settings, config, servers), notice)
+        federation = FederationContext(grid, settings, servers, directory, folder, notice)
+        training = FederatedTraining(federation, strategy, weights, done)
         adapter = folder.finish(training.run())
-        hand_over(grid, federation, training.weights, adapter)
+        training.hand_over(adapter)
     folder.show(doing="done", round=training.done, rounds=settings.rounds, name=settings.name, mode=settings.mode)
     log.info("fedsea: the adapter is in %s", adapter)
     return adapter
@@ -105,35 +90,18 @@ def _admins(settings: Settings) -> list[BlockServerAdmin]:
     return [BlockServerAdmin(address, credentials, insecure=settings.insecure, dial=dial) for address, dial in places]
 
 
-def _requirements(settings: Settings, config: PreTrainedConfig, admins: Sequence[BlockServerAdmin]) -> Requirements:
-    fingerprint, served = Fingerprint(config_digest(config), {}), {}
-    for admin in admins:
-        description = admin.describe()
-        different = fingerprint.mismatches(description.fingerprint)
-        if different:
-            raise ModelMismatchError(
-                f"the block server {admin.address} has another model than {settings.model}: "
-                f"{', '.join(different[:3])} differ{'s' if len(different) == 1 else ''}"
-            )
-        groups = {**description.fingerprint.groups, **fingerprint.groups}
-        fingerprint, served[admin.address] = Fingerprint(fingerprint.config, groups), description.layers
-    task = get_task(settings.task) if settings.task else None
-    return Requirements(
-        settings.name,
-        config.num_hidden_layers,
-        served,
-        fingerprint,
-        settings.lora(),
-        task.name if task else "",
-        task_schema(task) if task else "",
-        settings.registered,
-        settings.max_examples,
+def _requirements(settings: Settings, config: PreTrainedConfig, servers: BlockServers) -> Requirements:
+    requirements = Requirements(
+        settings, config.num_hidden_layers, servers.holding, Fingerprint(config_digest(config), {})
     )
-
-
-def adapter_shapes(spec: AdapterSpec, config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes of an adapter's weights by name, for a whole model of which only the configuration is there."""
-    return spec.shapes_in(config, range(config.num_hidden_layers))
+    for address, described in servers.described.items():
+        if different := requirements.difference(described.fingerprint):
+            raise ModelMismatchError(f"the block server {address} has another model than {settings.model}: {different}")
+        requirements.learn_model(described.fingerprint)
+    if settings.task:
+        task = get_task(settings.task)
+        requirements.task, requirements.schema = task.name, task_schema(task)
+    return requirements
 
 
 def first_adapter(settings: Settings, spec: AdapterSpec, config: PreTrainedConfig, shapes: Shapes) -> Arrays:
