@@ -13,17 +13,8 @@ from fedsea.partition import LIFT, PROJECT
 from fedsea.parts import InputBlocks, RowCache, Rows
 from fedsea.parts.cut_files import CutRecord
 from fedsea.parts.narrow import principal_directions
-from fedsea.privacy import (
-    LookLedger,
-    Magnitude,
-    Noise,
-    NoiseSource,
-    measure_magnitude,
-    parse_mechanism,
-    public_states,
-    taken_up,
-)
-from fedsea.privacy.source import DIGEST_BYTES
+from fedsea.privacy import DIGEST_BYTES, LookLedger, Magnitude, Noise, NoiseSource, parse_mechanism, taken_up
+from fedsea.privacy.measure import measure_magnitude, public_states
 
 
 class Protection:

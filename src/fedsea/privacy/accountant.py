@@ -1,9 +1,8 @@
 """Local differential privacy of clipped states with Gaussian noise on them.
 
-Any two states of norm at most `clip` are at most `2 * clip` apart. Gaussian noise on one of them therefore makes the
-release (epsilon, delta)-indistinguishable from that of any other state: local differential privacy of one state, under
-replacement. A text of `n` tokens is `n` releases, and every further look with fresh noise (another process; in training
-every step of the input blocks' adapter) is `n` more: they compose.
+Any two states of norm at most `clip` are at most `2 * clip` apart, so Gaussian noise makes the release of one
+(epsilon, delta)-indistinguishable from that of any other. A text of `n` tokens is `n` releases, and every further look
+with fresh noise (another process; in training every step of the input blocks' adapter) is `n` more.
 
 The composition is exact. `n` Gaussian releases are as one whose states are `mu = sqrt(n) * 2 * clip / std` standard
 deviations apart, and for that (Balle and Wang, Improving the Gaussian Mechanism for Differential Privacy, ICML 2018,
@@ -11,10 +10,9 @@ theorem 8)
 
     delta = Phi(mu / 2 - epsilon / mu) - exp(epsilon) * Phi(-mu / 2 - epsilon / mu).
 
-The numbers are printed as they come out, however large: at noise that leaves a language model of use, they are large.
-They hold in exact arithmetic. What is noised is rounded so that its last bits tell nothing of how it came about
-(`fedsea.privacy.mechanisms.gaussian.on_grid`); draws of this package end at 6.66 standard deviations, or at 7.5
-(see `NoiseSource.normals`), which `delta` does not count.
+It holds in exact arithmetic. What is noised is rounded so that its last bits tell nothing of how it came about
+(`fedsea.privacy.mechanisms.gaussian.on_grid`); draws end at 6.66 standard deviations, or at 7.5
+(`NoiseSource.normals`), which `delta` does not count.
 """
 
 import math
@@ -23,9 +21,8 @@ from dataclasses import dataclass
 import torch
 
 from fedsea.errors import UsageError
+from fedsea.privacy.bound import bisect
 from fedsea.privacy.mechanism import Noise
-
-HALVINGS = 200  # of the interval in which epsilon is searched: more than float64 can tell apart
 
 
 @dataclass(frozen=True)
@@ -48,12 +45,10 @@ class PrivacySpent:
 
 
 def privacy_spent(noise: Noise, *, delta: float, releases: int = 1) -> PrivacySpent:
-    """The local differential privacy of states that leave through a mechanism.
+    """The local differential privacy of states that leave through a calibrated mechanism that clips.
 
     Parameters
     ----------
-    noise
-        The mechanism, calibrated; it clips before it adds noise.
     delta
         Between 0 and 1.
     releases
@@ -62,7 +57,7 @@ def privacy_spent(noise: Noise, *, delta: float, releases: int = 1) -> PrivacySp
     Raises
     ------
     UsageError
-        If nothing bounds the states, or `delta` or `releases` cannot be used.
+        If nothing bounds the states before the noise, or `delta` or `releases` cannot be used.
     """
     channel = noise.channel
     if math.isinf(channel.clip):
@@ -73,19 +68,12 @@ def privacy_spent(noise: Noise, *, delta: float, releases: int = 1) -> PrivacySp
         raise UsageError(f"there must be one release or more; got {releases}")
     if channel.std == 0:
         return PrivacySpent(math.inf, delta, releases)
-    return PrivacySpent(_epsilon(math.sqrt(releases) * 2 * channel.clip / channel.std, delta), delta, releases)
-
-
-def _epsilon(distance: float, delta: float) -> float:
-    """The least epsilon, to the last bits, of two Gaussians that are `distance` standard deviations apart."""
-    if _delta(0.0, distance) <= delta:
-        return 0.0
+    distance = math.sqrt(releases) * 2 * channel.clip / channel.std
     # Phi(-t) is at most exp(-t^2 / 2), so that delta holds where the first term's argument is -t.
-    low, high = 0.0, distance**2 / 2 + distance * math.sqrt(2 * math.log(1 / delta))
-    for _ in range(HALVINGS):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _delta(middle, distance) > delta else (low, middle)
-    return high
+    most = distance**2 / 2 + distance * math.sqrt(2 * math.log(1 / delta))
+    few = _delta(0.0, distance) <= delta
+    epsilon = 0.0 if few else bisect(lambda one: _delta(one, distance) > delta, 0.0, most)[1]
+    return PrivacySpent(epsilon, delta, releases)
 
 
 def _delta(epsilon: float, distance: float) -> float:

@@ -1,37 +1,28 @@
 """How much of a text can be read from noised states, whatever the attack: bits a token, and accuracy.
 
 A state `h` (`d` numbers) leaves as `h + noise`, the noise Gaussian with standard deviation `s` on every element. What
-that tells of `h`, and so of the text that made it, is the mutual information of a Gaussian channel, which has bounds:
+that tells of `h`, and so of the text that made it, is the mutual information of a Gaussian channel. It is at most:
 
-- From the power: `d/2 * log2(1 + P / (d s^2))` bits, where `P` is the mean squared norm of `h` (`power_capacity`). It
+- From the power (`power_capacity`): `d/2 * log2(1 + P / (d s^2))` bits, where `P` is the mean squared norm of `h`. It
   holds for every distribution of that power. A state clipped to norm `c` has `P <= c^2`, for every text: a guarantee.
-- From the covariance: `sum of 1/2 * log2(1 + l_i / s^2)` over its eigenvalues `l_i`. It holds for every distribution
-  with that covariance and is never above the first. But the covariance of texts to come is not known: from a sample it
-  is an estimate, and one that comes out too small where the sample is small. So it is not used.
-- From a sample (`observed_capacity`): `I(h; Y) <= mean over h of KL(P(Y | h), Q)` for any distribution `Q` of the
-  output. `Q` is a Gaussian fitted to one half of the sample, and the mean is over the other: an estimate that does not
-  come out too small for want of states.
+- From a sample (`observed_capacity`): the mean over `h` of `KL(P(Y | h), Q)`, for any distribution `Q` of the output.
+  `Q` is a Gaussian fitted to one half of the sample, and the mean is over the other: an estimate that does not come out
+  too small for want of states, as one from the sample's covariance would.
 
 A text of `n` states tells at most `n` times as much, whatever hangs together in it, and also where the next token is
 chosen after an answer (feedback does not widen such a channel). What the provider computes from the states, `h_B` among
 it, adds nothing. What it is sent beside them is not covered: gradients in training, lengths and timing.
 
-From bits to accuracy
----------------------
-An attacker who is to name each token of a text from a source of `H` bits a token lacks `H - C` bits a token at least
-(`C` being what the channel carries). Fano's inequality turns that into the smallest error `e`:
-`h(e) + e * log2(V - 1) >= H - C`, with `h` the entropy of a coin and `V` the size of the vocabulary. Where it is known
-how often the best guess without looking is right (`g`), there is a second bound, the sharper one under strong noise:
-the accuracy `a` fulfils `a * log2(a / g) + (1 - a) * log2((1 - a) / (1 - g)) <= C`. Both hold, so the smaller counts.
-For uniform tokens they are the same.
+From bits to accuracy: an attacker who is to name each token of a text from a source of `H` bits a token lacks `H - C`
+of them at least (`C` being what the channel carries). `fano_accuracy` and `guess_accuracy` each say how often it can be
+right then; both hold, so the smaller counts.
 
-The source is an assumption in either case. For uniform tokens (keys, numbers, names that cannot be guessed) nothing has
-to be believed. Real text is easier to guess than that. A language model's cross entropy stands for its `H` only as far
-as the model is the best guesser there is: an attacker with a better one starts from less. So a bound on bits can be a
-guarantee, a bound on the accuracy of naming real text cannot.
+The source is an assumption. For uniform tokens (keys, numbers, names that cannot be guessed) nothing has to be
+believed. Real text is easier to guess: a language model's cross entropy stands for its `H` only as far as the model is
+the best guesser there is. So a bound on bits can be a guarantee, one on the accuracy of naming real text cannot.
 
-Sources: Cover and Thomas, Elements of Information Theory, chapters 2 (Fano), 9 (Gaussian channels,
-feedback) and 13 (the bound by an output distribution).
+Sources: Cover and Thomas, Elements of Information Theory, chapters 2 (Fano), 9 (Gaussian channels, feedback) and 13
+(the bound by an output distribution).
 """
 
 import math
@@ -47,7 +38,7 @@ from fedsea.errors import UsageError
 from fedsea.privacy.mechanism import Noise
 from fedsea.privacy.mechanisms.clip import clip_norms
 
-HALVINGS = 200  # of the interval in which a root is searched: more than float64 can tell apart
+HALVINGS = 200  # more than float64 can tell apart
 
 
 @dataclass(frozen=True)
@@ -83,12 +74,12 @@ def language_source(cross_entropy: Tensor, vocabulary: int, right: Tensor | None
     Parameters
     ----------
     cross_entropy
-        Of each token given those before it, in nats, `[tokens]`: what a causal language model's loss is the mean of.
+        Of each token given those before it, nats, `[tokens]`.
     vocabulary
         Tokens that there are.
     right
         Whether the model's first choice was the token, bool, `[tokens]`; None if that is not known. How often it is
-        right is estimated by the upper end of the 95 % interval (Wilson's): few tokens prove little.
+        right is estimated by the upper end of Wilson's 95 % interval: few tokens prove little.
 
     Raises
     ------
@@ -97,9 +88,7 @@ def language_source(cross_entropy: Tensor, vocabulary: int, right: Tensor | None
     """
     values = cross_entropy.double()
     if len(values) == 0 or not bool(torch.isfinite(values).all()) or bool((values < 0).any()):
-        raise UsageError(
-            "the cross entropies of a text must be finite numbers, 0 or more, one a token; measure them anew"
-        )
+        raise UsageError("a text's cross entropies must be finite numbers, 0 or more, one a token; measure them anew")
     guess = 1.0 if right is None else _at_most(int(right.sum()), len(right))
     entropy = min(float(values.mean()) / math.log(2), math.log2(vocabulary))  # no source has more
     return Source(entropy, guess, vocabulary, "text as the language model sees it")
@@ -133,11 +122,6 @@ class LeakageBound:
     source: Source
 
     @property
-    def leaked(self) -> float:
-        """Bits a token: what the states carry, no more than there is to know."""
-        return min(self.bits, self.source.entropy)
-
-    @property
     def accuracy(self) -> float:
         """The largest share of tokens that any attacker can name, in [0, 1], on average over texts of the source."""
         remaining = max(0.0, self.source.entropy - self.bits)
@@ -155,8 +139,6 @@ def guaranteed_bound(
         The mechanism, calibrated; it clips before it adds noise.
     hidden_size
         Numbers in a state of the model. With a narrow cut only those count that it leaves.
-    source
-        What the attacker knows of the text beforehand.
     looks
         How often each token's state is seen with fresh noise: 1 if a text is sent from one process, with the same
         weights, however often. More for further processes and, in training, for steps of the input blocks' adapter.
@@ -169,51 +151,43 @@ def guaranteed_bound(
     UsageError
         If nothing bounds the states, or `looks` is not positive.
     """
-    channel = noise.channel
-    if math.isinf(channel.clip):
+    clip, width = noise.channel.clip, noise.channel.width or hidden_size
+    if math.isinf(clip):
         raise UsageError(f"{noise} guarantees nothing: states are not bounded before noise; clip first")
-
-    def capacity(std: float) -> float:
-        return power_capacity(channel.clip**2, std, hidden_size if channel.width is None else channel.width)
-
-    return LeakageBound(_of_looks(capacity, channel.std, looks, same_states=same_states), True, looks, source)
+    bits = _of_looks(lambda std: power_capacity(clip**2, std, width), noise, looks, same_states=same_states)
+    return LeakageBound(bits, True, looks, source)
 
 
 def estimated_bound(
     noise: Noise, states: Tensor, source: Source, looks: int = 1, *, same_states: bool = True
 ) -> LeakageBound:
-    """What any attacker can read of texts like those of a sample.
+    """What any attacker can read of texts like those of a sample; `source`, `looks`, `same_states` as above.
 
     Parameters
     ----------
     noise
         The mechanism, calibrated; with a clip or without.
     states
-        A sample of `h_A` as the model makes it, before the mechanism, `[tokens, hidden]`, in the order of the text;
-        with a narrow cut what that leaves of it, `[tokens, width]`. The first position of a text is an outlier in most
-        models, and tells little: leave it out.
-    source, looks, same_states
-        As for `guaranteed_bound`.
+        A sample of `h_A` before the mechanism, `[tokens, hidden]`, in the order of the text; with a narrow cut what
+        that leaves of it, `[tokens, width]`. Leave the first position of a text out: it is an outlier in most models.
 
     Raises
     ------
     UsageError
         If there are fewer than four states, they are not of the mechanism's width, or `looks` is not positive.
     """
-    channel = noise.channel
-    if channel.width is not None and states.shape[1] != channel.width:
-        raise UsageError(f"{noise} sends {channel.width} numbers a state; project the sample, it has {states.shape[1]}")
-    clipped = clip_norms(states.double(), channel.clip) if math.isfinite(channel.clip) else states
-
-    def capacity(std: float) -> float:
-        return observed_capacity(clipped, std)
-
-    return LeakageBound(_of_looks(capacity, channel.std, looks, same_states=same_states), False, looks, source)
+    clip, width = noise.channel.clip, noise.channel.width
+    if width is not None and states.shape[1] != width:
+        raise UsageError(f"{noise} sends {width} numbers a state; project the sample, it has {states.shape[1]}")
+    clipped = clip_norms(states.double(), clip) if math.isfinite(clip) else states
+    bits = _of_looks(lambda std: observed_capacity(clipped, std), noise, looks, same_states=same_states)
+    return LeakageBound(bits, False, looks, source)
 
 
-def _of_looks(capacity: Callable[[float], float], std: float, looks: int, *, same_states: bool) -> float:
+def _of_looks(capacity: Callable[[float], float], noise: Noise, looks: int, *, same_states: bool) -> float:
     if looks < 1:
         raise UsageError(f"a state is looked at once or more; got {looks}")
+    std = noise.channel.std
     return capacity(std / math.sqrt(looks)) if same_states else looks * capacity(std)
 
 
@@ -264,15 +238,19 @@ def _coding_nats(fitted: NDArray[np.float64], coded: NDArray[np.float64]) -> flo
 
 
 def fano_accuracy(remaining: float, vocabulary: int) -> float:
-    """The largest accuracy, in [0, 1], of who lacks `remaining` bits a token, of `vocabulary` tokens (Fano)."""
+    """The largest accuracy, in [0, 1], of who lacks `remaining` bits a token, of `vocabulary` tokens.
 
-    def lacking(error: float) -> float:
-        return _coin(error) + error * math.log2(vocabulary - 1)
-
-    most = 1 - 1 / vocabulary  # the error of guessing; lacking() rises up to there
+    By Fano's inequality: of an error `e` the entropy of a coin and `e * log2(vocabulary - 1)` sum up to that at least.
+    """
     if remaining >= math.log2(vocabulary):
         return 1 / vocabulary
-    return 1 - _largest(lambda error: lacking(error) < remaining, 0.0, most)
+
+    def lacking(error: float) -> float:
+        coin = -sum(one * math.log2(one) for one in (error, 1 - error) if one > 0)
+        return coin + error * math.log2(vocabulary - 1)
+
+    most = 1 - 1 / vocabulary  # the error of guessing; lacking() rises up to there
+    return 1 - bisect(lambda error: lacking(error) < remaining, 0.0, most)[0]
 
 
 def guess_accuracy(bits: float, guess: float) -> float:
@@ -289,17 +267,12 @@ def guess_accuracy(bits: float, guess: float) -> float:
         against = accuracy * math.log2(accuracy / guess)
         return against + ((1 - accuracy) * math.log2((1 - accuracy) / (1 - guess)) if accuracy < 1 else 0.0)
 
-    return 1.0 if learnt(1.0) <= bits else _largest(lambda accuracy: learnt(accuracy) <= bits, guess, 1.0)
+    return 1.0 if learnt(1.0) <= bits else bisect(lambda accuracy: learnt(accuracy) <= bits, guess, 1.0)[0]
 
 
-def _coin(chance: float) -> float:
-    """Entropy in bits of a coin."""
-    return -sum(one * math.log2(one) for one in (chance, 1 - chance) if one > 0)
-
-
-def _largest(holds: Callable[[float], bool], low: float, high: float) -> float:
-    """Where a condition that holds at first ceases to hold between `low` and `high`."""
+def bisect(holds: Callable[[float], bool], low: float, high: float) -> tuple[float, float]:
+    """Where a condition that holds at `low` ceases to hold: the last number where it does, the first where not."""
     for _ in range(HALVINGS):
         middle = (low + high) / 2
         low, high = (middle, high) if holds(middle) else (low, middle)
-    return low
+    return low, high

@@ -5,11 +5,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
-import torch
 from torch import Tensor
 
 from fedsea.errors import UsageError
-from fedsea.privacy.mechanism import Channel, Magnitude, Noise, Unit
+from fedsea.privacy.mechanism import Channel, Magnitude, Noise, Unit, in_float32
 
 
 @dataclass(frozen=True)
@@ -18,11 +17,8 @@ class Chain(Noise):
 
     Relative ones are calibrated to the states as the model makes them, wherever they stand.
 
-    Parameters
-    ----------
-    parts
-        Two or more mechanisms; a chain among them stands for its parts. Only one of them may add noise: there is one
-        draw for a state, and noise that is added twice from one draw would not be what its strengths say.
+    A chain among its parts stands for theirs. Only one of them may add noise: there is one draw for a state, and noise
+    that is added twice from one draw would not be what its strengths say.
 
     Raises
     ------
@@ -58,23 +54,19 @@ class Chain(Noise):
 
     @property
     def strength(self) -> float | None:
-        """That of the part that adds noise."""
         return self._noisy.strength if self._noisy else None
 
     def with_strength(self, strength: float) -> Noise:
-        """With another strength of the part that adds noise."""
         if self._noisy is None:
             return super().with_strength(strength)
         return Chain(tuple(part.with_strength(strength) if part is self._noisy else part for part in self.parts))
 
     @property
     def width(self) -> int | None:
-        """That of the first part, if it is a narrow cut."""
         return self.parts[0].width
 
     @property
     def alters(self) -> bool:
-        """If one of its parts does."""
         return any(part.alters for part in self.parts)
 
     @property
@@ -89,20 +81,17 @@ class Chain(Noise):
         return Channel(clip, 0.0, self.width)
 
     def calibrated(self, measure: Callable[[], Magnitude]) -> Noise:
-        """The chain of the calibrated parts."""
         return Chain(tuple(part.calibrated(measure) for part in self.parts))
 
     def updated(self, precision: float, scale: float) -> Noise:
-        """The chain of the updated parts."""
         return Chain(tuple(part.updated(precision, scale) for part in self.parts))
 
     def apply(self, hidden: Tensor, normals: Callable[[], Tensor]) -> Tensor:
         """One part after the other, in float32, rounded once."""
-        exact = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+        exact = in_float32(hidden)
         for part in self.parts:
             exact = part.apply(exact, normals)
         return exact.to(hidden.dtype)
 
     def __str__(self) -> str:
-        """As users write it: `clip:norm=30+gaussian:std=4`."""
         return "+".join(str(part) for part in self.parts)

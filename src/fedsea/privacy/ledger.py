@@ -1,10 +1,9 @@
 """How often each text has been looked at: kept at the data owner, whatever happens to processes and rounds.
 
-A look is a fresh draw of noise on a text's states. Where the states are nearly the same, the noise of `k` looks is
-worth that of one divided by `sqrt(k)`, so an observer with unlimited looks averages it away. Equal states are
-no further look, as they carry the draw of before. But weights that are moved by a hair, a new process (a new secret) or
-a dropout of one in a million give fresh draws, and there is no line between those and a training's own steps. So looks
-are counted as such, by text, and there is an end to them.
+A look is a fresh draw of noise on a text's states. Where these are nearly the same, the noise of `k` looks is worth
+that of one divided by `sqrt(k)`, so an observer with unlimited looks averages it away. Equal states carry the draw of
+before, and are no further look. But weights that are moved by a hair, a new process (a new secret) or a dropout of one
+in a million give fresh draws, and there is no line between those and a training's own steps. So looks are counted.
 """
 
 import contextlib
@@ -35,12 +34,7 @@ class LookLedger:
     path
         Of the file; made, for its owner's eyes only, when there is something to count.
     most
-        Looks at a text that are allowed in all; 0 to count only.
-
-    Raises
-    ------
-    UsageError
-        If `most` is negative.
+        Looks at a text that are allowed in all; 0 to count only. A negative number raises UsageError.
     """
 
     def __init__(self, path: str | Path, most: int) -> None:
@@ -83,13 +77,7 @@ class LookLedger:
             database.execute("COMMIT")
 
     def most_seen(self) -> int:
-        """How often the text was looked at that was looked at most: what bounds and epsilon take as `looks`.
-
-        Raises
-        ------
-        UsageError
-            If the file cannot be read.
-        """
+        """Looks at the text that was looked at most, which bounds and epsilon take; UsageError for a spoilt file."""
         if not self.path.exists():
             return 0
         with self._open() as database:

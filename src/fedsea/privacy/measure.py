@@ -22,11 +22,10 @@ def mean(values): return sum(values) / len(values)"""
 
 @torch.no_grad()
 def measure_magnitude(input_blocks: InputBlocks, checkpoint: Checkpoint) -> Magnitude:
-    """Mean |h_A| of a model's input blocks on a fixed public text, and with it the mean L2 norm of a token's state.
+    """Mean |h_A| and mean norm of a state on a fixed public text; of what a narrow cut leaves, if there is one.
 
-    Of what is left of it, if the input blocks have a narrow cut. The first position is left out: it is an outlier in
-    most models. The user's own text has no part in it, so one model and partition has one magnitude. A model without a
-    tokenizer (the random ones) is measured on draws from its vocabulary.
+    The first position is left out: it is an outlier in most models. The user's own text has no part in it, so one model
+    and partition has one magnitude.
     """
     states = public_states(input_blocks, checkpoint)[1:]
     return Magnitude(float(states.abs().mean()), float(torch.linalg.vector_norm(states, dim=1).mean()))

@@ -21,41 +21,25 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import ClassVar, Self, TypeVar
 
+import torch
 from torch import Tensor
 
 from fedsea.errors import UsageError
 
 
 class Unit(Enum):
-    """What a strength is measured in.
+    """What a strength is measured in."""
 
-    Attributes
-    ----------
-    ABSOLUTE
-        The unit of the hidden states.
-    RELATIVE
-        What the model's states measure on a public text (`Magnitude`): noise in multiples of the mean |h_A| of an
-        element, norms in multiples of the mean norm of a token's state.
-    """
-
-    ABSOLUTE = "absolute"
-    RELATIVE = "relative"
+    ABSOLUTE = "absolute"  # the unit of the hidden states
+    RELATIVE = "relative"  # multiples of a `Magnitude`: noise of its mean, norms of its norm
 
 
 @dataclass(frozen=True)
 class Magnitude:
-    """How large a model's hidden states `h_A` are.
+    """How large a model's hidden states `h_A` are."""
 
-    Attributes
-    ----------
-    mean
-        Mean |h_A| of an element.
-    norm
-        Mean L2 norm of a token's state, in the same unit.
-    """
-
-    mean: float
-    norm: float
+    mean: float  # mean |h_A| of an element
+    norm: float  # mean L2 norm of a token's state, in the same unit
 
 
 @dataclass(frozen=True)
@@ -63,32 +47,17 @@ class Channel:
     """A mechanism as an observer of its output knows it: states of bounded norm with Gaussian noise on them.
 
     What a mechanism does after the noise is left out: it can take information away, never add any.
-
-    Attributes
-    ----------
-    clip
-        Largest L2 norm of a token's state before the noise; infinite if nothing bounds it.
-    std
-        The noise's standard deviation on every element, in the unit of the states; 0 for none.
-    width
-        Numbers of a state where it meets clip and noise; None for as many as the model's have.
     """
 
-    clip: float
-    std: float
-    width: int | None = None
+    clip: float  # largest L2 norm of a token's state before the noise; infinite if nothing bounds it
+    std: float  # of the noise on every element, in the unit of the states; 0 for none
+    width: int | None = None  # numbers of a state where it meets clip and noise; None for as many as the model's have
 
 
 class Noise(ABC):
-    """A mechanism. Equal mechanisms have an equal `repr`, and `parse_mechanism(str(mechanism)) == mechanism`.
+    """A mechanism. Equal mechanisms have an equal `repr`, and `parse_mechanism(str(mechanism)) == mechanism`."""
 
-    Attributes
-    ----------
-    adaptive
-        Whether a training may recalibrate it (`updated`).
-    """
-
-    adaptive: ClassVar[bool] = False
+    adaptive: ClassVar[bool] = False  # whether a training may recalibrate it (`updated`)
 
     @property
     def unit(self) -> Unit:
@@ -101,13 +70,7 @@ class Noise(ABC):
         return None
 
     def with_strength(self, strength: float) -> "Noise":
-        """The same mechanism with another strength.
-
-        Raises
-        ------
-        UsageError
-            If it adds no noise, or the strength cannot be used.
-        """
+        """The same mechanism with another strength; UsageError if it adds no noise, or the strength cannot be used."""
         raise UsageError(f"{self} adds no noise, so it has no strength to vary")
 
     @property
@@ -123,13 +86,7 @@ class Noise(ABC):
     @property
     @abstractmethod
     def channel(self) -> Channel:
-        """What an observer of its output knows it as.
-
-        Raises
-        ------
-        UsageError
-            If it is relative and not calibrated.
-        """
+        """What an observer of its output knows it as; UsageError if it is relative and not calibrated."""
 
     def calibrated(self, measure: Callable[[], Magnitude]) -> "Noise":
         """The mechanism for a model whose states `measure()` measures, in their unit."""
@@ -148,12 +105,12 @@ class Noise(ABC):
         hidden
             `h_A`, `[tokens, hidden]`; with a narrow cut what that leaves of it, `[tokens, width]`.
         normals
-            Gives standard normal draws, float32, `[tokens, hidden]`: the same for the same state.
+            Gives standard normal draws, float32, of that shape: the same for the same state.
 
         Returns
         -------
         Tensor
-            What may leave, `[tokens, hidden]`, same dtype. Gradients flow to `hidden`.
+            What may leave, same shape and dtype. Gradients flow to `hidden`.
 
         Raises
         ------
@@ -168,13 +125,7 @@ class Noise(ABC):
         return f"{name}:{','.join(f'{option}={value!r}' for option, value in options)}"
 
     def require_absolute(self) -> Self:
-        """The mechanism itself.
-
-        Raises
-        ------
-        UsageError
-            If it is relative: it has to be calibrated first.
-        """
+        """The mechanism itself; UsageError if it is relative: it has to be calibrated first."""
         if self.unit is Unit.RELATIVE:
             raise UsageError(f"{self} has to be calibrated to the model first: call .calibrated(measure)")
         return self
@@ -182,21 +133,11 @@ class Noise(ABC):
 
 @dataclass(frozen=True)
 class Form:
-    """How a mechanism is written: `NAME:OPTION=NUMBER,...`.
+    """How a mechanism is written: `NAME:OPTION=NUMBER,...`."""
 
-    Attributes
-    ----------
-    make
-        Takes the options, by their names, as float.
-    options
-        Their names.
-    defaults
-        Of options that may be left out where the strength is still to be found.
-    """
-
-    make: Callable[..., Noise]
+    make: Callable[..., Noise]  # takes the options, by their names, as float
     options: tuple[str, ...]
-    defaults: Mapping[str, float]
+    defaults: Mapping[str, float]  # of options that may be left out where the strength is still to be found
 
 
 FORMS: dict[str, Form] = {}
@@ -213,6 +154,11 @@ def written_as(name: str, **defaults: float) -> Callable[[Maker], Maker]:
         return make
 
     return register
+
+
+def in_float32(hidden: Tensor) -> Tensor:
+    """What a mechanism computes in, so that half precision is rounded once; float64 stays."""
+    return hidden.to(torch.promote_types(hidden.dtype, torch.float32))
 
 
 def require_not_negative(value: float, what: str) -> None:

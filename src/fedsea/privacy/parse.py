@@ -16,7 +16,7 @@ GONE = {"shaped": "the mechanism shaped is gone, as it gained little; FedSEA 0.2
 
 
 def parse_mechanism(text: str) -> Noise:
-    """The mechanism that a user names.
+    """The mechanism that a user names, not calibrated.
 
     Parameters
     ----------
@@ -24,11 +24,6 @@ def parse_mechanism(text: str) -> Noise:
         A name of `FORMS` and all its options, `NAME:OPTION=NUMBER,...`; several with `+` between them are done from
         left to right. A mechanism with one option takes its value alone (`relative:0.5`), and a number alone is the
         standard deviation of Gaussian noise.
-
-    Returns
-    -------
-    Noise
-        The mechanism, not calibrated.
 
     Raises
     ------
@@ -41,21 +36,8 @@ def parse_mechanism(text: str) -> Noise:
 def parse_family(text: str) -> Noise:
     """A mechanism whose strength is still to be found, as users name it: `relative`, `relative-clip:norm=1+gaussian`.
 
-    Parameters
-    ----------
-    text
-        As `parse_mechanism` takes it, where the strength may be left out, and so may the clip of
-        `relative-clipped-gaussian` and `adaptive` (once the mean norm of a state), and the epochs of the latter (one).
-
-    Returns
-    -------
-    Noise
-        The mechanism with strength 1, for `with_strength`.
-
-    Raises
-    ------
-    UsageError
-        If `parse_mechanism` refuses the rest, or nothing adds noise.
+    Options that the form has a default for may be left out, the strength first of all. It has strength 1, for
+    `with_strength`. Raises what `parse_mechanism` does, and UsageError if nothing adds noise.
     """
     return _parse(text, family=True).with_strength(1.0)
 

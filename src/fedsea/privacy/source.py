@@ -1,25 +1,21 @@
 """The draws that noise is made of.
 
-Noise is only worth as much as its secrecy and its freshness, so the standard normals come from `NoiseSource`:
-
-- Its secret is 32 bytes from the operating system, never derived from a configured seed, and never leaves.
-- The stream is SHAKE-256 keyed with the secret: a cryptographic generator. torch's own generator keeps 32 bits of its
-  seed; an attacker who knows one token of a text (a chat template's first, say) could try them all and subtract the
-  rest.
-- The draw for a token depends on the secret, on the mechanism, on the text up to that token and on what else the state
-  was made of (`fedsea.client.origin` says what that is), and on nothing else. The same state sent again (a retry, a
-  replay after a lost connection, a beam's twin row, generation without a cache, the same question sent anew) carries
-  the same noise, so a server that sees it a hundred times has nothing to average. Another state of the same text has
-  noise of its own, so the difference of the two shows neither. All of that is content: nothing counts changes.
+- The secret is 32 bytes from the operating system, never derived from a configured seed, and never leaves.
+- The stream is SHAKE-256 keyed with the secret: a cryptographic generator. torch's own keeps 32 bits of its seed; an
+  attacker who knows one token of a text (a chat template's first, say) could try them all and subtract the rest.
+- The draw for a token depends on the secret, the mechanism, the text up to that token and what else the state was made
+  of (`fedsea.client.origin` says what that is), and on nothing else: nothing counts changes. The same state sent again
+  (a retry, a replay, a beam's twin row, generation without a cache) carries the same noise, so there is nothing to
+  average. Another state of the same text has noise of its own, so the difference of the two shows neither.
 - Where states are rounded coarsely, as in 16 bits, one text computed in two ways (token by token, or as a whole) has
   states that differ by a last place, which is no small part of them: under one draw the difference would leave without
   noise, and it names tokens. A draw for each of them would be a further look. So an eighth of the noise's standard
   deviation is drawn by the state itself. It hides such differences, and averaging them away takes off no more than
   that: 1.6 % of the variance.
 
-With no input layers a state depends on its token alone, and the draw on the text before it as well. So equal tokens of
-a text are several looks at one state, which the bounds count. One draw for each token would be worse: the same
-numbers wherever a token stands are a cipher of the language, which no bound covers.
+With no input layers a state depends on its token alone, and its draw on the text before it as well. So equal tokens of
+a text are several looks at one state, which the bounds count. One draw for each token would be worse: the same numbers
+wherever a token stands are a cipher of the language, which no bound covers.
 """
 
 import copy
@@ -42,13 +38,9 @@ OF_STATE = 1 / 8  # of the noise's standard deviation, where the state itself is
 class NoiseSource:
     """Standard normals that only this client can draw, the same for the same text and whatever else a state is made of.
 
-    A copy has the same secret: where its states are the same there is one look, where they differ the draws do.
-
-    Parameters
-    ----------
-    mechanism
-        The mechanism that will use them. It is part of the key: two mechanisms (or two strengths) never share draws, or
-        else their difference would show the state.
+    A copy has the same secret: where its states are the same there is one look, where they differ the draws do. The
+    mechanism that uses the draws is part of the key: if two mechanisms (or strengths) shared one, their difference
+    would show the state.
     """
 
     def __init__(self, mechanism: Noise) -> None:
@@ -66,10 +58,7 @@ class NoiseSource:
     def extend(self, digest: bytes, tokens: Sequence[int], made: Sequence[bytes] | None = None) -> list[bytes]:
         """Digests of a text's prefixes that end at each of `tokens`, going on from `digest` (b"" for none).
 
-        Parameters
-        ----------
-        made
-            For each token, what else its state was made of; None where the text is all.
+        `made` has for each token what else its state was made of; None where the text is all.
         """
         digests = []
         for token, more in zip(tokens, made if made is not None else [b""] * len(tokens), strict=True):
@@ -81,12 +70,8 @@ class NoiseSource:
     def normals(self, digests: Sequence[bytes], hidden_size: int, states: Sequence[bytes] | None = None) -> Tensor:
         """Standard normals for tokens given by their prefix digests: float32, `[tokens, hidden_size]`.
 
-        By Box and Muller's transform of 32-bit uniforms, so no draw is further out than 6.66 (7.5 with `states`).
-
-        Parameters
-        ----------
-        states
-            The bytes of each state, where states of one digest may differ by coarse rounding.
+        By Box and Muller's transform of 32-bit uniforms, so no draw is further out than 6.66, or 7.5 with `states`: the
+        bytes of each state, where states of one digest may differ by coarse rounding.
         """
         if states is not None:
             owns = [

@@ -13,16 +13,7 @@ WEAK_LEVEL, WEAK_SIZE = 10.0, 576
 def leak_warning(noise: Noise, partition: Partition, hidden_size: int, measure: Callable[[], Magnitude]) -> str:
     """Why a configuration is known to let the provider read the text or the answer: one line.
 
-    Parameters
-    ----------
-    noise
-        The mechanism, calibrated.
-    partition
-        Where the model is cut.
-    hidden_size
-        Numbers in a state.
-    measure
-        Measures the model's states (`measure_magnitude`); called only where there is noise.
+    `noise` is calibrated; `measure` measures the model's states (`measure_magnitude`), and is called only if needed.
     """
     channel = noise.channel
     if channel.std == 0:

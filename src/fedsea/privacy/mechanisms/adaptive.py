@@ -26,16 +26,11 @@ from fedsea.privacy.mechanisms.clip import relative_clipped_gaussian
 class AdaptiveGaussianNoise(Noise):
     """`relative_clipped_gaussian` that a training may make finer in one epoch and coarser in another.
 
-    What does not recalibrate it (`fedsea.training.recalibration`), chat and evaluation among it, has the strength of
-    `level`.
-
     Parameters
     ----------
-    clip
-        Multiple of the mean L2 norm of a token's state.
-    level
-        The noise's standard deviation, as a multiple of the mean |h_A| of states that are not clipped: that at which
-        `epochs` epochs would tell as much as those that the training takes.
+    clip, level
+        As `relative_clipped_gaussian` has them: the strength at which `epochs` epochs would tell as much as those that
+        the training takes, and of all that does not recalibrate it, chat and evaluation among it.
     epochs
         That are planned, each with noise of its own. Those beyond have the strength of `level`.
 
@@ -57,21 +52,17 @@ class AdaptiveGaussianNoise(Noise):
 
     @property
     def unit(self) -> Unit:
-        """Always relative."""
         return Unit.RELATIVE
 
     @property
     def strength(self) -> float:
-        """The level."""
         return self.level
 
     def with_strength(self, strength: float) -> Noise:
-        """With another level."""
         return dataclasses.replace(self, level=strength)
 
     @property
     def channel(self) -> Channel:
-        """Not known before it is calibrated."""
         return self.require_absolute().channel
 
     def calibrated(self, measure: Callable[[], Magnitude]) -> Noise:
@@ -83,7 +74,6 @@ class AdaptiveGaussianNoise(Noise):
         return dataclasses.replace(self, clip=scale * self.clip, level=scale * self.level / math.sqrt(precision))
 
     def apply(self, hidden: Tensor, normals: Callable[[], Tensor]) -> Tensor:
-        """Not possible before it is calibrated."""
         return self.require_absolute().apply(hidden, normals)
 
 

@@ -11,17 +11,16 @@ import torch
 from torch import Tensor
 
 from fedsea.privacy.chain import Chain
-from fedsea.privacy.mechanism import Channel, Magnitude, Noise, Unit, require_positive, written_as
+from fedsea.privacy.mechanism import Channel, Magnitude, Noise, Unit, in_float32, require_positive, written_as
 from fedsea.privacy.mechanisms.gaussian import GaussianNoise, RelativeGaussianNoise
 
 
 def clip_norms(hidden: Tensor, clip: float) -> Tensor:
     """Scale each token's state `[tokens, hidden]` down to an L2 norm of at most `clip`, in float32 (float64 stays).
 
-    States within the bound stay as they are. The gradient is that of the scaled state: of a state that is clipped, what
-    points along it is taken away.
+    The gradient is that of the scaled state: of a state that is clipped, what points along it is taken away.
     """
-    exact = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+    exact = in_float32(hidden)
     norms: Tensor = torch.linalg.vector_norm(exact, dim=1, keepdim=True)
     return exact * (clip / norms.clamp(min=clip))
 
@@ -30,19 +29,8 @@ def clip_norms(hidden: Tensor, clip: float) -> Tensor:
 class Clip(Noise):
     """Each token's state scaled down to an L2 norm of at most `norm`, and no noise.
 
-    Alone it hides next to nothing: a state's direction names its token. It is for chains.
-
-    Parameters
-    ----------
-    norm
-        The bound.
-    unit
-        Of `norm`: that of the hidden states, or the mean norm of a token's state of the model at hand.
-
-    Raises
-    ------
-    UsageError
-        If `norm` is not a number above 0.
+    Alone it hides next to nothing: a state's direction names its token. It is for chains. UsageError if `norm` is not a
+    number above 0.
     """
 
     norm: float
@@ -53,19 +41,15 @@ class Clip(Noise):
 
     @property
     def channel(self) -> Channel:
-        """Bounded, without noise."""
         return Channel(self.require_absolute().norm, 0.0)
 
     def calibrated(self, measure: Callable[[], Magnitude]) -> Noise:
-        """With the norm in the unit of the states."""
         return Clip(self.norm * measure().norm) if self.unit is Unit.RELATIVE else self
 
     def apply(self, hidden: Tensor, normals: Callable[[], Tensor]) -> Tensor:
-        """The clipped states; nothing is drawn."""
         return clip_norms(hidden, self.require_absolute().norm).to(hidden.dtype)
 
     def __str__(self) -> str:
-        """`clip:norm=30` or `relative-clip:norm=1`."""
         return f"{'relative-' if self.unit is Unit.RELATIVE else ''}clip:norm={self.norm!r}"
 
 

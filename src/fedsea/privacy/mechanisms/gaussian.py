@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedsea.privacy.mechanism import Channel, Magnitude, Noise, Unit, require_not_negative, written_as
+from fedsea.privacy.mechanism import Channel, Magnitude, Noise, Unit, in_float32, require_not_negative, written_as
 
 GRID_BITS = 10  # noise is at least 2^9 steps of its grid
 DROPPED = 13  # of a float32's 24 significant bits: float16 has 11
@@ -27,15 +27,9 @@ class GaussianNoise(Noise):
     Parameters
     ----------
     std
-        Standard deviation; 0 sends states as they are.
+        Standard deviation; 0 sends states as they are. UsageError if it is negative or not finite.
     unit
-        Of `std`: that of the hidden states, or the mean |h_A| of the model at hand, which `RelativeGaussianNoise` is
-        short for.
-
-    Raises
-    ------
-    UsageError
-        If `std` is negative or not finite.
+        Of `std`; of a relative one `RelativeGaussianNoise` is short.
     """
 
     std: float = 0.0
@@ -47,25 +41,20 @@ class GaussianNoise(Noise):
 
     @property
     def strength(self) -> float:
-        """`std`."""
         return self.std
 
     def with_strength(self, strength: float) -> Noise:
-        """With another `std`."""
         return dataclasses.replace(self, std=strength)
 
     @property
     def alters(self) -> bool:
-        """Unless `std` is 0."""
         return self.std != 0
 
     @property
     def channel(self) -> Channel:
-        """Nothing bounds the states."""
         return Channel(math.inf, self.require_absolute().std)
 
     def calibrated(self, measure: Callable[[], Magnitude]) -> Noise:
-        """With the standard deviation in the unit of the states."""
         return GaussianNoise(self.std * measure().mean) if self.unit is Unit.RELATIVE else self
 
     def apply(self, hidden: Tensor, normals: Callable[[], Tensor]) -> Tensor:
@@ -73,11 +62,9 @@ class GaussianNoise(Noise):
         std = self.require_absolute().std
         if std == 0:
             return hidden
-        exact = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
-        return on_grid(exact + std * normals().to(hidden.device), std).to(hidden.dtype)
+        return on_grid(in_float32(hidden) + std * normals().to(hidden.device), std).to(hidden.dtype)
 
     def __str__(self) -> str:
-        """`gaussian:std=0.5` or `relative:level=0.5`."""
         return f"relative:level={self.std!r}" if self.unit is Unit.RELATIVE else f"gaussian:std={self.std!r}"
 
 
@@ -88,25 +75,19 @@ def _gaussian(std: float) -> GaussianNoise:
 
 @written_as("relative", level=1.0)
 def RelativeGaussianNoise(level: float = 0.0) -> GaussianNoise:  # noqa: N802
-    """Gaussian noise whose standard deviation is `level` times the mean |h_A| of the model at hand.
-
-    Raises
-    ------
-    UsageError
-        If `level` is negative or not finite.
-    """
+    """Gaussian noise whose standard deviation is `level` times the mean |h_A|; UsageError as `GaussianNoise`."""
     return GaussianNoise(level, Unit.RELATIVE)
 
 
 def on_grid(noised: Tensor, std: float) -> Tensor:
     """Noised states rounded to a grid that says nothing of how they came about.
 
-    Numbers in floating point have gaps, and a sum keeps the gaps of what was added. So its last bits tell which of two
-    states cannot have led to it, however strong the noise is (Mironov, On Significance of the Least Significant Bits
-    for Differential Privacy, CCS 2012): one noised state on a float32 wire named its token. So every noised state is
-    rounded twice: to multiples of a power of two near `std / 1024`, as a float near 0 has gaps as fine as any, and to
-    the 11 significant bits of float16, as the gaps of large states are large. Both are far coarser than what was added,
-    whatever dtype is computed in or sent; together they move a state by less than a float16 wire does anyhow.
+    A sum of floats keeps the gaps of what was added, so its last bits tell which of two states cannot have led to it,
+    however strong the noise is (Mironov, On Significance of the Least Significant Bits for Differential Privacy, CCS
+    2012): one noised state on a float32 wire named its token. So every noised state is rounded twice: to multiples of a
+    power of two near `std / 1024`, as a float near 0 has gaps as fine as any, and to the 11 significant bits of
+    float16, as the gaps of large states are large. Both are far coarser than what was added, whatever dtype is computed
+    in or sent; together they move a state by less than a float16 wire does anyhow.
 
     Float64 stays as it is: nothing leaves in it, and what is measured in it is to be exact. The gradient is as if
     nothing had been rounded.

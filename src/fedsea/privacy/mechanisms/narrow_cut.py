@@ -17,12 +17,8 @@ class NarrowCut(Noise):
     """`h_A` projected to `rank` numbers by a learned map, before anything else; the block server lifts it again.
 
     The map has weights, which are trained with the adapter and are the model's (`fedsea.parts.narrow`): states come
-    here projected. In a chain it comes first, and what follows works on what is left.
-
-    Raises
-    ------
-    UsageError
-        If `rank` is not a whole number, 1 or more.
+    here projected. In a chain it comes first, and what follows works on what is left. UsageError if `rank` is not a
+    whole number, 1 or more.
     """
 
     rank: int
@@ -32,22 +28,14 @@ class NarrowCut(Noise):
 
     @property
     def width(self) -> int:
-        """The rank."""
         return self.rank
 
     @property
     def channel(self) -> Channel:
-        """Nothing bounds the states, and there is no noise."""
         return Channel(math.inf, 0.0, self.rank)
 
     def apply(self, hidden: Tensor, normals: Callable[[], Tensor]) -> Tensor:
-        """The projected states as they are; nothing is drawn.
-
-        Raises
-        ------
-        UsageError
-            If they are not projected.
-        """
+        """The projected states as they are; UsageError if they are not projected."""
         if hidden.shape[1] != self.rank:
             raise UsageError(
                 f"{self} protects states of {self.rank} numbers; project them first, they have {hidden.shape[1]}"
@@ -58,22 +46,9 @@ class NarrowCut(Noise):
 def taken_up(spec: Noise, own: Noise, source: object) -> Noise:
     """How states are to be protected by a model that takes up an adapter with a narrow cut.
 
-    No mechanism of the user's is dropped: it is done on what the cut leaves. Without one, the model gets the one that
-    the adapter was trained with, its noise included. To go without noise, a user names the cut alone.
-
-    Parameters
-    ----------
-    spec
-        The user's mechanism.
-    own
-        The adapter's.
-    source
-        Where the adapter is, for messages.
-
-    Raises
-    ------
-    ModelMismatchError
-        If the user names a cut of another rank.
+    The user's mechanism (`spec`) is done on what the cut leaves. Without one, the model gets the adapter's `own`, its
+    noise included. To go without noise, a user names the cut alone. ModelMismatchError if that has another rank than
+    the adapter in `source`.
     """
     assert own.width is not None
     if spec.width is not None:
