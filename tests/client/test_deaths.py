@@ -19,6 +19,7 @@ import torch
 from fedsea import SplitModelForCausalLM
 from fedsea.errors import LimitExceededError, ProtocolError, UsageError
 from fedsea.server import Limits
+from fedsea.server.ledger import Pool
 from fedsea.wire.codec import encode
 from fedsea.wire.frames import Kind, Message
 from tests.conftest import RunningServer, connect
@@ -71,7 +72,7 @@ def server(start_server: Callable[..., RunningServer], monkeypatch: pytest.Monke
 
 def is_empty(server: RunningServer) -> bool:
     table = server.server.sessions
-    return len(table) == 0 and table.cache_bytes == 0 and not server.server.streams
+    return len(table) == 0 and server.server.ledger.used(Pool.CACHES) == 0 and not server.server.streams
 
 
 def test_a_generation_outlives_a_server_that_is_killed_and_started_again(
@@ -117,7 +118,7 @@ def test_a_killed_clients_cache_is_freed_when_its_time_is_over(
     script.write_text(CLIENT)
     client = spawn(str(script), server.address, "stay")
     assert client.line() == "ready\n"
-    assert server.server.sessions.cache_bytes > 0
+    assert server.server.ledger.used(Pool.CACHES) > 0
     client.kill()
     assert eventually(lambda: is_empty(server))
 
@@ -250,7 +251,7 @@ def test_a_client_that_never_reads_is_ended_when_idle_and_its_cache_freed(
     for number in range(400):
         stream.send(step(number + 1, 0, count=500))
     assert eventually(lambda: len(server.server.sessions) == 0)
-    assert server.server.sessions.cache_bytes == 0
+    assert server.server.ledger.used(Pool.CACHES) == 0
     assert len(server.server.streams) == 1  # it waits for its reader, and counts
     stream.abandon()
     assert eventually(lambda: is_empty(server))

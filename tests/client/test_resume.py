@@ -12,6 +12,7 @@ from fedsea.client.connection import Connection
 from fedsea.errors import FedSEAError, ServerUnavailableError
 from fedsea.server import Limits
 from fedsea.server.leases import State
+from fedsea.server.ledger import Pool
 from fedsea.wire.frames import Frame, Result, Step
 from fedsea.wire.tensors import tensor_bytes
 from tests.conftest import RunningServer, connect
@@ -283,7 +284,7 @@ def test_a_lost_session_is_its_own_clients_only_until_its_time_is_over(
         lost.send(step(1))
         lost.receive()
     assert eventually(lambda: len(server.server.sessions) == 0)
-    assert server.server.sessions.cache_bytes == 0
+    assert server.server.ledger.used(Pool.CACHES) == 0
     with RawStream(server.address) as back:
         opened = back.open(resume=name)
         assert opened.session != name

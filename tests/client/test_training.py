@@ -186,7 +186,7 @@ def test_with_gradient_checkpointing_the_numbers_are_the_same(
         whole = whole_twin(model, tmp_path)
         assert_same_losses(train(model, batches(4)), train(whole, batches(4)))
         assert all(one.recompute for one in submitted if isinstance(one, Forward))
-        assert tiny_server.server.runs.graph_bytes == 0
+        assert not any(run.built.graph_bytes for run in tiny_server.server.runs if run.built is not None)
 
 
 def test_a_server_without_room_for_activations_computes_them_again(
@@ -537,7 +537,6 @@ def test_base_weights_are_shared_and_a_closed_run_leaves_nothing(start_server: C
     for trainer in trainers:
         own = [weight for weight in trainer.blocks.parameters() if weight.data_ptr() not in base]
         assert sum(weight.nbytes for weight in own) == 4 * sum(weight.numel() for weight in trainer.parameters.values())
-        assert trainer.adapter.state_bytes == 4 * sum(weight.nbytes for weight in own)
         assert trainer.graph_bytes == 0
     import weakref
 

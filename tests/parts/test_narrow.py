@@ -320,12 +320,12 @@ def test_a_run_is_taken_up_with_its_own_rank_only(runs: RunTable) -> None:
 def test_a_cut_that_is_not_narrow_is_refused_and_its_memory_counts(runs: RunTable) -> None:
     with pytest.raises(ProtocolError, match="a narrow cut of rank 64 is not narrow: the hidden size is 64"):
         begin(runs, replace(SPEC, narrow=HIDDEN))
-    plain = begin(runs, replace(SPEC, narrow=0), run="plain").trainer.adapter.state_bytes
-    assert begin(runs).trainer.adapter.state_bytes - plain == 16 * RANK * HIDDEN
+    plain = begin(runs, replace(SPEC, narrow=0), run="plain").adapter.size()
+    assert begin(runs).adapter.size() - plain == 16 * RANK * HIDDEN
     tight = RunTable(MIDDLE, Limits(run_bytes=plain, graph_bytes=0), dtype=torch.float32, clock=lambda: 0.0)
     with pytest.raises(FedSEAError, match="memory for adapters"):
         begin(tight)
-    assert begin(tight, replace(SPEC, narrow=0)).trainer.adapter.state_bytes == plain
+    assert begin(tight, replace(SPEC, narrow=0)).adapter.size() == plain
 
 
 def test_a_session_is_as_narrow_as_its_run_or_is_refused(runs: RunTable) -> None:

@@ -34,7 +34,7 @@ def server(start_server: Callable[..., RunningServer], made: Path) -> RunningSer
 def test_a_connection_that_says_nothing_is_closed(
     start_server: Callable[..., RunningServer], made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fedsea.server.connections.HANDSHAKE_MS", 300)
+    monkeypatch.setattr("fedsea.server.service.HANDSHAKE_MS", 300)
     server = start_server(credentials=Credentials.load(made, "server"))
     with socket.create_connection(parse_address(server.address), timeout=60) as silent:
         assert silent.recv(1) == b""

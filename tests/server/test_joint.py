@@ -66,15 +66,15 @@ class Member:
         self.seed, self.rows, self.how, self.weight = seed, Rows((0,) * len(counts), tuple(counts)), forward, weight
         self.hidden = middle.config.hidden_size
 
-    def forward(self, step: int = 1, **more: Any) -> tuple[Trainer, Forward, torch.dtype]:
+    def forward(self, step: int = 1, **more: Any) -> tuple[Trainer, Forward]:
         states = values(10 * self.seed + step, self.rows.total, self.hidden).to(self.trainer.dtype)
         operation = Forward(3 * step - 2, step, self.rows, states, seed=100 * self.seed + step, **self.how)
-        return self.trainer, replace(operation, **more), self.trainer.dtype
+        return self.trainer, replace(operation, **more)
 
-    def backward(self, step: int = 1, **more: Any) -> tuple[Trainer, Backward, torch.dtype]:
+    def backward(self, step: int = 1, **more: Any) -> tuple[Trainer, Backward]:
         gradient = (values(10 * self.seed + step + 5, self.rows.total, self.hidden) / 100).to(self.trainer.dtype)
         operation = Backward(3 * step - 1, step, gradient, 0, fresh=True, weight=self.weight)
-        return self.trainer, replace(operation, **more), self.trainer.dtype
+        return self.trainer, replace(operation, **more)
 
     def update(self, step: int = 1) -> None:
         self.trainer.adapter.update(OptimizerStep("adamw", step, 1.0, 1e-2, 0.1))
@@ -83,7 +83,7 @@ class Member:
         return self.trainer.waiting[step].graph
 
 
-def alone(job: tuple[Trainer, Any, torch.dtype]) -> States:
+def alone(job: tuple[Trainer, Any]) -> States:
     """The same by the run itself."""
     [answer] = (forward_together if isinstance(job[1], Forward) else backward_together)([job])
     assert isinstance(answer, States), answer
@@ -435,9 +435,9 @@ def test_runs_of_one_adapter_train_it_as_one_run_with_all_rows_would(how: dict[s
         labels = [labels_of(10 * step + index, size) for index, size in enumerate(sizes)]
         learnt = [int((one >= 0).sum()) for one in labels]
         forwards = [one.forward(step) for one in ones]
-        everything = torch.cat([operation.states for _, operation, _ in forwards])
+        everything = torch.cat([operation.states for _, operation in forwards])
         outputs = [answer.states for answer in forward_together(forwards)]
-        whole = alone((single, Forward(3 * step, step, rows, everything), DTYPE)).states
+        whole = alone((single, Forward(3 * step, step, rows, everything))).states
         assert whole is not None
         assert_close(torch.cat(outputs), whole)
         jobs = [
@@ -446,7 +446,7 @@ def test_runs_of_one_adapter_train_it_as_one_run_with_all_rows_would(how: dict[s
         ]
         answers = backward_together(jobs)
         gradient = head_gradient(whole, torch.cat(labels), sum(learnt))
-        expected = alone((single, Backward(3 * step, step, gradient, 0, fresh=True), DTYPE))
+        expected = alone((single, Backward(3 * step, step, gradient, 0, fresh=True)))
         assert expected.states is not None
         for answer, part, count in zip(answers, expected.states.split(sizes), learnt, strict=True):
             assert answer.norm == pytest.approx(expected.norm, rel=1e-4)

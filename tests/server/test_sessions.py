@@ -11,6 +11,7 @@ from fedsea.errors import FedSEAError, LimitExceededError, PartitionError, Proto
 from fedsea.parts import MiddleBlocks
 from fedsea.server import Limits
 from fedsea.server.leases import State
+from fedsea.server.ledger import Pool
 from fedsea.server.sessions import Session, SessionTable
 from fedsea.wire.codec import decode
 from fedsea.wire.frames import Result, Step
@@ -65,11 +66,11 @@ def test_open_gives_an_attached_session_with_an_unguessable_name(desk: Desk) -> 
 def test_a_session_has_its_cache_until_it_ends(desk: Desk) -> None:
     session = desk.open()
     desk.do(session, step(1))
-    taken = desk.table.cache_bytes
+    taken = desk.table.ledger.used(Pool.CACHES)
     desk.table.detach(session)
-    assert desk.table.cache_bytes == taken > 0
+    assert desk.table.ledger.used(Pool.CACHES) == taken > 0
     desk.table.close(session)
-    assert (len(desk.table), desk.table.cache_bytes, session.cache) == (0, 0, None)
+    assert (len(desk.table), desk.table.ledger.used(Pool.CACHES), session.cache) == (0, 0, None)
 
 
 def test_detached_to_attached_goes_on_where_it_was(desk: Desk) -> None:
@@ -136,7 +137,7 @@ def test_a_step_whose_session_ends_meanwhile_leaves_nothing_behind(desk: Desk, m
 
     monkeypatch.setattr(desk.table.middle, "forward", ends_meanwhile)
     desk.do(session, step(1))
-    assert (session.cache, desk.table.cache_bytes, len(desk.table)) == (None, 0, 0)
+    assert (session.cache, desk.table.ledger.used(Pool.CACHES), len(desk.table)) == (None, 0, 0)
 
 
 def test_a_session_is_resumed_with_its_own_layers_and_dtype_only(desk: Desk) -> None:
@@ -196,9 +197,9 @@ def test_memory_for_caches_is_limited_over_all_sessions_and_given_back(middle: M
     desk = Desk(middle, replace(LIMITS, cache_bytes=2 * one_session - 1))
     first, second = desk.open("a"), desk.open("b")
     desk.do(first, step(1))
-    assert desk.table.cache_bytes == one_session
+    assert desk.table.ledger.used(Pool.CACHES) == one_session
     with pytest.raises(LimitExceededError, match="memory for caches"):
         desk.table.admit(second, step(1))
     desk.table.close(first)
     desk.do(second, step(1))
-    assert desk.table.cache_bytes == one_session
+    assert desk.table.ledger.used(Pool.CACHES) == one_session

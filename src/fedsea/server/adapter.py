@@ -46,11 +46,6 @@ class TrainedAdapter:
         self._kind: tuple[str, bool] | None = None
         self._restored: dict[str, dict[str, Tensor]] = {}
 
-    @property
-    def state_bytes(self) -> int:
-        """Memory of weights, gradient and optimizer once all are there, in bytes."""
-        return 4 * sum(4 * parameter.numel() for parameter in self.parameters.values())
-
     def share(self) -> None:
         """Several contributors train it from now on; a gradient without contributors is forgotten."""
         if not self.shared:

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from fedsea.errors import CredentialsError, FedSEAError, ProtocolError
+from fedsea.errors import CredentialsError, ProtocolError
 from fedsea.fields import Fields
-from fedsea.server.connections import log_refusal
+from fedsea.server.leases import Lease
 from fedsea.server.ledger import Kept, Pool, nbytes
 from fedsea.server.served_stream import ServedStream
 from fedsea.server.state import ServerState
@@ -22,8 +22,10 @@ from fedsea.wire.pages import page
 from fedsea.wire.rounds import RoundPlan, ServerDescription
 
 
-class CoordinatorStream(ServedStream):
-    """A call of a coordinator's, with the round that it is opening: its plan, and the weights that have come so far."""
+class CoordinatorStream(ServedStream[Lease]):
+    """A call of a coordinator's; what it opens stays. A round that is being opened: its plan, and what came of it."""
+
+    kind = "coordinator"
 
     def __init__(self, state: ServerState, stream: Stream) -> None:
         super().__init__(state, stream)
@@ -51,10 +53,6 @@ class CoordinatorStream(ServedStream):
             size = nbytes(reply.tensors) if isinstance(reply, Tensors) else 0
             await stream.write(await stream.apart(partial(encode, reply), size))
 
-    def end(self, error: FedSEAError) -> None:
-        """The rounds that it has opened stay."""
-        log_refusal(self.stream, "coordinator", self.stream.client, error)
-
     def _knows(self, name: str) -> bool:
         if self._plan is None:
             raise ProtocolError("weights came, and no round is being opened")
@@ -71,7 +69,8 @@ class CoordinatorStream(ServedStream):
         read = Fields(frame.body, "a command")
         match frame.body.get("do"):
             case "open":
-                self._begin(RoundPlan.from_body(frame.body))
+                self._plan, self._weights = RoundPlan.from_body(frame.body), {}
+                self._names = self._plan.adapter.weight_names(self.state.middle.layers)
             case "start":
                 self._start()
             case "status":
@@ -85,9 +84,6 @@ class CoordinatorStream(ServedStream):
             case other:
                 raise ProtocolError(f"there is no command {other!r}")
         return Outcome(frame.number, {})
-
-    def _begin(self, plan: RoundPlan) -> None:
-        self._plan, self._weights, self._names = plan, {}, plan.adapter.weight_names(self.state.middle.layers)
 
     def _start(self) -> None:
         if self._plan is None:

@@ -1,9 +1,8 @@
-"""Micro-batches between their forward and backward pass: what is kept of them, and how gradients are backpropagated."""
+"""Micro-batches between their forward and backward pass, and what is kept of them."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from weakref import ref
 
 import torch
@@ -11,7 +10,6 @@ from torch import Tensor
 
 from fedsea.parts import Rows
 from fedsea.server.adapter import TrainedAdapter
-from fedsea.wire.frames import Backward
 
 
 class KeptGraph:
@@ -65,11 +63,6 @@ class MicroBatch:
     cost: float = 1.0  # what its pass computed for it, in padded tokens times layers
 
     @property
-    def usable(self) -> bool:
-        """Whether its activations are kept, of the weights as they are now."""
-        return self.graph is not None and self.graph.usable
-
-    @property
     def graph_bytes(self) -> int:
         """Memory of its activations: its part of what all that are still in the graph hold together."""
         graph = self.graph  # asked for by other threads too, which may find it consumed
@@ -83,45 +76,6 @@ class MicroBatch:
     def drop(self) -> None:
         """Keep nothing but what it takes to compute again."""
         self.output, self.leaves, self.graph = None, {}, None
-
-
-@dataclass(eq=False)
-class Gradient:
-    """A gradient on its way through the middle."""
-
-    operation: Backward
-    micro: MicroBatch
-    gradient: Tensor  # `2**exponent` times that at `h_B`, `[rows, width, hidden]`, in the compute dtype
-    exponent: int
-    at_input: Tensor | None = None  # what came of it at `h_A`; None if the client does not want it
-    at_weights: dict[str, Tensor] = field(default_factory=dict)  # and at the adapter's weights, by name
-    packed: Tensor | None = None  # that at `h_A`, `[tokens, hidden]`
-    nonfinite: bool = False  # the client is told so
-
-
-def backpropagate(gradients: list[Gradient]) -> None:
-    """Backpropagate gradients of micro-batches whose activations are kept in one graph; it is consumed."""
-    outputs: list[Tensor] = []
-    above: list[Tensor] = []
-    inputs: list[Tensor] = []
-    fill: list[Callable[[Tensor], None]] = []
-    for one in gradients:
-        micro, output = one.micro, one.micro.output
-        assert output is not None
-        if output.requires_grad and (micro.hidden.requires_grad or micro.leaves):
-            outputs.append(output)
-            above.append(one.gradient)
-            if micro.hidden.requires_grad:
-                inputs.append(micro.hidden)
-                fill.append(partial(setattr, one, "at_input"))
-            inputs += micro.leaves.values()
-            fill += [partial(one.at_weights.__setitem__, name) for name in micro.leaves]
-    for one in gradients:
-        if one.micro.graph is not None:
-            one.micro.graph.consume()  # before: should there be no memory for it, it is computed again
-    if inputs:
-        for put, gradient in zip(fill, torch.autograd.grad(outputs, inputs, above), strict=True):
-            put(gradient)
 
 
 @contextlib.contextmanager

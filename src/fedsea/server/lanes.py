@@ -95,24 +95,17 @@ class Lane:
         return pad(drawn, (0, 0, 0, width - own)) if width > own else drawn
 
 
-class ActiveLanes:
-    """The lanes that a pass is computing, in the order of their rows; one for all modules of a twin."""
-
-    def __init__(self) -> None:
-        self.lanes: list[Lane] = []
-
-
 class _JoinedLinear(nn.Module):
-    """A linear module of the base, with every lane's LoRA on that lane's rows."""
+    """A linear module of the base, with every lane's LoRA on that lane's rows; `active` are those of the pass."""
 
-    def __init__(self, base: nn.Linear, name: str, active: ActiveLanes) -> None:
+    def __init__(self, base: nn.Linear, name: str, active: list[Lane]) -> None:
         super().__init__()
         self.base, self.name, self._active = base, name, active
 
     def forward(self, states: Tensor) -> Tensor:
         """`[rows, width, in]` -> `[rows, width, out]`."""
         result: Tensor = self.base(states)
-        lanes = self._active.lanes
+        lanes = self._active
         loras = [lane.loras.get(self.name) for lane in lanes]
         found = [lora for lora in loras if lora is not None]
         if not found:
@@ -156,13 +149,13 @@ def _stacked(lanes: Sequence[Lane], loras: Sequence[_Lora], states: Tensor) -> T
     return added.view(rows, width, -1)
 
 
-_TWINS: WeakKeyDictionary[MiddleBlocks, tuple[MiddleBlocks, ActiveLanes]] = WeakKeyDictionary()
+_TWINS: WeakKeyDictionary[MiddleBlocks, tuple[MiddleBlocks, list[Lane]]] = WeakKeyDictionary()
 
 
-def twin_of(base: MiddleBlocks) -> tuple[MiddleBlocks, ActiveLanes]:
-    """Modules of the joint passes on the base's weights, made once."""
+def twin_of(base: MiddleBlocks) -> tuple[MiddleBlocks, list[Lane]]:
+    """Modules of the joint passes on the base's weights, made once, and the lanes of their pass, in its rows' order."""
     if base not in _TWINS:
-        twin, active = base.second_adapter_copy(), ActiveLanes()
+        twin, active = base.second_adapter_copy(), list[Lane]()
         for name, module in list(twin.model.layers.named_modules(prefix="model.layers")):
             if isinstance(module, nn.Linear):
                 parent, _, last = name.rpartition(".")
@@ -190,16 +183,16 @@ def _run_lanes(lanes: Sequence[Lane]) -> list[Tensor]:
             ]
             if not inside:
                 continue
-            active.lanes = [lanes[index] for index in inside]
-            counts = tuple(count for lane in active.lanes for count in lane.micro.rows.counts)
+            active[:] = [lanes[index] for index in inside]
+            counts = tuple(count for lane in active for count in lane.micro.rows.counts)
             rows = Rows((0,) * len(counts), counts)
             joined = torch.cat([_fit(hidden[index], rows.width) for index in inside])
             done = twin(joined, rows, None, range(start, stop))
-            pieces = done.split([len(lane.micro.rows) for lane in active.lanes])
+            pieces = done.split([len(lane.micro.rows) for lane in active])
             for index, piece in zip(inside, pieces, strict=True):
                 hidden[index] = piece
     finally:
-        active.lanes = []
+        active.clear()
     return [_fit(one, lane.micro.rows.width) for one, lane in zip(hidden, lanes, strict=True)]
 
 

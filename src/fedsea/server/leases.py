@@ -45,6 +45,11 @@ class Lease:
     state: State = State.ATTACHED
     reserved: bool = False  # it ends with something else (a round): it has no place of its client's, and never expires
 
+    @property
+    def label(self) -> str:
+        """What the log calls it."""
+        return self.name
+
     def give_up(self) -> None:
         """Drop what it holds; it has ended."""
 

@@ -80,13 +80,11 @@ class Ledger:
         limit = self._limits[pool]
         if limit is None or more <= self.room(pool, client):
             return
-        needs = f"{what} needs {more / MIB:.1f} MiB"
+        needs, memory = f"{what} needs {more / MIB:.1f} MiB", f"the server's memory for {pool.value}"
         if self.used(pool) + more > limit:
-            raise LimitExceededError(
-                f"the server's memory for {pool.value} ({limit / MIB:.1f} MiB) is used up: {needs}"
-            )
+            raise LimitExceededError(f"{memory} ({limit / MIB:.1f} MiB) is used up: {needs}")
         raise LimitExceededError(
-            f"client {client!r} has {self.used(pool, client) / MIB:.1f} MiB of the server's memory for {pool.value}, "
+            f"client {client!r} has {self.used(pool, client) / MIB:.1f} MiB of {memory}, "
             f"one client may have {self._share * limit / MIB:.1f} MiB: {needs} more"
         )
 

@@ -24,17 +24,14 @@ class RoundTable:
     rounds: dict[str, ServerRound] = field(default_factory=dict)
 
     def open(self, plan: RoundPlan, weights: dict[str, Tensor], opener: str = COORDINATOR) -> None:
-        """Open a round; one of the same name is given up.
+        """Open a round; one of the same name is given up. `opener` is the coordinator, as its certificate calls it.
 
         `weights` are the adapter's at the start, of this server's layers, by whole-model names; others start as the
-        plan says. `opener` is the coordinator, as its certificate calls it. ProtocolError or PartitionError if the
-        adapter does not fit the model; LimitExceededError if there is no room for its members.
+        plan says. ProtocolError, PartitionError or LimitExceededError if the model or the server has no place for it.
         """
         runs, middle = self.runs, self.runs.middle
         if plan.adapter.narrow:
-            raise ProtocolError(
-                "federated rounds train no narrow cuts: they compute the states of several clients together"
-            )
+            raise ProtocolError("federated rounds train no narrow cuts: they compute several clients' states together")
         if not plan.adapter.within(middle.layers):
             raise PartitionError("the adapter has no target in the layers that the block server holds")
         self.close(plan.label)
@@ -62,13 +59,13 @@ class RoundTable:
         return found
 
     def attach(self, request: Attach, client: str, end: Callable[[FedSEAError], None]) -> tuple[Run, bool]:
-        """Begin the run of a ticket's holder.
+        """Begin the run of a ticket's holder, and say that it is new.
 
         RefusedTicketError if the ticket is no good: unknown, used, another client's, or the round is over.
         ModelMismatchError, PartitionError or StragglerError if the client cannot take part.
         """
         for opened in self.rounds.values():
-            if opened.has_seat(request.run):
+            if request.run in opened.members:
                 return opened.join(request, client, end), True
         raise RefusedTicketError(f"there is no round with a seat for {request.run!r}; it may be over")
 

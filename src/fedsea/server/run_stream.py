@@ -4,8 +4,6 @@ import logging
 from functools import partial
 
 from fedsea.errors import FedSEAError, ProtocolError
-from fedsea.server.connections import log_refusal
-from fedsea.server.leases import State
 from fedsea.server.ledger import Pool
 from fedsea.server.pipeline import Pipeline
 from fedsea.server.runs import Run
@@ -20,12 +18,13 @@ from fedsea.wire.runs import Attach, Attached
 log = logging.getLogger("fedsea.server")
 
 
-class RunStream(ServedStream):
+class RunStream(ServedStream[Run]):
     """A call with a run, which stays at the server whatever becomes of its stream, but for CLOSE."""
 
+    kind = "run"
+
     def __init__(self, state: ServerState, stream: Stream) -> None:
-        super().__init__(state, stream)
-        self.run: Run | None = None
+        super().__init__(state, stream, state.runs)
 
     async def serve(self) -> None:
         request = await self.open_request(Attach.from_body)
@@ -65,7 +64,7 @@ class RunStream(ServedStream):
         state, client = self.state, self.stream.client
         table = state.runs if request.token is None else state.rounds
         run, new = table.attach(request, client, self.stream.end)
-        self.run = run
+        self.lease = run
         state.ledger.keep(self.stream, run.adapter)
         await state.trainer(run)
         log.info("run %s run=%s client=%s", "begun" if new else "taken up", run.name, client)
@@ -75,14 +74,7 @@ class RunStream(ServedStream):
         await self.stream.write(encode(Message(Kind.OPENED, attached.to_body())))
         return run, a_round
 
-    def lose(self) -> None:
-        """The stream is over, for whatever reason: the run stays, unless another stream has taken it up."""
-        run = self.run
-        if run is not None and run.end == self.stream.end and run.state is State.ATTACHED:
-            self.state.runs.detach(run)
-            log.info("run left run=%s client=%s", run.name, run.client)
-
     def end(self, error: FedSEAError) -> None:
         """The run stays as it was before what is refused."""
-        log_refusal(self.stream, "run", self.run.name if self.run is not None else "-", error)
+        super().end(error)
         self.lose()

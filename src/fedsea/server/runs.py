@@ -16,7 +16,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
@@ -26,7 +25,7 @@ from fedsea.fields import Fields
 from fedsea.parts import MiddleBlocks
 from fedsea.parts.adapters import AdapterSpec
 from fedsea.server.checks import check_layers, too_long, wrong_width
-from fedsea.server.joint import backward_together, forward_together
+from fedsea.server.joint import attempt, backward_together, forward_together
 from fedsea.server.leases import Lease, LeaseTable, State
 from fedsea.server.ledger import Kept, Ledger, Pool
 from fedsea.server.limits import MIB, Limits
@@ -63,10 +62,7 @@ class Run(Lease):
 
     @property
     def trainer(self) -> Trainer:
-        """The middle's half of it; built if it is not there yet, so the first to ask must be the worker.
-
-        RunLostError if the run has ended before it was built.
-        """
+        """The middle's half of it; built if it is not there yet, so the first to ask must be the worker."""
         if self.built is None:
             self.check_lives()
             self.built = self.make()
@@ -76,11 +72,6 @@ class Run(Lease):
     def version(self) -> int:
         """Optimizer steps done."""
         return self.built.adapter.version if self.built is not None else 0
-
-    @property
-    def waiting_bytes(self) -> int:
-        """Of the micro-batches that wait for their gradient."""
-        return self.built.waiting_bytes if self.built is not None else 0
 
     @property
     def reply_bytes(self) -> int:
@@ -97,11 +88,12 @@ class Run(Lease):
         if self.state is State.ENDED:
             raise RunLostError(f"the run {self.name!r} has ended")
 
-    def check_turn(self, operation: Operation) -> None:
-        """RunLostError or ProtocolError if the run has ended since an operation was admitted, or has done it since."""
+    def turn(self, operation: Operation) -> Trainer:
+        """What does an operation that was admitted; FedSEAError if the run has ended since, or has done it since."""
         self.check_lives()
         if operation.number != self.number + 1:
             raise ProtocolError(f"operation {operation.number} has been done already")
+        return self.trainer
 
     def settle(self, reply: Reply) -> bytes:
         """An operation is done: keep its answer, and give the frame."""
@@ -151,11 +143,6 @@ class RunTable(LeaseTable[Run]):
             if isinstance(module, nn.Linear)
         }
 
-    @property
-    def graph_bytes(self) -> int:
-        """Memory of all activations that are kept now."""
-        return sum(trainer.graph_bytes for trainer in self._trainers())
-
     def _trainers(self, client: str | None = None) -> list[Trainer]:
         """Those that are built, of one client or of all."""
         return [run.built for run in self if run.built is not None and client in (None, run.client)]
@@ -176,8 +163,7 @@ class RunTable(LeaseTable[Run]):
         """Take up a client's run, or begin it; returns it and whether it is new.
 
         RunLostError if it is not there and is not to be begun, UsageError if it is there and is to be begun,
-        ProtocolError if it is of another partition, wire dtype or adapter; what `check` and the limits refuse of a new
-        one.
+        ProtocolError if it is of another partition, wire dtype or adapter.
         """
         run = self.get(request.run, client)
         if run is None:
@@ -222,10 +208,7 @@ class RunTable(LeaseTable[Run]):
         return layers
 
     def reserve(self, spec: AdapterSpec, layers: range, client: str) -> Kept:
-        """An adapter with its gradient and its optimizer, for the ledger; nothing is built yet.
-
-        LimitExceededError if there is no memory for it; ProtocolError if a target is not a linear module of the model.
-        """
+        """An adapter with its gradient and its optimizer, for the ledger, if there is memory; nothing is built yet."""
         shapes = spec.weight_shapes(self.modules, layers)
         numbers = sum(math.prod(shape) for shape in shapes.values()) + spec.narrow * self.middle.config.hidden_size
         needed = 4 * 4 * numbers  # weights, gradient, two moments
@@ -277,7 +260,7 @@ class RunTable(LeaseTable[Run]):
             make=make,
             adapter=adapter,
         )
-        waiting = Kept(Pool.ACTIVATIONS, client, lambda: run.waiting_bytes)
+        waiting = Kept(Pool.ACTIVATIONS, client, lambda: run.built.waiting_bytes if run.built is not None else 0)
         self.add(run, adapter, waiting, Kept(Pool.BUFFERS, client, lambda: run.reply_bytes))
         return run
 
@@ -292,11 +275,7 @@ class RunTable(LeaseTable[Run]):
     # What runs do
 
     def admit(self, run: Run, operation: Operation) -> None:
-        """Check that an operation may be done now; forget the answers that the client has.
-
-        ProtocolError if it is not the next one, or does not fit the run or the model; LimitExceededError if a row is
-        longer than the model allows, or too many answers were left unread.
-        """
+        """Check that an operation may be done now; forget the answers that the client has."""
         while run.replies and next(iter(run.replies)) <= operation.received:
             run.replies.popitem(last=False)
         if operation.number != run.number + 1:
@@ -347,21 +326,18 @@ class RunTable(LeaseTable[Run]):
     def do_all(self, jobs: Sequence[tuple[Run, Operation]]) -> list[bytes | FedSEAError]:
         """Do operations of several runs, passes together; gives the frame of each answer, or why it was not done."""
         answers: dict[int, Reply | FedSEAError] = {}
-        forwards, backwards = dict[int, Any](), dict[int, Any]()
+        forwards: dict[int, tuple[Trainer, Forward]] = {}
+        backwards: dict[int, tuple[Trainer, Backward]] = {}
         for index, (run, operation) in enumerate(jobs):
-            try:
-                run.check_turn(operation)
-                if isinstance(operation, Forward):
-                    forwards[index] = (run.trainer, operation, run.wire_dtype)
-                elif isinstance(operation, Backward):
-                    backwards[index] = (run.trainer, operation, run.wire_dtype)
-                elif isinstance(operation, Tensors):
-                    run.trainer.adapter.load(operation.tensors, run.trainer.layers)
-                    answers[index] = Outcome(operation.number, {})
-                else:
-                    answers[index] = self._command(run, operation)
-            except FedSEAError as error:
-                answers[index] = error.with_traceback(None)
+            trainer = attempt(partial(run.turn, operation))
+            if isinstance(trainer, FedSEAError):
+                answers[index] = trainer
+            elif isinstance(operation, Forward):
+                forwards[index] = (trainer, operation)
+            elif isinstance(operation, Backward):
+                backwards[index] = (trainer, operation)
+            else:
+                answers[index] = attempt(partial(self._command, trainer, operation))
         answers |= zip(forwards, forward_together(list(forwards.values())), strict=True)
         answers |= zip(backwards, backward_together(list(backwards.values())), strict=True)
         return [
@@ -369,8 +345,12 @@ class RunTable(LeaseTable[Run]):
             for index, (run, _operation) in enumerate(jobs)
         ]
 
-    def _command(self, run: Run, command: Command) -> Reply:
-        read, trainer, adapter = Fields(command.body, "a command"), run.trainer, run.trainer.adapter
+    def _command(self, trainer: Trainer, command: Command | Tensors) -> Reply:
+        adapter = trainer.adapter
+        if isinstance(command, Tensors):
+            adapter.load(command.tensors, trainer.layers)
+            return Outcome(command.number, {})
+        read = Fields(command.body, "a command")
         match command.body.get("do"):
             case "update":
                 adapter.update(OptimizerStep.from_body(command.body))

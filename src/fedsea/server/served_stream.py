@@ -1,10 +1,12 @@
 """A call at the server as its kinds have it in common: how it opens, and what happens when it ends."""
 
 import asyncio
+import logging
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from fedsea.errors import CredentialsError, FedSEAError, ModelMismatchError, ProtocolError, ServerUnavailableError
+from fedsea.server.leases import Lease, LeaseTable, State
 from fedsea.server.state import ServerState
 from fedsea.server.stream import Stream
 from fedsea.wire.frames import Kind, Message
@@ -12,26 +14,42 @@ from fedsea.wire.handshake import Open
 from fedsea.wire.roles import COORDINATOR
 from fedsea.wire.runs import Attach
 
+log = logging.getLogger("fedsea.server")
 OPEN_SECONDS = 30.0  # for a new stream to say what it is for
+MESSAGE_CHARACTERS = 300  # of what a peer has sent, in a line of the log
 Request = TypeVar("Request", Open, Attach)
+L = TypeVar("L", bound=Lease)
 
 
-class ServedStream:
-    """One call, from OPEN to its end. A kind of stream says what is done in between."""
+class ServedStream(Generic[L]):
+    """One call, from OPEN to its end, and the lease in `table` that it serves, if another has not taken it up."""
 
-    def __init__(self, state: ServerState, stream: Stream) -> None:
-        self.state, self.stream = state, stream
+    kind: str  # what the log calls that
+
+    def __init__(self, state: ServerState, stream: Stream, table: LeaseTable[L] | None = None) -> None:
+        self.state, self.stream, self._table = state, stream, table
+        self.lease: L | None = None
 
     async def serve(self) -> None:
         """Serve the client until it says CLOSE, or its stream is over; FedSEAError says why it is refused."""
         raise NotImplementedError
 
     def lose(self) -> None:
-        """The connection is lost: what the client had may be taken up again."""
+        """The stream is over without CLOSE, as a killed client's is too: what it served may be taken up again."""
+        lease = self.own()
+        if lease is not None and self._table is not None and lease.state is State.ATTACHED:
+            self._table.detach(lease)
+            log.info("connection lost %s=%s client=%s", self.kind, lease.label, lease.client)
 
     def end(self, error: FedSEAError) -> None:
-        """The client is refused."""
-        raise NotImplementedError
+        """The client is refused, and a line of the log says whose stream it was, from where, and why."""
+        label, stream = self.lease.label if self.lease is not None else "-", self.stream
+        who = (self.kind, label, stream.client, stream.peer, error.code)
+        log.warning("refused %s=%s client=%s peer=%s error=%s message=%r", *who, str(error)[:MESSAGE_CHARACTERS])
+
+    def own(self) -> L | None:
+        """The lease, if no other stream has taken it up."""
+        return self.lease if self.lease is not None and self.lease.end == self.stream.end else None
 
     async def open_body(self) -> dict[str, Any] | None:
         """The body of the OPEN that a stream begins with; None if it is over before.

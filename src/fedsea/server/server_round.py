@@ -34,6 +34,7 @@ from fedsea.errors import (
 from fedsea.partition import layer_of
 from fedsea.parts.averaging import WeightedMean
 from fedsea.server.adapter import MAX_NORM
+from fedsea.server.joint import attempt
 from fedsea.server.ledger import Kept, Pool, nbytes
 from fedsea.server.runs import Run, RunTable
 from fedsea.server.scheduler import Owner, Scheduler
@@ -108,7 +109,7 @@ class ServerRound:
         self.plan, self.weights, self._opener = plan, weights, opener
         self._runs, self._scheduler, self._secure = runs, scheduler, secure
         self.opened = self.heard = now = runs.clock()
-        self.members = {seat.client: RoundMember(seat, now) for seat in plan.members}
+        self.members = {run_name(plan.label, seat.client): RoundMember(seat, now) for seat in plan.members}  # by run
         self.owner = Owner(COORDINATOR, f"round {plan.label}")  # all rounds together are as one client's work
         self.average: dict[str, Tensor] | None = None
         self._common: Trainer | None = None  # of the adapter that all train
@@ -120,12 +121,8 @@ class ServerRound:
 
     # Who takes part
 
-    def has_seat(self, run: str) -> bool:
-        """Whether a run of this name is one of its members'."""
-        return any(run_name(self.plan.label, client) == run for client in self.members)
-
     def join(self, request: Attach, client: str, end: Callable[[FedSEAError], None]) -> Run:
-        """A client shows its ticket and begins its run; FedSEAError as `RoundTable.attach`."""
+        """A client shows the ticket of a seat and begins its run; FedSEAError as `RoundTable.attach`."""
         member, plan, runs = self._seat_of(request, client), self.plan, self._runs
         different = request.adapter.difference(plan.adapter)
         if different is not None:
@@ -134,8 +131,7 @@ class ServerRound:
             raise StragglerError("the round has begun without this client; it may come back in the next round")
         layers = runs.check(request)
         if plan.shared:
-            held = self._common_kept or runs.reserve(plan.adapter, runs.middle.layers, self._opener)
-            self._common_kept = held
+            held = self._common_kept = self._common_kept or runs.reserve(plan.adapter, runs.middle.layers, self._opener)
         else:
             held = runs.reserve(plan.adapter, layers, client)
         runs.ledger.keep(self, held)  # for the average, also if the run ends before
@@ -148,17 +144,14 @@ class ServerRound:
         return run
 
     def _seat_of(self, request: Attach, client: str) -> RoundMember:
-        for member in self.members.values():
-            if run_name(self.plan.label, member.seat.client) != request.run:
-                continue
-            if request.token is None or not member.seat.admits(request.token):
-                break
-            if self._secure and client != member.seat.client:
-                raise RefusedTicketError(f"the ticket is client {member.seat.client!r}'s; this is {client!r}")
-            if member.run is not None:
-                raise RefusedTicketError("the ticket was used already")
-            return member
-        raise RefusedTicketError("the ticket is not one of this round's")
+        member = self.members[request.run]
+        if request.token is None or not member.seat.admits(request.token):
+            raise RefusedTicketError("the ticket is not one of this round's")
+        if self._secure and client != member.seat.client:
+            raise RefusedTicketError(f"the ticket is client {member.seat.client!r}'s; this is {client!r}")
+        if member.run is not None:
+            raise RefusedTicketError("the ticket was used already")
+        return member
 
     def _build(self, layers: range, client: str, seat: Seat | None = None) -> Trainer:
         """In the worker thread: a member's trainer; the first of a shared adapter builds that, too (without a seat)."""
@@ -175,10 +168,7 @@ class ServerRound:
 
     def weighs(self, run: Run) -> bool:
         """Whether a member says itself how much its gradients count."""
-        return self.plan.shared and self._member_of(run).seat.weight is None
-
-    def _member_of(self, run: Run) -> RoundMember:
-        return next(member for member in self.members.values() if member.run is run)
+        return self.plan.shared and self.members[run.name].seat.weight is None
 
     def _heard_of(self, member: RoundMember) -> None:
         member.heard = self.heard = self._runs.clock()
@@ -190,11 +180,8 @@ class ServerRound:
     # What members do, and who waits for whom
 
     async def do(self, run: Run, operation: Operation) -> bytes:
-        """Do a member's operation, together with the others' where that is possible; returns the answer's frame.
-
-        FedSEAError says why it was not done.
-        """
-        member = self._member_of(run)
+        """Do a member's operation, where that is possible together with the others'; returns the answer's frame."""
+        member = self.members[run.name]
         self._heard_of(member)
         if member.straggled and self.plan.shared:
             raise StragglerError("the others of the round have gone on; this client may come back in the next round")
@@ -257,8 +244,7 @@ class ServerRound:
     def _next_batch(self, waiting: Sequence[RoundMember]) -> list[tuple[RoundMember, Waiting]]:
         """What is computed now: updates of one adapter only once all who are awaited ask for it."""
         batch = [(member, member.waiting) for member in waiting if member.waiting is not None]
-        passes = [(member, one) for member, one in batch if not isinstance(one.operation, Command)]
-        chosen = passes or batch
+        chosen = [(member, one) for member, one in batch if not isinstance(one.operation, Command)] or batch
         for member, _one in chosen:
             member.waiting, member.computing = None, True
         return chosen
@@ -293,44 +279,36 @@ class ServerRound:
 
     def _step_together(self, jobs: Sequence[tuple[Run, Command]]) -> list[bytes | FedSEAError]:
         """One step of the adapter that all train; a member that asks for another than most of them do is refused."""
-        steps: dict[Run, OptimizerStep] = {}
-        refused: dict[Run, FedSEAError] = {}
-        for run, command in jobs:
-            try:
-                run.check_turn(command)
-                steps[run] = OptimizerStep.from_body(command.body)
-            except FedSEAError as error:
-                refused[run] = error.with_traceback(None)
+        turns = {run: attempt(partial(run.turn, command)) for run, command in jobs}
+        refused = {run: error for run, error in turns.items() if isinstance(error, FedSEAError)}
+        # `do` has read them before: none is refused for what it says.
+        steps = {run: OptimizerStep.from_body(command.body) for run, command in jobs if run not in refused}
         plain = {run: replace(step, scale=1.0, fresh=False) for run, step in steps.items()}
         votes = Counter(plain.values())
         usual = [step for step, count in votes.items() if 2 * count > len(plain)]
         agreed = [run for run, step in plain.items() if step in usual]
         for run in steps.keys() - set(agreed):
-            refused[run] = ProtocolError(
-                "this optimizer step has other settings than those of the round's other clients"
-            )
+            refused[run] = ProtocolError("this optimizer step has other settings than the round's other clients'")
         if agreed:
             assert self._common is not None
             # A scale is what clipping leaves: no member may make the step larger than its gradient.
             scale = sum(min(1.0, steps[run].scale) for run in agreed) / len(agreed)
-            try:
-                self._common.adapter.update(replace(usual[0], scale=scale))
-            except FedSEAError as error:
-                refused |= dict.fromkeys(agreed, error.with_traceback(None))
+            error = attempt(partial(self._common.adapter.update, replace(usual[0], scale=scale)))
+            refused |= dict.fromkeys(agreed, error) if error is not None else {}
         return [
             refused[run] if run in refused else run.settle(Outcome(command.number, {"version": run.version}))
             for run, command in jobs
         ]
 
     def compute_average(self, weights: Mapping[str, float]) -> None:
-        """Average the members' weights of each layer over those whose middle has it.
+        """Average the members' weights of each layer over those whose middle has it; `weights` are by client.
 
-        ProtocolError if a client has no run in this round, or a weight is not above 0; NonFiniteError if clients'
-        weights are not finite: it names them all.
+        NonFiniteError if clients' weights are not finite: it names them all.
         """
         mean, nonfinite = WeightedMean(), []
+        members = {member.seat.client: member for member in self.members.values()}
         for client, weight in weights.items():
-            member = self.members.get(client)
+            member = members.get(client)
             trainer = member.run.built if member is not None and member.run is not None else None
             if trainer is None:
                 raise ProtocolError(f"client {client!r} has no run in the round {self.plan.label!r}")

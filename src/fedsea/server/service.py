@@ -15,7 +15,6 @@ from grpc_health.v1 import health_pb2_grpc
 from fedsea.checkpoints import Checkpoint
 from fedsea.errors import FedSEAError, LimitExceededError, ServerError, ServerUnavailableError, UsageError
 from fedsea.process import raise_file_limit
-from fedsea.server.connections import listener_options
 from fedsea.server.coordinator_stream import CoordinatorStream
 from fedsea.server.health import Health
 from fedsea.server.ledger import Kept, Pool
@@ -31,8 +30,10 @@ from fedsea.wire.credentials import server_credentials
 
 log = logging.getLogger("fedsea.server")
 SWEEP_SECONDS = 1.0
+HANDSHAKE_MS = 10_000  # a connection that has not done its TLS handshake by then is closed; gRPC's own is two minutes
 STOP_SECONDS = 5.0  # for the clients to take note that the server stops
-KINDS: dict[str, type[ServedStream]] = {
+Serves = Callable[[ServerState, Stream], ServedStream[Any]]
+KINDS: dict[str, Serves] = {
     contract.SESSION: SessionStream,
     contract.RUN: RunStream,
     contract.COORDINATE: CoordinatorStream,
@@ -102,9 +103,13 @@ class BlockServer:
         raise_file_limit()
         spare_the_collector()
         self._warn_of_end()
-        settings = listener_options(self.state.limits.frame_bytes)
-        # Of one connection; more than a client may have, so that one that has too many is told, and does not wait.
-        settings.append(("grpc.max_concurrent_streams", self._counter.allowed + 16))
+        settings = [
+            *contract.channel_options(self.state.limits.frame_bytes + 4096),
+            ("grpc.so_reuseport", 0),  # without this, a second server on the port would silently share it
+            ("grpc.server_handshake_timeout_ms", HANDSHAKE_MS),
+            # Of one connection; more than a client may have, so that one that has too many is told, and does not wait.
+            ("grpc.max_concurrent_streams", self._counter.allowed + 16),
+        ]
         server = grpc.aio.server(options=settings)
         handlers = {
             name: grpc.stream_stream_rpc_method_handler(partial(self._serve, kind)) for name, kind in KINDS.items()
@@ -160,7 +165,7 @@ class BlockServer:
             if (warning := self.options.credentials.ends_soon()) is not None:
                 log.warning(warning)
 
-    async def _serve(self, kind: type[ServedStream], _requests: Any, context: Any) -> None:
+    async def _serve(self, kind: Serves, _requests: Any, context: Any) -> None:
         """One call, whatever happens in it; its client is told why it is refused, if it is."""
         state, refusal = self.state, None
         stream = Stream(context, state.limits.frame_bytes, state.codec, self._tap() if self._tap is not None else None)

@@ -3,7 +3,6 @@
 import logging
 
 from fedsea.errors import FedSEAError, ProtocolError, RunLostError
-from fedsea.server.connections import log_refusal
 from fedsea.server.leases import State
 from fedsea.server.served_stream import ServedStream
 from fedsea.server.sessions import Session, check_cut
@@ -17,15 +16,16 @@ from fedsea.wire.tensors import wire_dtype
 log = logging.getLogger("fedsea.server")
 
 
-class SessionStream(ServedStream):
-    """A call with a session, which is lost or ended with it, unless another stream has taken it up."""
+class SessionStream(ServedStream[Session]):
+    """A call with a session, which is lost or ended with it."""
+
+    kind = "session"
 
     def __init__(self, state: ServerState, stream: Stream) -> None:
-        super().__init__(state, stream)
-        self.session: Session | None = None
+        super().__init__(state, stream, state.sessions)
 
     async def serve(self) -> None:
-        session = self.session = await self.open()
+        session = await self.open()
         if session is None:
             return
         stream, scheduler, sessions = self.stream, self.state.scheduler, self.state.sessions
@@ -38,7 +38,6 @@ class SessionStream(ServedStream):
                 return
             else:
                 raise ProtocolError("a step or CLOSE was expected")
-        # The stream ended without CLOSE (a killed client looks like this too): the session may be taken up again.
         self.lose()
 
     async def open(self) -> Session | None:
@@ -46,7 +45,7 @@ class SessionStream(ServedStream):
         request = await self.open_request(Open.from_body)
         if request is None:
             return None
-        session = self.session = await self._find(request)
+        session = self.lease = await self._find(request)
         # What the session's lost connection has left in the worker comes first: it moves the cache and the step.
         await self.state.scheduler.settled(session.owner)
         log.info("session opened session=%s client=%s step=%d", session.label, session.client, session.step)
@@ -74,20 +73,9 @@ class SessionStream(ServedStream):
             raise RunLostError(f"the run {run.name!r} has ended")
         return state.sessions.open(client, layers, dtype, self.stream.end, trainer)
 
-    def lose(self) -> None:
-        """The session is kept for its client to come back."""
-        session = self._own()
-        if session is not None and session.state is State.ATTACHED:
-            self.state.sessions.detach(session)
-            log.info("connection lost session=%s client=%s", session.label, session.client)
-
     def end(self, error: FedSEAError) -> None:
         """The session ends with its stream."""
-        log_refusal(self.stream, "session", self.session.label if self.session is not None else "-", error)
-        session = self._own()
+        super().end(error)
+        session = self.own()
         if session is not None:
             self.state.close_session(session, error.code)
-
-    def _own(self) -> Session | None:
-        """The session, unless another stream has taken it up."""
-        return self.session if self.session is not None and self.session.end == self.stream.end else None

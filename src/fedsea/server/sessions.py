@@ -45,7 +45,7 @@ class Session(Lease):
 
     @property
     def label(self) -> str:
-        """What the log calls it: enough to tell two apart, too little to resume one."""
+        """Enough to tell two apart, too little to resume one."""
         return hashlib.sha256(self.name.encode()).hexdigest()[:8]
 
     def give_up(self) -> None:
@@ -78,11 +78,6 @@ class SessionTable(LeaseTable[Session]):
         self.max_tokens: int = middle.config.max_position_embeddings
         self._device, self._hidden_size = middle.device, int(middle.config.hidden_size)
         self._token_bytes = middle.cache_bytes_per_token(dtype)  # of one layer
-
-    @property
-    def cache_bytes(self) -> int:
-        """Memory that is set aside for the sessions' caches now."""
-        return self.ledger.used(Pool.CACHES)
 
     def open(
         self,

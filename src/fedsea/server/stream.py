@@ -6,11 +6,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, TypeVar
+from urllib.parse import unquote
 
 import grpc
 
 from fedsea.errors import CredentialsError, FedSEAError, LimitExceededError
-from fedsea.server.connections import peer_of
 from fedsea.server.scheduler import Owner, Scheduler
 from fedsea.text import one_line
 from fedsea.wire import contract
@@ -40,7 +40,7 @@ class Stream:
         self.reason: FedSEAError | None = None  # why `end` was called
         self.held = 0  # bytes of the frames that came and are not done with
         self.client, self.coordinator = identity_of(context)
-        self.peer = peer_of(context)
+        self.peer = unquote(str(context.peer())).removeprefix("ipv4:").removeprefix("ipv6:")  # HOST:PORT
 
     async def read(self, knows: Callable[[str], bool] = lambda _name: False) -> Frame | None:
         """The next frame; None if the stream is over, with or without a killed client.

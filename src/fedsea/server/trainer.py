@@ -6,6 +6,7 @@ it keeps between forward and backward: kept_graphs.py. The passes themselves, of
 
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from fedsea.partition import in_middle
 from fedsea.parts import MiddleBlocks
 from fedsea.parts.adapters import AdapterSpec, adapter_parameters
 from fedsea.server.adapter import MAX_NORM, Share, TrainedAdapter, explain
-from fedsea.server.kept_graphs import Gradient, MicroBatch
+from fedsea.server.kept_graphs import MicroBatch
 from fedsea.wire.frames import Backward, Forward, States
 from fedsea.wire.pages import ADAPTER, STATES
 from fedsea.wire.tensors import gradient_to_wire, to_wire
@@ -111,12 +112,12 @@ class Trainer:
         self._draws.manual_seed(micro.seed)
         return self.blocks.forward(micro.hidden, micro.rows, None, self.layers)
 
-    def answer_forward(self, operation: Forward, micro: MicroBatch, output: Tensor, wire_dtype: torch.dtype) -> States:
+    def answer_forward(self, operation: Forward, micro: MicroBatch, output: Tensor) -> States:
         """Have a micro-batch wait for its gradient; gives its answer. NonFiniteError if its output is not finite."""
         packed = micro.rows.pack(output.detach())
         if not bool(torch.isfinite(packed).all()):
             raise NonFiniteError(self._explain_forward(micro))
-        answer = States(operation.number, to_wire(packed, wire_dtype))
+        answer = States(operation.number, to_wire(packed, operation.states.dtype))
         self.discard([operation.micro])  # a client that is back after its death counts from 1 again
         self._evicted.pop(operation.micro, None)
         if self._closed:
@@ -142,7 +143,7 @@ class Trainer:
 
     # Backward
 
-    def gradient(self, operation: Backward) -> Gradient:
+    def gradient(self, operation: Backward) -> "Gradient":
         """A gradient beside its micro-batch.
 
         ProtocolError if there is no such micro-batch, the gradient does not fit it, or it cannot begin a new sum.
@@ -161,9 +162,9 @@ class Trainer:
         if self.dtype is torch.float16:
             # On the wire the largest is near float16's own: leave room for the layers to make it larger.
             gradient, exponent = gradient.float() * 2.0**-FLOAT16_ROOM, exponent - FLOAT16_ROOM
-        return Gradient(operation, micro, micro.rows.unpack(gradient.to(self.dtype)), exponent)
+        return Gradient(self, operation, micro, micro.rows.unpack(gradient.to(self.dtype)), exponent)
 
-    def add(self, gradient: Gradient) -> None:
+    def add(self, gradient: "Gradient") -> None:
         """Add up what a micro-batch does to the adapter; it waits no longer."""
         self.discard([gradient.operation.micro])
         if gradient.at_input is not None:
@@ -177,7 +178,7 @@ class Trainer:
         fresh = gradient.operation.fresh
         gradient.nonfinite |= not self.adapter.add(self._contributor, gradient.at_weights, factor, share, fresh=fresh)
 
-    def answer_backward(self, gradient: Gradient, norm: float, wire_dtype: torch.dtype) -> States:
+    def answer_backward(self, gradient: "Gradient", norm: float) -> States:
         """The answer to a gradient that was added, given the norm of the adapter's."""
         number = gradient.operation.number
         if gradient.nonfinite or norm == float("inf"):
@@ -185,7 +186,7 @@ class Trainer:
             return States(number, None, norm=float("inf"))
         if gradient.packed is None:
             return States(number, None, norm=norm)
-        scaled, shift = gradient_to_wire(gradient.packed, wire_dtype)
+        scaled, shift = gradient_to_wire(gradient.packed, gradient.operation.gradient.dtype)
         return States(number, scaled, gradient.exponent + shift, norm)
 
     # Beside the passes
@@ -220,6 +221,21 @@ class Trainer:
         """Whether a tensor of this name can be set."""
         kind, _, weight = name.partition("/")
         return (kind == ADAPTER or kind in STATES) and weight in self.parameters
+
+
+@dataclass(eq=False)
+class Gradient:
+    """A gradient on its way through the middle."""
+
+    trainer: Trainer
+    operation: Backward
+    micro: MicroBatch
+    gradient: Tensor  # `2**exponent` times that at `h_B`, `[rows, width, hidden]`, in the compute dtype
+    exponent: int
+    at_input: Tensor | None = None  # what came of it at `h_A`; None if the client does not want it
+    at_weights: dict[str, Tensor] = field(default_factory=dict)  # and at the adapter's weights, by name
+    packed: Tensor | None = None  # that at `h_A`, `[tokens, hidden]`
+    nonfinite: bool = False  # the client is told so
 
 
 class Dropout(nn.Module):
