@@ -31,13 +31,6 @@ WEIGHT = {"model.layers.0.self_attn.q_proj.lora_A.weight": torch.zeros(1, 4)}
 DEEP = "[" * 100_000
 
 
-@pytest.fixture
-def open_umask() -> Iterator[None]:
-    before = os.umask(0o000)
-    yield
-    os.umask(before)
-
-
 @contextlib.contextmanager
 def short_files() -> Iterator[None]:
     """No file may be longer than 100 bytes, as if the disk were full; neither may pytest's own output meanwhile."""
@@ -72,12 +65,13 @@ def write_all(folder: Path) -> None:
     federation.finish(arrays)
 
 
-@pytest.mark.usefixtures("open_umask")
 def test_what_is_learnt_is_its_owners_alone_also_in_a_folder_that_others_may_enter(tmp_path: Path) -> None:
-    folder = tmp_path / "out"
-    folder.mkdir()
-    write_all(folder)
-    written = [path for path in folder.rglob("*") if path.is_file()]
+    before = os.umask(0o000)
+    try:
+        write_all(tmp_path)
+    finally:
+        os.umask(before)
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(written) > 15
     assert [path for path in written if stat.S_IMODE(path.stat().st_mode) & 0o077] == []
 
@@ -93,16 +87,13 @@ def test_what_is_written_is_on_the_disk_before_it_takes_its_place(
         entry = os.fstat(number)
         synced.add((entry.st_dev, entry.st_ino))
 
-    def checked(move: Callable[..., None]) -> Callable[..., None]:
-        def checking(source: Any, target: Any, **how: Any) -> None:
-            entry = os.stat(source)  # noqa: PTH116
-            assert (entry.st_dev, entry.st_ino) in synced, f"{source} may be empty after a loss of power"
-            move(source, target, **how)
-
-        return checking
+    def checking(source: Any, target: Any, **how: Any) -> None:
+        entry = os.stat(source)  # noqa: PTH116
+        assert (entry.st_dev, entry.st_ino) in synced, f"{source} may be empty after a loss of power"
+        replace(source, target, **how)
 
     monkeypatch.setattr(os, "fsync", noting)
-    monkeypatch.setattr(os, "replace", checked(replace))
+    monkeypatch.setattr(os, "replace", checking)
     write_all(tmp_path / "out")
     assert len(synced) > 15
 

@@ -12,52 +12,8 @@ from fedsea.cli import run
 from fedsea.cli.generate import read_prompt
 from fedsea.cli.terminal import print_json, write_json
 from fedsea.errors import BY_CODE, LimitExceededError, UsageError
-from fedsea.tasks import get_task
 from fedsea.text import one_line, printable
 from fedsea.wire.contract import ERROR_KEY, error_from
-
-LINES = {
-    "chat": '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "cut \\ud83d"}]}',
-    "text": '{"text": "cut \\ud83d here"}',
-    "cb": '{"premise": "p \\ud83d", "hypothesis": "h", "label": "neutral"}',
-    "xsum": '{"document": "d \\udc00", "summary": "s"}',
-}
-
-
-@pytest.mark.parametrize("task", LINES)
-def test_half_a_character_is_refused_with_file_and_line(task: str, tmp_path: Path) -> None:
-    file = tmp_path / "train.jsonl"
-    file.write_text(f"\n{LINES[task]}\n")
-    with pytest.raises(UsageError, match=r"train.jsonl line 2: there is half a character \(\\ud"):
-        get_task(task).read(str(file))
-
-
-def test_half_a_character_in_a_story_is_refused_with_its_place(tmp_path: Path) -> None:
-    story = {
-        "id": "a",
-        "story": "S.",
-        "questions": [{"input_text": "Who?", "turn_id": 1}],
-        "answers": [{"input_text": "S", "turn_id": 1}],
-    }
-    file = tmp_path / "coqa.json"
-    file.write_text(json.dumps({"data": [story, story | {"story": "cut \ud83d"}]}))
-    with pytest.raises(UsageError, match=r"coqa.json data\[1\]: there is half a character"):
-        get_task("coqa").read(str(file))
-
-
-@pytest.mark.parametrize(
-    ("content", "says"),
-    [
-        (b'{"text": "a"}\n{"text": "caf\xe9"}\n', "line 2: this is no text in UTF-8"),
-        ('{"text": "a"}\n'.encode("utf-16"), "line 1: this is no text in UTF-8 but in UTF-16"),
-        (b'{"text": ' + b"1" * 5000 + b"}\n", "line 1: Exceeds the limit"),
-    ],
-)
-def test_a_file_of_another_encoding_is_refused_with_its_line(content: bytes, says: str, tmp_path: Path) -> None:
-    file = tmp_path / "my.jsonl"
-    file.write_bytes(content)
-    with pytest.raises(UsageError, match=says):
-        get_task("text").read(str(file))
 
 
 @pytest.mark.parametrize(
@@ -137,24 +93,19 @@ def tokenizer(small: str) -> Any:
         ("{% if %}", "refuses these messages: .*[Ee]xpected"),
         ("{{ messages[0].missing.more }}", "refuses these messages: .*missing"),
         ("{{ messages + 1 }}", "refuses these messages: TypeError: "),
-        (
-            "{{ raise_exception('roles must\x1b[31m take turns') }}",
-            r"refuses these messages: roles must\\x1b\[31m take",
-        ),
+        ("{{ raise_exception('turn\x1b[31m by turn') }}", r"refuses these messages: turn\\x1b\[31m by"),
         ({"tool_use": "x"}, "refuses these messages: ValueError: "),
     ],
 )
-def test_a_template_that_is_missing_or_broken_is_one_line(tokenizer: Any, template: Any, says: str) -> None:
-    before = tokenizer.chat_template
-    tokenizer.chat_template = template
-    try:
-        for write in (write_chat, chat_tokens):
-            with pytest.raises(UsageError, match=says):
-                write(tokenizer, [{"role": "user", "content": "hi"}])
+def test_a_template_that_is_missing_or_broken_is_one_line(
+    tokenizer: Any, template: Any, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    for write in (write_chat, chat_tokens):
         with pytest.raises(UsageError, match=says):
-            require_chat_template(tokenizer)
-    finally:
-        tokenizer.chat_template = before
+            write(tokenizer, [{"role": "user", "content": "hi"}])
+    with pytest.raises(UsageError, match=says):
+        require_chat_template(tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -177,18 +128,12 @@ def test_a_template_that_does_not_end_is_stopped(
         write_chat(tokenizer, long)
 
 
-def test_a_template_without_a_system_message_says_so(tokenizer: Any) -> None:
-    before = tokenizer.chat_template
-    tokenizer.chat_template = (
-        "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
-        "{{ messages[0].content }}"
-    )
-    try:
-        require_chat_template(tokenizer)
-        with pytest.raises(UsageError, match="System role not supported; it takes no system message, so leave that"):
-            require_chat_template(tokenizer, "be brief")
-    finally:
-        tokenizer.chat_template = before
+def test_a_template_without_a_system_message_says_so(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    monkeypatch.setattr(tokenizer, "chat_template", refusing + "{{ messages[0].content }}")
+    require_chat_template(tokenizer)
+    with pytest.raises(UsageError, match="System role not supported; it takes no system message, so leave that"):
+        require_chat_template(tokenizer, "be brief")
 
 
 def test_a_chat_is_tokenised_as_transformers_does_it(tokenizer: Any) -> None:

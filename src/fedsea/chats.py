@@ -1,5 +1,6 @@
 """Writes conversations out with a tokenizer's chat template: the one place that does, and that says what it refuses."""
 
+import contextlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -20,14 +21,7 @@ def has_chat_template(tokenizer: Any) -> bool:
 
 
 def require_chat_template(tokenizer: Any, system: str | None = None) -> None:
-    """Check that the tokenizer can write a chat, before anybody waits for one.
-
-    Parameters
-    ----------
-    tokenizer
-        A tokenizer of transformers.
-    system
-        The system message that the chat will have; None for the template's own.
+    """Check, before anybody waits for a chat, that the tokenizer can write one with this system message.
 
     Raises
     ------
@@ -39,18 +33,9 @@ def require_chat_template(tokenizer: Any, system: str | None = None) -> None:
 
 
 def write_chat(tokenizer: Any, messages: Messages, *, answer_next: bool = False, **variables: Any) -> str:
-    """A conversation as the tokenizer's chat template writes it.
+    """A conversation as the tokenizer's chat template writes it; `answer_next`: up to where the next answer begins.
 
-    Parameters
-    ----------
-    tokenizer
-        A tokenizer of transformers.
-    messages
-        The turns.
-    answer_next
-        Whether to write up to where the next answer begins.
-    variables
-        Further variables of the template; one that knows no such variable ignores it.
+    `variables` are further ones of the template, which ignores those that it does not know.
 
     Raises
     ------
@@ -75,19 +60,15 @@ def write_chat(tokenizer: Any, messages: Messages, *, answer_next: bool = False,
         return write(messages)
     except Exception as error:  # a template is a program of the model's authors, and may fail in any way
         refusal = f"the model's chat template refuses these messages: {_reason(error)}"
-    if messages and messages[0]["role"] == "system" and _writes(write, messages[1:]):
-        refusal += "; it takes no system message, so leave that out"
+    if messages and messages[0]["role"] == "system":
+        with contextlib.suppress(Exception):
+            write(messages[1:])
+            refusal += "; it takes no system message, so leave that out"
     raise UsageError(refusal)
 
 
 def chat_tokens(tokenizer: Any, messages: Messages) -> list[int]:
-    """Token ids of a chat, written with the tokenizer's template up to where the next answer begins.
-
-    Raises
-    ------
-    UsageError
-        As `write_chat`.
-    """
+    """Token ids of a chat up to where the next answer begins; a UsageError as in `write_chat`."""
     # A template writes the marks of the text's beginning itself.
     tokens: list[int] = tokenizer(write_chat(tokenizer, messages, answer_next=True), add_special_tokens=False).input_ids
     return tokens
@@ -122,14 +103,6 @@ def _reason(error: Exception) -> str:
 
     words = str(error) if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
     return one_line(words)[:LONGEST_REASON] or type(error).__name__
-
-
-def _writes(write: Any, messages: Messages) -> bool:
-    try:
-        write(messages)
-    except Exception:
-        return False
-    return True
 
 
 def end_tokens(generation_config: Any, tokenizer: Any) -> frozenset[int]:

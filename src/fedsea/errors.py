@@ -6,11 +6,17 @@ raises the same class again, so that both sides speak of one thing.
 
 from typing import ClassVar
 
+BY_CODE: dict[str, type["FedSEAError"]] = {}
+
 
 class FedSEAError(Exception):
     """Base of all errors that FedSEA raises on purpose. `str(error)` is one line for a person."""
 
     code: ClassVar[str] = "error"
+
+    def __init_subclass__(cls) -> None:
+        if "code" in vars(cls):
+            BY_CODE[cls.code] = cls
 
 
 class UsageError(FedSEAError):
@@ -95,24 +101,3 @@ class StragglerError(FedSEAError):
     """The others of a federated round have gone on without this client; it may come back in the next round."""
 
     code = "straggler"
-
-
-BY_CODE: dict[str, type[FedSEAError]] = {
-    kind.code: kind
-    for kind in (
-        UsageError,
-        TermsError,
-        ModelNotFoundError,
-        ModelMismatchError,
-        PartitionError,
-        LimitExceededError,
-        ProtocolError,
-        CredentialsError,
-        ServerUnavailableError,
-        ServerError,
-        RunLostError,
-        NonFiniteError,
-        RefusedTicketError,
-        StragglerError,
-    )
-}

@@ -19,22 +19,8 @@ def install_line(*modules: str) -> str:
 
 
 def require(what: str, *modules: str) -> None:
-    """Check that some modules are installed.
-
-    Parameters
-    ----------
-    what
-        What needs them, for the error.
-    modules
-        Their names.
-
-    Raises
-    ------
-    UsageError
-        If one is not; it has the command that installs it.
-    """
-    absent = missing(*modules)
-    if absent:
+    """Raise a UsageError with the command that installs them if `what` needs modules that are not installed."""
+    if absent := missing(*modules):
         few = "a package that is" if len(absent) == 1 else "packages that are"
         raise UsageError(f"{what} needs {few} not installed here: {install_line(*absent)}")
 

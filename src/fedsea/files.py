@@ -23,15 +23,7 @@ PRIVATE = 0o600
 def replacing(path: Path, mode: int = PRIVATE) -> Iterator[Path]:
     """Within the block, a path to write to; what is there at its end takes the place of `path`, if nothing was raised.
 
-    Parameters
-    ----------
-    mode
-        The file's permissions, whatever the umask.
-
-    Raises
-    ------
-    OSError
-        If it cannot be written. What was at `path` stays.
+    `mode`: the file's permissions, whatever the umask. An OSError if it cannot be written; what was at `path` stays.
     """
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, PRIVATE))
@@ -54,38 +46,20 @@ def write_file(path: Path, content: bytes | str, mode: int = PRIVATE) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text where a user asks for it, in a pipe as well; a new file is its owner's alone.
-
-    Raises
-    ------
-    UsageError
-        If it cannot be written.
-    """
+    """Write a text where a user asks for it, in a pipe as well; a UsageError if it cannot be written."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
     with _told(path), os.fdopen(os.open(path, flags, PRIVATE), "w", encoding="utf-8") as file:
         file.write(text)
 
 
 def write_json(path: Path, body: Any) -> None:
-    """Write a file with one JSON value, whole.
-
-    Raises
-    ------
-    UsageError
-        If it cannot be written, as the disk is full, say. What was there stays.
-    """
+    """Write a file with one JSON value, whole; a UsageError if it cannot be written, and what was there stays."""
     with _told(path):
         write_file(path, json.dumps(body, indent=2) + "\n")
 
 
 def append_json(path: Path, body: Any) -> None:
-    """Add a line with one JSON value to a file; made if it is not there.
-
-    Raises
-    ------
-    UsageError
-        If it cannot be written. The file is then as it was, without a part of the line.
-    """
+    """Add a line with one JSON value to a file, or to a new one; a UsageError if it cannot be written, not in part."""
     with _told(path), os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, PRIVATE), "wb", 0) as file:
         before, line = file.seek(0, os.SEEK_END), (json.dumps(body) + "\n").encode()
         try:
@@ -102,28 +76,28 @@ def write_lines(path: Path, bodies: Iterable[Any]) -> None:
         write_file(path, "".join(json.dumps(body) + "\n" for body in bodies))
 
 
-def parse_json(text: str | bytes) -> Any:
-    """`json.loads`, for text that may be anybody's.
+def parse_json(text: str | bytes, *, unique_keys: bool = False) -> Any:
+    """`json.loads`, for text that may be anybody's: a ValueError if it is no JSON, or nested deeper than Python reads.
 
-    Raises
-    ------
-    ValueError
-        If it is no JSON, or nested deeper than Python reads.
+    With `unique_keys` also if an object has a key twice: JSON would let the last of them win without a word.
     """
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_unique if unique_keys else None)
     except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+        raise ValueError("the JSON is nested too deeply") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key[:40]!r} is there twice")
+        found[key] = value
+    return found
 
 
 def read_object(file: Path, otherwise: str) -> dict[str, Any]:
-    """Read a file with one JSON object.
-
-    Raises
-    ------
-    UsageError
-        With `otherwise` if there is no such file; if it cannot be read.
-    """
+    """Read a file with one JSON object; a UsageError if it cannot be, `otherwise` if there is no such file."""
     try:
         body = parse_json(file.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
@@ -140,10 +114,7 @@ def read_object(file: Path, otherwise: str) -> dict[str, Any]:
 def read_lines(path: Path) -> list[Any]:
     """The JSON values of a file that `append_json` wrote; one that was being written in a crash is left out.
 
-    Raises
-    ------
-    UsageError
-        If it cannot be read.
+    A UsageError if it cannot be read.
     """
     found: list[Any] = []
     try:
@@ -161,10 +132,7 @@ def read_lines(path: Path) -> list[Any]:
 def replace_folder(made: Path, final: Path) -> None:
     """Move a folder, with the files in it on the disk, to its place; one that is there goes when the new one is there.
 
-    Raises
-    ------
-    OSError
-        If it cannot be moved. The old one stays.
+    An OSError if it cannot be moved; the old one stays.
     """
     for file in made.iterdir():
         sync(file)

@@ -40,7 +40,7 @@ class Partition:
     Parameters
     ----------
     input_layers
-        `p`, the decoder layers that the client runs after the embedding. 0 means the embedding only.
+        `p`, the decoder layers that the client runs after the embedding; 0 for the embedding only.
     output_layers
         `q`, the decoder layers that the client runs before the final norm and the head.
 
@@ -59,13 +59,7 @@ class Partition:
                 raise PartitionError(f"{name} must be a whole number of layers, 0 or more; got {count!r}")
 
     def middle(self, num_layers: int) -> range:
-        """The decoder layers of the middle blocks, of a model with `num_layers` layers.
-
-        Raises
-        ------
-        PartitionError
-            If input and output layers together are more than the model has.
-        """
+        """The decoder layers of the middle blocks; a PartitionError if there are fewer than the client is to run."""
         if self.input_layers + self.output_layers > num_layers:
             raise PartitionError(
                 f"{self.input_layers} input and {self.output_layers} output layers "

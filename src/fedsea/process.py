@@ -39,23 +39,18 @@ _THIS_MACHINE = ("localhost", "127.0.0.1", "::1")
 
 
 def module_command(module: str, *arguments: str, leash: bool = False) -> list[str]:
-    """The command that runs a module in a new process of this Python.
+    """The command that runs a module in a new process of this Python, with arguments as for `python -m`.
 
-    Parameters
-    ----------
-    module, arguments
-        As for `python -m`.
-    leash
-        The process is to end with this one. It needs a session of its own, and a pipe as standard input.
+    On a leash it ends with this one; it needs a session of its own then, and a pipe as standard input.
     """
     first = ["fedsea.process"] if leash else []
     return [sys.executable, "-P", "-m", *first, module, *arguments]
 
 
 def child_environment(changes: Mapping[str, str] | None = None) -> dict[str, str]:
-    """This process's environment for one that it starts, with the changes.
+    """This process's environment with the changes, for one that it starts.
 
-    Nothing is imported from where that process runs, and no proxy stands between it and this machine.
+    That one imports nothing from where it runs, and no proxy stands between it and this machine.
     """
     return WAITING | os.environ | dict(changes or {}) | _SAFE_PATH | without_proxy()
 
@@ -168,13 +163,7 @@ class Child:
             self._process.stdin.flush()
 
     def answer(self, seconds: float) -> dict[str, Any]:
-        """The next JSON object that it prints.
-
-        Raises
-        ------
-        FedSEAError
-            If none comes within the time, or it has ended.
-        """
+        """The next JSON object that it prints; a FedSEAError if none comes within the time, or it has ended."""
         said = self.says(seconds)
         if said is None:
             why = f"gave no answer in {seconds:g} s" if self.running else f"has ended: {self.end()}"

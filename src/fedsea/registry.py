@@ -31,13 +31,7 @@ class Registry(Generic[Kind]):
         return sorted(module.name.replace("_", "-") for module in iter_modules(import_module(self._package).__path__))
 
     def find(self, name: str) -> type[Kind]:
-        """The class of this name.
-
-        Raises
-        ------
-        UsageError
-            If there is none; the message names those that there are.
-        """
+        """The class of this name; a UsageError, which names those that there are, if there is none."""
         if name not in self.names:
             raise UsageError(f"there is no {self._what} {name!r}; there are {', '.join(self.names)}")
         module = import_module(f"{self._package}.{name.replace('-', '_')}")

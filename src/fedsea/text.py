@@ -37,6 +37,13 @@ def one_line(text: str) -> str:
     return printable(" ".join(text.split()))
 
 
+def first_line(error: Exception) -> str:
+    """The first line of what a library says of an error; its class where it says nothing."""
+    if isinstance(error, KeyError):
+        return f"it lacks {error}"
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def json_text(
     value: Any, *, ascii_only: bool = False, indent: int | None = None, default: Callable[[Any], Any] | None = None
 ) -> str:
@@ -51,21 +58,9 @@ def _written_out(match: re.Match[str]) -> str:
 
 
 def decode(content: bytes, name: str, first_line: int = 1) -> str:
-    """Text from bytes in UTF-8, without a byte order mark.
+    """Text from whole lines of bytes in UTF-8, without a byte order mark.
 
-    Parameters
-    ----------
-    content
-        Whole lines.
-    name
-        Where they come from, for errors.
-    first_line
-        The number there of the first of them.
-
-    Raises
-    ------
-    UsageError
-        If they are no UTF-8; it names the line.
+    A UsageError if they are no UTF-8: it names where they come from, and the line, counted from `first_line`.
     """
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise UsageError(f"{name} line {first_line}: this is no text in UTF-8 but in UTF-16")
@@ -77,15 +72,8 @@ def decode(content: bytes, name: str, first_line: int = 1) -> str:
 
 
 def require_whole(text: str, name: str) -> str:
-    """The text, if it is made of whole characters: half ones come from JSON (`\\ud83d`), or from bytes in an argument.
-
-    Raises
-    ------
-    UsageError
-        If it is not; it names where the text is from.
-    """
-    half = _SURROGATE.search(text)
-    if half is not None:
+    """The text; a UsageError if it holds half characters, which come from JSON (`\\ud83d`) or bytes in an argument."""
+    if half := _SURROGATE.search(text):
         raise UsageError(f"{name}: there is half a character ({_written_out(half)}), or a byte that is no UTF-8")
     return text
 
@@ -93,10 +81,7 @@ def require_whole(text: str, name: str) -> str:
 def read_text(file: Path) -> str:
     """The text of a file with `\\n` at the ends of lines; `-` stands for standard input.
 
-    Raises
-    ------
-    UsageError
-        If it cannot be read, or is no text in UTF-8; it names file and line.
+    A UsageError if it cannot be read, or is no text in UTF-8; it names file and line.
     """
     try:
         text = _decoded(_input("read")) if str(file) == "-" else decode(file.read_bytes(), str(file))
@@ -111,13 +96,7 @@ def without_final_newline(text: str) -> str:
 
 
 def input_lines() -> Iterator[str | UsageError]:
-    """Lines of standard input as they come; in the place of one that is no text in UTF-8, the error that says so.
-
-    Raises
-    ------
-    UsageError
-        If it cannot be read.
-    """
+    """Lines of standard input as they come; in the place of one that is no text in UTF-8, the error that says so."""
     for number in count(1):
         line = _input("readline")
         if not line:

@@ -3,18 +3,19 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from fedsea.checkpoints import Fingerprint, load_whole_model, open_checkpoint
+from fedsea.checkpoints.configurations import CONFIGURATIONS
 from fedsea.checkpoints.fingerprint import MAX_JSON_BYTES, config_digest
-from fedsea.checkpoints.random import CONFIGURATIONS
 from fedsea.errors import ProtocolError
+from tests.support.weights import rewrite
 
 
 @pytest.fixture
@@ -23,17 +24,10 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-@pytest.fixture
-def changed(folder: Path) -> Callable[[str, Callable[[torch.Tensor], torch.Tensor]], Fingerprint]:
+def changed(folder: Path, name: str, edit: Callable[[torch.Tensor], torch.Tensor]) -> Fingerprint:
     """The fingerprint of the folder after a change to one of its tensors."""
-
-    def change(name: str, edit: Callable[[torch.Tensor], torch.Tensor]) -> Fingerprint:
-        tensors = load_file(folder / "model.safetensors")
-        tensors[name] = edit(tensors[name])
-        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-        return open_checkpoint(folder).fingerprint()
-
-    return change
+    rewrite(folder, lambda weights: weights | {name: edit(weights[name])})
+    return open_checkpoint(folder).fingerprint()
 
 
 def test_groups_are_layers_and_ends(folder: Path) -> None:
@@ -52,17 +46,15 @@ def test_groups_are_layers_and_ends(folder: Path) -> None:
         ("lm_head.weight", "the head"),
     ],
 )
-def test_changed_weight_is_named_by_its_group(
-    folder: Path, changed: Callable[..., Fingerprint], name: str, group: str
-) -> None:
+def test_changed_weight_is_named_by_its_group(folder: Path, name: str, group: str) -> None:
     before = open_checkpoint(folder).fingerprint()
-    assert before.mismatches(changed(name, lambda tensor: tensor * 1.001)) == [group]
+    assert before.mismatches(changed(folder, name, lambda tensor: tensor * 1.001)) == [group]
 
 
-def test_finetuned_layers_are_named_in_order(folder: Path, changed: Callable[..., Fingerprint]) -> None:
+def test_finetuned_layers_are_named_in_order(folder: Path) -> None:
     before = open_checkpoint(folder).fingerprint()
     for layer in (5, 2):
-        after = changed(f"model.layers.{layer}.mlp.up_proj.weight", lambda tensor: tensor + 0.01)
+        after = changed(folder, f"model.layers.{layer}.mlp.up_proj.weight", lambda tensor: tensor + 0.01)
     assert before.mismatches(after) == ["layer 2", "layer 5"]
     assert before.restrict([0, 1]).mismatches(after) == []
     assert before.mismatches(after.restrict([5])) == ["layer 5"]
@@ -135,26 +127,19 @@ DIGEST = "0" * 32
         "{}",
         b"\xff\xfe\xfd",
         "[" * 100_000,
-        json.dumps({"config": DIGEST}),
-        json.dumps({"config": DIGEST, "groups": []}),
-        json.dumps({"config": DIGEST, "groups": {}, "more": 1}),
-        json.dumps({"config": DIGEST[1:], "groups": {}}),
-        json.dumps({"config": DIGEST.replace("0", "G"), "groups": {}}),
-        json.dumps({"config": 7, "groups": {}}),
-        json.dumps({"config": DIGEST, "groups": {"0": None}}),
-        json.dumps({"config": DIGEST, "groups": {"0": DIGEST + "\n"}}),
-        json.dumps({"config": DIGEST, "groups": {"-1": DIGEST}}),
-        json.dumps({"config": DIGEST, "groups": {"00": DIGEST}}),
-        json.dumps({"config": DIGEST, "groups": {"٣": DIGEST}}),
-        json.dumps({"config": DIGEST, "groups": {"0\n": DIGEST}}),
-        json.dumps({"config": DIGEST, "groups": {"tail": DIGEST}}),
+        {"config": DIGEST},
+        {"config": DIGEST, "groups": []},
+        {"config": DIGEST, "groups": {}, "more": 1},
+        *({"config": digest, "groups": {}} for digest in (DIGEST[1:], DIGEST.replace("0", "G"), 7)),
+        *({"config": DIGEST, "groups": {"0": digest}} for digest in (None, DIGEST + "\n")),
+        *({"config": DIGEST, "groups": {key: DIGEST}} for key in ("-1", "00", "٣", "0\n", "tail")),
         f'{{"config": "{DIGEST}", "config": "{DIGEST}", "groups": {{}}}}',
         json.dumps({"config": DIGEST, "groups": {}}) + " " * MAX_JSON_BYTES,
     ],
 )
-def test_malformed_json_of_a_peer_is_a_protocol_error(text: str | bytes) -> None:
+def test_malformed_json_of_a_peer_is_a_protocol_error(text: str | bytes | dict[str, Any]) -> None:
     with pytest.raises(ProtocolError):
-        Fingerprint.from_json(text)
+        Fingerprint.from_json(json.dumps(text) if isinstance(text, dict) else text)
 
 
 @given(st.text() | st.binary() | st.recursive(st.none() | st.text(), st.lists).map(json.dumps))

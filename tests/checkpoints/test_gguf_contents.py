@@ -12,10 +12,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from fedsea.checkpoints import load_whole_model, open_checkpoint
-from fedsea.checkpoints.convert import convert
 from fedsea.errors import ModelNotFoundError
 from tests.support.gguf_files import gguf, write_gguf
+from tests.support.weights import assert_same_weights, load_all
 
+pytestmark = pytest.mark.usefixtures("conversions")
 IDS = torch.randint(2, 64, (1, 300), generator=torch.Generator().manual_seed(1))
 SIZES = {
     "vocab_size": 64,
@@ -31,12 +32,6 @@ SIZES = {
 }
 THETA = {"rope_theta": 10000.0}
 LLAMA_3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FEDSEA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("fedsea.checkpoints.gguf._run_converter", convert)  # spares a process for each
 
 
 def make(kind: str = "llama", **more: Any) -> PreTrainedModel:
@@ -74,7 +69,7 @@ def add_linear(writer: Any) -> None:
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 16.0} | THETA
 MODELS: dict[str, tuple[str, dict[str, Any], Callable[[Any], None] | None]] = {
-    "llama 3's frequencies": ("llama", {"rope_parameters": {"rope_type": "llama3"} | LLAMA_3 | THETA}, None),
+    "llama 3's": ("llama", {"rope_parameters": {"rope_type": "llama3"} | LLAMA_3 | THETA}, add_llama_3_frequencies),
     "yarn": ("qwen2", {"rope_parameters": YARN}, add_yarn),
     "linear": ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0} | THETA}, add_linear),
     "biases": ("llama", {"attention_bias": True, "mlp_bias": True}, None),
@@ -85,7 +80,6 @@ MODELS: dict[str, tuple[str, dict[str, Any], Callable[[Any], None] | None]] = {
     "mistral": ("mistral", {"sliding_window": 40}, lambda writer: writer.add_sliding_window(40)),
     "mistral without a window": ("mistral", {"sliding_window": None}, None),
 }
-MODELS["llama 3's frequencies"] = (*MODELS["llama 3's frequencies"][:2], add_llama_3_frequencies)
 
 
 @pytest.mark.parametrize("what", MODELS)
@@ -103,9 +97,7 @@ def test_large_weights_are_written_in_several_files(tmp_path: Path, monkeypatch:
     original = make()
     write_gguf(original, tmp_path / "m.gguf")
     checkpoint = open_checkpoint(tmp_path / "m.gguf")
-    weights = dict(checkpoint.load(checkpoint.tensor_names(), dtype=torch.float32))
-    assert weights.keys() == original.state_dict().keys()
-    assert all(torch.equal(weights[name], weight) for name, weight in original.state_dict().items())
+    assert_same_weights(load_all(checkpoint), original.state_dict())
     assert len(list((tmp_path / "cache" / "gguf").glob("*/*.safetensors"))) > 2
 
 
@@ -165,15 +157,10 @@ REFUSED: dict[str, Callable[[Any], None]] = {
 }
 
 
-@pytest.mark.parametrize("named", REFUSED)
+@pytest.mark.parametrize("named", [*REFUSED, "architecture 'gemma' are not supported; supported: llama, qwen2"])
 def test_what_would_change_results_and_is_not_understood_is_refused_by_name(tmp_path: Path, named: str) -> None:
-    write_gguf(make(), tmp_path / "m.gguf", more=REFUSED[named])
+    more = REFUSED.get(named)
+    write_gguf(make(), tmp_path / "m.gguf", architecture="llama" if more else "gemma", more=more)
     with pytest.raises(ModelNotFoundError, match=re.escape(named)) as raised:
         open_checkpoint(tmp_path / "m.gguf")
     assert "\n" not in str(raised.value)
-
-
-def test_an_architecture_that_is_not_supported_is_named(tmp_path: Path) -> None:
-    write_gguf(make(), tmp_path / "m.gguf", architecture="gemma")
-    with pytest.raises(ModelNotFoundError, match=r"architecture 'gemma' are not supported; supported: llama, qwen2"):
-        open_checkpoint(tmp_path / "m.gguf")

@@ -9,11 +9,11 @@ from tokenizers import Regex, normalizers, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Tokenizer
 
 from fedsea.checkpoints import load_tokenizer, open_checkpoint
-from fedsea.checkpoints.convert import convert
 from fedsea.errors import ModelNotFoundError
 from tests.checkpoints.test_packaged_model import needs_smollm2
 from tests.support.gguf_files import PAIR, WORD, gguf, write_gguf
 
+pytestmark = pytest.mark.usefixtures("conversions")
 TEXTS = [
     "In 2024 there were 12,345 cats, and it's 3½ for the 1st.",
     "Here is the list:\n\n1. Apples\n\n22. Pears\n",
@@ -46,12 +46,6 @@ def split_by(regex: str) -> pre_tokenizers.PreTokenizer:
 def model() -> LlamaForCausalLM:
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1}
     return LlamaForCausalLM(LlamaConfig(vocab_size=64, num_key_value_heads=1, **sizes))
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FEDSEA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("fedsea.checkpoints.gguf._run_converter", convert)  # spares a process for each
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from fedsea.checkpoints import load_tokenizer, load_whole_model, open_checkpoint
-from fedsea.checkpoints.random import CONFIGURATIONS
+from fedsea.checkpoints.configurations import CONFIGURATIONS
 from fedsea.errors import ModelNotFoundError
 from tests.support.weights import assert_same_weights, load_all, reference_weights, run_python
 

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 from typing import Any
 
 import pytest
@@ -50,12 +51,24 @@ def tokenizer(request: pytest.FixtureRequest, chatml: Any) -> Any:
     return with_template(chatml, templates[request.param])
 
 
-def asked(context: str = "It rains a lot here.", **change: Any) -> Example:
-    question = Question("Yes", "\nQuestion: does it rain? Yes or No?", context=context)
-    return Example("7", dataclasses.replace(question, **change), ("true",))
+QUESTION = Question("Yes", "\nQuestion: does it rain? Yes or No?", context="It rains a lot here.")
+
+
+def asked(**change: Any) -> Example:
+    return Example("7", dataclasses.replace(QUESTION, **change), ("true",))
+
+
+def label_task(name: str, words: dict[str, str]) -> LabelTask:
+    class Words(LabelTask):
+        title, verbalisers = name, words
+
+        def examples(self, row: Any) -> Any: ...
+
+    return Words()
 
 
 BOOLQ = get_task("boolq")
+assert isinstance(BOOLQ, LabelTask)
 LONG = " ".join(f"word{number}" for number in range(400))
 
 
@@ -103,7 +116,6 @@ def test_labels_are_the_tokens_of_the_answer_or_of_all(tokenizer: Any) -> None:
 
 
 def test_what_is_scored_is_the_token_that_training_teaches(tokenizer: Any) -> None:
-    assert isinstance(BOOLQ, LabelTask)
     prompt = encode_prompt(BOOLQ, asked(), tokenizer, 200)
     for label, word in BOOLQ.verbalisers.items():
         taught = encode(BOOLQ, asked(answer=word), tokenizer, 200).input_ids
@@ -112,7 +124,7 @@ def test_what_is_scored_is_the_token_that_training_teaches(tokenizer: Any) -> No
 
 def test_casing_and_space_of_answers_are_those_of_their_place(chatml: Any, plain: Any) -> None:
     for tokenizer, words in ((chatml, ["Yes", "No"]), (plain, [" Yes", " No"])):
-        answers = encode_prompt(BOOLQ, asked(), tokenizer, 200).answers  # type: ignore[arg-type]
+        answers = encode_prompt(BOOLQ, asked(), tokenizer, 200).answers
         assert [tokenizer.decode([token]) for token in answers.values()] == words
 
 
@@ -120,43 +132,26 @@ def test_casing_and_space_of_answers_are_those_of_their_place(chatml: Any, plain
 def test_every_tasks_answers_are_told_apart(name: str, tokenizer: Any) -> None:
     task = get_task(name)
     assert isinstance(task, LabelTask)
-    content = asked().content
-    assert isinstance(content, Question)
-    _shared, answers = answer_tokens(task, tokenizer, content)
+    _shared, answers = answer_tokens(task, tokenizer, QUESTION)
     assert len(set(answers.values())) == len(task.verbalisers)
 
 
 def test_answers_that_share_their_beginning_are_told_apart_after_it(plain: Any) -> None:
-    class Numbers(LabelTask):
-        title = "Numbers"
-        verbalisers = {"one": "1", "two": "2"}  # noqa: RUF012
-
-        def examples(self, row: Any) -> Any: ...
-
-    content = asked().content
-    assert isinstance(content, Question)
-    shared, answers = answer_tokens(Numbers(), plain, content)
+    shared, answers = answer_tokens(label_task("Numbers", {"one": "1", "two": "2"}), plain, QUESTION)
     assert plain.decode(shared) == " "
     assert [plain.decode([token]) for token in answers.values()] == ["1", "2"]
 
 
 def test_answers_that_begin_with_one_token_are_refused(chatml: Any) -> None:
-    class Same(LabelTask):
-        title = "Same"
-        verbalisers = {"one": "entailment", "two": "entrance", "three": "no"}  # noqa: RUF012
-
-        def examples(self, row: Any) -> Any: ...
-
-    content = asked().content
-    assert isinstance(content, Question)
+    task = label_task("Same", {"one": "entailment", "two": "entrance", "three": "no"})
     with pytest.raises(UsageError, match="the answers of Same, entailment, entrance, no, do not begin with tokens of"):
-        answer_tokens(Same(), chatml, content)
+        answer_tokens(task, chatml, QUESTION)
 
 
 @pytest.mark.parametrize("room", [80, 120, 200])
 def test_truncation_takes_the_end_of_the_context_and_nothing_else(room: int, tokenizer: Any) -> None:
-    whole = encode(BOOLQ, asked(LONG), tokenizer, 5000)
-    encoded = encode(BOOLQ, asked(LONG), tokenizer, room)
+    whole = encode(BOOLQ, asked(context=LONG), tokenizer, 5000)
+    encoded = encode(BOOLQ, asked(context=LONG), tokenizer, room)
     assert whole.cut == 0
     assert encoded.cut == len(whole.input_ids) - len(encoded.input_ids) > 0
     assert room - 3 <= len(encoded.input_ids) <= room
@@ -165,15 +160,14 @@ def test_truncation_takes_the_end_of_the_context_and_nothing_else(room: int, tok
     assert "word399" not in text
     assert "Question: does it rain? Yes or No?" in text
     assert learnt(tokenizer, encoded) == learnt(tokenizer, whole)
-    assert isinstance(BOOLQ, LabelTask)
-    prompt = encode_prompt(BOOLQ, asked(LONG), tokenizer, room)
+    prompt = encode_prompt(BOOLQ, asked(context=LONG), tokenizer, room)
     assert encoded.input_ids[: len(prompt.input_ids)] == prompt.input_ids
     assert prompt.cut > 0
 
 
 def test_once_the_context_is_gone_the_oldest_exchanges_go(chatml: Any) -> None:
     history = tuple((f"Is it {number}?", "I do not think that it is") for number in range(20))
-    example = asked(LONG, history=history, question="Then what?")
+    example = asked(context=LONG, history=history, question="Then what?")
     text = chatml.decode(encode(BOOLQ, example, chatml, 150).input_ids)
     assert "Is it 0?" not in text
     assert "Is it 19?" in text
@@ -182,27 +176,25 @@ def test_once_the_context_is_gone_the_oldest_exchanges_go(chatml: Any) -> None:
 
 def test_a_question_that_does_not_fit_is_told(tokenizer: Any) -> None:
     with pytest.raises(UsageError, match=r"example 7 of BoolQ: question and answer alone take \d+ tokens, more than"):
-        encode(BOOLQ, asked(LONG, question=LONG), tokenizer, 100)
+        encode(BOOLQ, asked(context=LONG, question=LONG), tokenizer, 100)
 
 
 def test_a_written_answer_has_room(chatml: Any) -> None:
     task = get_task("coqa")
     assert isinstance(task, WrittenTask)
-    prompt = encode_prompt(task, asked(LONG), chatml, 200)
+    prompt = encode_prompt(task, asked(context=LONG), chatml, 200)
     assert 200 - task.max_new_tokens - 3 <= len(prompt.input_ids) <= 200 - task.max_new_tokens
     assert prompt.answers == {}
 
 
-TALK = Dialogue(
-    (
-        ("system", "Be brief."),
-        ("user", "What is up? user"),
-        ("assistant", "The sky."),
-        ("user", "assistant"),
-        ("assistant", "I am that.\n\nYes, I am."),
-    )
+TALK = (
+    ("system", "Be brief."),
+    ("user", "What is up? user"),
+    ("assistant", "The sky."),
+    ("user", "assistant"),
+    ("assistant", "I am that.\n\nYes, I am."),
 )
-CHAT = get_task("chat")
+CHAT, TALKED = get_task("chat"), Example("1", Dialogue(TALK))
 
 
 @pytest.mark.parametrize(
@@ -215,28 +207,24 @@ CHAT = get_task("chat")
 )
 def test_a_conversation_teaches_every_answer_and_nothing_else(template: str, taught: str, chatml: Any) -> None:
     tokenizer = chatml if template == "chatml" else with_template(chatml, template)
-    encoded = encode(CHAT, Example("1", TALK), tokenizer, 500)
+    encoded = encode(CHAT, TALKED, tokenizer, 500)
     assert learnt(tokenizer, encoded) == taught
-    messages = [{"role": role, "content": content} for role, content in TALK.messages]
+    messages = [{"role": role, "content": content} for role, content in TALK]
     written = tokenizer.apply_chat_template(messages, tokenize=False).rstrip()
     assert encoded.input_ids == tuple(tokenizer(written, add_special_tokens=False)["input_ids"])
-    assert encode(CHAT, Example("1", TALK), tokenizer, 500, loss_on_prompt=True).labels == encoded.input_ids
+    assert encode(CHAT, TALKED, tokenizer, 500, loss_on_prompt=True).labels == encoded.input_ids
 
 
 def test_a_long_conversation_loses_its_oldest_exchanges(chatml: Any) -> None:
-    turns = [
-        turn for number in range(30) for turn in (("user", f"Is it {number}?"), ("assistant", f"No, not {number}"))
-    ]
-    talk = Dialogue((("system", "Be brief."), *turns))
+    turns = [(("user", f"Is it {number}?"), ("assistant", f"No, not {number}")) for number in range(30)]
+    talk = Dialogue((("system", "Be brief."), *itertools.chain(*turns)))
     whole = encode(CHAT, Example("1", talk), chatml, 5000)
     encoded = encode(CHAT, Example("1", talk), chatml, 100)
     text = chatml.decode(encoded.input_ids)
     assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nIs it 2")
     assert text.endswith("No, not 29<|im_end|>")
     assert encoded.cut == len(whole.input_ids) - len(encoded.input_ids) > 0
-    with pytest.raises(
-        UsageError, match=r"example 1 of chat: the last exchange alone takes \d+ tokens, more than the 9"
-    ):
+    with pytest.raises(UsageError, match=r"example 1 of chat: the last exchange alone takes \d+ tokens"):
         encode(CHAT, Example("1", talk), chatml, 9)
 
 
@@ -250,13 +238,14 @@ def test_a_long_conversation_loses_its_oldest_exchanges(chatml: Any) -> None:
 )
 def test_a_template_that_cannot_be_used_is_told(template: str | None, says: str, chatml: Any) -> None:
     with pytest.raises(UsageError, match=says):
-        encode(CHAT, Example("1", TALK), with_template(chatml, template), 500)
+        encode(CHAT, TALKED, with_template(chatml, template), 500)
 
 
 def test_a_text_is_learnt_whole_and_cut_at_its_end(chatml: Any) -> None:
-    encoded = encode(get_task("text"), Example("1", Document("One two three.")), chatml, 100)
+    text = Example("1", Document("One two three."))
+    encoded = encode(get_task("text"), text, chatml, 100)
     assert chatml.decode(encoded.input_ids) == "One two three.<|im_end|>"
     assert encoded.labels == encoded.input_ids
-    cut = encode(get_task("text"), Example("1", Document("One two three.")), chatml, 3)
+    cut = encode(get_task("text"), text, chatml, 3)
     assert cut.input_ids == encoded.input_ids[:3]
     assert cut.cut == len(encoded.input_ids) - 3

@@ -4,13 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fedsea.chats import chat_tokens
+from fedsea.chats import chat_tokens, has_chat_template
 from fedsea.errors import UsageError
 from fedsea.tasks import Example, Task, get_task
 from fedsea.tasks.encoding import common_prefix
 from fedsea.tasks.encoding import encode as encode_example
 from fedsea.tasks.reading import Row, read_rows
-from fedsea.tasks.templates import Template
 from fedsea.text import read_text
 from fedsea.training.examples import IGNORED, Encoded
 
@@ -127,7 +126,7 @@ def _encode_example(text: TaskText, tokenizer: Any, tokens: int, *, answers: boo
 
 def known_start(texts: Sequence[Text], prompts: Sequence[Sequence[int]], tokenizer: Any) -> tuple[int, ...]:
     """What every prompt begins with that is public: the chat template's own start, or the begin-of-text token."""
-    if all(isinstance(text, TaskText) for text in texts) and Template(tokenizer).is_chat:
+    if all(isinstance(text, TaskText) for text in texts) and has_chat_template(tokenizer):
         public = public_start(tokenizer, [{"role": "user", "content": "?"}])
         return tuple(common_prefix([list(public), *map(list, prompts)]))
     first = {ids[0] for ids in prompts}

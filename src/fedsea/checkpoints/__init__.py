@@ -3,11 +3,9 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fedsea.checkpoints.base import Checkpoint as Checkpoint
-    from fedsea.checkpoints.fingerprint import Fingerprint as Fingerprint
-    from fedsea.checkpoints.resolve import load_tokenizer as load_tokenizer
-    from fedsea.checkpoints.resolve import load_whole_model as load_whole_model
-    from fedsea.checkpoints.resolve import open_checkpoint as open_checkpoint
+    from fedsea.checkpoints.base import Checkpoint
+    from fedsea.checkpoints.fingerprint import Fingerprint
+    from fedsea.checkpoints.resolve import load_tokenizer, load_whole_model, open_checkpoint
 
 _HOMES = {
     "Checkpoint": "base",

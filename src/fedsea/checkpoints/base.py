@@ -8,6 +8,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedConfig
 
 from fedsea.checkpoints.fingerprint import Fingerprint
+from fedsea.errors import ModelNotFoundError
 
 
 class Checkpoint(ABC):
@@ -21,9 +22,12 @@ class Checkpoint(ABC):
         The whole model's transformers configuration, with `architectures` set.
     generation_config
         What `generate` needs to know: end-of-text tokens, defaults.
+    where
+        What errors call the place of its files.
     """
 
     name: str
+    where: str
     config: PreTrainedConfig
     generation_config: GenerationConfig
 
@@ -31,11 +35,10 @@ class Checkpoint(ABC):
     def tensor_names(self) -> frozenset[str]:
         """Names of all weights of the whole model that the checkpoint stores (a tied head is not stored)."""
 
-    @abstractmethod
     def load(
         self, names: Iterable[str], *, dtype: torch.dtype, device: torch.device | str = "cpu"
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield the named tensors, one after another, cast to `dtype` on `device`.
+        """The named tensors, one after another, cast to `dtype` on `device`.
 
         Nothing else is read from disk, and no second copy of more than one tensor is alive at a time.
 
@@ -44,6 +47,17 @@ class Checkpoint(ABC):
         ModelNotFoundError
             If a tensor is not in the checkpoint, or its file is damaged.
         """
+        names = list(names)
+        unknown = sorted(set(names) - self.tensor_names())
+        if unknown:
+            raise ModelNotFoundError(f"{self.where} has no weight {unknown[0]}")
+        return self._read(names, dtype, device)
+
+    @abstractmethod
+    def _read(
+        self, names: list[str], dtype: torch.dtype, device: torch.device | str
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """What `load` gives; all names are there."""
 
     @abstractmethod
     def fingerprint(self, layers: Iterable[int] | None = None) -> Fingerprint:
@@ -51,10 +65,4 @@ class Checkpoint(ABC):
 
     @abstractmethod
     def tokenizer(self) -> Any:
-        """The model's tokenizer, as transformers loads it.
-
-        Raises
-        ------
-        ModelNotFoundError
-            If the checkpoint has none (the random configurations have none).
-        """
+        """The model's tokenizer, as transformers loads it; a ModelNotFoundError if the checkpoint has none."""

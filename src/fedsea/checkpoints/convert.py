@@ -93,26 +93,26 @@ def _halves(rows: Any, heads: int) -> Any:
 
 def _save(weights: Iterator[tuple[str, torch.Tensor]], folder: Path) -> None:
     """Write the weights, in several files if they are large, so that no more than one of them is in memory."""
-    shards: list[list[str]] = []
+    file_of: dict[str, str] = {}
     held: dict[str, torch.Tensor] = {}
+    size = 0
 
     def write() -> None:
-        shards.append(list(held))
-        save_file(held, folder / f"model-{len(shards):05d}.safetensors", metadata={"format": "pt"})
+        filename = f"model-{len(set(file_of.values())) + 1:05d}.safetensors"
+        save_file(held, folder / filename, metadata={"format": "pt"})
+        file_of.update(dict.fromkeys(held, filename))
         held.clear()
 
-    size = 0
     for name, tensor in weights:
         if held and sum(other.nbytes for other in held.values()) + tensor.nbytes > SHARD_BYTES:
             write()
         held[name] = tensor
         size += tensor.nbytes
     write()
-    if len(shards) == 1:
-        (folder / "model-00001.safetensors").rename(folder / SINGLE)
-        return
-    files = {name: f"model-{number:05d}.safetensors" for number, shard in enumerate(shards, 1) for name in shard}
-    (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": files}))
+    if len(filenames := set(file_of.values())) == 1:
+        (folder / filenames.pop()).rename(folder / SINGLE)
+    else:
+        (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": file_of}))
 
 
 if __name__ == "__main__":

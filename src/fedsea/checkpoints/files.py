@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Protocol
 
 from fedsea.errors import ModelNotFoundError
+from fedsea.text import first_line
 
 HUB_TIMEOUT = 10.0  # seconds
 
@@ -29,8 +30,8 @@ class ModelFiles(Protocol):
 class FolderFiles:
     """The files of a folder."""
 
-    def __init__(self, folder: Path) -> None:
-        self.where = str(folder)
+    def __init__(self, folder: Path, where: str | None = None) -> None:
+        self.where = where or str(folder)
         self._folder = folder
 
     def has(self, filename: str) -> bool:
@@ -44,57 +45,21 @@ class FolderFiles:
 
 
 class HubFiles:
-    """The files of a repository of the Hugging Face hub, all of the commit that was newest when this object was made.
+    """The files of a repository of the Hugging Face hub, all of one commit; what is needed is fetched."""
 
-    Where the hub cannot be reached, it is the commit that the local hub cache has. A ModelNotFoundError if there is no
-    such repository, it may not be read, or the hub is out of reach and nothing is cached.
-    """
-
-    def __init__(self, repository: str) -> None:
-        # Imported here: a folder or a packaged model needs nothing of the hub.
-        from huggingface_hub import HfApi, errors, try_to_load_from_cache
-
-        self.where = f"hub repository {repository}"
-        self._repository = repository
-        self._revision: str | None = None
-        self._names: frozenset[str] = frozenset()
-        try:
-            # One request without retries; a download of a missing file would retry for half a minute when offline.
-            info = HfApi().model_info(repository, timeout=HUB_TIMEOUT)
-        except errors.GatedRepoError:
-            raise ModelNotFoundError(
-                f"{self.where} is gated: accept its terms on its page, then log in with `hf auth login`"
-            ) from None
-        except (errors.RepositoryNotFoundError, errors.HFValidationError):
-            raise ModelNotFoundError(
-                f"there is no {self.where}, or it is private: log in with `hf auth login`"
-            ) from None
-        except (_http_error(), OSError) as error:
-            cached = try_to_load_from_cache(repository, "config.json")
-            if not isinstance(cached, str):
-                raise ModelNotFoundError(
-                    f"the Hugging Face hub could not be reached for {repository} ({type(error).__name__}), and nothing "
-                    "of it is cached here: check the connection, or give a folder that holds the model"
-                ) from None
-            self._cached: FolderFiles | None = FolderFiles(Path(cached).parent)
-            return
-        self._cached = None
-        self._revision = info.sha
-        self._names = frozenset(file.rfilename for file in info.siblings or ())
+    def __init__(self, repository: str, where: str, revision: str | None, names: frozenset[str]) -> None:
+        self.where = where
+        self._repository, self._revision, self._names = repository, revision, names
 
     def has(self, filename: str) -> bool:
-        return self._cached.has(filename) if self._cached else filename in self._names
+        return filename in self._names
 
     def on_disk(self, filename: str) -> bool:
-        if self._cached:
-            return self._cached.has(filename)
         from huggingface_hub import try_to_load_from_cache
 
         return isinstance(try_to_load_from_cache(self._repository, filename, revision=self._revision), str)
 
     def path(self, filename: str) -> Path | None:
-        if self._cached:
-            return self._cached.path(filename)
         if filename not in self._names:
             return None
         from huggingface_hub import hf_hub_download
@@ -102,8 +67,37 @@ class HubFiles:
         try:
             return Path(hf_hub_download(self._repository, filename, revision=self._revision))
         except (_http_error(), OSError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ModelNotFoundError(f"{filename} of {self.where} could not be fetched: {reason}") from None
+            raise ModelNotFoundError(f"{filename} of {self.where} could not be fetched: {first_line(error)}") from None
+
+
+def hub_files(repository: str) -> ModelFiles:
+    """The files of a repository of the hub, of its newest commit; without a connection, of what the hub's cache has.
+
+    A ModelNotFoundError if there is no such repository, it may not be read, or the hub is out of reach and nothing is
+    cached.
+    """
+    # Imported here: a folder or a packaged model needs nothing of the hub.
+    from huggingface_hub import HfApi, errors, try_to_load_from_cache
+
+    where = f"hub repository {repository}"
+    try:
+        # One request without retries; a download of a missing file would retry for half a minute when offline.
+        info = HfApi().model_info(repository, timeout=HUB_TIMEOUT)
+    except errors.GatedRepoError:
+        raise ModelNotFoundError(
+            f"{where} is gated: accept its terms on its page, then log in with `hf auth login`"
+        ) from None
+    except (errors.RepositoryNotFoundError, errors.HFValidationError):
+        raise ModelNotFoundError(f"there is no {where}, or it is private: log in with `hf auth login`") from None
+    except (_http_error(), OSError) as error:
+        cached = try_to_load_from_cache(repository, "config.json")
+        if not isinstance(cached, str):
+            raise ModelNotFoundError(
+                f"the Hugging Face hub could not be reached for {repository} ({type(error).__name__}), and nothing of "
+                "it is cached here: check the connection, or give a folder that holds the model"
+            ) from None
+        return FolderFiles(Path(cached).parent, where)
+    return HubFiles(repository, where, info.sha, frozenset(file.rfilename for file in info.siblings or ()))
 
 
 def _http_error() -> type[Exception]:

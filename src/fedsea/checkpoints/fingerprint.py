@@ -12,6 +12,8 @@ import torch
 from transformers import PreTrainedConfig
 
 from fedsea.errors import ProtocolError
+from fedsea.fields import Fields
+from fedsea.files import parse_json
 from fedsea.partition import EMBEDDING, HEAD, NORM, layer_of
 
 DIGEST_CHARACTERS = 32
@@ -96,21 +98,14 @@ class Fingerprint:
         if len(text) > MAX_JSON_BYTES:
             raise ProtocolError(f"a fingerprint of {len(text)} bytes is longer than {MAX_JSON_BYTES}")
         try:
-            content = json.loads(text, object_pairs_hook=_without_repeats)
-        except (ValueError, RecursionError) as error:
+            content = parse_json(text, unique_keys=True)
+        except ValueError as error:
             raise ProtocolError(f"a fingerprint is not JSON: {error}") from None
-        if not isinstance(content, dict) or content.keys() != {"config", "groups"}:
-            raise ProtocolError("a fingerprint must hold exactly 'config' and 'groups'")
-        groups = content["groups"]
-        if not isinstance(groups, dict) or not all(key in _ENDS or _LAYER.fullmatch(key) for key in groups):
+        read = Fields(content, "a fingerprint", only=("config", "groups"))
+        groups = Fields(read.body.get("groups"), "the groups of a fingerprint")
+        if not all(key in _ENDS or _LAYER.fullmatch(key) for key in groups.body):
             raise ProtocolError("the groups of a fingerprint must be 'embedding', 'norm', 'head' or layer numbers")
-        if not all(
-            isinstance(value, str) and _DIGEST.fullmatch(value) for value in (content["config"], *groups.values())
-        ):
-            raise ProtocolError(
-                f"the digests of a fingerprint must be {DIGEST_CHARACTERS} lower-case hexadecimal digits"
-            )
-        return cls(content["config"], groups)
+        return cls(read.text("config", like=_DIGEST), {key: groups.text(key, like=_DIGEST) for key in groups.body})
 
 
 def config_digest(config: PreTrainedConfig) -> str:
@@ -167,13 +162,6 @@ def _group_order(key: str) -> tuple[int, int]:
     if key.isdecimal():
         return (1, int(key))
     return ({"embedding": 0, "norm": 2, "head": 3}[key], 0)
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a key is repeated")
-    return result
 
 
 def _digest(content: bytes) -> str:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from fedsea.checkpoints.quiet import quiet_transformers
 from fedsea.checkpoints.tensorfile import TensorFile
 from fedsea.errors import ModelNotFoundError
 from fedsea.files import parse_json
+from fedsea.text import first_line
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
@@ -44,8 +46,7 @@ class FolderCheckpoint(Checkpoint):
     """A model stored as `config.json` and one or several safetensors files."""
 
     def __init__(self, name: str, files: ModelFiles) -> None:
-        self.name = name
-        self._files = files
+        self.name, self.where, self._files = name, files.where, files
         self._opened: dict[str, TensorFile] = {}
         self.config = self._read_config()
         self.generation_config = self._read_generation_config()
@@ -55,16 +56,12 @@ class FolderCheckpoint(Checkpoint):
     def tensor_names(self) -> frozenset[str]:
         return frozenset(self._place)
 
-    def load(
-        self, names: Iterable[str], *, dtype: torch.dtype, device: torch.device | str = "cpu"
+    def _read(
+        self, names: list[str], dtype: torch.dtype, device: torch.device | str
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        names = list(names)
-        unknown = sorted(set(names) - self._place.keys())
-        if unknown:
-            raise ModelNotFoundError(f"{self._files.where} has no weight {unknown[0]}")
         for name in names:
-            filename, stored = self._place[name]
-            yield name, self._open(filename).read(stored, dtype=dtype, device=device)
+            file, stored = self._stored(name)
+            yield name, file.read(stored, dtype=dtype, device=device)
 
     def fingerprint(self, layers: Iterable[int] | None = None) -> Fingerprint:
         wanted = None if layers is None else {str(layer) for layer in layers}
@@ -76,7 +73,7 @@ class FolderCheckpoint(Checkpoint):
         return Fingerprint(
             config_digest(self.config),
             group_digests(
-                (name, self._shape(name), self._sample(name))
+                self._sample(name)
                 for names in groups.values()
                 # A fingerprint is no reason to fetch a file: a group is left out unless all of it is on this machine.
                 if all(self._files.on_disk(self._place[name][0]) for name in names)
@@ -99,16 +96,9 @@ class FolderCheckpoint(Checkpoint):
     def _tokenizer(self) -> Any:
         found = [path for path in map(self._files.path, TOKENIZER_FILES) if path is not None]
         if not found:
-            raise ModelNotFoundError(f"{self._files.where} has no tokenizer (no tokenizer.json)")
-        try:
-            with quiet_transformers():
-                tokenizer = AutoTokenizer.from_pretrained(
-                    found[0].parent, trust_remote_code=False, local_files_only=True
-                )
-        except Exception as error:  # of any kind: the files may come from a stranger
-            raise ModelNotFoundError(
-                f"the tokenizer of {self._files.where} cannot be loaded: {_line(error)}"
-            ) from error
+            raise ModelNotFoundError(f"{self.where} has no tokenizer (no tokenizer.json)")
+        with self._reading("the tokenizer"), quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(found[0].parent, trust_remote_code=False, local_files_only=True)
         # A generation goes on from the last column, so that is where texts of a batch end.
         tokenizer.padding_side = "left"
         if tokenizer.pad_token is None:
@@ -117,23 +107,17 @@ class FolderCheckpoint(Checkpoint):
 
     def _read_config(self) -> PreTrainedConfig:
         path = self._required(CONFIG)
-        try:
+        with self._reading(CONFIG):
             config: PreTrainedConfig = AutoConfig.from_pretrained(
                 path.parent, trust_remote_code=False, local_files_only=True
             )
-        except Exception as error:  # of any kind: the file may come from a stranger
-            raise ModelNotFoundError(f"{CONFIG} of {self._files.where} cannot be used: {_line(error)}") from error
-        config.name_or_path = hub_id(self.name, path) or ""
+        config.name_or_path = _hub_id(self.name, path)
         if getattr(config, "quantization_config", None) is not None:
-            raise ModelNotFoundError(
-                f"{self._files.where} stores quantised weights; use the original checkpoint instead"
-            )
+            raise ModelNotFoundError(f"{self.where} stores quantised weights; use the original checkpoint instead")
         if not config.architectures:
             known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
             if known is None:
-                raise ModelNotFoundError(
-                    f"{self._files.where} is a {config.model_type!r} model, not a causal language model"
-                )
+                raise ModelNotFoundError(f"{self.where} is a {config.model_type!r} model, not a causal language model")
             config.architectures = [known]
         return config
 
@@ -141,10 +125,16 @@ class FolderCheckpoint(Checkpoint):
         path = self._files.path(GENERATION_CONFIG)
         if path is None:
             return GenerationConfig.from_model_config(self.config)
-        try:
+        with self._reading(GENERATION_CONFIG):
             return GenerationConfig.from_pretrained(path.parent, local_files_only=True)
-        except Exception as error:  # as above
-            raise ModelNotFoundError(f"{GENERATION_CONFIG} of {self._files.where}: {_line(error)}") from error
+
+    @contextmanager
+    def _reading(self, what: str) -> Iterator[None]:
+        """Whatever a library raises is one line: the files may come from a stranger."""
+        try:
+            yield
+        except Exception as error:
+            raise ModelNotFoundError(f"{what} of {self.where} cannot be used: {first_line(error)}") from error
 
     def _locate(self) -> dict[str, tuple[str, str]]:
         """File and stored name of each weight, without weights that are computed (rotary frequencies)."""
@@ -170,26 +160,24 @@ class FolderCheckpoint(Checkpoint):
         try:
             file_of = parse_json(self._required(INDEX).read_bytes())["weight_map"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ModelNotFoundError(f"{INDEX} of {self._files.where} is damaged: {error!r}") from None
+            raise ModelNotFoundError(f"{INDEX} of {self.where} is damaged: {error!r}") from None
         # The index may come from a stranger: it names files beside it and nothing else.
         if not isinstance(file_of, dict) or not all(
             isinstance(filename, str) and Path(filename).name == filename for filename in file_of.values()
         ):
-            raise ModelNotFoundError(f"{INDEX} of {self._files.where} names files outside its folder")
+            raise ModelNotFoundError(f"{INDEX} of {self.where} names files outside its folder")
         missing = sorted(filename for filename in set(file_of.values()) if not self._files.has(filename))
         if missing:
-            raise ModelNotFoundError(
-                f"{self._files.where} lacks {missing[0]}, which {INDEX} names; copy or fetch it again"
-            )
+            raise ModelNotFoundError(f"{self.where} lacks {missing[0]}, which {INDEX} names; copy or fetch it again")
         return file_of
 
     def _without_safetensors(self) -> ModelNotFoundError:
         if any(self._files.has(pickle) for pickle in ("pytorch_model.bin", "pytorch_model.bin.index.json")):
             return ModelNotFoundError(
-                f"{self._files.where} has pickle weights only (pytorch_model.bin), which can run code and are refused; "
+                f"{self.where} has pickle weights only (pytorch_model.bin), which can run code and are refused; "
                 "load them with transformers where you trust them and call save_pretrained to get safetensors"
             )
-        return ModelNotFoundError(f"{self._files.where} has no weights: neither {SINGLE} nor {INDEX}")
+        return ModelNotFoundError(f"{self.where} has no weights: neither {SINGLE} nor {INDEX}")
 
     def _settle_head(self) -> None:
         """Whether the head is the embedding: as the configuration says, or as the weights do if both are stored."""
@@ -197,7 +185,7 @@ class FolderCheckpoint(Checkpoint):
         if not self.config.tie_word_embeddings:
             if embedding and not head:
                 raise ModelNotFoundError(
-                    f"{self._files.where} has no weight {_HEAD_WEIGHT}, and its {CONFIG} does not say that the head is "
+                    f"{self.where} has no weight {_HEAD_WEIGHT}, and its {CONFIG} does not say that the head is "
                     "the embedding (tie_word_embeddings); fetch or save the whole model again"
                 )
         elif head and not embedding:
@@ -207,19 +195,20 @@ class FolderCheckpoint(Checkpoint):
         elif head:
             self.config.tie_word_embeddings = False
 
-    def _sample(self, name: str) -> bytes:
-        filename, stored = self._place[name]
-        return sample_bytes(self._open(filename).sampled_rows(stored))
+    def _sample(self, name: str) -> tuple[str, tuple[int, ...], bytes]:
+        file, stored = self._stored(name)
+        return name, file.shape(stored), sample_bytes(file.sampled_rows(stored))
 
     def _is_same(self, name: str, other: str) -> bool:
-        if self._sample(name) != self._sample(other):
+        if self._sample(name)[1:] != self._sample(other)[1:]:
             return False
-        (file, stored), (file_there, stored_there) = self._place[name], self._place[other]
-        return self._open(file).is_same(stored, self._open(file_there), stored_there)
+        (file, stored), (file_there, stored_there) = self._stored(name), self._stored(other)
+        return file.is_same(stored, file_there, stored_there)
 
-    def _shape(self, name: str) -> tuple[int, ...]:
+    def _stored(self, name: str) -> tuple[TensorFile, str]:
+        """A weight's file, and its name there."""
         filename, stored = self._place[name]
-        return self._open(filename).shape(stored)
+        return self._open(filename), stored
 
     def _open(self, filename: str) -> TensorFile:
         if filename not in self._opened:
@@ -229,22 +218,13 @@ class FolderCheckpoint(Checkpoint):
     def _required(self, filename: str) -> Path:
         path = self._files.path(filename)
         if path is None:
-            raise ModelNotFoundError(
-                f"{self._files.where} has no {filename}; it is not a checkpoint in Hugging Face layout"
-            )
+            raise ModelNotFoundError(f"{self.where} has no {filename}; it is not a checkpoint in Hugging Face layout")
         return path
 
 
-def hub_id(name: str, path: Path) -> str | None:
-    """Under which id others find a model at the hub; None if it has none. No path is one."""
+def _hub_id(name: str, path: Path) -> str:
+    """Under which id others find a model at the hub; empty if it has none. No path is one."""
     if name in PACKAGED:
         return PACKAGED[name].hub
     cached = re.search(r"models--([\w.-]+?)--([\w.-]+)", str(path))
-    return f"{cached[1]}/{cached[2]}" if cached is not None else None
-
-
-def _line(error: Exception) -> str:
-    """The first line of a library's error message."""
-    if isinstance(error, KeyError):
-        return f"it lacks {error}"
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return f"{cached[1]}/{cached[2]}" if cached is not None else ""

@@ -13,6 +13,7 @@ from fedsea.files import parse_json
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
+_RANDOM = [PREFIX + key for key in CONFIGURATIONS]
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 Kind = Literal["random", "gguf", "folder", "hub"]
@@ -26,8 +27,9 @@ def locate(name: str | os.PathLike[str]) -> tuple[Kind, Path]:
     text = os.fspath(name)
     path = Path(text).expanduser()
     if isinstance(name, str) and text.startswith(PREFIX):
-        if text.removeprefix(PREFIX) not in CONFIGURATIONS:
-            raise no_configuration(text.removeprefix(PREFIX))
+        key = text.removeprefix(PREFIX)
+        if key not in CONFIGURATIONS:
+            raise ModelNotFoundError(f"no random configuration {key!r}; there are: {', '.join(_RANDOM)}")
         return "random", path
     if isinstance(name, str) and text in PACKAGED:
         return "gguf", packaged_gguf(text)
@@ -41,16 +43,10 @@ def locate(name: str | os.PathLike[str]) -> tuple[Kind, Path]:
         return "gguf", path
     if isinstance(name, str) and _HUB_ID.fullmatch(text) and not text.startswith("."):
         return "hub", path
-    known = ", ".join([*PACKAGED, *(PREFIX + key for key in CONFIGURATIONS)])
+    known = ", ".join([*PACKAGED, *_RANDOM])
     raise ModelNotFoundError(
         f"no model {text!r}: it is no path that exists, no organisation/model name of the hub, and none of {known}"
     )
-
-
-def no_configuration(key: str) -> ModelNotFoundError:
-    """The error that says which random models there are."""
-    known = ", ".join(PREFIX + one for one in CONFIGURATIONS)
-    return ModelNotFoundError(f"no random configuration {key!r}; there are: {known}")
 
 
 def check_model(name: str) -> None:

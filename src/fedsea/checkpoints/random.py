@@ -19,10 +19,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 
 from fedsea.checkpoints.base import Checkpoint
-from fedsea.checkpoints.configurations import CONFIGURATIONS as CONFIGURATIONS
-from fedsea.checkpoints.configurations import PREFIX as PREFIX
+from fedsea.checkpoints.configurations import CONFIGURATIONS, PREFIX
 from fedsea.checkpoints.fingerprint import Fingerprint, config_digest, group_digests
-from fedsea.checkpoints.names import no_configuration
 from fedsea.errors import ModelNotFoundError
 
 STREAM_VERSION = "fedsea-random-1"
@@ -39,12 +37,9 @@ class RandomCheckpoint(Checkpoint):
     """
 
     def __init__(self, name: str) -> None:
-        key = name.removeprefix(PREFIX)
-        if key not in CONFIGURATIONS:
-            raise no_configuration(key)
-        self.name = name
+        self.name = self.where = name
         tokens = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-        self.config: PreTrainedConfig = AutoConfig.for_model(**(CONFIGURATIONS[key] | tokens))
+        self.config: PreTrainedConfig = AutoConfig.for_model(**(CONFIGURATIONS[name.removeprefix(PREFIX)] | tokens))
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(self.config)
         self.config.architectures = [type(model).__name__]
@@ -54,13 +49,9 @@ class RandomCheckpoint(Checkpoint):
     def tensor_names(self) -> frozenset[str]:
         return frozenset(self._shapes)
 
-    def load(
-        self, names: Iterable[str], *, dtype: torch.dtype, device: torch.device | str = "cpu"
+    def _read(
+        self, names: list[str], dtype: torch.dtype, device: torch.device | str
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        names = list(names)
-        unknown = sorted(set(names) - self._shapes.keys())
-        if unknown:
-            raise ModelNotFoundError(f"{self.name} has no weight {unknown[0]}")
         with ThreadPoolExecutor(min(os.cpu_count() or 1, 16), "fedsea-draw") as pool:
             for name in names:
                 yield name, self._draw(name, dtype, device, pool)

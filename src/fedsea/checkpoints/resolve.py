@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from fedsea.checkpoints.base import Checkpoint
-from fedsea.checkpoints.files import FolderFiles, HubFiles
+from fedsea.checkpoints.files import FolderFiles, hub_files
 from fedsea.checkpoints.folder import FolderCheckpoint
 from fedsea.checkpoints.gguf import converted_folder
 from fedsea.checkpoints.names import locate
@@ -36,7 +36,7 @@ def open_checkpoint(name: str | os.PathLike[str]) -> Checkpoint:
     if kind == "random":
         return RandomCheckpoint(text)
     if kind == "hub":
-        return FolderCheckpoint(text, HubFiles(text))
+        return FolderCheckpoint(text, hub_files(text))
     return FolderCheckpoint(text, FolderFiles(converted_folder(place) if kind == "gguf" else place))
 
 

@@ -7,6 +7,7 @@ is that of the tensors that are read, plus one buffer of a few MB.
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -43,17 +44,10 @@ class _Entry:
 
 
 class TensorFile:
-    """One safetensors file.
+    """One safetensors file. Only its header is read until a tensor is needed.
 
-    Parameters
-    ----------
-    path
-        The file. Only its header is read until a tensor is needed.
-
-    Raises
-    ------
-    ModelNotFoundError
-        If the file is missing, damaged, cut short, or holds a dtype that no model is stored in.
+    A ModelNotFoundError, here and in every method, if the file is missing, damaged, cut short, or holds a dtype that no
+    model is stored in.
     """
 
     def __init__(self, path: Path) -> None:
@@ -96,32 +90,22 @@ class TensorFile:
         wanted = dtype if entry.dtype.is_floating_point else entry.dtype
         target = torch.empty(entry.shape, dtype=wanted, device=device)
         flat = target.view(-1)
-        try:
-            with self.path.open("rb", buffering=0) as file:
-                file.seek(entry.offset)
-                if wanted == entry.dtype and target.device.type == "cpu":
-                    self._fill(file, flat)
-                    return target
-                step = BUFFER_BYTES // entry.dtype.itemsize
-                buffer = torch.empty(min(step, flat.numel()), dtype=entry.dtype)
-                for start in range(0, flat.numel(), step):
-                    piece = buffer[: min(step, flat.numel() - start)]
-                    self._fill(file, piece)
-                    # Moved before it is cast: an accelerator casts faster.
-                    flat[start : start + piece.numel()].copy_(piece.to(flat.device))
-        except OSError as error:
-            raise self._damaged(str(error)) from None
+        if wanted == entry.dtype and target.device.type == "cpu":
+            with self._at(entry.offset) as file:
+                self._fill(file, flat)
+        else:
+            for part, piece in zip(flat.split(BUFFER_BYTES // entry.dtype.itemsize), self._pieces(entry), strict=False):
+                part.copy_(piece.to(flat.device))  # moved before it is cast: an accelerator casts faster
         return target
 
     def sampled_rows(self, name: str) -> Iterator[torch.Tensor]:
         """A few evenly spaced rows of a tensor, in its stored dtype: what a fingerprint looks at."""
         entry = self._entries[name]
         rows = entry.shape[0] if len(entry.shape) > 1 else 1
-        total = torch.Size(entry.shape).numel()
-        width = total // rows if rows else 0
+        width = torch.Size(entry.shape).numel() // rows if rows else 0
         count = min(SAMPLED_ROWS, rows)
         row = torch.empty(min(width, MAX_ROW_VALUES), dtype=entry.dtype)
-        with self.path.open("rb", buffering=0) as file:
+        with self._at(entry.offset) as file:
             for index in range(count):
                 at = index * (rows - 1) // max(count - 1, 1)
                 file.seek(entry.offset + at * width * entry.dtype.itemsize)
@@ -133,19 +117,28 @@ class TensorFile:
         here, there = self._entries[name], other._entries[name_there]
         if (here.dtype, here.shape) != (there.dtype, there.shape):
             return False
-        left = torch.Size(here.shape).numel() * here.dtype.itemsize
-        one, two = (torch.empty(min(BUFFER_BYTES, left), dtype=torch.uint8) for _ in range(2))
-        with self.path.open("rb", buffering=0) as file, other.path.open("rb", buffering=0) as file_there:
-            file.seek(here.offset)
-            file_there.seek(there.offset)
-            while left:
-                size = min(BUFFER_BYTES, left)
-                self._fill(file, one[:size])
-                other._fill(file_there, two[:size])
-                if not torch.equal(one[:size], two[:size]):
-                    return False
-                left -= size
-        return True
+        pairs = zip(self._pieces(here), other._pieces(there), strict=True)
+        return all(torch.equal(one.view(torch.uint8), two.view(torch.uint8)) for one, two in pairs)
+
+    def _pieces(self, entry: _Entry) -> Iterator[torch.Tensor]:
+        """A tensor's values, a few MB at a time, each time in the same memory."""
+        values, step = torch.Size(entry.shape).numel(), BUFFER_BYTES // entry.dtype.itemsize
+        buffer = torch.empty(min(step, values), dtype=entry.dtype)
+        with self._at(entry.offset) as file:
+            for start in range(0, values, step):
+                piece = buffer[: values - start]
+                self._fill(file, piece)
+                yield piece
+
+    @contextmanager
+    def _at(self, offset: int) -> Iterator[BinaryIO]:
+        """The file, open at a place."""
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                file.seek(offset)
+                yield file
+        except OSError as error:
+            raise self._damaged(str(error)) from None
 
     def _fill(self, file: BinaryIO, target: torch.Tensor) -> None:
         """Read exactly the bytes of `target` (one-dimensional, contiguous, on the CPU)."""

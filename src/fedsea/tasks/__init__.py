@@ -3,7 +3,6 @@
 A task is a file in `datasets/`: which columns it reads, what it asks, which answers it takes, how they are scored.
 """
 
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from fedsea.registry import Registry
@@ -11,9 +10,7 @@ from fedsea.tasks.base import Example, LabelTask, LossTask, Split, Task, Written
 from fedsea.tasks.encoding import encode
 
 if TYPE_CHECKING:
-    from fedsea.tasks.evaluation import Evaluation as Evaluation
-    from fedsea.tasks.evaluation import Prediction as Prediction
-    from fedsea.tasks.evaluation import evaluate as evaluate
+    from fedsea.tasks.evaluation import Evaluation, Prediction, evaluate
 
 __all__ = [
     "Evaluation",
@@ -39,19 +36,14 @@ def task_names() -> list[str]:
 
 
 def get_task(name: str) -> Task:
-    """The task of this name, whatever its casing. Tasks have no state, so one object of each is enough.
+    """The task of this name, whatever its casing.
 
     Raises
     ------
     UsageError
         If there is none; the message names those that there are.
     """
-    return _get(name.lower()) if name.lower() in task_names() else _get(name)
-
-
-@cache
-def _get(name: str) -> Task:
-    return _TASKS.find(name)()
+    return _TASKS.find(name.lower() if name.lower() in task_names() else name)()
 
 
 def __getattr__(name: str) -> Any:

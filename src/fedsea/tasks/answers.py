@@ -10,16 +10,14 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 
 from fedsea.chats import end_tokens
 from fedsea.tasks.base import WrittenTask
-from fedsea.tasks.batches import by_length, pad_left, padding_token
+from fedsea.tasks.batches import padded, padding_token
 from fedsea.tasks.encoding import Prompt
 from fedsea.tasks.templates import Template
 from fedsea.training.examples import IGNORED, Encoded
 
-LOGIT_ROWS = 2048
-"""The most places of a batch that have logits at once: at a vocabulary of 50,000, 400 MB."""
+LOGIT_ROWS = 2048  # the most places of a batch that have logits at once: at a vocabulary of 50,000, 400 MB
 
-Done = Callable[[int], None]
-"""Called with the number of examples that a batch has finished."""
+Done = Callable[[int], None]  # called with the number of examples that a batch has finished
 
 
 def choose_labels(
@@ -27,8 +25,8 @@ def choose_labels(
 ) -> list[str | None]:
     """Of each prompt the label whose token is the likeliest to come next; None where the model gave no number."""
     chosen: list[str | None] = [None] * len(prompts)
-    for batch in by_length([prompt.input_ids for prompt in prompts], batch_size):
-        ids, mask = pad_left([prompts[index].input_ids for index in batch], padding_token(tokenizer), model.device)
+    rows = [prompt.input_ids for prompt in prompts]
+    for batch, ids, mask in padded(rows, batch_size, padding_token(tokenizer), model.device):
         logits = model(input_ids=ids, attention_mask=mask, logits_to_keep=1, use_cache=False).logits[:, -1]
         for index, row in zip(batch, logits, strict=True):
             labels = list(prompts[index].answers)
@@ -56,13 +54,12 @@ def write_answers(
         eos_token_id=sorted(end_tokens(model.generation_config, tokenizer)) or None,
     )
     written: list[str | None] = [None] * len(prompts)
-    for batch in by_length([prompt.input_ids for prompt in prompts], batch_size):
-        ids, mask = pad_left([prompts[index].input_ids for index in batch], padding, model.device)
+    for batch, ids, mask in padded([prompt.input_ids for prompt in prompts], batch_size, padding, model.device):
         stop = StoppingCriteriaList([_LineEnd(tokenizer, ids.shape[1])] if first_line else [])
-        rows = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, stopping_criteria=stop)
-        for index, row in zip(batch, rows[:, ids.shape[1] :].tolist(), strict=True):
+        found = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, stopping_criteria=stop)
+        for index, row in zip(batch, found[:, ids.shape[1] :].tolist(), strict=True):
             text = tokenizer.decode(row, skip_special_tokens=True)
-            written[index] = task.parse(_first_line(text) if first_line else text)
+            written[index] = task.parse(text.strip().split("\n", 1)[0] if first_line else text)
         done(len(batch))
     return written
 
@@ -73,19 +70,19 @@ def mean_answer_loss(model: Any, tokenizer: Any, rows: Sequence[Encoded], *, bat
     A token that begins a row has nothing before it, so it has no loss.
     """
     total, count = 0.0, 0
-    for batch in by_length([row.input_ids for row in rows], batch_size):
+    padding = padding_token(tokenizer)
+    for batch, ids, mask in padded([row.input_ids for row in rows], batch_size, padding, model.device):
         # Rows end together, so what is learnt stands in the last columns.
         columns = max(_learnt_columns(rows[index]) for index in batch)
         step = max(1, LOGIT_ROWS // max(1, columns))
-        for start in range(0, len(batch), step):
-            part = batch[start : start + step]
-            ids, mask = pad_left([rows[index].input_ids for index in part], padding_token(tokenizer), model.device)
-            logits = model(input_ids=ids, attention_mask=mask, logits_to_keep=columns + 1, use_cache=False).logits
-            for place, index in enumerate(part):
+        for part in (slice(start, start + step) for start in range(0, len(batch), step)):
+            logits = model(
+                input_ids=ids[part], attention_mask=mask[part], logits_to_keep=columns + 1, use_cache=False
+            ).logits
+            for index, row in zip(batch[part], logits, strict=True):
                 labels = torch.tensor(rows[index].labels[1:][-columns:], device=logits.device)
                 if len(labels):
-                    losses = cross_entropy(logits[place, :-1][-len(labels) :].float(), labels, reduction="sum")
-                    total += float(losses)
+                    total += float(cross_entropy(row[:-1][-len(labels) :].float(), labels, reduction="sum"))
                     count += int((labels != IGNORED).sum())
         done(len(batch))
     return total / count if count else float("nan")
@@ -107,7 +104,3 @@ class _LineEnd(StoppingCriteria):
         answers = self._tokenizer.batch_decode(input_ids[:, self._prompt_tokens :], skip_special_tokens=True)
         ended = ["\n" in answer.lstrip() for answer in answers]
         return torch.tensor(ended, dtype=torch.bool, device=input_ids.device)
-
-
-def _first_line(text: str) -> str:
-    return text.strip().split("\n", 1)[0]

@@ -51,24 +51,12 @@ Content = Question | Dialogue | Document
 
 @dataclass(frozen=True)
 class Example:
-    """One example of a task.
+    """One example of a task."""
 
-    Attributes
-    ----------
-    id
-        Which example this is in its file.
-    content
-        What is asked and answered.
-    golds
-        Every answer that counts as right: labels of a `LabelTask` (exactly one), texts of a `WrittenTask`.
-    group
-        What belongs together in a metric: MultiRC's question. Empty elsewhere.
-    """
-
-    id: str
+    id: str  # which one this is in its file
     content: Content
-    golds: tuple[str, ...] = ()
-    group: str = ""
+    golds: tuple[str, ...] = ()  # every answer that counts as right: the label of a LabelTask, texts of a WrittenTask
+    group: str = ""  # what belongs together in a metric: MultiRC's question
 
 
 class Task(ABC):
@@ -80,8 +68,6 @@ class Task(ABC):
         What the command line calls it.
     title
         What its authors call it; errors name it so.
-    description
-        One line.
     needs
         The columns of its file, as errors name them.
     metrics
@@ -94,7 +80,6 @@ class Task(ABC):
 
     name: ClassVar[str]
     title: ClassVar[str]
-    description: ClassVar[str]
     needs: ClassVar[str]
     metrics: ClassVar[tuple[str, ...]]
     cue: ClassVar[str] = "Answer:"
@@ -109,16 +94,13 @@ class Task(ABC):
         Parameters
         ----------
         path
-            A file; a folder that holds the split under one of its usual names; or `hub:NAME` or `hub:NAME:CONFIG`, a
-            data set of the Hugging Face hub.
-        split
-            "train" or "validation". A file is read as it is, whatever the split.
+            A file, which is read whatever the split; a folder that holds the split under one of its usual names; or
+            `hub:NAME` or `hub:NAME:CONFIG`, a data set of the Hugging Face hub.
 
         Raises
         ------
         UsageError
-            If there is no such file, or its content is not as the task needs it. The message names the line and what
-            was expected.
+            If there is no such file, or its content is not as the task needs it; it names the line.
         """
         if split not in self.files:
             raise UsageError(f"the split must be train or validation; got {split!r}")
@@ -131,40 +113,24 @@ class Task(ABC):
 
     @abstractmethod
     def examples(self, row: Row) -> Iterable[Example]:
-        """The examples of one row: a line of the official file, or a row of the hub data set.
-
-        Raises
-        ------
-        UsageError
-            If a column is missing or holds something else.
-        """
+        """The examples of one row: a line of the official file, or a row of the hub data set."""
 
     def check_packages(self) -> None:  # noqa: B027 - most need none
         """Raise a UsageError if a package that `score` needs is not installed."""
 
     @abstractmethod
     def score(self, examples: Sequence[Example], predictions: Sequence[str | None]) -> dict[str, float]:
-        """The task's official metrics, each from 0 to 1.
-
-        Parameters
-        ----------
-        examples
-            At least one.
-        predictions
-            As many, in the same order; None for an answer that could not be read, which counts as wrong.
-        """
+        """The task's official metrics, each from 0 to 1; a prediction of None, which could not be read, is wrong."""
 
 
 class LabelTask(Task):
     """A task whose answer is one of a few labels.
 
-    Each label has one word, its *verbaliser*. The model is asked once, and the label whose word has the likeliest
-    first token is its answer: nothing is generated.
+    Each label has one word, its *verbaliser*. The label whose word has the likeliest first token is the answer: nothing
+    is generated.
     """
 
-    verbalisers: ClassVar[Mapping[str, str]]
-    """From label to word, capitalised. What stands before an answer decides whether it begins with a space."""
-
+    verbalisers: ClassVar[Mapping[str, str]]  # from label to word
     metrics: ClassVar[tuple[str, ...]] = ("accuracy",)
 
     def score(self, examples: Sequence[Example], predictions: Sequence[str | None]) -> dict[str, float]:
@@ -178,10 +144,8 @@ class LabelTask(Task):
 class WrittenTask(Task):
     """A task whose answer the model writes."""
 
-    max_new_tokens: ClassVar[int]
-    """The longest answer, in tokens."""
-    one_line: ClassVar[bool] = True
-    """Whether an answer ends with its first line."""
+    max_new_tokens: ClassVar[int]  # of the longest answer
+    one_line: ClassVar[bool] = True  # whether an answer ends with its first line
 
     def parse(self, text: str) -> str | None:
         """The answer in what the model has written; None if there is none."""

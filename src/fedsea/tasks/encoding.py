@@ -26,11 +26,9 @@ def encode(task: Task, example: Example, tokenizer: Any, max_tokens: int, loss_o
     ----------
     task, example
         An example, and the task that read it.
-    tokenizer
-        A tokenizer of transformers.
     max_tokens
-        How many tokens the whole may have. What is more is cut from the context: from its end; from a conversation its
-        oldest exchanges. `Encoded.cut` says how many tokens that took.
+        How many tokens the whole may have. What is more is cut from the end of the context, or of a conversation the
+        oldest exchanges; `Encoded.cut` says how many tokens that took.
     loss_on_prompt
         Learn the prompt as well. By default only answers are learnt, each with the token that ends it.
 
@@ -39,20 +37,21 @@ def encode(task: Task, example: Example, tokenizer: Any, max_tokens: int, loss_o
     UsageError
         If question and answer alone are longer than `max_tokens`, or the chat template refuses the messages.
     """
-    template = Template(tokenizer, task.cue)
-    content = example.content
+    template, content, name = Template(tokenizer, task.cue), example.content, _name(task, example)
     if isinstance(content, Document):
-        return _encode_document(content, template, max_tokens)
+        ids = template.tokens(content.text + template.end, whole=True)
+        kept = tuple(ids[:max_tokens])
+        return Encoded(kept, kept, len(ids) - len(kept))
     if isinstance(content, Dialogue):
-        return _encode_dialogue(content, template, max_tokens, loss_on_prompt, _Name(task, example))
+        return _encode_dialogue(content, template, max_tokens, loss_on_prompt, name)
 
-    def tokens(question: Question) -> tuple[list[int], list[int]]:
-        return _continued(tokenizer, template, question, question.answer)
+    def length(question: Question) -> int:
+        return sum(map(len, template.continued(question, question.answer)))
 
-    question, cut = _fit(content, lambda question: sum(map(len, tokens(question))), max_tokens, _Name(task, example))
-    prompt, answer = tokens(question)
-    ids = (*prompt, *answer)
-    return Encoded(ids, ids if loss_on_prompt else (*[IGNORED] * len(prompt), *answer), cut)
+    question, cut = _fit(content, length, max_tokens, name)
+    prompt, answer = template.continued(question, question.answer)
+    ids = [*prompt, *answer]
+    return Encoded(tuple(ids), tuple(ids if loss_on_prompt else [*[IGNORED] * len(prompt), *answer]), cut)
 
 
 def encode_prompt(task: LabelTask | WrittenTask, example: Example, tokenizer: Any, max_tokens: int) -> Prompt:
@@ -60,33 +59,32 @@ def encode_prompt(task: LabelTask | WrittenTask, example: Example, tokenizer: An
 
     A UsageError if the question does not fit, or the tokenizer does not tell a task's answers apart by one token.
     """
-    template = Template(tokenizer, task.cue)
-    content = example.content
+    template, content, name = Template(tokenizer, task.cue), example.content, _name(task, example)
     assert isinstance(content, Question)
     if isinstance(task, LabelTask):
-        words = task.verbalisers
+        words = task.verbalisers.values()
 
         def length(question: Question) -> int:
-            return max(sum(map(len, _continued(tokenizer, template, question, word))) for word in words.values())
+            return max(sum(map(len, template.continued(question, word))) for word in words)
 
-        question, cut = _fit(content, length, max_tokens, _Name(task, example))
+        question, cut = _fit(content, length, max_tokens, name)
         shared, answers = answer_tokens(task, tokenizer, question)
-        return Prompt((*_prompt(tokenizer, template, question), *shared), answers, cut)
+        return Prompt((*template.prompt(question), *shared), answers, cut)
     room = max_tokens - task.max_new_tokens
-    question, cut = _fit(content, lambda asked: len(_prompt(tokenizer, template, asked)), room, _Name(task, example))
-    return Prompt(tuple(_prompt(tokenizer, template, question)), {}, cut)
+    question, cut = _fit(content, lambda asked: len(template.prompt(asked)), room, name)
+    return Prompt(tuple(template.prompt(question)), {}, cut)
 
 
 def answer_tokens(task: LabelTask, tokenizer: Any, question: Question) -> tuple[list[int], dict[str, int]]:
     """The tokens that the answers of a task really begin with, after this question.
 
     What precedes an answer decides its first token: after a chat template's "assistant\\n" it is `Yes`, after a plain
-    "Answer:" it is ` Yes`. So each answer is written out in its place and tokenised there: tokens that all begin with,
-    such as a lone space, which belong to the prompt then; and from label to the first token after them. A UsageError if
-    two of these are the same.
+    "Answer:" it is ` Yes`. So each answer is written out in its place and tokenised there. Tokens that all begin with,
+    such as a lone space, come first: they belong to the prompt then. The dictionary has each label's first token after
+    them. A UsageError if two of these are the same.
     """
     template = Template(tokenizer, task.cue)
-    written = {word: _continued(tokenizer, template, question, word)[1] for word in task.verbalisers.values()}
+    written = {word: template.continued(question, word)[1] for word in task.verbalisers.values()}
     shared = common_prefix(list(written.values()))
     firsts = {word: ids[len(shared)] for word, ids in written.items() if len(ids) > len(shared)}
     if len(set(firsts.values())) < len(written):
@@ -97,41 +95,11 @@ def answer_tokens(task: LabelTask, tokenizer: Any, question: Question) -> tuple[
     return shared, {label: firsts[word] for label, word in task.verbalisers.items()}
 
 
-@dataclass(frozen=True)
-class _Name:
-    """Says in an error which example it is about."""
-
-    task: Task
-    example: Example
-
-    def __str__(self) -> str:
-        return f"example {self.example.id} of {self.task.title}"
+def _name(task: Task, example: Example) -> str:
+    return f"example {example.id} of {task.title}"
 
 
-def _prompt(tokenizer: Any, template: Template, question: Question) -> list[int]:
-    return _tokens(tokenizer, template.question(question), whole=not template.is_chat)
-
-
-def _continued(tokenizer: Any, template: Template, question: Question, answer: str) -> tuple[list[int], list[int]]:
-    """Token ids of a question, and of its answer after it with what ends it."""
-    asked, answered = template.question(question), template.answered(question, answer)
-    if not answered.startswith(asked):
-        raise UsageError("the model's chat template writes a question differently once it is answered")
-    prompt = _prompt(tokenizer, template, question)
-    both = _tokens(tokenizer, answered, whole=not template.is_chat)
-    if both[: len(prompt)] == prompt:
-        return prompt, both[len(prompt) :]
-    # The tokenizer joins the ends of question and answer into one token. A model that is asked gets the question's own.
-    return prompt, _tokens(tokenizer, answered[len(asked) :], whole=False)
-
-
-def _tokens(tokenizer: Any, text: str, *, whole: bool) -> list[int]:
-    """Token ids; a whole text gets the tokenizer's own marks around it, as chat templates write them themselves."""
-    ids: list[int] = tokenizer(text, add_special_tokens=whole)["input_ids"]
-    return ids
-
-
-def _fit(question: Question, length: Callable[[Question], int], room: int, name: _Name) -> tuple[Question, int]:
+def _fit(question: Question, length: Callable[[Question], int], room: int, name: str) -> tuple[Question, int]:
     """The longest form of a question of at most `room` tokens, and how many tokens were cut."""
     full = length(question)
     if full <= room:
@@ -156,14 +124,8 @@ def _fit(question: Question, length: Callable[[Question], int], room: int, name:
     return fitting, full - length(fitting)
 
 
-def _encode_document(document: Document, template: Template, max_tokens: int) -> Encoded:
-    ids = _tokens(template.tokenizer, document.text + template.end, whole=True)
-    kept = tuple(ids[:max_tokens])
-    return Encoded(kept, kept, len(ids) - len(kept))
-
-
 def _encode_dialogue(
-    dialogue: Dialogue, template: Template, max_tokens: int, loss_on_prompt: bool, name: _Name
+    dialogue: Dialogue, template: Template, max_tokens: int, loss_on_prompt: bool, name: str
 ) -> Encoded:
     messages = list(dialogue.messages)
     opening = 1 if messages[0][0] == "system" else 0

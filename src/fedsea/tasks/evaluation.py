@@ -14,8 +14,7 @@ from fedsea.tasks.answers import choose_labels, mean_answer_loss, write_answers
 from fedsea.tasks.base import Example, LabelTask, Task, WrittenTask
 from fedsea.tasks.encoding import encode, encode_prompt
 
-Progress = Callable[[int, int], None]
-"""Called with how many examples are done, and how many there are; one that takes two passes counts twice."""
+Progress = Callable[[int, int], None]  # called with examples done, and of how many; one that takes two passes is two
 
 
 @dataclass(frozen=True)
@@ -60,16 +59,13 @@ class Evaluation:
 
     def to_json(self) -> dict[str, Any]:
         """As JSON takes it, without the predictions; null for a figure that is not finite."""
-        majority = None
-        if self.majority is not None:
-            majority = {"label": self.majority[0], "metrics": self.majority[1]}
         return {
             "task": self.task,
             "metrics": {name: value if math.isfinite(value) else None for name, value in self.metrics.items()},
             "count": self.count,
             "unparsed": self.unparsed,
             "cut": self.cut,
-            "majority": majority,
+            "majority": self.majority and {"label": self.majority[0], "metrics": self.majority[1]},
         }
 
 
@@ -89,9 +85,8 @@ def evaluate(
     Parameters
     ----------
     model
-        A causal language model of transformers, or one that behaves so (`SplitModelForCausalLM`): with `forward`,
-        `generate`, `device`, `config` and `generation_config`. Its positions must be relative (rotary), as batches are
-        padded at the left. It is put into evaluation mode meanwhile.
+        A causal language model of transformers, or one that behaves so (`SplitModelForCausalLM`). Its positions must be
+        relative (rotary), as batches are padded at the left. It is put into evaluation mode meanwhile.
     tokenizer
         The model's.
     task, examples
@@ -99,10 +94,9 @@ def evaluate(
     batch_size
         Examples a batch.
     max_tokens
-        Prompt and answer together; no more than the model takes, in any case.
+        Of prompt and answer together; no more than the model takes, in any case.
     answer_loss
-        Measure `answer_loss` and `perplexity` of the gold answers as well, with one more pass over the examples.
-        `text` and `chat` always do, and nothing else.
+        Measure `answer_loss` and `perplexity` of the gold answers as well. `text` and `chat` always do, and only that.
     progress
         Called after every batch.
 
@@ -119,7 +113,14 @@ def evaluate(
     max_tokens = min(max_tokens, _model_tokens(model))
     has_answers = isinstance(task, LabelTask | WrittenTask)
     with_loss = answer_loss or not has_answers
-    done = _Counter(progress, len(examples) * (has_answers + with_loss))
+    counted = 0
+
+    def done(count: int) -> None:
+        nonlocal counted
+        counted += count
+        if progress is not None:
+            progress(counted, len(examples) * (has_answers + with_loss))
+
     scores: dict[str, float] = {}
     predictions: list[str | None] = []
     cut = 0
@@ -136,7 +137,7 @@ def evaluate(
             rows = [encode(task, example, tokenizer, max_tokens) for example in examples]
             cut = max(cut, sum(row.cut > 0 for row in rows))
             loss = mean_answer_loss(model, tokenizer, rows, batch_size=batch_size, done=done)
-            scores |= {"perplexity": _exp(loss), "answer_loss": loss}
+            scores |= {"perplexity": math.exp(loss) if loss < 700 else math.inf, "answer_loss": loss}
     return Evaluation(
         task=task.name,
         metrics=scores,
@@ -162,10 +163,6 @@ def _model_tokens(model: Any) -> int:
     return int(own if own is not None else model.config.max_position_embeddings)
 
 
-def _exp(loss: float) -> float:
-    return math.exp(loss) if loss < 700 else math.inf
-
-
 @contextmanager
 def _evaluating(model: Any) -> Iterator[None]:
     """Without gradients and dropout; afterwards the model is as it was."""
@@ -176,15 +173,3 @@ def _evaluating(model: Any) -> Iterator[None]:
             yield
     finally:
         model.train(training)
-
-
-class _Counter:
-    """Adds up what batches have done."""
-
-    def __init__(self, progress: Progress | None, total: int) -> None:
-        self._progress, self._total, self._done = progress, total, 0
-
-    def __call__(self, examples: int) -> None:
-        self._done += examples
-        if self._progress is not None:
-            self._progress(self._done, self._total)

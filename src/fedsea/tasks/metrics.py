@@ -36,17 +36,12 @@ def multirc(groups: Sequence[str], golds: Sequence[str], predictions: Prediction
     averages; a question without predicted (or without gold) right candidates has a precision (a recall) of 1. `em`:
     share of questions all of whose candidates are labelled right.
     """
-    questions: dict[str, list[tuple[str, str | None]]] = {}
+    questions: dict[str, list[tuple[bool, bool]]] = {}
     for group, gold, prediction in zip(groups, golds, predictions, strict=True):
-        questions.setdefault(group, []).append((gold, prediction))
-    # An unreadable answer must not pass for "not right": it is taken as the opposite of its gold label.
-    marks = [
-        [
-            (gold == right, prediction == right if prediction is not None else gold != right)
-            for gold, prediction in pairs
-        ]
-        for pairs in questions.values()
-    ]
+        # An unreadable answer must not pass for "not right": it is taken as the opposite of its gold label.
+        guess = gold != right if prediction is None else prediction == right
+        questions.setdefault(group, []).append((gold == right, guess))
+    marks = questions.values()
     every = [mark for question in marks for mark in question]
     precision, recall = _precision_recall(every)
     rates = [_precision_recall(question) for question in marks]

@@ -1,14 +1,15 @@
 """Reads data sets row by row, and says exactly where one of them is not as it should be."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 from fedsea.errors import UsageError
 from fedsea.extras import require
-from fedsea.text import decode, require_whole
+from fedsea.files import parse_json
+from fedsea.text import decode, first_line, require_whole
 
 HUB = "hub:"
 
@@ -41,13 +42,7 @@ class Row:
         return name in self.fields
 
     def value(self, name: str) -> Any:
-        """A column as it is.
-
-        Raises
-        ------
-        UsageError
-            If it is missing. So do all methods below, and if its value is not what they are for.
-        """
+        """A column as it is. A UsageError, here and below, if it is missing or its value is something else."""
         if name not in self.fields:
             raise self.wrong(f"the column '{self.inside}{name}' is missing")
         return self.fields[name]
@@ -70,9 +65,11 @@ class Row:
             raise self._unexpected(name, "a whole number")
         return value
 
-    def label(self, name: str, labels: Mapping[Any, str]) -> str:
-        """The label that the column's value stands for, from a map of all values that are allowed."""
+    def label(self, name: str, labels: Mapping[Any, str] | Sequence[str]) -> str:
+        """The label that the column's value stands for, from a map of all values that are allowed, or is."""
         value = self.value(name)
+        if not isinstance(labels, Mapping):
+            labels = dict(zip(labels, labels, strict=True))
         if not isinstance(value, str | int) or value not in labels:
             raise self._unexpected(name, " or ".join(dict.fromkeys(labels.values())))
         return labels[value]
@@ -118,8 +115,7 @@ def read_rows(path: str, split: str, names: tuple[str, ...], needs: str) -> Iter
     """
     if path.startswith(HUB):
         return _hub_rows(path, split, needs)
-    file = _find(Path(path).expanduser(), split, names)
-    return _json_rows(file, needs) if file.suffix == ".json" else _line_rows(file, needs)
+    return _file_rows(_find(Path(path).expanduser(), split, names), needs)
 
 
 def _find(path: Path, split: str, names: tuple[str, ...]) -> Path:
@@ -133,73 +129,49 @@ def _find(path: Path, split: str, names: tuple[str, ...]) -> Path:
     raise UsageError(f"the folder {path} has no {split} split: there is no {' or '.join(names)} in it")
 
 
-def _line_rows(file: Path, needs: str) -> Iterator[Row]:
+def _file_rows(file: Path, needs: str) -> Iterator[Row]:
     try:
-        with file.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                where = f"{file} line {number}"
-                if line.strip():
-                    fields = _parse(_text(line, file, needs, number).rstrip(), where, needs)
-                    yield _whole(_row(fields, number, where, needs))
+        for number, where, fields in _data(file) if file.suffix == ".json" else _lines(file):
+            if not isinstance(fields, dict):
+                raise UsageError(f"{where}: expected a JSON object, not {type(fields).__name__}")
+            # JSON may escape half a character, which is no text to any tokenizer.
+            require_whole(json.dumps(fields, ensure_ascii=False), where)
+            yield Row(fields, number, where, needs)
     except OSError as error:
         raise UsageError(f"cannot read {file}: {error.strerror}") from None
-
-
-def _json_rows(file: Path, needs: str) -> Iterator[Row]:
-    try:
-        content = file.read_bytes()
-    except OSError as error:
-        raise UsageError(f"cannot read {file}: {error.strerror}") from None
-    if not content.strip():
-        return
-    whole = _row(_parse(_text(content, file, needs), str(file), needs), 0, str(file), needs)
-    for number, fields in enumerate(whole.items("data"), 1):
-        yield _whole(_row(fields, number, f"{file} data[{number - 1}]", needs))
-
-
-def _text(content: bytes, file: Path, needs: str, first_line: int = 1) -> str:
-    try:
-        return decode(content, str(file), first_line)
     except UsageError as error:
         raise UsageError(f"{error}; {needs}") from None
 
 
-def _parse(text: str, where: str, needs: str) -> Any:
+def _lines(file: Path) -> Iterator[tuple[int, str, Any]]:
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                where = f"{file} line {number}"
+                yield number, where, _parse(decode(line, str(file), number).rstrip(), where)
+
+
+def _data(file: Path) -> Iterator[tuple[int, str, Any]]:
+    content = file.read_bytes()
+    if not content.strip():
+        return
+    whole = _parse(decode(content, str(file)), str(file))
+    rows = whole.get("data") if isinstance(whole, dict) else None
+    if not isinstance(rows, list):
+        raise UsageError(f"{file}: expected a JSON object with a list 'data'")
+    for place, fields in enumerate(rows):
+        yield place + 1, f"{file} data[{place}]", fields
+
+
+def _parse(text: str, where: str) -> Any:
     try:
-        return json.loads(text, object_pairs_hook=_once)
+        return parse_json(text, unique_keys=True)
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, " if error.lineno > 1 else ""
-        raise UsageError(
-            f"{where}: broken JSON at {place}character {error.colno} ({error.msg}); expected a JSON object; {needs}"
-        ) from None
-    except RecursionError:
-        raise UsageError(f"{where}: the JSON is nested too deep; expected a JSON object; {needs}") from None
-    except ValueError as error:  # a number of thousands of digits, or a key twice
-        raise UsageError(f"{where}: {error}; expected a JSON object; {needs}") from None
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object whose keys are all different; JSON would let the last of two win without a word."""
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} is there twice")
-    return fields
-
-
-def _row(fields: Any, number: int, where: str, needs: str) -> Row:
-    if not isinstance(fields, dict):
-        raise UsageError(f"{where}: expected a JSON object, not {type(fields).__name__}; {needs}")
-    return Row(fields, number, where, needs)
-
-
-def _whole(row: Row) -> Row:
-    """The row, if its texts are whole: JSON may escape half a character, which is no text to any tokenizer."""
-    try:
-        require_whole(json.dumps(row.fields, ensure_ascii=False), row.where)
-    except UsageError as error:
-        raise UsageError(f"{error}; {row.needs}") from None
-    return row
+        reason = f"broken JSON at {place}character {error.colno} ({error.msg})"
+    except ValueError as error:  # nested too deeply, a number of thousands of digits, or a key twice
+        reason = str(error)
+    raise UsageError(f"{where}: {reason}; expected a JSON object")
 
 
 def _hub_rows(path: str, split: str, needs: str) -> Iterator[Row]:
@@ -212,8 +184,7 @@ def _hub_rows(path: str, split: str, needs: str) -> Iterator[Row]:
     try:
         table = datasets.load_dataset(name, config or None, split=split)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise UsageError(f"cannot read the {split} split of {path}: {lines[0]}") from None
+        raise UsageError(f"cannot read the {split} split of {path}: {first_line(error)}") from None
     names = {column: kind.names for column, kind in table.features.items() if isinstance(kind, datasets.ClassLabel)}
     for number, fields in enumerate(table, 1):
         # Labels come as numbers, whose order is the data set's own; by name they mean the same everywhere.

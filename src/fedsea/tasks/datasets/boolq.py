@@ -11,7 +11,6 @@ class BoolQ(LabelTask):
 
     name = "boolq"
     title = "BoolQ"
-    description = "yes or no, from a passage"
     needs = "question, passage, label (true or false)"
     verbalisers = YES_NO
 

@@ -12,16 +12,14 @@ class CB(LabelTask):
 
     name = "cb"
     title = "CB"
-    description = "entailment, contradiction or neutral, from a short discourse"
     needs = "premise, hypothesis, label (entailment, contradiction or neutral)"
     metrics = ("accuracy", "macro_f1")
     verbalisers = {"entailment": "Yes", "contradiction": "No", "neutral": "Maybe"}  # noqa: RUF012 - never changed
 
     def examples(self, row: Row) -> Iterable[Example]:
-        label = row.label("label", {name: name for name in self.verbalisers})
         yield self.example(
             row,
-            label,
+            row.label("label", list(self.verbalisers)),
             '". Is the hypothesis entailed by the premise? Yes, No or Maybe?',
             before=f'Hypothesis: "{row.text("hypothesis")}", premise: "',
             context=row.text("premise"),

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from fedsea.tasks.base import Dialogue, Example, LossTask
 from fedsea.tasks.reading import Row
 
-_ROLES = {role: role for role in ("system", "user", "assistant")}
+_ROLES = ("system", "user", "assistant")
 # Chat templates write them too. Left out, the model would learn from another text than it answers to.
 _NOT_LEARNT = ("tools", "tool_calls", "reasoning_content", "thinking")
 
@@ -15,7 +15,6 @@ class Chat(LossTask):
 
     name = "chat"
     title = "chat"
-    description = "your own conversations: every answer of the assistant"
     needs = "messages (each with role and content, at least one of them with the role assistant)"
 
     def examples(self, row: Row) -> Iterable[Example]:

@@ -7,7 +7,6 @@ from fedsea.tasks.base import Example, LabelTask
 from fedsea.tasks.reading import Row
 
 _LABELS: dict[Any, str] = {0: "choice1", 1: "choice2", "choice1": "choice1", "choice2": "choice2"}
-_QUESTIONS = {"cause": "cause", "effect": "effect"}
 
 
 class COPA(LabelTask):
@@ -15,12 +14,11 @@ class COPA(LabelTask):
 
     name = "copa"
     title = "COPA"
-    description = "the likelier cause or effect of two, by its letter"
     needs = "premise, choice1, choice2, question (cause or effect), label (0 or 1)"
     verbalisers = {"choice1": "A", "choice2": "B"}  # noqa: RUF012 - never changed
 
     def examples(self, row: Row) -> Iterable[Example]:
-        wanted = row.label("question", _QUESTIONS)
+        wanted = row.label("question", ["cause", "effect"])
         yield self.example(
             row,
             row.label("label", _LABELS),

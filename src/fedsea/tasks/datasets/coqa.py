@@ -13,7 +13,6 @@ class CoQA(WrittenTask):
 
     name = "coqa"
     title = "CoQA"
-    description = "the next answer of a conversation about a story"
     needs = "story, questions and answers (each a list with input_text and turn_id)"
     metrics = ("f1", "em")
     max_new_tokens = 48

@@ -12,7 +12,6 @@ class MultiRC(LabelTask):
 
     name = "multirc"
     title = "MultiRC"
-    description = "is this answer to a question about a paragraph right?"
     needs = "passage (text, questions with question and answers, each with text and label 0 or 1)"
     metrics = ("f1a", "f1m", "em")
     verbalisers = YES_NO

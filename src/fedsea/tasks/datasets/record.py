@@ -15,7 +15,6 @@ class ReCoRD(WrittenTask):
 
     name = "record"
     title = "ReCoRD"
-    description = "the name that is missing in a statement about a news passage"
     needs = "passage (text), qas (query with @placeholder, answers with text)"
     metrics = ("f1", "em")
     max_new_tokens = 32

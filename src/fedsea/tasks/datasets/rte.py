@@ -11,15 +11,13 @@ class RTE(LabelTask):
 
     name = "rte"
     title = "RTE"
-    description = "does a hypothesis follow from a text?"
     needs = "premise, hypothesis, label (entailment or not_entailment)"
     verbalisers = {"entailment": "Yes", "not_entailment": "No"}  # noqa: RUF012 - never changed
 
     def examples(self, row: Row) -> Iterable[Example]:
-        label = row.label("label", {name: name for name in self.verbalisers})
         yield self.example(
             row,
-            label,
+            row.label("label", list(self.verbalisers)),
             '". Is the hypothesis entailed by the premise? Yes or No?',
             before=f'Hypothesis: "{row.text("hypothesis")}", premise: "',
             context=row.text("premise"),

@@ -11,7 +11,6 @@ class Text(LossTask):
 
     name = "text"
     title = "text"
-    description = "your own texts: language modelling on the whole of each"
     needs = "text"
 
     def examples(self, row: Row) -> Iterable[Example]:

@@ -11,7 +11,6 @@ class WiC(LabelTask):
 
     name = "wic"
     title = "WiC"
-    description = "does a word mean the same in two sentences?"
     needs = "word, sentence1, sentence2, label (true or false)"
     verbalisers = YES_NO
 

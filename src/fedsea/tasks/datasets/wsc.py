@@ -14,7 +14,6 @@ class WSC(LabelTask):
 
     name = "wsc"
     title = "WSC"
-    description = "does a pronoun mean a certain noun phrase?"
     needs = "text, target (span1_text, span1_index, span2_text, span2_index), label (true or false)"
     verbalisers = YES_NO
 

@@ -12,7 +12,6 @@ class XSum(WrittenTask):
 
     name = "xsum"
     title = "XSum"
-    description = "a news article in one sentence"
     needs = "document, summary"
     metrics = ("rouge1", "rouge2", "rougeL")
     cue = "Summary:"
