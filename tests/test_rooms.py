@@ -72,6 +72,12 @@ def test_rooms_import_only_from_rooms_before_them(path: Path) -> None:
         assert (room, other) not in STRANGERS
 
 
+def test_no_source_file_is_over_500_lines() -> None:
+    bench = TESTS.parent / "bench" / "src"
+    lengths = {path: len(path.read_text().splitlines()) for root in (SOURCE, bench) for path in root.rglob("*.py")}
+    assert not {str(path): length for path, length in lengths.items() if length > 500}
+
+
 def test_only_the_benchs_tests_import_the_bench() -> None:
     shared = [TESTS / "support" / "link.py"]
     for path in {*TESTS.rglob("*.py")} - {*(TESTS / "bench").rglob("*.py")} - {*shared}:

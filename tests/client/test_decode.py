@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fedsea import SplitModelForCausalLM
-from fedsea.client.decode import Sampling, stream_tokens
+from fedsea.client import Sampling, stream_tokens
 from fedsea.errors import LimitExceededError, UsageError
 from tests.conftest import RunningServer, connect
 

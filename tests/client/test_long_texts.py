@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from fedsea import Partition, SplitModelForCausalLM
 from fedsea.checkpoints import load_whole_model
-from fedsea.client.decode import stream_tokens
+from fedsea.client import stream_tokens
 from fedsea.errors import UsageError
 from tests.conftest import RunningServer, connect
 from tests.support.ports import held_address

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from fedsea import GaussianNoise, SplitModelForCausalLM, load_tokenizer
+from fedsea.client import GREEDY, Sampling, stream_tokens
 from fedsea.client.answer import Answer
 from fedsea.client.conversation import Conversation, chat_tokens
-from fedsea.client.decode import GREEDY, Sampling, stream_tokens
 from fedsea.client.lookup import LONGEST_PAUSE, MISSES, GuessCount, PromptLookup
 from fedsea.errors import LimitExceededError, UsageError
 from tests.conftest import RunningServer, connect

@@ -10,65 +10,51 @@ In training, `MiddleRun` (run.py) takes the session's place: the middle as a nod
 `RunChannel` (channel.py); `TrainedAdapter` (adapter.py) has the adapter of all three parts.
 """
 
-import importlib
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fedsea.client.answer import Answer, AnswerStats, stop_ids
-    from fedsea.client.cache import SplitCache
-    from fedsea.client.connection import Connection, ConnectionLost, Endpoint, client_credentials
-    from fedsea.client.conversation import Conversation
-    from fedsea.client.decode import stream_tokens
-    from fedsea.client.dtypes import wire_dtype_for
-    from fedsea.client.lookup import GUESSES
-    from fedsea.client.middle import MICRO_BATCHES
-    from fedsea.client.model import SplitModelForCausalLM
-    from fedsea.client.notice import IN_TRAINING, LEARNT, SEE, leak_notice
-    from fedsea.client.sampling import GREEDY, Sampling
-    from fedsea.client.traffic import Traffic
+    from fedsea.client.answer import Answer as Answer
+    from fedsea.client.answer import AnswerStats as AnswerStats
+    from fedsea.client.cache import SplitCache as SplitCache
+    from fedsea.client.connection import Connection as Connection
+    from fedsea.client.connection import ConnectionLost as ConnectionLost
+    from fedsea.client.connection import Endpoint as Endpoint
+    from fedsea.client.connection import client_credentials as client_credentials
+    from fedsea.client.conversation import Conversation as Conversation
+    from fedsea.client.decode import stream_tokens as stream_tokens
+    from fedsea.client.dtypes import wire_dtype_for as wire_dtype_for
+    from fedsea.client.lookup import GUESSES as GUESSES
+    from fedsea.client.middle import MICRO_BATCHES as MICRO_BATCHES
+    from fedsea.client.model import SplitModelForCausalLM as SplitModelForCausalLM
+    from fedsea.client.notice import IN_TRAINING as IN_TRAINING
+    from fedsea.client.notice import LEARNT as LEARNT
+    from fedsea.client.notice import SEE as SEE
+    from fedsea.client.notice import leak_notice as leak_notice
+    from fedsea.client.sampling import GREEDY as GREEDY
+    from fedsea.client.sampling import Sampling as Sampling
+    from fedsea.client.traffic import Traffic as Traffic
 
-_HOMES = {
-    "answer": ("Answer", "AnswerStats", "stop_ids"),
-    "cache": ("SplitCache",),
-    "connection": ("Connection", "ConnectionLost", "Endpoint", "client_credentials"),
-    "conversation": ("Conversation",),
-    "decode": ("stream_tokens",),
-    "dtypes": ("wire_dtype_for",),
-    "notice": ("IN_TRAINING", "LEARNT", "SEE", "leak_notice"),
-    "lookup": ("GUESSES",),
-    "middle": ("MICRO_BATCHES",),
-    "model": ("SplitModelForCausalLM",),
-    "sampling": ("GREEDY", "Sampling"),
-    "traffic": ("Traffic",),
+_NAMES = {
+    "answer": ["Answer", "AnswerStats"],
+    "cache": ["SplitCache"],
+    "connection": ["Connection", "ConnectionLost", "Endpoint", "client_credentials"],
+    "conversation": ["Conversation"],
+    "decode": ["stream_tokens"],
+    "dtypes": ["wire_dtype_for"],
+    "lookup": ["GUESSES"],
+    "middle": ["MICRO_BATCHES"],
+    "model": ["SplitModelForCausalLM"],
+    "notice": ["IN_TRAINING", "LEARNT", "SEE", "leak_notice"],
+    "sampling": ["GREEDY", "Sampling"],
+    "traffic": ["Traffic"],
 }
-__all__ = [
-    "GREEDY",
-    "GUESSES",
-    "IN_TRAINING",
-    "LEARNT",
-    "MICRO_BATCHES",
-    "SEE",
-    "Answer",
-    "AnswerStats",
-    "Connection",
-    "ConnectionLost",
-    "Conversation",
-    "Endpoint",
-    "Sampling",
-    "SplitCache",
-    "SplitModelForCausalLM",
-    "Traffic",
-    "client_credentials",
-    "leak_notice",
-    "stop_ids",
-    "stream_tokens",
-    "wire_dtype_for",
-]
+_HOMES = {name: module for module, names in _NAMES.items() for name in names}
+__all__ = [*_HOMES]
 
 
 def __getattr__(name: str) -> Any:
     """Import a name when it is first used: how to sample is an option of commands, whose help needs no torch."""
-    for home, names in _HOMES.items():
-        if name in names:
-            return getattr(importlib.import_module(f"fedsea.client.{home}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

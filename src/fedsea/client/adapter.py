@@ -31,7 +31,7 @@ NO_ADAPTER = "the model has no adapter; add one first: model.add_adapter(LoraCon
 class TrainedAdapter:
     """The one adapter that a split model may have, on all three parts; `spec` and `lora` are None while there is none.
 
-    `model` has the client's modules under the whole model's names. It holds this object, not the other way round.
+    `model` holds this object, not the other way round.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class TrainedAdapter:
         self.spec: AdapterSpec | None = None
         self.lora: LoraConfig | None = None
         self.on = True
-        self._shapes: tuple[AdapterSpec, dict[str, tuple[int, ...]]] | None = None
+        self._known: tuple[AdapterSpec, dict[str, tuple[int, ...]]] | None = None
         self._peft_configs: dict[str, LoraConfig] | None = None  # PEFT's own, where it has put the adapter on
         register_state_hooks(model)
 
@@ -63,7 +63,8 @@ class TrainedAdapter:
         return self._partition.middle(self.config.num_hidden_layers)
 
     @property
-    def _run(self) -> MiddleRun | None:
+    def run(self) -> MiddleRun | None:
+        """Its training at the server; None while there is none."""
         return self._middle.run if self._middle is not None else None
 
     @property
@@ -76,9 +77,9 @@ class TrainedAdapter:
         """Whether a forward pass now is one whose loss may be backpropagated."""
         if not torch.is_grad_enabled() or self.spec is None or not self.on:
             return False
-        return any(parameter.requires_grad for parameter in self.local.values()) or (
-            self._run is not None and self._run.handle.requires_grad
-        )
+        if self.run is not None and self.run.handle.requires_grad:
+            return True
+        return any(parameter.requires_grad for parameter in self.local.values())
 
     def require_name(self, name: str | Sequence[str]) -> None:
         """Refuse another name than the one adapter's, and any where there is none."""
@@ -102,7 +103,11 @@ class TrainedAdapter:
         narrow = cut[0].rank if cut is not None else 0
         spec = replace(AdapterSpec.from_config(lora, self.config, fresh=False), narrow=narrow)
         if self.spec is None:
-            self._check_fits(spec, weights, folder)
+            # Before anything changes.
+            shapes = {name: shape for name, shape in self._shapes(spec).items() if name not in (PROJECT, LIFT)}
+            found = {name: weight for name, weight in weights.items() if name not in (PROJECT, LIFT)}
+            _check_fits(shapes, found, f"the adapter in {folder}")
+            _check_finite(weights)
             if cut is not None and self._middle is not None:
                 self._middle.settings.notice(self._protection.take_up(*cut, folder))
             self._add(spec, lora, run)
@@ -161,7 +166,7 @@ class TrainedAdapter:
         self.spec, self.lora = spec, lora
         module._hf_peft_config_loaded = True
         hold(module, spec.within(self._middle_layers), self)
-        run = self._run
+        run = self.run
         if run is None:
             return
         run.handle.requires_grad_(True)
@@ -181,41 +186,29 @@ class TrainedAdapter:
     ) -> None:
         if self._middle is None:
             return
-        module, dtype = self._module, self._module.dtype
+        module, dtype, middle = self._module, self._module.dtype, self._middle_layers
         is_new = self._middle.begin_run(
             spec,
             name,
             module.get_parameter(HANDLE),
             take_up=take_up,
             token=token,
-            weights=lambda: self._middle_shapes(spec),
+            weights=lambda: {name: shape for name, shape in self._shapes(spec).items() if in_middle(name, middle)},
             context=f"noise: {self._protection.noise!r}; dtype: {str(dtype).removeprefix('torch.')}",
             scale=LossScale() if dtype is torch.float16 else None,
         )
         self._middle.use_adapter(self.on)
-        if spec.narrow and is_new and self._run is not None:
+        if spec.narrow and is_new and self.run is not None:
             # Until it is trained, the lift undoes what it can of the projection, whose rows are orthonormal.
-            self._run.load({f"{ADAPTER}/{LIFT}": adapter_parameters(self._parts[0])[PROJECT].T})
+            self.run.load({f"{ADAPTER}/{LIFT}": adapter_parameters(self._parts[0])[PROJECT].T})
 
-    def _middle_shapes(self, spec: AdapterSpec) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of the adapter's weights at the server; worked out once."""
-        if self._shapes is None or self._shapes[0] != spec:
-            lift = {LIFT: (self.config.hidden_size, spec.narrow)} if spec.narrow else {}
-            self._shapes = spec, spec.shapes_in(self.config, self._middle_layers) | lift
-        return self._shapes[1]
-
-    def _check_fits(self, spec: AdapterSpec, weights: Mapping[str, Tensor], source: object) -> None:
-        """Before anything changes: are the adapter's weights all there, of the right sizes, finite, and no others?"""
-        shapes = spec.shapes_in(self.config, range(self.config.num_hidden_layers))
-        found = {name: tuple(weight.shape) for name, weight in weights.items() if name not in (PROJECT, LIFT)}
-        for name in sorted(shapes.keys() | found.keys()):
-            here, there = shapes.get(name), found.get(name)
-            if here != there:
-                sizes = [f"of shape {list(shape)}" if shape is not None else "not there" for shape in (there, here)]
-                raise ModelMismatchError(
-                    f"the adapter in {source} does not fit this model: {name} is {sizes[0]} in it, {sizes[1]} here"
-                )
-        _check_finite(weights)
+    def _shapes(self, spec: AdapterSpec) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of all weights of such an adapter; worked out once."""
+        if self._known is None or self._known[0] != spec:
+            hidden = self.config.hidden_size
+            cut = {PROJECT: (spec.narrow, hidden), LIFT: (hidden, spec.narrow)} if spec.narrow else {}
+            self._known = spec, spec.shapes_in(self.config, range(self.config.num_hidden_layers)) | cut
+        return self._known[1]
 
     # Its weights
 
@@ -223,26 +216,31 @@ class TrainedAdapter:
         """All of its weights, float32, by their names in the whole model; the middle's come from the server."""
         if self.spec is None:
             raise UsageError(NO_ADAPTER)
-        weights = {name: weight.detach().clone() for name, weight in self.local.items()}
-        return dict(sorted({**self.middle_state(), **weights}.items()))
+        return dict(sorted({**self.middle_state(), **self.local_state()}.items()))
 
     def middle_state(self) -> dict[str, Tensor]:
         """The weights at the server."""
-        return _of_kind(ADAPTER, self._run.export()) if self._run is not None else {}
+        return _of_kind(ADAPTER, self.run.export()) if self.run is not None else {}
 
-    @torch.no_grad()
+    def local_state(self) -> dict[str, Tensor]:
+        """The weights in the input and output blocks, float32, by their names in the whole model."""
+        return {name: weight.detach().float().cpu().clone() for name, weight in self.local.items()}
+
     def set_state(self, weights: Mapping[str, Tensor]) -> None:
         """Set all weights, named as `state` names them. ModelMismatchError, and nothing is set, if they do not fit."""
+        _check_fits(self._shapes(self.spec) if self.spec is not None else {}, weights)
         _check_finite(weights)
-        local, middle = self.local, self._middle_layers
-        remote = {name: weight for name, weight in weights.items() if in_middle(name, middle)}
-        expected = self.spec.weight_names(middle) if self.spec is not None else set()
-        expected |= {LIFT} if self.spec is not None and self.spec.narrow else set()
-        for name in (local.keys() | expected) ^ weights.keys():
-            raise ModelMismatchError(f"the adapter does not fit this model: {name} is on one side only")
-        _check_shapes(local, weights)
-        if self._run is not None and remote:
-            self._run.load({f"{ADAPTER}/{name}": weight for name, weight in remote.items()})
+        remote = {f"{ADAPTER}/{name}": one for name, one in weights.items() if in_middle(name, self._middle_layers)}
+        if self.run is not None and remote:
+            self.run.load(remote)
+        self.set_local(weights)
+
+    @torch.no_grad()
+    def set_local(self, weights: Mapping[str, Tensor]) -> None:
+        """Set the weights in the input and output blocks; those of the middle's layers are not looked at."""
+        local = self.local
+        shapes = {name: tuple(parameter.shape) for name, parameter in local.items()}
+        _check_fits(shapes, {name: weight for name, weight in weights.items() if name in local})
         for name, parameter in local.items():
             parameter.copy_(weights[name])
 
@@ -255,8 +253,7 @@ class TrainedAdapter:
             for name, weight in state.items()
             if ".lora_" in name or name in (PROJECT, LIFT)
         }
-        if different := weights.keys() ^ self.state().keys():
-            raise ModelMismatchError(f"the state to save is not this model's: {min(different)} is on one side only")
+        _check_fits(self._shapes(self.spec) if self.spec is not None else {}, weights, "the state to save")
         return weights
 
     def save(self, folder: str | Path, weights: Mapping[str, Tensor]) -> None:
@@ -277,11 +274,10 @@ class TrainedAdapter:
 
     def training_state(self, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """All that training has changed: the whole adapter, and the optimizer's states for it (`exp_avg/NAME`, ...)."""
-        exported = self._run.export() if self._run is not None else {}
-        adapter = _of_kind(ADAPTER, exported)
+        exported = self.run.export() if self.run is not None else {}
+        adapter = _of_kind(ADAPTER, exported) | self.local_state()
         states = {name: tensor for name, tensor in exported.items() if not name.startswith(f"{ADAPTER}/")}
         for name, weight in self.local.items():
-            adapter[name] = weight.detach().clone()
             for kind, state in optimizer.state.get(weight, {}).items():
                 states[f"{kind}/{name}"] = torch.as_tensor(state).detach().cpu().float().clone()
         return dict(sorted(adapter.items())), dict(sorted(states.items()))
@@ -295,10 +291,9 @@ class TrainedAdapter:
     ) -> None:
         """Go back to what `training_state` gave after `step` optimizer steps, here and at the server.
 
-        All of the state becomes that: gradients, and other states that the optimizer has, are forgotten. Where it is of
-        another adapter nothing is set: ModelMismatchError.
+        Gradients and the optimizer's other states are forgotten. Of another adapter nothing is set: ModelMismatchError.
         """
-        run, middle = self._run, self._middle_layers
+        run, middle = self.run, self._middle_layers
         self.set_state(adapter)
         self._forget_gradients()
         optimizer.state.clear()
@@ -318,13 +313,13 @@ class TrainedAdapter:
     @property
     def loss_scale(self) -> list[int] | None:
         """How a float16 model's loss is scaled in training (`LossScale.state`); None for other dtypes."""
-        return self._run.scale.state() if self._run is not None and self._run.scale is not None else None
+        return self.run.scale.state() if self.run is not None and self.run.scale is not None else None
 
     @loss_scale.setter
     def loss_scale(self, state: Sequence[int] | None) -> None:
         """Go on with the loss scale of a checkpoint; None for that of a training's start."""
-        if self._run is not None and self._run.scale is not None:
-            self._run.scale.set(state)
+        if self.run is not None and self.run.scale is not None:
+            self.run.scale.set(state)
 
     def end_run(self) -> None:
         """The training is over: closing the model ends its run at the server."""
@@ -333,9 +328,9 @@ class TrainedAdapter:
 
     def begin_run_again(self) -> None:
         """Begin the run anew at a server that has lost it; its adapter is at its start, until it is set."""
-        if self._run is not None and self._middle is not None and self.spec is not None:
-            name, keep = self._run.channel.name, self._middle.keep_run
-            self._run.channel.close(end=False)
+        if self.run is not None and self._middle is not None and self.spec is not None:
+            name, keep = self.run.channel.name, self._middle.keep_run
+            self.run.channel.close(end=False)
             self._begin_run(self.spec, name, take_up=True)
             self._middle.keep_run = keep
 
@@ -363,8 +358,8 @@ class TrainedAdapter:
             raise UsageError("with no middle blocks there is nothing to train at a block server")
         if ticket.server != self._middle.endpoint.address:
             self._middle.move_to(ticket.server)
-        if self._run is not None:
-            self._run.channel.close(end=False)
+        if self.run is not None:
+            self.run.channel.close(end=False)
         self._begin_run(spec, ticket.run, token=ticket.token)
         self._forget_gradients()  # of a round that broke off between forward and backward pass, say
         if self.spec is None:
@@ -373,25 +368,13 @@ class TrainedAdapter:
 
     def finish_round(self) -> None:
         """The local steps are done, and others need not wait; raises what went wrong with the last steps."""
-        if self._run is not None:
-            self._run.finish()
+        if self.run is not None:
+            self.run.finish()
 
     def leave_round(self) -> None:
         """Give the seat up, after an error say; the others need not wait. Raises nothing."""
-        if self._run is not None:
-            self._run.close(end=True)
-
-    def local_state(self) -> dict[str, Tensor]:
-        """The weights in the input and output blocks, float32, by their names in the whole model."""
-        return {name: weight.detach().float().cpu().clone() for name, weight in self.local.items()}
-
-    @torch.no_grad()
-    def set_local(self, weights: Mapping[str, Tensor]) -> None:
-        """Set the weights in the input and output blocks; those of the middle's layers are not looked at."""
-        local = self.local
-        _check_shapes(local, weights)
-        for name, parameter in local.items():
-            parameter.copy_(weights[name])
+        if self.run is not None:
+            self.run.close(end=True)
 
     # What PEFT's layers ask of the one who answers for the whole adapter (`fedsea.parts.held.Holder`)
 
@@ -427,8 +410,8 @@ class TrainedAdapter:
 
     def set_trainable(self, trainable: bool) -> None:
         """Train or freeze the middle's half of the adapter, as the client's half is."""
-        if self._run is not None:
-            self._run.handle.requires_grad_(trainable)
+        if self.run is not None:
+            self.run.handle.requires_grad_(trainable)
 
 
 def _check_finite(weights: Mapping[str, Tensor]) -> None:
@@ -437,13 +420,16 @@ def _check_finite(weights: Mapping[str, Tensor]) -> None:
             raise ModelMismatchError(f"the adapter cannot be used: {name} holds values that are not finite")
 
 
-def _check_shapes(local: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
-    for name, parameter in local.items():
-        if name not in weights or weights[name].shape != parameter.shape:
-            found = f"has shape {list(weights[name].shape)}" if name in weights else "is missing"
-            raise ModelMismatchError(
-                f"the adapter does not fit this model: {name} {found}, here it has {list(parameter.shape)}"
-            )
+def _check_fits(
+    shapes: Mapping[str, tuple[int, ...]], weights: Mapping[str, Tensor], source: str = "the adapter"
+) -> None:
+    """Are the weights all there, of the right sizes, and no others?"""
+    for name in sorted(shapes.keys() ^ weights.keys()):
+        raise ModelMismatchError(f"{source} does not fit this model: {name} is on one side only")
+    for name, weight in weights.items():
+        if weight.shape != shapes[name]:
+            sizes = f"{name} has shape {list(weight.shape)}, here it has {list(shapes[name])}"
+            raise ModelMismatchError(f"{source} does not fit this model: {sizes}")
 
 
 def _of_kind(kind: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,6 @@ from fedsea.client.decode import stream_tokens
 from fedsea.client.lookup import GuessCount
 from fedsea.client.model import SplitModelForCausalLM
 from fedsea.client.sampling import GREEDY, Sampling
-from fedsea.client.traffic import Traffic
 
 UNFINISHED = "\ufffd"  # what tokenizers write for bytes that are no whole character
 
@@ -25,20 +25,14 @@ class AnswerStats:
 
     Attributes
     ----------
-    prompt_tokens
-        Tokens of the text before the answer.
-    sent_tokens
-        Those of them that were not in the session's cache already.
+    prompt_tokens, sent_tokens
+        Tokens of the text before the answer, and those of them that were not in the session's cache already.
     tokens
         Tokens of the answer; the one that ends it is counted.
-    seconds_to_first
-        From the start to the first token: the time of the prompt.
-    seconds
-        From the start to the last token.
-    bytes_up, bytes_down
-        Bytes of frames sent and received.
-    round_trips
-        Exchanges with the block server that had to be waited for.
+    seconds_to_first, seconds
+        From the start to the first token (the time of the prompt), and to the last.
+    bytes_up, bytes_down, round_trips
+        As `Traffic` counts them.
     guessed_tokens, accepted_tokens
         Tokens that were guessed and sent, and those of them that were right: each saved a round trip.
     """
@@ -66,25 +60,15 @@ class Answer:
 
     Parameters
     ----------
-    model, tokenizer
-        The split model and its tokenizer.
     prompt
         Token ids of the whole text so far, a chat's markers included.
-    cache
-        Holds a true prefix of the prompt, or nothing.
-    max_new_tokens
-        The longest answer.
-    sampling
-        How tokens are chosen.
-    guesses
-        The most tokens to guess at a time, as `stream_tokens` does; 0 for one round trip a token.
+    cache, max_new_tokens, sampling, guesses
+        As `stream_tokens` takes them.
 
     Attributes
     ----------
-    tokens
-        Token ids so far.
-    text
-        Text so far, as given out.
+    tokens, text
+        The answer so far, as token ids and as it was given out.
     """
 
     def __init__(
@@ -101,6 +85,7 @@ class Answer:
         self._model, self._tokenizer, self._prompt, self._cache = model, tokenizer, list(prompt), cache
         self._max_new_tokens, self._sampling = max_new_tokens, sampling
         self._guesses, self._count = guesses, GuessCount()
+        self._ends = end_tokens(model.generation_config, tokenizer)
         self._sent = len(self._prompt) - cache.get_seq_length()
         self._seconds: list[float] = []  # when each token came, from the start
         self._before, self._after = model.traffic.copy(), model.traffic.copy()
@@ -110,12 +95,12 @@ class Answer:
     @property
     def ended(self) -> bool:
         """Whether the model ended the answer itself."""
-        return bool(self.tokens) and self.tokens[-1] in stop_ids(self._model, self._tokenizer)
+        return bool(self.tokens) and self.tokens[-1] in self._ends
 
     @property
     def stats(self) -> AnswerStats:
         """What the answer has cost so far."""
-        traffic: Traffic = self._after.since(self._before)
+        traffic = self._after.since(self._before)
         return AnswerStats(
             prompt_tokens=len(self._prompt),
             sent_tokens=self._sent,
@@ -130,13 +115,7 @@ class Answer:
         )
 
     def __iter__(self) -> Generator[str]:
-        """Pieces of the text, each as soon as it is certain.
-
-        Raises
-        ------
-        FedSEAError
-            What a step meets: a limit, a server that is gone.
-        """
+        """Pieces of the text, each as soon as it is certain. Raises what `stream_tokens` does."""
         started = time.perf_counter()
         pieces = TextPieces(self._tokenizer)
         stream = stream_tokens(
@@ -145,7 +124,7 @@ class Answer:
             cache=self._cache,
             max_new_tokens=self._max_new_tokens,
             sampling=self._sampling,
-            stop_ids=stop_ids(self._model, self._tokenizer),
+            stop_ids=self._ends,
             guesses=self._guesses,
             count=self._count,
         )
@@ -167,11 +146,11 @@ class TextPieces:
     """Turns tokens into text as they come. A token may be part of a character, or change how the one before is written.
 
     A piece is the difference between the texts of a short window of tokens with and without the new one, held back
-    while it ends in the middle of a character.
+    while it ends in the middle of a character. (`tokenizers`' DecodeStream raises where bytes make up no character.)
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+        self._decode = partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         self._window: list[int] = []  # the tokens of the last piece, for context, then those not given out yet
         self._given = 0  # how many of them are context
 
@@ -185,18 +164,10 @@ class TextPieces:
         return self._next(unfinished_too=True)
 
     def _next(self, *, unfinished_too: bool) -> str:
-        before, now = self._decode(self._window[: self._given]), self._decode(self._window)
+        before: str = self._decode(self._window[: self._given])
+        now: str = self._decode(self._window)
         if len(now) <= len(before) or (now.endswith(UNFINISHED) and not unfinished_too):
             return ""
         self._window = self._window[self._given :]
         self._given = len(self._window)
         return now[len(before) :]
-
-    def _decode(self, tokens: list[int]) -> str:
-        text: str = self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return text
-
-
-def stop_ids(model: SplitModelForCausalLM, tokenizer: Any) -> frozenset[int]:
-    """The tokens that end an answer: the model's own, and the tokenizer's."""
-    return end_tokens(model.generation_config, tokenizer)

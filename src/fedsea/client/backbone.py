@@ -73,8 +73,8 @@ class SplitBackbone(nn.Module):
     def forward(self, input_ids: Tensor | None = None, **arguments: Any) -> BaseModelOutputWithPast:
         """As `SplitModelForCausalLM.forward`, up to the head: `last_hidden_state` `[rows, columns, hidden]`."""
         hidden, cache = self.states(input_ids, **arguments)
-        if self.middle is not None and self.middle.run is not None:
-            hidden = self.middle.run.scaled(hidden)
+        if self.adapter.run is not None:
+            hidden = self.adapter.run.scaled(hidden)
         named: dict[str, Any] = {CACHE: cache}
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), **named)
 
@@ -118,7 +118,7 @@ class SplitBackbone(nn.Module):
         if max(rows.ends) > self.max_tokens:
             raise self._too_long(rows)
         blocks, output_blocks = self.input_blocks, self.output_blocks
-        run = self.middle.run if self.middle is not None else None
+        run = self.adapter.run
         if self.middle is None or run is None:
             return rows.pack(output_blocks(blocks(tokens, rows, None), rows, None))
         run.begin_sum()

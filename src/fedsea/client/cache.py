@@ -41,6 +41,11 @@ class SplitCache(Cache):
         What rows became of which since the last step, not yet sent to the middle; None if they stayed.
     """
 
+    # What transformers asks of a cache: everything can be cropped, to any length, and steps have their own shapes.
+    is_compileable = False
+    is_croppable = True
+    is_linear: list[bool] = [False]  # noqa: RUF012 - transformers' own attribute
+
     def __init__(self, input_cache: RowCache, output_cache: RowCache, session: Session | None) -> None:
         super().__init__(layers=[])
         self.input_cache, self.output_cache, self.session = input_cache, output_cache, session
@@ -58,12 +63,7 @@ class SplitCache(Cache):
     def append(self, lengths: Sequence[int], columns: int, mask: Tensor | None) -> None:
         """Count a step: the rows' new lengths, its columns, and which of them are tokens (None for all)."""
         if mask is not None or self.mask is not None:
-            shape, device = (len(lengths), columns), (mask if mask is not None else self.mask).device  # type: ignore[union-attr]
-            new = mask if mask is not None else torch.ones(shape, dtype=torch.bool, device=device)
-            old = self.mask
-            if old is None:
-                old = torch.ones((len(lengths), self.columns), dtype=torch.bool, device=device)
-            self.mask = torch.cat([old, new], dim=1)
+            self.mask = mask_with(self, columns, mask)
         self.columns += columns
         self.lengths = list(lengths)
 
@@ -75,9 +75,7 @@ class SplitCache(Cache):
         """No limit of its own."""
         return -1
 
-    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
-        """No limit of its own (the older name)."""
-        return -1
+    get_max_cache_shape = get_max_length  # the older name
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drop columns at the end: `-n` drops n of them; a positive number is the number of columns to keep."""
@@ -129,21 +127,6 @@ class SplitCache(Cache):
         """Nothing to do: everything can be cropped."""
 
     @property
-    def is_compileable(self) -> bool:
-        """No: steps have their own shapes."""
-        return False
-
-    @property
-    def is_linear(self) -> list[bool]:
-        """No layer keeps a running state in place of keys and values."""
-        return [False]
-
-    @property
-    def is_croppable(self) -> bool:
-        """Yes, to any length."""
-        return True
-
-    @property
     def is_initialized(self) -> bool:
         """Whether anything was computed."""
         return bool(self.lengths)
@@ -173,3 +156,15 @@ class SplitCache(Cache):
     def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Not used: the parts update their own caches."""
         raise NotImplementedError("a split cache is updated by the model's parts")
+
+
+def mask_with(cache: SplitCache | None, columns: int, mask: Tensor | None) -> Tensor | None:
+    """Which columns are tokens: those that the cache holds, and some new ones. None stands for all, here and there."""
+    known, before = (cache.mask, cache.columns) if cache is not None else (None, 0)
+    if known is None and mask is None:
+        return None
+    some = mask if mask is not None else known
+    assert some is not None
+    old = known.to(some.device) if known is not None else some.new_ones(len(some), before)
+    new = mask if mask is not None else some.new_ones(len(some), columns)
+    return torch.cat([old, new], dim=1)

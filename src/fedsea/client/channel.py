@@ -8,21 +8,17 @@ server sends again what the client has not got. Only a server that no longer has
 import contextlib
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
-from torch import Tensor
-
 from fedsea.client.connection import CLOSING_SECONDS, ConnectionLost, Endpoint
-from fedsea.client.session import SessionSettings
-from fedsea.client.stream import ReconnectingStream
+from fedsea.client.stream import ReconnectingStream, StreamSettings
 from fedsea.client.traffic import Traffic
 from fedsea.errors import FedSEAError, ProtocolError, RunLostError
 from fedsea.parts.adapters import AdapterSpec
 from fedsea.wire import contract
 from fedsea.wire.frames import Command, Kind, Message, Operation, Outcome, Reply, States, Tensors
-from fedsea.wire.pages import ADAPTER, export_shapes, read_pages, send_pages
 from fedsea.wire.runs import Attach, Attached
 
 
@@ -30,17 +26,10 @@ class RunChannel:
     """The operations of one run. Not for several threads at once."""
 
     def __init__(
-        self, endpoint: Endpoint, settings: SessionSettings, adapter: AdapterSpec, name: str, traffic: Traffic
+        self, endpoint: Endpoint, settings: StreamSettings, adapter: AdapterSpec, name: str, traffic: Traffic
     ) -> None:
         self._settings, self._adapter, self.name = settings, adapter, name
-        self._stream = ReconnectingStream(
-            endpoint,
-            traffic,
-            seconds=settings.reconnect_seconds,
-            notice=settings.notice,
-            of="run",
-            path=contract.RUN_PATH,
-        )
+        self._stream = ReconnectingStream(endpoint, settings, traffic, contract.RUN_PATH)
         self.pending: OrderedDict[int, Operation] = OrderedDict()  # by number: those that are not known to be done
         self._not_waited_for: set[int] = set()  # operations whose answer only matters if it is an error
         self._answers: dict[int, Reply] = {}
@@ -51,20 +40,14 @@ class RunChannel:
         self.changes = 0  # of the adapter, by what was sent
 
     def open(self, *, take_up: bool, token: str | None = None) -> Attached:
-        """Begin the run at the server, or `take_up` the one there; tried once, so that a wrong address shows at once.
-
-        `token` is that of a ticket for a federated round.
-        """
-        try:
+        """Begin the run at the server, or `take_up` the one there; `token` is of a ticket for a federated round."""
+        with self._stream.tried_once():
             if take_up:
                 try:
                     return self._connect(begin=False)
                 except RunLostError:
                     self._stream.drop()
             return self._connect(begin=True, token=token)
-        except ConnectionLost as lost:
-            self._stream.drop()
-            raise self._stream.endpoint.explain(str(lost)) from None
 
     def submit(self, make: Callable[[int], Operation], *, wait_for_reply: bool = True) -> int:
         """Send an operation, made with its number, and return the number; does not wait.
@@ -77,8 +60,8 @@ class RunChannel:
             self._keep_trying(lambda: None)
         self._number += 1
         operation = make(self._number)
-        if isinstance(operation, Tensors) or (isinstance(operation, Command) and operation.body["do"] == "update"):
-            self.changes += 1
+        is_step = isinstance(operation, Command) and operation.body["do"] == "update"
+        self.changes += is_step or isinstance(operation, Tensors)
         self.pending[self._number] = operation
         if not wait_for_reply:
             self._not_waited_for.add(self._number)
@@ -117,24 +100,11 @@ class RunChannel:
             raise
 
     def _connect(self, *, begin: bool, token: str | None = None) -> Attached:
-        settings = self._settings
-        self._stream.connect()
-        connection = self._stream.live
-        request = Attach(
-            self.name,
-            settings.partition,
-            settings.fingerprint,
-            settings.wire_name,
-            self._adapter,
-            self._received,
-            begin,
-            token,
-        )
+        ours, connection = self._settings, self._stream.connect()
+        what = ours.partition, ours.fingerprint, ours.wire_name, self._adapter
+        request = Attach(self.name, *what, self._received, begin, token)
         connection.send(Message(Kind.OPEN, request.to_body()))
-        frame = connection.receive()
-        if not isinstance(frame, Message) or frame.kind is not Kind.OPENED:
-            raise ProtocolError("the block server did not answer OPEN with OPENED")
-        attached = Attached.from_body(frame.body)
+        attached = Attached.from_body(connection.receive_opened())
         self.frame_bytes, self.micro_batches = attached.frame_bytes, attached.micro_batches
         self.shared = attached.shared
         if not self.pending:
@@ -182,18 +152,6 @@ class RunChannel:
             reading = threading.Thread(target=read, daemon=True)
             reading.start()
             reading.join(CLOSING_SECONDS)
-
-    def export(self, weights: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-        """All of the middle's weights and optimizer states, `adapter/NAME`, `exp_avg/NAME` and so on, float32.
-
-        `weights` has names and shapes of the middle's weights: others than these, or fewer, are a ProtocolError.
-        """
-        needed = [f"{ADAPTER}/{name}" for name in weights]
-        return read_pages(self.call, {"do": "export"}, export_shapes(weights), needed)
-
-    def load(self, tensors: dict[str, Tensor]) -> None:
-        """Set the middle's weights and optimizer states, named as in `export`."""
-        send_pages(self.call, tensors, self.frame_bytes // 2)
 
     def close(self, *, end: bool) -> None:
         """Let go of the connection; with `end`, the server gives the run up. Safe to call twice."""

@@ -12,14 +12,14 @@ from typing import Any, Literal
 import grpc
 
 from fedsea.client.traffic import Traffic
-from fedsea.errors import FedSEAError, LimitExceededError, ServerUnavailableError, UsageError
+from fedsea.errors import FedSEAError, LimitExceededError, ProtocolError, ServerUnavailableError, UsageError
 from fedsea.text import one_line
 from fedsea.wire import contract
 from fedsea.wire.address import check_server, parse_address
 from fedsea.wire.codec import MAX_PLACES, decode, encode
 from fedsea.wire.credentials import Credentials, open_channel
 from fedsea.wire.diagnose import explain_unreachable
-from fedsea.wire.frames import Backward, Forward, Frame, Message, Result, States, Step
+from fedsea.wire.frames import Backward, Forward, Frame, Kind, Message, Result, States, Step
 
 # The longest result that is accepted: a full step of a hidden size of 16,384 in float32.
 FRAME_BYTES = MAX_PLACES * 16_384 * 4
@@ -34,10 +34,7 @@ def client_credentials(
 ) -> Credentials | None:
     """Load the certificate to connect with, or accept that there is none.
 
-    Raises
-    ------
-    UsageError
-        If neither or both are given, or plaintext would leave this machine.
+    UsageError if neither or both are given, or plaintext would leave this machine.
     """
     parse_address(server)
     if (credentials is None) != insecure:
@@ -66,17 +63,12 @@ class Endpoint:
     address
         `HOST:PORT`.
     credentials
-        The client's certificate; None for a plaintext connection, to a loopback address only.
+        The client's certificate; None for a plaintext connection. UsageError if that would leave this machine.
 
     Attributes
     ----------
     frame_bytes
         The longest frame that the server takes; None until a session knows.
-
-    Raises
-    ------
-    UsageError
-        If it is no address, or plaintext would leave this machine.
     """
 
     def __init__(self, address: str, credentials: Credentials | None) -> None:
@@ -152,8 +144,8 @@ class Connection:
     def receive(self, **limits: Any) -> Frame:
         """Wait for the next frame, as long as the peer's keepalive answers (a long prompt may take minutes).
 
-        `limits` are those of `fedsea.wire.codec.decode`. Raises ConnectionLost if the stream ended; or what the server
-        refused, or why what it sent is no frame.
+        `limits` are those of `decode`. Raises ConnectionLost if the stream ended, what the server refused, or why what
+        it sent is no frame.
         """
         try:
             data = next(self._responses)
@@ -166,6 +158,13 @@ class Connection:
         if isinstance(frame, Result | States) and frame.states is not None:
             self._traffic.tensor_bytes_down += frame.states.nbytes
         return frame
+
+    def receive_opened(self) -> dict[str, Any]:
+        """Wait for the answer to OPEN; returns its body."""
+        frame = self.receive()
+        if not isinstance(frame, Message) or frame.kind is not Kind.OPENED:
+            raise ProtocolError("the block server did not answer OPEN with OPENED")
+        return frame.body
 
     def _reason(self) -> Exception:
         """What ended the stream: a refusal is a FedSEAError, anything else a loss."""

@@ -19,16 +19,10 @@ class Conversation:
 
     Parameters
     ----------
-    model, tokenizer
-        The split model and its tokenizer.
     system
         The system message; None for the template's own.
-    sampling
-        How tokens are chosen.
-    max_new_tokens
-        The longest answer.
-    guesses
-        The most tokens to guess at a time, as `stream_tokens` does; 0 for one round trip a token.
+    sampling, max_new_tokens, guesses
+        For each answer, as `stream_tokens` takes them.
 
     Attributes
     ----------
@@ -75,11 +69,6 @@ class Conversation:
 
         To stop the answer, stop iterating: what came until then stays in the conversation. After an error, or an
         interruption before the first token, the conversation is as it was before the question.
-
-        Yields
-        ------
-        str
-            Pieces of the answer's text, as soon as they are certain.
 
         Raises
         ------

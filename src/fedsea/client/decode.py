@@ -13,8 +13,7 @@ from torch import Tensor
 from fedsea.client.cache import SplitCache
 from fedsea.client.lookup import GuessCount, PromptLookup
 from fedsea.client.model import SplitModelForCausalLM
-from fedsea.client.sampling import GREEDY as GREEDY
-from fedsea.client.sampling import Sampling as Sampling
+from fedsea.client.sampling import GREEDY, Sampling
 from fedsea.errors import UsageError
 
 
@@ -41,17 +40,11 @@ def stream_tokens(
 
     Parameters
     ----------
-    model
-        The split model.
     input_ids
         The whole text so far, `[1, tokens]`, int64.
     cache
         From `model.new_cache()`. Holds a true prefix of the text (or nothing); only what comes after it is computed and
         sent.
-    max_new_tokens
-        The most tokens to give.
-    sampling
-        How tokens are chosen.
     stop_ids
         Tokens that end the text. The one that did is given, as the last.
     guesses
@@ -59,11 +52,6 @@ def stream_tokens(
         token a step.
     count
         Counts the guesses, if given.
-
-    Yields
-    ------
-    int
-        A token, as soon as it is known.
 
     Raises
     ------
@@ -85,7 +73,7 @@ def stream_tokens(
     new = text[:, held:]
     length = text.shape[1]
     end = length + max_new_tokens
-    lookup = PromptLookup(text[0].tolist(), guesses) if guesses else None
+    lookup = PromptLookup(text[0].tolist(), guesses, count) if guesses else None
     guess: list[int] = []
     while length < end:
         if guess:
@@ -116,14 +104,10 @@ def stream_tokens(
                 if not hit:
                     break
         finally:
-            if guess:
+            if lookup is not None and guess:
                 cache.crop(length - 1)
-                if count is not None:
-                    count.guessed += len(guess)
-                    count.accepted += right
-        if lookup is not None:
-            if guess:
                 lookup.judge(len(guess), right)
+        if lookup is not None:
             # A guess is worth its place only if a token after it can still be given: not at the end of the text, and
             # not what would end it.
             room = min(end, model.guess_limit(length)) - length - 1

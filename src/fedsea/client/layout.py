@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedsea.client.cache import SplitCache
+from fedsea.client.cache import SplitCache, mask_with
 from fedsea.errors import UsageError
 from fedsea.parts import Rows
 from fedsea.parts.family import narrowest_window, turning_point
@@ -81,7 +81,7 @@ def read_batch(
     config: Any,
     others: Mapping[str, Any],
 ) -> tuple[Tensor, Layout]:
-    """The arguments of `SplitModelForCausalLM.forward`, checked: its token ids `[rows, columns]`, and their layout."""
+    """The arguments of `forward`, checked: its token ids `[rows, columns]`, and their layout."""
     packing = {name: others[name] for name in PACKING if others.get(name) is not None}
     given = {key: value for key, value in others.items() if value is not None and key not in PACKING}
     unsupported = [key for key, value in given.items() if value is not False]
@@ -126,7 +126,7 @@ def read_layout(
     _check_packing(packing, layout, ids)
     if layout is None:
         layout = _counting_on(ids, mask, given, before, cache, explicit=positions is not None)
-        _check_windows(layout, cache, cached + ids.shape[1], config)
+        _check_windows(mask_with(cache, ids.shape[1], mask), config)
     turn = turning_point(config)
     if turn is not None and (int(given.max()) >= turn) != (layout.rows.furthest > turn):
         raise UsageError(
@@ -229,21 +229,11 @@ def _hole(row: int, *, explicit: bool) -> str:
     )
 
 
-def _check_windows(layout: Layout, cache: SplitCache | None, columns: int, config: Any) -> None:
+def _check_windows(whole: Tensor | None, config: Any) -> None:
     """Sliding windows count columns; that is as counting tokens where no padding is between them."""
-    known = cache.mask if cache is not None else None
-    if known is None and layout.mask is None:
-        return
     window = narrowest_window(config)
-    if window is None or columns <= window:
+    if whole is None or window is None or whole.shape[1] <= window:
         return
-    new = layout.mask
-    if new is None:
-        assert known is not None
-        new = known.new_ones(len(known), columns - known.shape[1])
-    if known is None:
-        known = new.new_ones(len(new), columns - new.shape[1])
-    whole = torch.cat([known.to(new.device), new], dim=1)
     begun, ended = whole.cumsum(1) > 0, whole.flip(1).cumsum(1).flip(1) > 0
     if bool((~whole & begun & ended).any()):
         raise UsageError(

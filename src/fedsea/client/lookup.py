@@ -29,10 +29,10 @@ class GuessCount:
 class PromptLookup:
     """Guesses the next tokens of one text, at most `most` at a time, more of them while they are right."""
 
-    def __init__(self, text: Iterable[int], most: int) -> None:
+    def __init__(self, text: Iterable[int], most: int, count: GuessCount | None = None) -> None:
         # One character a token: strings are searched fast, and a vocabulary is smaller than Unicode.
         self._text = "".join(map(chr, text))
-        self._most = most
+        self._most, self._count = most, count or GuessCount()
         self._wanted = min(FIRST, most)
         self._misses = 0  # steps in a row of whose guesses none was right
         self._pause = 0
@@ -53,7 +53,9 @@ class PromptLookup:
         return [ord(followed[index % len(followed)]) for index in range(min(self._wanted, room))]
 
     def judge(self, guessed: int, accepted: int) -> None:
-        """Learn how many of the last guesses were right."""
+        """Count how many of the last guesses were right, and learn from it."""
+        self._count.guessed += guessed
+        self._count.accepted += accepted
         self._wanted = min(2 * self._wanted if accepted == guessed else accepted + 1, self._most)
         self._misses = 0 if accepted else self._misses + 1
         if self._misses > MISSES:

@@ -3,6 +3,7 @@
 import secrets
 import weakref
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +15,8 @@ from fedsea.client.connection import Endpoint
 from fedsea.client.loss_scale import LossScale
 from fedsea.client.protection import Protection
 from fedsea.client.run import MiddleRun
-from fedsea.client.session import Session, SessionSettings
+from fedsea.client.session import Session
+from fedsea.client.stream import StreamSettings
 from fedsea.client.traffic import Traffic
 from fedsea.errors import UsageError
 from fedsea.parts import InputBlocks, Rows
@@ -34,8 +36,6 @@ class RemoteMiddle:
     ----------
     settings
         Of sessions that begin now: with the adapter if there is one and it is switched on.
-    run
-        The adapter's training at the server; None without an adapter.
     tap
         Called after each step with its places, and what left for them and came back, as it crossed the wire,
         `[tokens, hidden]`; None for no call.
@@ -46,7 +46,7 @@ class RemoteMiddle:
         Whether the server keeps the run when the model is closed.
     """
 
-    def __init__(self, endpoint: Endpoint, settings: SessionSettings, traffic: Traffic) -> None:
+    def __init__(self, endpoint: Endpoint, settings: StreamSettings, traffic: Traffic) -> None:
         self.endpoint, self.settings, self.traffic = endpoint, settings, traffic
         self.run: MiddleRun | None = None
         self.tap: Tap | None = None
@@ -58,10 +58,8 @@ class RemoteMiddle:
 
     def meet(self) -> int:
         """Ask the server whether it has these middle blocks; returns the longest text that it takes, in tokens."""
-        first = Session(self.endpoint, self.settings, Traffic())
-        max_tokens = first.open().max_tokens
-        first.close()
-        return max_tokens
+        with closing(Session(self.endpoint, self.settings, Traffic())) as first:
+            return first.open().max_tokens
 
     def new_session(self) -> Session:
         """A session that is not open yet."""
@@ -79,7 +77,7 @@ class RemoteMiddle:
         session = cache.session
         assert session is not None
         if session.settings is not self.settings:
-            self._check(session.settings)
+            _check_same(session.settings, self.settings)
         if self.run is not None:
             self.run.channel.settle()  # an optimizer step may be on its way
         elif blocks.narrow_cut:
@@ -101,13 +99,6 @@ class RemoteMiddle:
             self.tap(rows, session.sent(rows), received)
         return received
 
-    def _check(self, settings: SessionSettings) -> None:
-        """Whether a session that began with these settings can go on."""
-        if settings.width != self.settings.width:
-            raise UsageError("the cache was begun before the model had its narrow cut; begin a new one")
-        if settings.run != self.settings.run:
-            raise UsageError("the cache was begun with another adapter, or with it switched off; begin a new one")
-
     def begin_run(
         self,
         spec: AdapterSpec,
@@ -122,8 +113,7 @@ class RemoteMiddle:
     ) -> bool:
         """Have the middle trained with an adapter; returns whether it is a new run. A refusal changes nothing.
 
-        `weights`, `context` and `scale` are for `MiddleRun`; the scale of a run before goes on. `token` is of a ticket
-        for a federated round.
+        `weights`, `context` and `scale` are for `MiddleRun`; the scale of a run before goes on.
         """
         self.keep_run = name is not None
         name = check_run_name(name) if name is not None else f"run-{secrets.token_hex(8)}"
@@ -166,3 +156,11 @@ class RemoteMiddle:
         if self.run is not None:
             self.run.close(end=not self.keep_run)
         self.endpoint.close()
+
+
+def _check_same(begun: StreamSettings, now: StreamSettings) -> None:
+    """Whether a session that began with some settings can go on."""
+    if begun.width != now.width:
+        raise UsageError("the cache was begun before the model had its narrow cut; begin a new one")
+    if begun.run != now.run:
+        raise UsageError("the cache was begun with another adapter, or with it switched off; begin a new one")

@@ -25,7 +25,6 @@ class SplitModelForCausalLM(SplitPreTrainedModel, GenerationMixin):
     A transformers `PreTrainedModel`: `generate` in all its modes, streamers, stopping criteria, assisted decoding;
     `Trainer` and PEFT's methods, on all parts. Text, token ids, logits and sampling stay here; protected hidden states
     go out, hidden states come back. Built by `from_pretrained`. A context manager: leaving it closes its sessions.
-    Its attributes are those of `SplitPreTrainedModel`.
     """
 
     # What crosses the network is no graph, so torch.compile leaves the model as it is.
@@ -57,14 +56,10 @@ class SplitModelForCausalLM(SplitPreTrainedModel, GenerationMixin):
             1 for tokens and 0 for padding, `[rows, cached + tokens]`; as before where the cache holds the text.
         past_key_values, cache
             A `SplitCache` to go on from; None for a new one. transformers uses the one name or the other, by release.
-        labels
-            As in transformers, -100 is left out; gives `loss`.
         use_cache
             False to keep nothing after the call. No cache is kept while an adapter is trained (gradients enabled).
         num_items_in_batch
             Labels of the whole batch over which the loss is averaged, where this call is a part of it.
-        logits_to_keep
-            Compute logits of this number of last columns only, or of the given columns; 0 for all.
         position_ids
             `[rows, tokens]` or `[1, tokens]`, counting on from one token of a text to the next; columns are counted,
             padding as well, if it is not given.
@@ -91,20 +86,20 @@ class SplitModelForCausalLM(SplitPreTrainedModel, GenerationMixin):
         if labels is not None:
             learnt = (labels[:, 1:] != -100).sum() if num_items_in_batch is None else num_items_in_batch
             weight = float(max(1, int(learnt)))
-        given = the_cache(past_key_values, cache)
         hidden, cache = self.model.states(
             input_ids,
             attention_mask,
-            given,
+            past_key_values,
             use_cache,
             logits_to_keep,
+            cache=cache,
             position_ids=position_ids,
             labels=labels,
             weight=weight,
             **kwargs,
         )
         logits = self._logits(hidden)
-        run = self.middle.run if self.middle is not None and hidden.requires_grad else None
+        run = self.adapter.run if hidden.requires_grad else None
         if hidden.requires_grad and self.dtype is torch.float16:
             logits = run.scaled(logits.float()) if run is not None else logits.float()
         loss = None
@@ -119,9 +114,7 @@ class SplitModelForCausalLM(SplitPreTrainedModel, GenerationMixin):
         return output if named_tuple else output.to_tuple()
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        """Final norm and head: `[..., hidden]` -> `[..., vocabulary]`."""
-        logits: Tensor = self.lm_head(self.model.norm(hidden))
-        return logits
+        return self.lm_head(self.model.norm(hidden))  # type: ignore[no-any-return]
 
     def next_logits(self, new: Tensor, cache: SplitCache) -> Tensor:
         """What `forward` gives for the last of some new tokens `[1, tokens]` of one text, without what surrounds it.
@@ -140,8 +133,7 @@ class SplitModelForCausalLM(SplitPreTrainedModel, GenerationMixin):
         """
         learnt = labels[:, 1:] != -100
         hidden = self.model.states(input_ids, attention_mask, weight=float(max(1, items)))[0][:, :-1][learnt]
-        run = self.middle.run if self.middle is not None else None
-        logits = self._logits(hidden).float()
+        run, logits = self.adapter.run, self._logits(hidden).float()
         logits = run.scaled(logits) if run is not None else logits
         loss = nn.functional.cross_entropy(logits, labels[:, 1:][learnt], reduction="sum") / items
         return run.checked(loss, hidden, logits) if run is not None and loss.requires_grad else loss
@@ -156,19 +148,7 @@ class SplitModelForCausalLM(SplitPreTrainedModel, GenerationMixin):
     ) -> Any:
         """As transformers' models, in all modes; what it returns is the whole model's.
 
-        Parameters
-        ----------
-        inputs
-            Token ids of the prompts, `[rows, tokens]`, int64; padded at the left where they differ in length.
-        past_key_values, cache
-            A `SplitCache` to go on from, by either name.
-
-        Raises
-        ------
-        UsageError
-            If an argument is not supported. Nothing has been sent then.
-        LimitExceededError
-            If a row would be longer than the model or the server allows.
+        `past_key_values` or `cache` is a `SplitCache` to go on from. Raises what `forward` does.
         """
         check_arguments(kwargs, generation_config or self.generation_config)
         given = the_cache(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))

@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NoReturn, Self
 
 import torch
@@ -21,7 +20,7 @@ from fedsea.client.middle import RemoteMiddle, Tap
 from fedsea.client.notice import IN_TRAINING, leak_notice
 from fedsea.client.optimizer import keep_state
 from fedsea.client.protection import Protection, check_rank
-from fedsea.client.session import SessionSettings
+from fedsea.client.stream import StreamSettings
 from fedsea.client.traffic import Traffic
 from fedsea.errors import UsageError
 from fedsea.partition import Partition
@@ -51,16 +50,10 @@ class SplitPreTrainedModel(PreTrainedModel):
     ----------
     model
         The decoder: input blocks, middle and output blocks, up to the final norm.
-    partition
-        Where the cuts are.
     middle
         Stands for the middle blocks; None if there are none.
-    protection
-        What is done to hidden states before they leave.
     adapter
         The adapter that is trained, on all parts.
-    traffic
-        Application bytes up and down, round trips.
     lora_middle
         The parameter that stands for the middle's adapter (`fedsea.client.run`).
     """
@@ -121,14 +114,10 @@ class SplitPreTrainedModel(PreTrainedModel):
         ----------
         name
             What `open_checkpoint` takes: a hub id, a folder, a `.gguf` file, `smollm2-135m`, `random:<config>`.
-        server
-            The block server's `HOST:PORT`.
-        credentials
-            The client's folder of `fedsea credentials init`.
+        server, credentials
+            The block server's `HOST:PORT`, and the client's folder of `fedsea credentials init`.
         insecure
             Connect without TLS. Only to a loopback address.
-        partition
-            Input and output layers to keep here.
         noise
             How to protect the hidden states that leave. One with a narrow cut is of use with an adapter only: the cut's
             weights are trained with it.
@@ -136,8 +125,6 @@ class SplitPreTrainedModel(PreTrainedModel):
             Compute dtype: float32, bfloat16 or float16.
         wire_dtype
             Dtype of hidden states on the wire. By default 16 bits: bfloat16 if computed in it, else float16.
-        device
-            Where to compute.
         reconnect_seconds
             How long to try to reach the server again after a connection is lost.
         notice
@@ -151,7 +138,7 @@ class SplitPreTrainedModel(PreTrainedModel):
         checkpoint = name if isinstance(name, Checkpoint) else open_checkpoint(name)
         config, computed, traffic = checkpoint.config, compute_dtype(dtype), Traffic()
         layers = partition.middle(config.num_hidden_layers)
-        settings = SessionSettings(
+        settings = StreamSettings(
             partition=partition,
             fingerprint=checkpoint.fingerprint(),
             wire_dtype=wire_dtype_for(wire_dtype, computed),
@@ -187,8 +174,7 @@ class SplitPreTrainedModel(PreTrainedModel):
             return
         layers = (self.partition.input_layers, self.partition.output_layers)
         mechanism = str(self.protection.spec) if self.protection.noise.alters else ""
-        line = leak_notice(why, self._audited_as, layers, mechanism, training=training)
-        if line is not None:
+        if line := leak_notice(why, self._audited_as, layers, mechanism, training=training):
             self.middle.settings.notice(line)
 
     @property
@@ -218,7 +204,7 @@ class SplitPreTrainedModel(PreTrainedModel):
 
     @property
     def tap(self) -> Tap | None:
-        """Called for every step with its rows, `h_A` as it left and `h_B` as it came; may be set."""
+        """As `RemoteMiddle.tap`; may be set."""
         return self.middle.tap if self.middle is not None else None
 
     @tap.setter
@@ -228,7 +214,7 @@ class SplitPreTrainedModel(PreTrainedModel):
 
     @property
     def noise(self) -> Noise:
-        """The mechanism that is applied to every hidden state that leaves; may be set."""
+        """The mechanism that protects every hidden state that leaves; may be set."""
         return self.protection.noise
 
     @noise.setter
@@ -237,7 +223,7 @@ class SplitPreTrainedModel(PreTrainedModel):
 
     @property
     def look_ledger(self) -> LookLedger | None:
-        """Counts how often each text leaves under fresh noise; None for no count. May be set."""
+        """As `Protection.ledger`; may be set."""
         return self.protection.ledger
 
     @look_ledger.setter
@@ -254,21 +240,14 @@ class SplitPreTrainedModel(PreTrainedModel):
         return f"layers {self.partition.middle(self.config.num_hidden_layers)} elsewhere{at}"
 
     @property
-    def device(self) -> torch.device:
-        """Where the client computes."""
-        device: torch.device = self.lm_head.weight.device
-        return device
-
-    @property
     def wire_dtype(self) -> torch.dtype:
         """What states are rounded to on the wire."""
         return self.middle.settings.wire_dtype if self.middle is not None else self.dtype
 
     @property
     def dtype(self) -> torch.dtype:
-        """Compute dtype."""
-        dtype: torch.dtype = self.lm_head.weight.dtype
-        return dtype
+        """Compute dtype; that of the parameters begins with the handle's."""
+        return self.lm_head.weight.dtype  # type: ignore[no-any-return]
 
     def close(self) -> None:
         """Close all sessions, and wait a moment until the server knows."""
@@ -278,9 +257,7 @@ class SplitPreTrainedModel(PreTrainedModel):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self.close()
 
     # The adapter, by the names that transformers and PEFT have for it
@@ -298,8 +275,6 @@ class SplitPreTrainedModel(PreTrainedModel):
 
         Parameters
         ----------
-        adapter_config
-            Rank, alpha, dropout, target modules, layers, rsLoRA, DoRA: as PEFT means them for the whole model.
         run
             The run's name at the server, to find it again from another process; None for one that ends with this
             model.
@@ -308,8 +283,7 @@ class SplitPreTrainedModel(PreTrainedModel):
             and this model's part is for you to set (`adapter.set_training_state`). Otherwise a name that is there is an
             error.
         seed
-            What the adapter starts from: the same seed gives the same adapter for every partition. None draws one from
-            torch's generator, so that `torch.manual_seed` decides.
+            The same gives the same adapter to start from, for every partition. None draws one from torch's generator.
 
         Raises
         ------
@@ -341,12 +315,8 @@ class SplitPreTrainedModel(PreTrainedModel):
         ----------
         peft_model_id
             Its folder.
-        is_trainable
-            False freezes it.
         run
             As in `add_adapter`.
-        kwargs
-            Other arguments of transformers' method are refused.
 
         Raises
         ------
@@ -364,15 +334,7 @@ class SplitPreTrainedModel(PreTrainedModel):
         self.adapter.load(peft_model_id, run, trainable=is_trainable)
 
     def save_adapter(self, folder: str | Path) -> None:
-        """Write the adapter of A, B and C together: a standard PEFT adapter of the whole model.
-
-        A narrow cut goes into files beside it; the adapter alone is not the model then, and says so.
-
-        Raises
-        ------
-        UsageError
-            If there is no adapter, or the folder cannot be written.
-        """
+        """Write the adapter of A, B and C as a PEFT adapter of the whole model; a narrow cut into files beside it."""
         self.adapter.save(folder, self.adapter.state())
 
     def adapter_state(self) -> dict[str, Tensor]:
@@ -386,10 +348,7 @@ class SplitPreTrainedModel(PreTrainedModel):
     def get_adapter_state_dict(
         self, adapter_name: str | None = None, state_dict: Mapping[str, Tensor] | None = None
     ) -> dict[str, Tensor]:
-        """As transformers' models: the whole adapter by its names in a PEFT file, without PEFT's prefix.
-
-        `state_dict` is where to take the weights from; None for the model's own.
-        """
+        """As transformers' models: the whole adapter by its names in a PEFT file; None for the model's own state."""
         self.adapter.require_name(adapter_name or NAME)
         return self.adapter.chosen_state(state_dict)
 
@@ -406,13 +365,7 @@ class SplitPreTrainedModel(PreTrainedModel):
         self.adapter.switch_layers(True)
 
     def disable_adapters(self) -> None:
-        """As transformers' models: switch the adapter off, on all parts; what is computed then is the base model's.
-
-        Raises
-        ------
-        UsageError
-            If there is no adapter, or it has a narrow cut: nothing of the base model's fits through that.
-        """
+        """As transformers' models: switch the adapter off, on all parts. UsageError if it has a narrow cut."""
         self.adapter.switch_layers(False)
 
     def delete_adapter(self, adapter_names: str | list[str]) -> NoReturn:
@@ -441,22 +394,13 @@ class SplitPreTrainedModel(PreTrainedModel):
     ) -> None:
         """As a transformers model with an adapter: write the adapter, of all three parts, as PEFT does.
 
-        Parameters
-        ----------
-        save_directory
-            Made if it is not there.
-        is_main_process
-            False writes nothing.
-        state_dict
-            Weights to write in place of the model's own, named as in its `state_dict()`.
-
         Raises
         ------
         UsageError
             If there is no adapter: the client holds a part of the model, and a part is no checkpoint. If an argument
             is not supported, or the folder cannot be written.
         ModelMismatchError
-            If `state_dict` has not the adapter's weights.
+            If `state_dict`, named as the model's own, has not the adapter's weights.
         """
         self._check_savable()
         unsupported = sorted(kwargs.keys() - _LAYOUT) + ["push_to_hub"] * push_to_hub

@@ -23,13 +23,13 @@ from fedsea.client.channel import RunChannel
 from fedsea.client.graph import Receive, ScaleGradient, Send, SpoilStep
 from fedsea.client.loss_scale import LossScale
 from fedsea.client.optimizer import STATE, all_finite, keep_state, optimizers_of, register_handle
-from fedsea.client.session import SessionSettings
+from fedsea.client.stream import StreamSettings
 from fedsea.errors import NonFiniteError, ProtocolError, UsageError
 from fedsea.partition import layer_of
 from fedsea.parts import Rows
 from fedsea.wire.codec import overhead
 from fedsea.wire.frames import Backward, Command, Forward, Kind, Outcome, States
-from fedsea.wire.pages import ADAPTER
+from fedsea.wire.pages import ADAPTER, export_shapes, read_pages, send_pages
 from fedsea.wire.runs import OptimizerStep
 from fedsea.wire.tensors import gradient_to_wire, to_wire
 
@@ -46,8 +46,8 @@ class Exchange:
     """One micro-batch on its way through the middle and back.
 
     `number` is of the operation whose answer is awaited: FORWARD, then BACKWARD. The gradient is multiplied by 2 to the
-    power of `loss_exponent` on its way here. `weight` is how much the loss counts beside those of other clients, where
-    they train one adapter: its learnt tokens.
+    power of `loss_exponent` on its way here. `weight` is what the loss counts beside those of clients that train one
+    adapter: its learnt tokens.
     """
 
     run: "MiddleRun"
@@ -101,16 +101,9 @@ class Exchange:
 class MiddleRun:
     """A run as the client's model uses it.
 
-    Attributes
-    ----------
-    handle
-        The parameter that stands for the middle's adapter, `[1]`.
-    version
-        Optimizer steps done.
-    trouble
-        Where something was not finite, if it was since the last step.
-    local
-        The adapter's weights on this side: of the output blocks, of the input blocks, in the order of a gradient's way.
+    `handle` `[1]` stands for the middle's adapter, whose names and shapes are `weights`. `version` counts optimizer
+    steps, `trouble` says where something was not finite since the last one. `local` has the adapter's weights on this
+    side: of the output blocks, of the input blocks, in the order of a gradient's way.
     """
 
     def __init__(
@@ -118,7 +111,7 @@ class MiddleRun:
         channel: RunChannel,
         handle: nn.Parameter,
         version: int,
-        settings: SessionSettings,
+        settings: StreamSettings,
         *,
         scale: LossScale | None,
         context: str,
@@ -150,41 +143,27 @@ class MiddleRun:
         keeps no activations; `seed` draws one for a micro-batch's dropout.
         """
         sent = deque[tuple[Rows, Exchange, Tensor]]()
+        exponent = self.scale.exponent if self.scale is not None else 0
         for rows, hidden in micro_batches:
-            sent.append((rows, *self._send(hidden, rows, training, recompute, seed(), weight)))
+            self._discard_abandoned()
+            self._micro += 1
+            operation = partial(
+                Forward,
+                micro=self._micro,
+                rows=rows,
+                states=to_wire(hidden, self.settings.wire_dtype),
+                training=training,
+                recompute=recompute,
+                want_gradient=hidden.requires_grad,
+                seed=seed(),
+            )
+            number, like = self.channel.submit(operation), (hidden.requires_grad, hidden.dtype, hidden.device)
+            exchange = Exchange(self, rows, self._micro, number, *like, exponent, weight)
+            sent.append((rows, exchange, Send.apply(hidden, self.handle, exchange)))
             if len(sent) >= WINDOW:
                 yield _received(*sent.popleft())
         while sent:
             yield _received(*sent.popleft())
-
-    def _send(
-        self, hidden: Tensor, rows: Rows, training: bool, recompute: bool, seed: int, weight: float
-    ) -> tuple[Exchange, Tensor]:
-        """Send a micro-batch; returns its exchange, and the token to receive it with."""
-        self._discard_abandoned()
-        self._micro += 1
-        operation = partial(
-            Forward,
-            micro=self._micro,
-            rows=rows,
-            states=to_wire(hidden, self.settings.wire_dtype),
-            training=training,
-            recompute=recompute,
-            want_gradient=hidden.requires_grad,
-            seed=seed,
-        )
-        exchange = Exchange(
-            self,
-            rows,
-            self._micro,
-            self.channel.submit(operation),
-            hidden.requires_grad,
-            hidden.dtype,
-            hidden.device,
-            loss_exponent=self.scale.exponent if self.scale is not None else 0,
-            weight=weight,
-        )
-        return exchange, Send.apply(hidden, self.handle, exchange)
 
     def scaled(self, states: Tensor) -> Tensor:
         """States or logits as they are, on which every loss depends; their gradient scaled, as float16 needs it."""
@@ -253,9 +232,7 @@ class MiddleRun:
         """If the sum so far was clipped, or scaled in another way, have the middle's scaled alike before more comes."""
         value = float(self.handle.grad) if self.handle.grad is not None else 0.0
         if math.isfinite(value) and self._norm and value != self._norm:
-            self.channel.submit(
-                partial(Command, body={"do": "rescale", "factor": value / self._norm}), wait_for_reply=False
-            )
+            self._command({"do": "rescale", "factor": value / self._norm})
             self._norm = value
 
     def spoil(self, trouble: str | None) -> None:
@@ -272,7 +249,11 @@ class MiddleRun:
     def _discard_abandoned(self) -> None:
         micros = [self._abandoned.popleft() for _ in range(len(self._abandoned))]
         if micros:
-            self.channel.submit(partial(Command, body={"do": "discard", "micros": micros}), wait_for_reply=False)
+            self._command({"do": "discard", "micros": micros})
+
+    def _command(self, body: dict[str, Any]) -> None:
+        """Send a command whose outcome only matters if it is an error."""
+        self.channel.submit(partial(Command, body=body), wait_for_reply=False)
 
     def before_step(self, optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> None:
         """An optimizer that has the handle in `group` is about to step: have the middle step alike.
@@ -316,7 +297,7 @@ class MiddleRun:
             amsgrad=bool(group.get("amsgrad")),
             fresh=self._owner is not None and (self._owner() is not optimizer or empty),
         )
-        self.channel.submit(partial(Command, body={"do": "update", **step.to_body()}), wait_for_reply=False)
+        self._command({"do": "update", **step.to_body()})
         self.version, self._norm, self.trouble = step.step, value, None
         self._owner = weakref.ref(optimizer)
         if self.scale is not None:
@@ -364,8 +345,10 @@ class MiddleRun:
         return "a gradient is not finite: first outside of the adapter"
 
     def export(self) -> dict[str, Tensor]:
-        """The middle's weights and optimizer states, as `RunChannel.export` has them."""
-        return self.channel.export(self._weights())
+        """The middle's weights and optimizer states, `adapter/NAME`, `exp_avg/NAME` and so on, float32."""
+        weights = self._weights()
+        needed = [f"{ADAPTER}/{name}" for name in weights]  # others than these, or fewer, are a ProtocolError
+        return read_pages(self.channel.call, {"do": "export"}, export_shapes(weights), needed)
 
     def state(self) -> dict[str, Tensor]:
         """The middle's optimizer states by name, for an optimizer's state_dict."""
@@ -400,16 +383,13 @@ class MiddleRun:
         return True
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Set weights (`adapter/NAME`) and optimizer states (`exp_avg/NAME`, ...) of the middle."""
-        self.channel.load(tensors)
+        """Set weights and optimizer states of the middle, named as in `export`."""
+        send_pages(self.channel.call, tensors, self.channel.frame_bytes // 2)
         if not all(name.startswith(f"{ADAPTER}/") for name in tensors):
             self._owner = None
 
     def set_version(self, version: int, *, clear: bool) -> None:
-        """Set the optimizer steps done, and forget the optimizer's states.
-
-        With `clear`, gradients and waiting micro-batches are forgotten as well.
-        """
+        """Set the optimizer steps done, and forget its states; with `clear`, gradients and micro-batches as well."""
         self.channel.call(partial(Command, body={"do": "restore", "version": version, "clear": clear}))
         self.version, self._owner = version, None
         if clear:
@@ -423,10 +403,7 @@ class MiddleRun:
 
     def close(self, *, end: bool) -> None:
         """Wait for what is under way, and let go of the run; with `end`, the server gives it up."""
-        if end:
-            self.channel.drain()
-        else:
-            self.channel.settle()
+        (self.channel.drain if end else self.channel.settle)()
         self.channel.close(end=end)
 
 

@@ -18,15 +18,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from fedsea.checkpoints import Fingerprint
-from fedsea.client.connection import Connection, ConnectionLost, Endpoint
-from fedsea.client.places import Places
+from fedsea.client.connection import Connection, Endpoint
 from fedsea.client.sent import SentStates
-from fedsea.client.stream import ReconnectingStream
+from fedsea.client.stream import ReconnectingStream, StreamSettings
 from fedsea.client.traffic import Traffic
 from fedsea.errors import LimitExceededError, ProtocolError
-from fedsea.partition import Partition
 from fedsea.parts import Rows
+from fedsea.wire import contract
 from fedsea.wire.codec import MAX_PLACES, overhead
 from fedsea.wire.frames import Kind, Message, Result, Step
 from fedsea.wire.handshake import Open, Opened
@@ -37,46 +35,12 @@ _CLOSE = Message(Kind.CLOSE, {})
 CHUNK_TOKENS = 512  # of a long prompt, so that client, link and server work on different chunks at once
 
 
-@dataclass(frozen=True)
-class SessionSettings:
-    """What all sessions of a model have in common.
-
-    `run` is that whose adapter the middle has, None for the base model; `narrow` the rank of its narrow cut, or 0;
-    `changes` counts the changes of the adapter. Up to `turn` tokens a text is computed as a short one
-    (`turning_point`). `places` bounds how many of the sessions are open at once.
-    """
-
-    partition: Partition
-    fingerprint: Fingerprint
-    wire_dtype: torch.dtype
-    hidden_size: int
-    reconnect_seconds: float
-    notice: Callable[[str], None]
-    run: str | None = None
-    narrow: int = 0
-    turn: int | None = None
-    changes: Callable[[], int] = lambda: 0
-    places: Places = field(default_factory=Places)
-
-    @property
-    def width(self) -> int:
-        """Numbers of a state on its way up."""
-        return self.narrow or self.hidden_size
-
-    @property
-    def wire_name(self) -> str:
-        """The wire dtype's name."""
-        return str(self.wire_dtype).removeprefix("torch.")
-
-
 class Session:
     """One KV-cached conversation with the middle blocks. One step at a time, whichever threads use it."""
 
-    def __init__(self, endpoint: Endpoint, settings: SessionSettings, traffic: Traffic) -> None:
+    def __init__(self, endpoint: Endpoint, settings: StreamSettings, traffic: Traffic) -> None:
         self.settings = settings
-        self._stream = ReconnectingStream(
-            endpoint, traffic, seconds=settings.reconnect_seconds, notice=settings.notice, of="session"
-        )
+        self._stream = ReconnectingStream(endpoint, settings, traffic, contract.SESSION_PATH)
         self._sent = SentStates(settings.width, settings.wire_dtype)
         self._name: str | None = None  # the server's name for it; None until OPENED came
         self._whole = True  # the server's session has all that came before the step that is under way
@@ -96,15 +60,9 @@ class Session:
 
     def open(self) -> Opened:
         """Open the session and wait for the server's answer; tried once, so that a wrong address shows at once."""
-        try:
+        with self._stream.tried_once():
             self._connect(resume=None)
             return self._await_opened()
-        except ConnectionLost as lost:
-            self.close()
-            raise self._stream.endpoint.explain(str(lost)) from None
-        except BaseException:
-            self.close()
-            raise
 
     @contextmanager
     def step(self, rows: Rows, row_map: Sequence[int] | None = None) -> Iterator[list[Rows]]:
@@ -236,20 +194,15 @@ class Session:
         return [piece for piece in pieces if piece.total]
 
     def _connect(self, resume: str | None) -> None:
-        settings = self.settings
+        ours = self.settings
         self._stream.connect()
         self._awaits_opened = self._begun = True
-        settings.places.take(self)
-        request = Open(
-            settings.partition, settings.fingerprint, settings.wire_name, resume, settings.run, settings.narrow
-        )
+        ours.places.take(self)
+        request = Open(ours.partition, ours.fingerprint, ours.wire_name, resume, ours.run, ours.narrow)
         self._stream.live.send(Message(Kind.OPEN, request.to_body()))
 
     def _await_opened(self) -> Opened:
-        frame = self._stream.live.receive()
-        if not isinstance(frame, Message) or frame.kind is not Kind.OPENED:
-            raise ProtocolError("the block server did not answer OPEN with OPENED")
-        opened = Opened.from_body(frame.body)
+        opened = Opened.from_body(self._stream.live.receive_opened())
         self._name, self._awaits_opened = opened.session, False
         self._stream.endpoint.frame_bytes = opened.frame_bytes
         return opened

@@ -46,9 +46,8 @@ def _take_middle(
     if module.middle is not None:
         state.setdefault(prefix + HANDLE, torch.zeros(1))
     if taken:
-        run = module.middle.run if module.middle is not None else None
-        if run is None:
+        if module.adapter.run is None:
             raise UsageError(
-                "these weights are an adapter's; add one like it first: model.add_adapter(LoraConfig(...))"
+                "these are an adapter's weights; add one like it first: model.add_adapter(LoraConfig(...))"
             )
-        run.load(taken)
+        module.adapter.run.load(taken)

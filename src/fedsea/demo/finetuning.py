@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from peft import LoraConfig
 
-from fedsea.chats import chat_tokens, require_chat_template
+from fedsea.chats import chat_tokens, end_tokens, require_chat_template
 from fedsea.checkpoints import load_whole_model, open_checkpoint
 from fedsea.checkpoints.packaged import opening
-from fedsea.client import Answer, SplitModelForCausalLM, stop_ids
+from fedsea.client import Answer, SplitModelForCausalLM
 from fedsea.demo import write_conversations
 from fedsea.demo.screen import Screen
 from fedsea.partition import Partition, layer_of
@@ -111,7 +111,7 @@ def run_finetuning_demo(
             figures = _train(model, tokenizer, folder, lora, on_step)
             model.eval()
             after = _answer(model, tokenizer, prompt, screen, QUESTION)
-            weights, ends = model.adapter_state(), stop_ids(model, tokenizer)
+            weights, ends = model.adapter_state(), end_tokens(model.generation_config, tokenizer)
             model.adapter.end_run()
         with screen.step("Loading the adapter into the whole model with peft.PeftModel, asking it the same"):
             whole = whole_with_adapter(load_whole_model(name), folder.adapter)

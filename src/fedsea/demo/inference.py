@@ -15,10 +15,10 @@ import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from torch import Tensor, nn
 
-from fedsea.chats import chat_tokens, require_chat_template
+from fedsea.chats import chat_tokens, end_tokens, require_chat_template
 from fedsea.checkpoints import Checkpoint, load_whole_model, open_checkpoint
 from fedsea.checkpoints.packaged import opening
-from fedsea.client import Answer, AnswerStats, SplitModelForCausalLM, stop_ids
+from fedsea.client import Answer, AnswerStats, SplitModelForCausalLM
 from fedsea.demo.screen import Screen
 from fedsea.errors import ServerUnavailableError
 from fedsea.partition import Partition
@@ -143,7 +143,7 @@ def _measure(
         uncached = _uncached_speed(model, context)
     with screen.step("For comparison: loading the whole model into one process, asking it the same"):
         whole = load_whole_model(name)
-        whole_tokens, whole_speed = _whole_answer(whole, prompt, stop_ids(model, tokenizer))
+        whole_tokens, whole_speed = _whole_answer(whole, prompt, end_tokens(model.generation_config, tokenizer))
     return DemoReport(
         model=name,
         question=QUESTION,

@@ -139,11 +139,9 @@ class _Call:
     def __init__(self, connection: Connection) -> None:
         self._connection, self._number = connection, 0
         connection.send(Message(Kind.OPEN, {}))
-        frame = connection.receive()
-        if not isinstance(frame, Message) or frame.kind is not Kind.OPENED:
-            raise ProtocolError("the block server did not answer OPEN with OPENED")
-        self.description = ServerDescription.from_body(frame.body)
-        self.frame_bytes = Fields(frame.body, "the server's answer to OPEN").count("frame_bytes")
+        opened = connection.receive_opened()
+        self.description = ServerDescription.from_body(opened)
+        self.frame_bytes = Fields(opened, "the server's answer to OPEN").count("frame_bytes")
 
     def ask(self, make: Callable[[int], Operation]) -> Reply:
         """Send an operation and wait for its answer."""
