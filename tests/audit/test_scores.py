@@ -6,7 +6,7 @@ import pytest
 from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 
 from fedsea.audit.observation import Recovery
-from fedsea.audit.scores import Score, bleu4, details, details_recall, rouge, score
+from fedsea.audit.scores import Score, bleu4, details, details_recall, score
 from fedsea.audit.similarity import embedder_folder, similarity
 from fedsea.checkpoints import load_tokenizer
 from fedsea.errors import UsageError
@@ -57,13 +57,6 @@ def test_bleu_by_hand() -> None:
     assert bleu4("a b c d", "a b c e") == pytest.approx((3 / 4 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25)
     assert bleu4("a b c d", "x y") == 0.0
     assert bleu4("a b", "") == 0.0
-
-
-def test_rouge_by_hand() -> None:
-    scores = rouge("the fee was returned", "the fee returned")
-    assert scores["rouge1"] == pytest.approx(2 * 1 * 0.75 / 1.75)
-    assert scores["rouge2"] == pytest.approx(2 * (1 / 2) * (1 / 3) / (1 / 2 + 1 / 3))
-    assert scores["rougeL"] == pytest.approx(2 * 1 * 0.75 / 1.75)
 
 
 def test_names_and_numbers_are_found_where_they_say_something() -> None:

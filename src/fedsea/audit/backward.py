@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from fedsea.parts import OutputBlocks, Rows
-from fedsea.parts.cache import cache_argument
 
 COPIES = 256  # of a position that are run at once
 
@@ -23,59 +22,42 @@ class OutputLayers:
             self._states = blocks(self._hidden.unsqueeze(0), Rows.uniform(1, 0, len(returned)), None)[0]
         self.states = self._states.detach()  # before the final norm, [tokens, hidden]
         self._past = _Past({})
-        if blocks.layers:
-            with torch.no_grad():
-                self._run(returned.unsqueeze(0), torch.arange(len(returned)).unsqueeze(0), self._past)
+        with torch.no_grad():
+            self._run(returned.unsqueeze(0), torch.arange(len(returned)).unsqueeze(0), self._past)
 
     def back(self, place: int, gradient: Tensor) -> Tensor:
         """What a gradient `[hidden]` at one position's state comes to at h_B, `[tokens, hidden]`."""
-        if not self._blocks.layers:
-            found = torch.zeros_like(self._given)
-            found[place] = gradient
-            return found
         at_states = torch.zeros_like(self.states)
         at_states[place] = gradient
         return torch.autograd.grad(self._states, self._hidden, at_states, retain_graph=True)[0]
 
     def through(self, place: int, gradients: Tensor) -> Tensor:
         """What gradients `[many, hidden]`, one by one, at a position's state come to at its own h_B: the same shape."""
-        if not self._blocks.layers:
-            return gradients
-        past = _Past(
-            {
-                layer: tuple(part[:, :, _first(place, self._blocks.windows[layer]) : place] for part in pair)  # type: ignore[misc]
-                for layer, pair in self._past.pairs.items()
-            }
-        )
+        pairs = {}
+        for layer, (keys, values) in self._past.pairs.items():
+            window = self._blocks.windows[layer]
+            seen = slice(0 if window is None else max(0, place + 1 - window), place)
+            pairs[layer] = keys[:, :, seen], values[:, :, seen]
         found = []
         for some in gradients.split(COPIES):
             with torch.enable_grad():
                 hidden = self._given[place].expand(len(some), 1, -1).clone().requires_grad_()
-                states = self._run(hidden, torch.full((len(some), 1), place), past)
+                states = self._run(hidden, torch.full((len(some), 1), place), _Past(pairs))
             found.append(torch.autograd.grad(states, hidden, some.unsqueeze(1))[0][:, 0])
         return torch.cat(found)
 
     def _run(self, hidden: Tensor, positions: Tensor, past: "_Past") -> Tensor:
-        rotary = self._rotary(hidden, positions)
-        for layer in self._blocks.layers:
-            block = self._blocks.model.layers[str(layer)]
-            hidden = block(
-                hidden,
-                attention_mask=self._mask(layer, hidden.shape[1]),
-                position_embeddings=rotary,
-                position_ids=positions,
-                use_cache=True,
-                **{cache_argument(type(block).forward): past},
-            )
-        return hidden
+        blocks, rotary = self._blocks, self._rotary(hidden, positions)
+        masks = {window: _mask(hidden.shape[1], window) for window in blocks.windows.values()}
+        return blocks.through_layers(hidden, blocks.layers, positions, rotary, masks, past)
 
-    def _mask(self, layer: int, width: int) -> Tensor | None:
-        """Of a whole text; a single position sees all that is left of its past."""
-        window = self._blocks.windows[layer]
-        if width == 1 or window is None:
-            return None
-        apart = torch.arange(width)[:, None] - torch.arange(width)
-        return ((apart >= 0) & (apart < window))[None, None]
+
+def _mask(width: int, window: int | None) -> Tensor | None:
+    """Of a whole text; a single position sees all that is left of its past."""
+    if width == 1 or window is None:
+        return None
+    apart = torch.arange(width)[:, None] - torch.arange(width)
+    return ((apart >= 0) & (apart < window))[None, None]
 
 
 class _Past:
@@ -94,7 +76,3 @@ class _Past:
             torch.cat([before.expand(len(keys), -1, -1, -1), keys], 2),
             torch.cat([known.expand(len(values), -1, -1, -1), values], 2),
         )
-
-
-def _first(place: int, window: int | None) -> int:
-    return 0 if window is None else max(0, place + 1 - window)

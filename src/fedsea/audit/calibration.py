@@ -4,6 +4,7 @@ Of each family of mechanisms the strength is bisected by what the attack is meas
 interval has to be at most the target. Among the families that get there, the one with the least loss is the answer.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ import torch
 from fedsea.audit.attacks import FLOOR
 from fedsea.audit.observe import Progress
 from fedsea.audit.plan import Plan, SessionPlan
-from fedsea.audit.report import Report, share
+from fedsea.audit.report import share
 from fedsea.audit.run import Auditor
 from fedsea.audit.scores import Score
 from fedsea.audit.utility import protected_model
@@ -35,7 +36,7 @@ START, LEAST, MOST = 8.0, 2.0**-4, 512.0  # multiples of the mean |h_A|
 class Goal:
     """What a calibration has to reach.
 
-    Parameters
+    Attributes
     ----------
     max_recovery
         The largest share of tokens that the attack may read, above 0 and below 1.
@@ -127,7 +128,7 @@ def calibrate(
 
     Parameters
     ----------
-    model, plan
+    model, plan, progress
         As `Auditor` takes them.
     goal
         What is to be met.
@@ -136,8 +137,6 @@ def calibrate(
     data
         What the cost is measured on; None for the texts that are attacked. The model runs whole and in this process
         for it, as it would behind the mechanism.
-    progress
-        Called with what is done, how much of it, and how much there is.
     on_trial
         Called with each strength that was tried.
 
@@ -146,25 +145,25 @@ def calibrate(
     FedSEAError
         Whatever is wrong with the model, the texts or a mechanism.
     """
-    return _Search(
-        Auditor(model, Plan(**vars(plan) | {"attacks": (goal.attack,)}), progress), goal, data, progress, on_trial
-    ).calibration(families)
+    auditor = Auditor(model, Plan(**vars(plan) | {"attacks": (goal.attack,)}), progress)
+    return _Search(auditor, goal, data, progress, on_trial).calibration(families)
 
 
+@dataclass
 class _Search:
     """A calibration under way: one auditor for all strengths, and what the task is worth."""
 
-    def __init__(
-        self, auditor: Auditor, goal: Goal, data: TaskData | None, progress: Progress, on_trial: Callable[[Trial], None]
-    ) -> None:
-        self._auditor = auditor
-        self._goal, self._data, self._progress, self._on_trial = goal, data, progress, on_trial
-        self._public_loss: float | None = None
+    auditor: Auditor
+    goal: Goal
+    data: TaskData | None
+    progress: Progress
+    on_trial: Callable[[Trial], None]
+    public_loss: float | None = None
 
     def calibration(self, families: Sequence[Noise]) -> Calibration:
         outcomes = tuple(self._outcome(family) for family in families)
-        unprotected, metrics = self._cost(None, self._public_loss)
-        return Calibration(self._goal, outcomes, unprotected, metrics, self._blind_loss)
+        unprotected, metrics = self._cost(None, self.public_loss)
+        return Calibration(self.goal, outcomes, unprotected, metrics, self._blind_loss)
 
     def _outcome(self, family: Noise) -> Outcome:
         unit = 1.0 if family.unit is Unit.RELATIVE else self._magnitude.mean
@@ -172,10 +171,10 @@ class _Search:
 
         def meets(strength: float) -> bool:
             trials[strength] = self._trial(family.with_strength(strength))
-            return trials[strength].recovery.high <= self._goal.max_recovery
+            return trials[strength].recovery.high <= self.goal.max_recovery
 
         least, most = LEAST * unit, MOST * unit
-        strength = weakest(meets, start=START * unit, least=least, most=most, precision=self._goal.precision)
+        strength = weakest(meets, start=START * unit, least=least, most=most, precision=self.goal.precision)
         made = tuple(trials.values())
         if strength is None:
             return Outcome(str(family), made, None, None, {}, self._why_not(made[-1]))
@@ -184,68 +183,69 @@ class _Search:
         return Outcome(str(family), made, found, cost, metrics, "", cost is not None and cost >= self._blind_loss)
 
     def _trial(self, noise: Noise) -> Trial:
-        report = self._auditor.report(noise)
-        self._public_loss = report.public_loss
-        limit = report.limits.of_text
-        accuracy = None if limit is None else limit.accuracy
-        trial = Trial(report.spec, _recovery(report), report.loss, accuracy)
-        self._on_trial(trial)
+        report = self.auditor.report(noise)
+        self.public_loss = report.public_loss
+        (finding,) = report.findings
+        scores = [score for score in (finding.tokens("prompt"), finding.tokens("answer")) if score is not None]
+        if not scores:
+            raise UsageError("the texts have no token that is not public; give longer ones")
+        trial = Trial(report.spec, max(scores, key=lambda one: one.high), report.loss, report.limits.any_attacker)
+        self.on_trial(trial)
         return trial
 
     def _why_not(self, last: Trial) -> str:
         """Why a target is not reached: what is still read, and what else it may be due to."""
-        recovery, attack = last.recovery, self._goal.attack
-        said = f"with {last.mechanism} {attack} still reads {share(recovery.mean)} (up to {share(recovery.high)})"
+        read, attack = last.recovery, self.goal.attack
+        said = f"with {last.mechanism} {attack} still reads {share(read.mean)} (up to {share(read.high)})"
         if attack == "read-out":
             return (
-                said + "; the provider computes h_B itself, so noise on h_A hides no answer from public output blocks"
+                f"{said}; the provider computes h_B itself, so noise on h_A hides no answer from public output blocks"
             )
         floor = (
-            Auditor(self._auditor.checkpoint, replace(self._auditor.plan, attacks=(FLOOR,))).report().guessed("prompt")
+            Auditor(self.auditor.checkpoint, replace(self.auditor.plan, attacks=(FLOOR,))).report().guessed("prompt")
         )
-        if floor is None or floor.high <= self._goal.max_recovery:
+        if floor is None or floor.high <= self.goal.max_recovery:
             return said
-        return (
-            f"{said}; without looking, the language model alone guesses {share(floor.mean)} (up to {share(floor.high)})"
-        )
+        guesses = f"{share(floor.mean)} (up to {share(floor.high)})"
+        return f"{said}; without looking, the language model alone guesses {guesses}"
 
     @property
     def _blind_loss(self) -> float:
-        return math.log(self._auditor.checkpoint.config.vocab_size)
+        return math.log(self.auditor.checkpoint.config.vocab_size)
 
     @cached_property
     def _magnitude(self) -> Magnitude:
-        auditor = self._auditor
-        blocks = InputBlocks.from_checkpoint(auditor.checkpoint, auditor.plan.partition, dtype=torch.float32)
-        return measure_magnitude(blocks, auditor.checkpoint)
+        checkpoint, partition = self.auditor.checkpoint, self.auditor.plan.partition
+        return measure_magnitude(InputBlocks.from_checkpoint(checkpoint, partition, dtype=torch.float32), checkpoint)
 
     @cached_property
     def _model(self) -> Any:
         """The whole model with the client's adapter."""
-        adapter = self._auditor.plan.adapter
-        whole = whole_model(self._auditor.checkpoint, dtype=torch.float32, device="cpu")
+        adapter = self.auditor.plan.adapter
+        whole = whole_model(self.auditor.checkpoint, dtype=torch.float32, device="cpu")
         return whole if adapter is None else whole_with_adapter(whole, adapter)
 
     def _cost(self, noise: Noise | None, on_texts: float | None) -> tuple[float | None, dict[str, float]]:
         """The task's cross entropy of right answers, nats a token, and all its metrics; without a task, `on_texts`."""
-        if self._data is None:
+        data, plan = self.data, self.auditor.plan
+        if data is None:
             return on_texts, {}
-        if noise is None:
-            return self._evaluated(self._model, self._data, "the task, unprotected")
-        calibrated = noise.calibrated(lambda: self._magnitude)
-        with protected_model(self._model, self._auditor.plan.partition, calibrated, self._auditor.wire_dtype) as model:
-            return self._evaluated(model, self._data, f"the task, with {noise}")
-
-    def _evaluated(self, model: Any, data: TaskData, doing: str) -> tuple[float, dict[str, float]]:
-        result = evaluate(
-            model,
-            data.tokenizer,
-            data.task,
-            data.examples,
-            max_tokens=data.max_tokens,
-            answer_loss=True,
-            progress=lambda done, every: self._progress(doing, done, every),
-        )
+        doing = "the task, unprotected"
+        behind: contextlib.AbstractContextManager[Any] = contextlib.nullcontext(self._model)
+        if noise is not None:
+            calibrated = noise.calibrated(lambda: self._magnitude)
+            doing = f"the task, with {noise}"
+            behind = protected_model(self._model, plan.partition, calibrated, self.auditor.wire_dtype)
+        with behind as model:
+            result = evaluate(
+                model,
+                data.tokenizer,
+                data.task,
+                data.examples,
+                max_tokens=data.max_tokens,
+                answer_loss=True,
+                progress=lambda done, every: self.progress(doing, done, every),
+            )
         return result.metrics["answer_loss"], result.metrics
 
 
@@ -263,17 +263,12 @@ def weakest(
             high = strength
             if strength <= least:
                 return high
-            strength = strength / 2 if low is None else strength
         else:
             low = strength
             if strength >= most:
                 return None
-            strength = strength * 2 if high is None else strength
-        strength = _rounded(strength)
-    while high / low > 1 + precision:
-        middle = _rounded(math.sqrt(low * high))
-        if middle in (low, high):
-            break
+        strength = _rounded(strength / 2 if low is None else strength * 2)
+    while high / low > 1 + precision and (middle := _rounded(math.sqrt(low * high))) not in (low, high):
         if meets(middle):
             high = middle
         else:
@@ -283,12 +278,3 @@ def weakest(
 
 def _rounded(value: float) -> float:
     return float(f"{value:.3g}")
-
-
-def _recovery(report: Report) -> Score:
-    """What the only attack reads of texts or answers, whichever is more."""
-    (finding,) = report.findings
-    scores = [score for score in (finding.tokens("prompt"), finding.tokens("answer")) if score is not None]
-    if not scores:
-        raise UsageError("the texts have no token that is not public; give longer ones")
-    return max(scores, key=lambda one: one.high)

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from fedsea.parts import InputBlocks, Rows
-from fedsea.parts.cache import cache_argument
 from fedsea.privacy import Noise
 
 SIBLINGS = 256  # run at once: each attends over all of them, though all but itself are masked
@@ -52,26 +51,14 @@ class Prefix:
         return torch.cat([self._siblings(some) for some in tokens.split(SIBLINGS)])
 
     def _siblings(self, tokens: Tensor) -> Tensor:
-        blocks, place, count = self._blocks.model, self.length, len(tokens)
-        hidden: Tensor = blocks.embed_tokens(tokens).unsqueeze(0)
-        if not self._blocks.layers:
-            return self._blocks.narrowed(hidden[0])
+        blocks, place, count = self._blocks, self.length, len(tokens)
+        hidden = blocks.model.embed_tokens(tokens).unsqueeze(0)
         # Begun and never finished: the next step writes over the candidates' keys and values.
         self._cache.begin(Rows((place,), (count,)))
         positions = torch.full((1, count), place)
         rotary = self._cache.rotary(hidden, positions)
-        masks = {window: _sibling_mask(place, count, window) for window in set(self._blocks.windows.values())}
-        for layer in self._blocks.layers:
-            block = blocks.layers[str(layer)]
-            hidden = block(
-                hidden,
-                attention_mask=masks[self._blocks.windows[layer]],
-                position_embeddings=rotary,
-                position_ids=positions,
-                use_cache=True,
-                **{cache_argument(type(block).forward): self._cache},
-            )
-        return self._blocks.narrowed(hidden[0])
+        masks = {window: _sibling_mask(place, count, window) for window in blocks.windows.values()}
+        return blocks.narrowed(blocks.through_layers(hidden, blocks.layers, positions, rotary, masks, self._cache)[0])
 
 
 def _sibling_mask(place: int, count: int, window: int | None) -> Tensor:

@@ -6,11 +6,8 @@ What stands where is computed here; `page.html.j2` draws it.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 
 from fedsea.audit.report import Part, Report
-from fedsea.audit.scores import Score
-from fedsea.errors import UsageError
 from fedsea.privacy import parse_mechanism
 
 WIDTH, HEIGHT = 640, 300
@@ -115,16 +112,20 @@ class Chart:
 
 def frontiers(reports: Sequence[Report]) -> Iterator[tuple[str, list[Chart]]]:
     """Charts for each mechanism that was audited at several strengths, by its name."""
-    ordered = sorted(reports, key=lambda one: (family(one.spec), one.noise_level))
-    for name, members in groupby(ordered, key=lambda one: family(one.spec)):
-        rising = list(members)
+    families: dict[str, list[Report]] = {}
+    for report in sorted(reports, key=lambda one: one.noise_level):
+        families.setdefault(parse_mechanism(report.spec).family, []).append(report)
+    for name, rising in sorted(families.items()):
         if len({report.noise_level for report in rising}) > 1:
             yield name, list(_charts(rising))
 
 
 def _charts(reports: Sequence[Report]) -> Iterator[Chart]:
     for part, title in PARTS.items():
-        curves = [*_attacks(reports, part), *(_bounds(reports) if part == "prompt" else ())]
+        curves = list(_attacks(reports, part))
+        limits = [(one.noise_level, one.limits.any_attacker) for one in reports] if part == "prompt" else []
+        if (bound := _flat("any attacker, at most (estimate)", limits, bound=True)).points:
+            curves.append(bound)
         if curves:
             yield Chart(title, "tokens read", curves, percent=True)
     ours = _flat("with this protection", [(one.noise_level, one.loss) for one in reports])
@@ -134,37 +135,15 @@ def _charts(reports: Sequence[Report]) -> Iterator[Chart]:
 
 
 def _attacks(reports: Sequence[Report], part: Part) -> Iterator[Curve]:
-    for finding in reports[0].findings:
-        found = [(one.noise_level, one.finding(finding.attack)) for one in reports]
-        points = [_point(level, score) for level, one in found if one is not None and (score := one.tokens(part))]
+    for name in [finding.attack for finding in reports[0].findings]:
+        found = [(one.noise_level, finding.tokens(part)) for one in reports if (finding := one.finding(name))]
+        points = [(level, score.low, score.mean, score.high) for level, score in found if score is not None]
         if points:
-            yield Curve(finding.attack, points)
-
-
-def _point(strength: float, score: Score) -> tuple[float, float, float, float]:
-    return strength, score.low, score.mean, score.high
-
-
-def _bounds(reports: Sequence[Report]) -> Iterator[Curve]:
-    limits = [(one.noise_level, one.limits.of_text) for one in reports]
-    found = [(level, limit.accuracy) for level, limit in limits if limit is not None]
-    if found:
-        yield _flat("any attacker, at most (estimate)", found, bound=True)
+            yield Curve(name, points)
 
 
 def _flat(name: str, values: Sequence[tuple[float, float | None]], *, bound: bool = False) -> Curve:
     return Curve(name, [(level, one, one, one) for level, one in values if one is not None], bound)
-
-
-def family(mechanism: str) -> str:
-    """A mechanism without its strength, for a title: `relative-clip:norm=1.0+relative`."""
-    try:
-        bare = str(parse_mechanism(mechanism).with_strength(0.0))
-    except UsageError:  # it adds no noise
-        return mechanism
-    for strength in (",level=0.0", ",std=0.0", ":level=0.0", ":std=0.0"):
-        bare = bare.replace(strength, "")
-    return bare
 
 
 def rounded_up(value: float) -> float:

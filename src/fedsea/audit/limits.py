@@ -51,6 +51,11 @@ class Limits:
         """The smallest accuracy for text as the language model sees it: always an estimate."""
         return min((one for one in self.limits if one.guessable), key=lambda one: one.accuracy, default=None)
 
+    @property
+    def any_attacker(self) -> float | None:
+        """The largest share of such a text's tokens that any attack reads, an estimate; None if texts are too short."""
+        return None if self.of_text is None else self.of_text.accuracy
+
 
 def find_limits(
     knowledge: Knowledge,

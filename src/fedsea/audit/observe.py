@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from torch.nn.utils.rnn import pad_sequence
 
 from fedsea.audit.observation import Observation, Subject
 from fedsea.audit.plan import Plan
@@ -14,7 +13,8 @@ from fedsea.audit.provider import CuriousProvider
 from fedsea.checkpoints import Checkpoint
 from fedsea.client import SplitModelForCausalLM
 from fedsea.privacy import Noise
-from fedsea.training.examples import IGNORED, Encoded
+from fedsea.training.batches import Batch
+from fedsea.training.examples import Encoded
 
 RANK = 8  # of the adapter that is trained, on all linear modules
 LEARNING_RATE = 5e-4
@@ -40,20 +40,16 @@ def observe_sessions(
                         texts.append(_send(model, ids, plan.answer_tokens))
                     ((observation,),) = provider.sessions()
                     seen[place].append(observation)
-                calibrated = model.noise
-    subjects = [
-        Subject(tuple(observations), tuple(tokens), len(ids))
-        for observations, tokens, ids in zip(seen, texts, prompts, strict=True)
-    ]
-    return subjects, calibrated
+    sent = zip(seen, texts, prompts, strict=True)
+    return [Subject(tuple(found), tuple(tokens), len(ids)) for found, tokens, ids in sent], model.noise
 
 
 def observe_training(
     plan: Plan, checkpoint: Checkpoint, noise: Noise, texts: Sequence[tuple[Encoded, int]], progress: Progress
 ) -> tuple[list[Subject], Noise]:
-    """Train a LoRA adapter on texts, in turn, and give what the provider saw of each text that was reached.
+    """Train on texts, in turn, through a real run; what the provider saw of those that were reached.
 
-    Each text comes with the number of its tokens that are its prompt.
+    A text comes with how many of its tokens are the prompt. Each epoch is one observation of it.
     """
     size = min(plan.batch_size, len(texts))
     turns = [[(step * size + row) % len(texts) for row in range(size)] for step in range(plan.train_steps)]
@@ -65,21 +61,18 @@ def observe_training(
             optimizer = model.create_optimizer(lr=LEARNING_RATE)
             for step, turn in enumerate(turns):
                 progress("training on the texts", step, len(turns))
-                _loss(model, [texts[place][0] for place in turn]).backward()
+                batch = Batch.of([texts[place][0] for place in turn])
+                model.answer_loss(batch.input_ids, batch.attention_mask, batch.labels, batch.learnt).backward()
                 model.clip_grad_norm_(1.0)
                 optimizer.step()
                 optimizer.zero_grad()
-            calibrated = model.noise
         (observations,) = provider.runs()
     seen: list[list[Observation]] = [[] for _ in texts]
     for place, observation in zip([place for turn in turns for place in turn], observations, strict=True):
         seen[place].append(observation)
-    subjects = [
-        Subject(tuple(observed), text.input_ids, prompt, text.labels)
-        for observed, (text, prompt) in zip(seen, texts, strict=True)
-        if observed
-    ]
-    return subjects, calibrated
+    pairs = zip(seen, texts, strict=True)
+    subjects = [Subject(tuple(one), text.input_ids, prompt, text.labels) for one, (text, prompt) in pairs if one]
+    return subjects, model.noise
 
 
 @contextmanager
@@ -109,13 +102,3 @@ def _send(model: Any, ids: list[int], answer: int) -> list[int]:
         # One more, for the last one that is chosen is never sent.
         whole = model.generate(prompt, max_new_tokens=answer + 1, do_sample=False, pad_token_id=0)
     return list(map(int, whole[0, :-1]))
-
-
-def _loss(model: SplitModelForCausalLM, rows: Sequence[Encoded]) -> torch.Tensor:
-    def padded(values: Sequence[Sequence[int]], filling: int) -> torch.Tensor:
-        return pad_sequence([torch.tensor(row) for row in values], batch_first=True, padding_value=filling)
-
-    labels = padded([row.labels for row in rows], IGNORED)
-    mask = padded([[1] * len(row.labels) for row in rows], 0)
-    items = int((labels[:, 1:] != IGNORED).sum())
-    return model.answer_loss(padded([row.input_ids for row in rows], 0), mask, labels, items)

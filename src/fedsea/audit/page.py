@@ -17,21 +17,20 @@ import fedsea
 from fedsea.audit.attacks import FLOOR
 from fedsea.audit.charts import frontiers
 from fedsea.audit.decision import decide
-from fedsea.audit.limits import Limit
-from fedsea.audit.report import Finding, Report, Scores, brief, interval, mean, share
-from fedsea.audit.scores import Score
+from fedsea.audit.report import CONTEXT, Finding, Report, Scored, brief, interval, mean, share
 from fedsea.files import write_text
 
 LIBRARIES = ("torch", "transformers")
-WORDS = {
-    "tokens": "tokens read",
-    "exact": "exact texts",
-    "rougeL": "ROUGE-L",
-    "bleu4": "BLEU-4",
-    "details": "names, numbers",
-    "similarity": "similar in meaning",
-}
-"""What the page calls the scores that it shows, in the order of its columns."""
+COLUMNS: tuple[tuple[str, Scored, str], ...] = (
+    ("tokens read", "prompt", "tokens"),
+    ("exact texts", "prompt", "exact"),
+    ("ROUGE-L", "prompt", "rougeL"),
+    ("BLEU-4", "prompt", "bleu4"),
+    ("names, numbers", "prompt", "details"),
+    ("similar in meaning", "prompt", "similarity"),
+    ("answer's tokens", "answer", "tokens"),
+    ("learnt tokens", "labels", "labels"),
+)
 
 
 @dataclass(frozen=True)
@@ -101,57 +100,28 @@ def _versions() -> Iterator[str]:
 
 
 def _attack_table(report: Report) -> Table:
-    answered, learnt = any(report.answers), report.learnt is not None
-    names = [name for name in WORDS if any(name in finding.prompt for finding in report.findings)]
-    head = ["attack", WORDS["tokens"], "95 %", *(WORDS[name] for name in names if name != "tokens")]
-    head += [*(["answer's tokens"] if answered else []), *(["learnt tokens"] if learnt else []), "seconds a token"]
-
-    def cells(prompt: Scores, answer: Scores, labels: Score | None, seconds: str) -> list[str]:
-        tokens = prompt.get("tokens")
-        found = [mean(tokens), interval(tokens), *(mean(prompt.get(name)) for name in names if name != "tokens")]
-        return [
-            *found,
-            *([mean(answer.get("tokens"))] if answered else []),
-            *([mean(labels)] if learnt else []),
-            seconds,
-        ]
-
-    rows = [
-        Row(
-            finding.attack,
-            f"knows {finding.knows}",
-            cells(finding.prompt, finding.answer, finding.labels.get("labels"), f"{finding.seconds_per_token:.3f}"),
-            floor=finding.attack == FLOOR,
-        )
-        for finding in report.findings
-    ]
-    knows = "no attack: the model's own guess of each token from the true tokens before it"
-    predicted = cells(report.predicted["prompt"], report.predicted["answer"], None, "")
-    rows.append(Row("predicted by context", knows, predicted, floor=True))
+    columns = report.columns(COLUMNS, "seconds a token")
+    names = [(one.attack, f"knows {one.knows}", one.attack == FLOOR) for one in report.findings]
+    names.append((CONTEXT, "no attack: the model's own guess of each token from the true tokens before it", True))
+    cells = zip(*(cells for _, cells in columns), strict=True)
+    rows = [Row(name, more, row, floor) for (name, more, floor), row in zip(names, cells, strict=True)]
     caption = "Means over texts; the interval is of the mean, by resampling the texts."
     if any(finding.attack.endswith("decoder") for finding in report.findings):
         colluder = f" and {report.colluder} texts of a colluding client" if report.colluder else ""
         caption += f" Decoders learnt from public text{colluder}."
-    return Table(head, rows, caption)
+    return Table(["attack", *(heading for heading, _ in columns)], rows, caption)
 
 
 def _limit_table(report: Report) -> Table:
     observations = report.limits.observations
     over = f" over {observations} observations with fresh noise" if observations > 1 else ""
-    return Table(
-        ["kind of text", "bits a token, at most", "tokens named, at most"],
-        [Row(limit.source, "", _limit_cells(limit)) for limit in report.limits.limits],
-        f"For any attacker with any method{over}; 100 % rules nothing out.",
-    )
-
-
-def _limit_cells(limit: Limit) -> list[str]:
-    sure = {True: "guarantee", False: "estimate"}
-    bits = "no bound" if limit.bits == float("inf") else f"{limit.bits:.3g}"
-    return [
-        f"{bits} ({sure[limit.bits_guaranteed]})",
-        f"{share(limit.accuracy)} ({sure[limit.accuracy_guaranteed]})",
-    ]
+    rows = []
+    for limit in report.limits.limits:
+        bits = "no bound" if limit.bits == float("inf") else f"{limit.bits:.3g}"
+        cells = [(bits, limit.bits_guaranteed), (share(limit.accuracy), limit.accuracy_guaranteed)]
+        rows.append(Row(limit.source, "", [f"{most} ({'guarantee' if sure else 'estimate'})" for most, sure in cells]))
+    caption = f"For any attacker with any method{over}; 100 % rules nothing out."
+    return Table(["kind of text", "bits a token, at most", "tokens named, at most"], rows, caption)
 
 
 def _comparison(reports: Sequence[Report]) -> Table:
@@ -159,14 +129,11 @@ def _comparison(reports: Sequence[Report]) -> Table:
     head += ["any attacker, at most (estimate)", "loss, nats a token"]
     rows = []
     for report in reports:
-        best, limit = report.best(), report.limits.of_text
-        tokens = None if best is None else best.tokens("prompt")
-        cells = [f"{report.noise_level:.3g}", "–" if best is None else best.attack, mean(tokens), interval(tokens)]
-        cells += [
-            share(None if limit is None else limit.accuracy),
-            "–" if report.loss is None else f"{report.loss:.2f}",
-        ]
-        rows.append(Row(brief(report.spec), report.headline, cells))
+        best = report.best()
+        name, tokens = ("–", None) if best is None else (best.attack, best.tokens("prompt"))
+        loss = "–" if report.loss is None else f"{report.loss:.2f}"
+        cells = [f"{report.noise_level:.3g}", name, mean(tokens), interval(tokens)]
+        rows.append(Row(brief(report.spec), report.headline, [*cells, share(report.limits.any_attacker), loss]))
     caption = f"Blind guessing has a loss of {reports[0].blind_loss:.2f}."
     if reports[0].public_loss is not None:
         caption += f" The public model's on these texts, without protection, is {reports[0].public_loss:.2f}."

@@ -1,6 +1,6 @@
 """A provider that keeps what it sees: a real block server, whose frames are read as they pass."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -14,11 +14,7 @@ from fedsea.wire.frames import Backward, Forward, Result, States, Step
 
 
 class CuriousProvider(BackgroundServer):
-    """A block server in a thread of its own, and a record of every frame.
-
-    What it has seen of clients' sessions is in `sessions`, of their training in `runs`. The record stays when it is
-    closed.
-    """
+    """A block server in a thread of its own, and a record of every frame, which stays when it is closed."""
 
     def __init__(self, checkpoint: Checkpoint, options: ServerOptions | None = None) -> None:
         self._streams: list[_Record] = []
@@ -78,39 +74,28 @@ class _Record:
                 rows = [list(rows[at]) for at in step.row_map]
             elif not rows:
                 rows = [[] for _ in range(len(step.rows))]
-            sent = step.states.float().split(step.rows.counts)
-            back = returned.split(step.rows.counts) if returned is not None else [None] * len(sent)
-            for row, start, states, answer in zip(rows, step.rows.starts, sent, back, strict=True):
+            parts = _by_row(step.rows, step.states.float()), _by_row(step.rows, returned)
+            for row, start, states, answer in zip(rows, step.rows.starts, *parts, strict=True):
+                assert states is not None
                 del row[start:]  # rolled back
-                row += [(state, answer[at] if answer is not None else None) for at, state in enumerate(states)]
+                row += zip(states, [None] * len(states) if answer is None else answer, strict=True)
         return [_observation(row) for row in rows]
 
     def run_rows(self) -> list[Observation]:
         """What was seen of each text of each forward pass."""
         found = []
         for number, (forward, returned) in sorted(self.forwards.items()):
-            gradient = self.gradients.get(number)
-            sent = forward.states.float()
-            for part in _parts(forward.rows):
-                found.append(
-                    Observation(
-                        sent[part],
-                        returned[part] if returned is not None else None,
-                        gradient[part] if gradient is not None else None,
-                    )
-                )
+            seen = forward.states.float(), returned, self.gradients.get(number)
+            parts = zip(*(_by_row(forward.rows, one) for one in seen), strict=True)
+            found += [Observation(sent, back, gradient) for sent, back, gradient in parts if sent is not None]
         return found
 
 
-def _parts(rows: Rows) -> list[slice]:
-    parts, first = [], 0
-    for count in rows.counts:
-        parts.append(slice(first, first + count))
-        first += count
-    return parts
+def _by_row(rows: Rows, packed: Tensor | None) -> Sequence[Tensor | None]:
+    return [None] * len(rows) if packed is None else packed.split(rows.counts)
 
 
 def _observation(row: list[tuple[Tensor, Tensor | None]]) -> Observation:
-    sent = torch.stack([state for state, _ in row])
     returned = [answer for _, answer in row if answer is not None]
+    sent = torch.stack([state for state, _ in row])
     return Observation(sent, torch.stack(returned) if len(returned) == len(row) else None)

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -14,6 +15,14 @@ from fedsea.partition import Partition
 
 Scores = dict[str, Score]
 Part = Literal["prompt", "answer"]
+Scored = Literal["prompt", "answer", "labels"]
+CONTEXT = "predicted by context"  # what the model says of each token from the true ones before it: no attack
+HEADLINES = {
+    1.0: "everything is read",
+    0.9: "nearly everything is read",
+    0.5: "most of it is read",
+    0.1: "part of it is read",
+}
 
 
 @dataclass(frozen=True)
@@ -37,76 +46,33 @@ class Finding:
 
 @dataclass(frozen=True)
 class Report:
-    """What an audit found.
-
-    Attributes
-    ----------
-    model, partition, wire_dtype, observations, adapter, attacker_has_adapter, train_steps
-        What was audited.
-    spec, mechanism
-        The mechanism as users write it, and the same once it is calibrated to the model.
-    colluder
-        Number of texts that attackers learnt from because a colluding client gave them away; if 0, they learn from
-        public text.
-    noise_std
-        Standard deviation of what the mechanism and rounding on the wire add to an element.
-    noise_level
-        The mechanism's own, as a multiple of the mean |h_A| of the model.
-    texts
-        What was sent: the texts as they were cut, without their answers.
-    answers
-        What was observed of their answers.
-    tokens
-        Of all texts and answers together.
-    findings
-        One for each attack.
-    predicted
-        The reference that is no attack, what the model predicts from all tokens before: its scores as a finding's,
-        under `prompt` and `answer`.
-    limits
-        What no attacker gets past.
-    loss
-        What the client pays: its cross entropy of the texts with what came back, nats a token; None if no text has two
-        tokens.
-    public_loss
-        The same of the whole public model, without mechanism or adapter.
-    ids
-        Each text with its answer, as tokens.
-    prompts
-        How many of them are the text.
-    known
-        How many tokens every text begins with that are public; they are not counted.
-    words
-        How each token is written that stands in a text or in a recovery.
-    vocabulary
-        Number of tokens that the model knows.
-    """
+    """What an audit found."""
 
     model: str
     partition: Partition
-    spec: str
-    mechanism: str
-    noise_std: float
-    noise_level: float
+    spec: str  # the mechanism as users write it,
+    mechanism: str  # and the same once it is calibrated to the model
+    noise_std: float  # standard deviation of what the mechanism and rounding on the wire add to an element
+    noise_level: float  # the mechanism's own, as a multiple of the mean |h_A| of the model
     wire_dtype: str
     observations: int
     adapter: bool
-    texts: tuple[str, ...]
-    answers: tuple[str, ...]
-    tokens: int
-    findings: tuple[Finding, ...]
-    predicted: dict[str, Scores]
+    texts: tuple[str, ...]  # as they were cut and sent, without their answers
+    answers: tuple[str, ...]  # what was observed of these
+    tokens: int  # of all texts and answers together
+    findings: tuple[Finding, ...]  # one for each attack
+    predicted: dict[str, Scores]  # of the reference that is no attack, what the model predicts from all tokens before
     limits: Limits
-    loss: float | None
-    public_loss: float | None
-    ids: tuple[tuple[int, ...], ...]
-    prompts: tuple[int, ...]
-    known: int
-    words: dict[int, str]
+    loss: float | None  # the client's cross entropy of the texts, nats a token; None if no text has two tokens
+    public_loss: float | None  # the same of the whole public model, without mechanism or adapter
+    ids: tuple[tuple[int, ...], ...]  # each text with its answer, as tokens
+    prompts: tuple[int, ...]  # how many of them are the text
+    known: int  # how many tokens every text begins with that are public; they are not counted
+    words: dict[int, str]  # how each token is written that stands in a text or in a recovery
     vocabulary: int
     attacker_has_adapter: bool = False
     train_steps: int = 0
-    colluder: int = 0
+    colluder: int = 0  # texts that attackers learnt from because a colluding client gave them away
 
     @property
     def blind_loss(self) -> float:
@@ -120,19 +86,32 @@ class Report:
             return False
         return self.public_loss < self.blind_loss <= self.loss
 
+    def columns(self, wanted: Sequence[tuple[str, Scored, str]], seconds: str) -> list[tuple[str, list[str]]]:
+        """Columns of a table of attacks, with the model's own guesses from context last: heading and cells of each.
+
+        Of each that is wanted: its heading, what is scored, and the score's name. The first one's interval and the
+        time a token are put in; a column without figures is left out.
+        """
+        rows = [{"prompt": one.prompt, "answer": one.answer, "labels": one.labels} for one in self.findings]
+        rows.append({**self.predicted, "labels": {}})
+        found = [(heading, [mean(row[part].get(name)) for row in rows]) for heading, part, name in wanted]
+        found.insert(1, ("95 %", [interval(row["prompt"].get("tokens")) for row in rows]))
+        found.append((seconds, [*(f"{one.seconds_per_token:.3f}" for one in self.findings), ""]))
+        return [(heading, cells) for heading, cells in found if any(cell.strip("–") for cell in cells)]
+
     def finding(self, attack: str) -> Finding | None:
         """What an attack read; None if it was not made."""
         return next((one for one in self.findings if one.attack == attack), None)
-
-    def best(self, part: Part = "prompt") -> Finding | None:
-        """The attack that reads most of the texts' or the answers' tokens; None if none looks at anything."""
-        scored = [one for one in self.looking if one.tokens(part) is not None]
-        return max(scored, key=lambda one: one.tokens(part).mean, default=None)  # type: ignore[union-attr]
 
     @property
     def looking(self) -> list[Finding]:
         """Findings of the attacks that look at what crosses the wire."""
         return [one for one in self.findings if one.attack != FLOOR]
+
+    def best(self, part: Part = "prompt") -> Finding | None:
+        """The attack that reads most of the texts' or the answers' tokens; None if none looks at anything."""
+        scored = [(score.mean, one) for one in self.looking if (score := one.tokens(part)) is not None]
+        return max(scored, key=lambda pair: pair[0], default=(0.0, None))[1]
 
     def guessed(self, part: Part) -> Score | None:
         """Share of tokens that is guessed without looking; None if that was not tried."""
@@ -141,8 +120,7 @@ class Report:
 
     def read(self, part: Part) -> float | None:
         """Share of tokens that the best attack reads of texts or answers; None if there are none."""
-        best = self.best(part)
-        score = None if best is None else best.tokens(part)
+        score = best.tokens(part) if (best := self.best(part)) else None
         return None if score is None else score.mean
 
     @property
@@ -178,9 +156,9 @@ class Report:
             return "The texts are too short to estimate what any attacker could read."
         if found.accuracy == 1:
             return "As far as can be proved, what is sent is enough to read all of such a text."
+        least = f"an estimate, from {found.bits:.3g} bits a token"
         return (
-            f"Whatever the attack, at most {share(found.accuracy)} of the tokens of such texts can be read "
-            f"(an estimate, from {found.bits:.3g} bits a token)."
+            f"Whatever the attack, at most {share(found.accuracy)} of the tokens of such texts can be read ({least})."
         )
 
     @property
@@ -189,13 +167,7 @@ class Report:
         read = self.read("prompt")
         if read is None:
             return "nothing was attacked"
-        steps = {
-            1.0: "everything is read",
-            0.9: "nearly everything is read",
-            0.5: "most of it is read",
-            0.1: "part of it is read",
-        }
-        return next((words for least, words in steps.items() if read >= least), "these attacks read little")
+        return next((words for least, words in HEADLINES.items() if read >= least), "these attacks read little")
 
     def to_json(self) -> dict[str, Any]:
         """The same as JSON has it, with the verdict."""

@@ -12,6 +12,7 @@ import numpy as np
 from fedsea.audit.observation import Recovery
 from fedsea.audit.similarity import similarity
 from fedsea.errors import UsageError
+from fedsea.tasks.metrics import rouge
 
 RESAMPLES = 2000
 _WORD = re.compile(r"\w+|[^\w\s]")
@@ -54,16 +55,14 @@ def score(
     `rougeL`, `bleu4`, `details` (`details_recall`), and `similarity` if the package with the embedding model is
     installed. Only positions whose mask is true count: not what is public, such as a chat template.
     """
-    rows: dict[str, list[float | None]] = {}
+    rows = []
     for place, (truth, recovery) in enumerate(zip(truths, recoveries, strict=True)):
         mask = masks[place] if masks is not None else [True] * len(truth)
         if not len(truth) == len(recovery.tokens) == len(mask):
             raise UsageError(f"a text of {len(truth)} tokens was recovered as {len(recovery.tokens)}")
         pairs = [(right, guess) for right, guess, counts in zip(truth, recovery.tokens, mask, strict=True) if counts]
-        for name, value in _of_text(pairs, tokenizer).items():
-            rows.setdefault(name, []).append(value)
-    scores = {name: Score.of(values) for name, values in rows.items()}
-    return {name: found for name, found in scores.items() if found is not None}
+        rows.append(_of_text(pairs, tokenizer))
+    return _over_texts(rows)
 
 
 def label_scores(truths: Sequence[Sequence[int]], recoveries: Sequence[Recovery]) -> dict[str, Score]:
@@ -73,44 +72,41 @@ def label_scores(truths: Sequence[Sequence[int]], recoveries: Sequence[Recovery]
     classification names the class; `learnt` the share of positions of which it is rightly said whether a token was
     learnt there. Empty if the attack says nothing of it.
     """
-    rows: dict[str, list[float | None]] = {}
+    rows = []
     for truth, recovery in zip(truths, recoveries, strict=True):
         pairs = list(zip(truth, recovery.labels, strict=True))[1:] if truth and recovery.labels else []
         hits = [label == guess for label, guess in pairs if label >= 0]
-        rows.setdefault("labels", []).append(sum(hits) / len(hits) if hits else None)
-        rows.setdefault("class", []).append(float(all(hits)) if hits else None)
-        marked = [(label >= 0) == (guess is not None) for label, guess in pairs]
-        rows.setdefault("learnt", []).append(sum(marked) / len(marked) if marked else None)
-    scores = {name: Score.of(values) for name, values in rows.items()}
+        learnt = _share([(label >= 0) == (guess is not None) for label, guess in pairs])
+        rows.append({"labels": _share(hits), "class": float(all(hits)) if hits else None, "learnt": learnt})
+    return _over_texts(rows)
+
+
+def _over_texts(rows: Sequence[Mapping[str, float | None]]) -> dict[str, Score]:
+    names = dict.fromkeys(name for row in rows for name in row)
+    scores = {name: Score.of([row.get(name) for row in rows]) for name in names}
     return {name: found for name, found in scores.items() if found is not None}
 
 
+def _share(hits: Sequence[bool]) -> float | None:
+    return sum(hits) / len(hits) if hits else None
+
+
 def _of_text(pairs: Sequence[tuple[int, int | None]], tokenizer: Any) -> Mapping[str, float | None]:
-    if not pairs:
-        values: dict[str, float | None] = {"tokens": None, "exact": None}
-    else:
-        hits = [right == guess for right, guess in pairs]
-        values = {"tokens": sum(hits) / len(hits), "exact": float(all(hits))}
+    hits = [right == guess for right, guess in pairs]
+    values = {"tokens": _share(hits), "exact": float(all(hits)) if hits else None}
     if tokenizer is None:
         return values
     truth = tokenizer.decode([right for right, _ in pairs], skip_special_tokens=True)
     guess = tokenizer.decode([guess for _, guess in pairs if guess is not None], skip_special_tokens=True)
     if not truth.strip():
-        return values | dict.fromkeys(("rouge1", "rouge2", "rougeL", "bleu4", "details", "similarity"))
+        return values
     return {
         **values,
-        **rouge(truth, guess),
+        **rouge([truth], [guess]),
         "bleu4": bleu4(truth, guess),
         "details": details_recall(truth, guess),
         "similarity": similarity(truth, guess),
     }
-
-
-def rouge(truth: str, guess: str) -> dict[str, float]:
-    """ROUGE-1, ROUGE-2 and ROUGE-L, the F-measure of each, with Porter's stemmer (Lin 2004)."""
-    from fedsea.tasks import metrics
-
-    return metrics.rouge([truth], [guess])
 
 
 def bleu4(truth: str, guess: str) -> float:

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedsea.audit.attacks import attack_names
-from fedsea.audit.plan import Plan
+from fedsea.audit import SAMPLES, Plan, attack_names, read_task, read_texts
 from fedsea.cli.options import Model, parse_noise, prepare_torch, require_folders
 from fedsea.cli.spread import command_line, spread
 from fedsea.cli.terminal import escape, progress_bar, write_json
@@ -20,22 +19,20 @@ from fedsea.text import one_line
 if TYPE_CHECKING:  # --help needs no torch
     from rich.console import Console
 
-    from fedsea.audit.decision import Decision
-    from fedsea.audit.report import Report
+    from fedsea.audit import Decision, Report, Scored
     from fedsea.privacy import Noise
 
 
-COLUMNS = (
-    ("text read", 0, "tokens"),
-    ("answer read", 1, "tokens"),
-    ("learnt tokens", 2, "labels"),
-    ("names, numbers", 0, "details"),
-    ("exact texts", 0, "exact"),
-    ("meaning", 0, "similarity"),
-    ("ROUGE-L", 0, "rougeL"),
-    ("BLEU-4", 0, "bleu4"),
+COLUMNS: "tuple[tuple[str, Scored, str], ...]" = (
+    ("text read", "prompt", "tokens"),
+    ("answer read", "answer", "tokens"),
+    ("learnt tokens", "labels", "labels"),
+    ("names, numbers", "prompt", "details"),
+    ("exact texts", "prompt", "exact"),
+    ("meaning", "prompt", "similarity"),
+    ("ROUGE-L", "prompt", "rougeL"),
+    ("BLEU-4", "prompt", "bleu4"),
 )
-"""Of the table: a heading, which scores of a finding (text, answer, labels), and which of them."""
 
 
 def _looks(given: object) -> int:
@@ -118,7 +115,6 @@ def audit(
 
     --noise may be given several times: then the mechanisms are compared.
     """
-    from fedsea.audit.samples import SAMPLES, Text, read_task, read_texts
     from fedsea.checkpoints.names import check_model
     from fedsea.tasks.metrics import require_rouge
 
@@ -127,9 +123,7 @@ def audit(
     check_model(model)
     require_folders(json_file, report_file)
     require_rouge()
-    attacked: list[Text] = list(SAMPLES)
-    if data is not None:
-        attacked = read_texts(data) if task is None else read_task(task, str(data))
+    attacked = SAMPLES if data is None else read_texts(data) if task is None else read_task(task, str(data))
     noises = _noises(noise, levels)
     plan = dataclasses.replace(
         plan,
@@ -139,9 +133,7 @@ def audit(
         colluder=() if colluder is None else read_texts(colluder),
     )
     prepare_torch("cpu", threads)
-    from fedsea.audit.decision import decide
-    from fedsea.audit.page import write_page
-    from fedsea.audit.run import Auditor
+    from fedsea.audit import Auditor, decide, write_page
 
     reports: list[Report] = []
     with progress_bar() as progress:
@@ -189,17 +181,12 @@ def show_report(report: "Report") -> None:
     """Print what each attack reads under one protection."""
     from rich.console import Console
 
-    from fedsea.audit.report import brief, interval, mean
+    from fedsea.audit import CONTEXT, brief
 
     console = Console(highlight=False)
     console.print(f"[bold]{escape(report.verdict)}[/bold]\n{escape(report.limit)}\n")
-    rows = {finding.attack: (finding.prompt, finding.answer, finding.labels) for finding in report.findings}
-    rows["predicted by context"] = (report.predicted["prompt"], report.predicted["answer"], {})
-    columns = [(name, [mean(scores[part].get(key)) for scores in rows.values()]) for name, part, key in COLUMNS]
-    columns.insert(1, ("95 %", [interval(prompt.get("tokens")) for prompt, *_ in rows.values()]))
-    columns.append(("s/token", [*(f"{one.seconds_per_token:.3f}" for one in report.findings), ""]))
-    columns = [(name, cells) for name, cells in columns if any(cell.strip("–") for cell in cells)]
-    left_out = print_columns(console, ("attack", list(rows)), columns)
+    attacks = [*(finding.attack for finding in report.findings), CONTEXT]
+    left_out = print_columns(console, ("attack", attacks), report.columns(COLUMNS, "s/token"))
     p, q = report.partition.input_layers, report.partition.output_layers
     more = f" Not shown for want of room: {', '.join(left_out)}; --report has them." if left_out else ""
     console.print(
@@ -270,7 +257,8 @@ def compare_reports(reports: "list[Report]") -> None:
     from rich.padding import Padding
     from rich.text import Text
 
-    from fedsea.audit.report import brief, mean, share
+    from fedsea.audit import brief, share
+    from fedsea.audit.report import mean
 
     console = Console(highlight=False)
     names = [finding.attack for finding in reports[0].findings]
@@ -278,8 +266,7 @@ def compare_reports(reports: "list[Report]") -> None:
         (name, [mean(report.findings[place].prompt.get("tokens")) for report in reports])
         for place, name in enumerate(names)
     ]
-    limits = [report.limits.of_text for report in reports]
-    columns.append(("any, at most", ["–" if limit is None else share(limit.accuracy) for limit in limits]))
+    columns.append(("any, at most", [share(report.limits.any_attacker) for report in reports]))
     columns.append(("loss", ["–" if report.loss is None else f"{report.loss:.2f}" for report in reports]))
     protections = [brief(report.spec) for report in reports]
     widest = max(map(len, protections)) + sum(max(map(len, (*name.split(), *cells))) + 2 for name, cells in columns) + 2

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedsea.audit.plan import SessionPlan
+from fedsea.audit import SAMPLES, SessionPlan, read_texts
 from fedsea.cli.audit import Looks, Texts
 from fedsea.cli.options import AsJson, Model, prepare_torch
 from fedsea.cli.spread import spread
@@ -16,7 +16,7 @@ from fedsea.flags import Flag, Threads
 from fedsea.tasks import get_task
 
 if TYPE_CHECKING:  # --help needs no torch
-    from fedsea.audit.calibration import Calibration, TaskData, Trial
+    from fedsea.audit import Calibration, TaskData, Trial
 
 WIDTH = 120  # where there is no terminal
 FAMILIES = ("relative", "relative-clipped-gaussian")
@@ -62,7 +62,7 @@ class CostOptions:
         """
         if self.task is None or self.data is None:
             return None
-        from fedsea.audit.calibration import TaskData
+        from fedsea.audit import TaskData
         from fedsea.checkpoints import load_tokenizer
 
         task = get_task(self.task)
@@ -105,21 +105,20 @@ def calibrate(
 
     Attackers do not have the adapter.
     """
-    from fedsea.audit.samples import SAMPLES, read_texts
     from fedsea.checkpoints.names import check_model
     from fedsea.tasks.metrics import require_rouge
 
     check_model(model)
     require_rouge()
-    attacked = list(SAMPLES) if audit_data is None else read_texts(audit_data)
+    attacked = SAMPLES if audit_data is None else read_texts(audit_data)
     costs.check()
     from fedsea.privacy import parse_family
 
     chosen = [parse_family(one) for one in mechanism_family or FAMILIES]
     data = costs.read(model)
     prepare_torch("cpu", threads)
-    from fedsea.audit.calibration import Goal
-    from fedsea.audit.calibration import calibrate as search
+    from fedsea.audit import Goal
+    from fedsea.audit import calibrate as search
 
     goal = Goal(max_recovery, attack, precision)
     plan = dataclasses.replace(plan, texts=attacked[:texts], observations=looks)
@@ -134,7 +133,7 @@ def calibrate(
 
 
 def _tell(trial: "Trial", attack: str) -> None:
-    from fedsea.audit.report import share
+    from fedsea.audit import share
 
     got = trial.recovery
     loss = "" if trial.loss is None else f", loss {trial.loss:.2f}"
@@ -143,7 +142,7 @@ def _tell(trial: "Trial", attack: str) -> None:
 
 
 def _as_json(found: "Calibration") -> dict[str, Any]:
-    from fedsea.audit.report import finite
+    from fedsea.audit import finite
 
     best = found.best
     mechanism = None if best is None or best.found is None else best.found.mechanism
@@ -154,7 +153,7 @@ def _as_json(found: "Calibration") -> dict[str, Any]:
 def _show(found: "Calibration", task: str | None) -> None:
     from rich.console import Console
 
-    from fedsea.audit.report import share
+    from fedsea.audit import share
 
     names = [name for name in found.unprotected_metrics if name != "perplexity"]  # the answer loss says it as well
     headings = [f"{found.goal.attack} reads", "any, at most", *(names or ["loss"])]
@@ -165,8 +164,8 @@ def _show(found: "Calibration", task: str | None) -> None:
         trial = outcome.found
         if trial is None:
             continue
-        got, bound = trial.recovery, trial.any_attacker
-        read = [f"{share(got.mean)} (to {share(got.high)})", "–" if bound is None else share(bound)]
+        got = trial.recovery
+        read = [f"{share(got.mean)} (to {share(got.high)})", share(trial.any_attacker)]
         shown.add_row(trial.mechanism, *read, *_figures(names, outcome.metrics, outcome.cost))
     shown.add_row("none", "", "", *_figures(names, found.unprotected_metrics, found.unprotected), style="dim")
     console = Console(highlight=False)
@@ -188,7 +187,7 @@ def _show(found: "Calibration", task: str | None) -> None:
 
 
 def _conclude(found: "Calibration") -> None:
-    from fedsea.audit.decision import OPTIONS
+    from fedsea.audit import OPTIONS
 
     target = f"at most {100 * found.goal.max_recovery:g} % of the tokens read by {found.goal.attack}"
     best = found.best

@@ -16,7 +16,7 @@ from fedsea.flags import Flag
 from fedsea.text import input_lines, one_line, printable, read_text, require_whole, without_final_newline
 
 if TYPE_CHECKING:  # --help needs no torch
-    from fedsea.audit.live import LiveLeakage
+    from fedsea.audit import LiveLeakage
     from fedsea.client import Conversation
 
 HELP = """\
@@ -229,7 +229,7 @@ def _piped() -> Iterator[str]:
 
 
 def _leakage_of(conversation: "Conversation", model: str) -> "LiveLeakage":
-    from fedsea.audit.live import LiveLeakage
+    from fedsea.audit import LiveLeakage
     from fedsea.checkpoints import open_checkpoint
 
     view = LiveLeakage(conversation, open_checkpoint(model))

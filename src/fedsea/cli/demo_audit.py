@@ -10,14 +10,14 @@ from rich.text import Text
 from fedsea.cli.terminal import escape, print_json, table
 
 if TYPE_CHECKING:  # --help needs no torch
-    from fedsea.audit.report import Report
+    from fedsea.audit import Report
     from fedsea.demo.screen import Screen
 
 
 def show_audit(name: str, screen: "Screen", console: Console, *, threads: int, as_json: bool) -> None:
     """Run the demonstration and show what it has measured, as it comes."""
     with screen.step("Loading PyTorch and transformers"):
-        from fedsea.audit.report import finite
+        from fedsea.audit import finite
         from fedsea.demo.audit import run_audit_demo
     console.print("The provider knows the public model. What can it read of text that it is never sent?\n")
     reports = []
@@ -49,19 +49,18 @@ def _texts(report: "Report", console: Console) -> None:
 
 
 def _table(reports: "list[Report]") -> Table:
-    from fedsea.audit.report import share
+    from fedsea.audit import share
 
     names = (">text, by search", ">answer, by read-out", ">any attacker, at most*", ">loss of the model")
     caption = "noise as a multiple of the mean |h_A|   * of the text, estimated, by attacks yet unknown too"
     shown = table("protection", *names, title="What the provider reads", caption=caption, boxed=True)
     for report in reports:
         found = {finding.attack: finding for finding in report.findings}
-        limit = report.limits.of_text
         shown.add_row(
             "none" if report.noise_level == 0 else f"noise, {report.noise_level:.3g} ×",
             share(found["search"].prompt["tokens"].mean),
             share(found["read-out"].answer["tokens"].mean),
-            "–" if limit is None else share(limit.accuracy),
+            share(report.limits.any_attacker),
             "–" if report.loss is None else f"{report.loss:.2f} nats",
         )
     return shown

@@ -5,6 +5,7 @@ whole model, so that `state_dict()` of a part is a slice of the whole model's.
 """
 
 import copy
+from collections.abc import Mapping
 from typing import Any, Self, cast
 
 import torch
@@ -111,21 +112,32 @@ class Part(nn.Module):
             rotary = embedding(hidden, positions)
         else:
             rotary = _rotate_within(rows.furthest, embedding, hidden, positions)
-        masks: dict[int | None, Tensor | None] = {}
+        masks = {window: attention_mask(rows, window, hidden.device) for window in {self.windows[at] for at in layers}}
+        hidden = self.through_layers(hidden, layers, positions, rotary, masks, cache)
+        if cache is not None:
+            cache.finish()
+        return hidden
+
+    def through_layers(
+        self,
+        hidden: Tensor,
+        layers: range,
+        positions: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        masks: Mapping[int | None, Tensor | None],
+        cache: Any,
+    ) -> Tensor:
+        """`run_layers` on `positions` `[rows, width]` with masks, by window, that are given, and whatever cache."""
         for layer in layers:
-            block, window = self.model.layers[str(layer)], self.windows[layer]
-            if window not in masks:
-                masks[window] = attention_mask(rows, window, hidden.device)
+            block = self.model.layers[str(layer)]
             hidden = block(
                 hidden,
-                attention_mask=masks[window],
+                attention_mask=masks[self.windows[layer]],
                 position_embeddings=rotary,
                 position_ids=positions,
                 use_cache=cache is not None,
                 **{cache_argument(type(block).forward): cache},
             )
-        if cache is not None:
-            cache.finish()
         return hidden
 
     def _load(

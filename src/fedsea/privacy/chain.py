@@ -62,6 +62,10 @@ class Chain(Noise):
         return Chain(tuple(part.with_strength(strength) if part is self._noisy else part for part in self.parts))
 
     @property
+    def family(self) -> str:
+        return "+".join(part.family for part in self.parts)
+
+    @property
     def width(self) -> int | None:
         return self.parts[0].width
 

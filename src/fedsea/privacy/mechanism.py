@@ -74,6 +74,11 @@ class Noise(ABC):
         raise UsageError(f"{self} adds no noise, so it has no strength to vary")
 
     @property
+    def family(self) -> str:
+        """As users write it, without its strength: what is of one family is compared over strengths."""
+        return str(self)
+
+    @property
     def width(self) -> int | None:
         """Numbers that are left of a state before it is protected and leaves; None for all of them."""
         return None

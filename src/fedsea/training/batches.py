@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -17,6 +18,20 @@ class Batch:
     input_ids: Tensor
     attention_mask: Tensor
     labels: Tensor
+
+    @classmethod
+    def of(cls, examples: Sequence[Encoded], padding: int = 0) -> Self:
+        """These texts, filled up with a token; any will do."""
+        width = max(len(example.input_ids) for example in examples)
+
+        def padded(rows: list[tuple[int, ...]], filling: int) -> Tensor:
+            return torch.tensor([[*row, *[filling] * (width - len(row))] for row in rows])
+
+        return cls(
+            padded([example.input_ids for example in examples], padding),
+            padded([(1,) * len(example.input_ids) for example in examples], 0),
+            padded([example.labels for example in examples], IGNORED),
+        )
 
     @property
     def tokens(self) -> int:
@@ -68,16 +83,7 @@ class Batches:
         """Batch `number`, from 0; there is no last one."""
         places = range(number * self._size, (number + 1) * self._size)
         chosen = [self._examples[self._order(place // len(self))[place % len(self)]] for place in places]
-        width = max(len(example.input_ids) for example in chosen)
-
-        def padded(rows: list[tuple[int, ...]], filling: int) -> Tensor:
-            return torch.tensor([[*row, *[filling] * (width - len(row))] for row in rows])
-
-        return Batch(
-            padded([example.input_ids for example in chosen], self._padding),
-            padded([(1,) * len(example.input_ids) for example in chosen], 0),
-            padded([example.labels for example in chosen], IGNORED),
-        )
+        return Batch.of(chosen, self._padding)
 
     def epochs(self, numbers: range) -> range:
         """Of which epochs, from 0, some batches are."""

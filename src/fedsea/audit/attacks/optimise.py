@@ -59,10 +59,7 @@ class Optimise(Attack):
 
         def loss() -> Tensor:
             optimizer.zero_grad()
-            states = protected(
-                blocks.narrowed(blocks.run_layers(embeddings.unsqueeze(0), shape, None, blocks.layers)[0]),
-                knowledge.noise,
-            )
+            states = protected(blocks.run_embedded(embeddings.unsqueeze(0), shape, None)[0], knowledge.noise)
             apart: Tensor = ((states - observed).square() * weights).sum()
             apart.backward()
             return apart

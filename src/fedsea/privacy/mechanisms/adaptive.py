@@ -62,6 +62,10 @@ class AdaptiveGaussianNoise(Noise):
         return dataclasses.replace(self, level=strength)
 
     @property
+    def family(self) -> str:
+        return f"adaptive:clip={self.clip!r},epochs={self.epochs}"
+
+    @property
     def channel(self) -> Channel:
         return self.require_absolute().channel
 

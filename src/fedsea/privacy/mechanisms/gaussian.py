@@ -47,6 +47,10 @@ class GaussianNoise(Noise):
         return dataclasses.replace(self, std=strength)
 
     @property
+    def family(self) -> str:
+        return "relative" if self.unit is Unit.RELATIVE else "gaussian"
+
+    @property
     def alters(self) -> bool:
         return self.std != 0
 
