@@ -10,11 +10,11 @@ import pytest
 
 from fedsea import GaussianNoise, Partition
 from fedsea.audit import Auditor, Plan, Report
-from fedsea.audit.charts import HEIGHT, LINE, WIDTH, Chart, Curve, family, rounded_up, spaced
+from fedsea.audit.charts import HEIGHT, LINE, WIDTH, Chart, Curve, rounded_up, spaced
 from fedsea.audit.page import environment, page
 from fedsea.audit.report import share
 from fedsea.cli import run as command
-from fedsea.privacy import RelativeGaussianNoise
+from fedsea.privacy import RelativeGaussianNoise, parse_mechanism
 from tests.support.html import Page
 
 HOSTILE = 'Pay <script>alert("x")</script> & <b>Mr. Voss</b> at once'
@@ -93,7 +93,7 @@ def test_the_page_of_a_training_says_what_gradients_tell(trained: Report) -> Non
     ],
 )
 def test_a_family_is_named_without_its_strength(mechanism: str, name: str) -> None:
-    assert family(mechanism) == name
+    assert parse_mechanism(mechanism).family == name
 
 
 def test_a_chart_is_well_formed_and_stays_within_itself() -> None:
