@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from flwr.app import Array, Message, RecordDict
 from torch import nn
 
 from fedsea.checkpoints import open_checkpoint
@@ -21,17 +22,7 @@ from fedsea.wire.codec import MAX_WEIGHT
 from fedsea.wire.rounds import RoundPlan, new_seat
 from fedsea.wire.runs import OptimizerStep
 from tests.conftest import RunningServer
-from tests.support.federation_fakes import (
-    MIXED,
-    FakeServer,
-    Run,
-    Weights,
-    World,
-    assert_same,
-    averaged,
-    clients,
-    trained,
-)  # fmt: skip
+from tests.support.federation_fakes import MIXED, FakeServer, Run, World, assert_same, clients, trained
 from tests.support.rounds import invite, seated, together
 from tests.support.split_training import batch, lora, train
 
@@ -44,11 +35,10 @@ def test_a_member_cannot_take_another_s_name(tmp_path: Path, order: tuple[int, .
     """Whichever answers first: who is who is known from the keys that the SuperLink has registered."""
     members = [clients(*MIXED)[place] for place in order]
     registered = ", ".join(f"{member.name}={node}" for node, member in enumerate(members, 1))
-    run = Run(tmp_path, World(members, [FakeServer()]), members=registered, max_examples=20, rounds=2)
+    run = Run(tmp_path, World(members, [FakeServer()]), members=registered, rounds=2)
     liar = next(member for member in members if member.name == "bob")
-    liar.name = "ann"
-    honest = [member for member in members if member is not liar]
-    assert_same(run.start(), averaged(averaged(run.first(), honest), honest))
+    liar.says = {"name": "ann"}
+    run.check("bob")
     for line in run.rounds():
         assert line["refused"] == {"bob": "it says that it is ann, and is not registered under this name"}
         assert sorted(line["clients"]) == ["ann", "cyd"]
@@ -61,28 +51,27 @@ def test_a_client_that_the_superlink_does_not_know_is_not_admitted(tmp_path: Pat
 
 
 def test_examples_count_up_to_the_coordinator_s_cap(tmp_path: Path) -> None:
-    server = FakeServer()
-    run = Run(tmp_path, World(clients(*MIXED), [server]), max_examples=20)
+    run = Run(tmp_path, max_examples=20)
     run.clients[1].examples = 10**12
     found = run.start()
     run.clients[1].examples = 20
     assert_same(found, run.expected())
-    assert server.aggregated == [("fakes.1", {"ann": 10.0, "bob": 20.0, "cyd": 5.0})]
+    assert run.server.aggregated == [("fakes.1", {"ann": 10.0, "bob": 20.0, "cyd": 5.0})]
     assert any("1000000000000 examples" in notice for notice in run.notices)
 
 
 def test_examples_in_a_reply_are_those_of_the_admission(tmp_path: Path) -> None:
     run = Run(tmp_path)
-    run.clients[1].spoil = lambda _weights, metrics: metrics.update({"num-examples": 3000})
+    run.clients[1].spoil = lambda _message, content: content["metrics"].update({"num-examples": 3000})
     run.check("bob")
     assert "3000 examples, and was admitted with 30" in run.rounds()[0]["dropped"]["bob"]
 
 
 @pytest.mark.parametrize("size", [1e6, 3e38])
 def test_an_update_counts_as_far_as_a_training_can_go(tmp_path: Path, size: float) -> None:
-    def exaggerate(weights: Weights, _metrics: dict[str, Any]) -> None:
-        for name in weights:
-            weights[name] = np.full_like(weights[name], size)
+    def exaggerate(_message: Message, content: RecordDict) -> None:
+        for name, array in content["arrays"].items():
+            content["arrays"][name] = Array(np.full(array.shape, size, np.float32))
 
     run = Run(tmp_path, lr=0.5, local_steps=2)
     run.clients[1].spoil = exaggerate

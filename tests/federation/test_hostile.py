@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, Error, Message, MetricRecord, RecordDict
 
 from fedsea.federation.coordinator.status import read_status
-from tests.support.federation_fakes import MIXED, FakeServer, Run, World, clients
+from fedsea.partition import Partition
+from tests.support.federation_fakes import FINGERPRINT, MIXED, FakeClient, FakeServer, Run, World, clients
 
-Reply = Callable[[Message], Message]
-Change = Callable[[RecordDict], Any]
+Spoil = Callable[[Message, RecordDict], Any]
 
 
 def saved(save: Callable[..., None], *values: Any, **named: Any) -> bytes:
@@ -24,19 +23,42 @@ def saved(save: Callable[..., None], *values: Any, **named: Any) -> bytes:
     return stream.getvalue()
 
 
-def data_of_first(data: bytes, shape: tuple[int, ...] = (2, 64)) -> Change:
-    """Other bytes in place of the first array."""
+def first(change: Callable[[ArrayRecord, str], Any]) -> Spoil:
+    """A change of the first array, by its name."""
+    return lambda _message, content: change(content["arrays"], min(content["arrays"]))
 
-    def change(content: RecordDict) -> None:
-        name = min(content["arrays"])
-        content["arrays"][name] = Array(dtype="float32", shape=shape, stype="numpy.ndarray", data=data)
+
+def array(value: np.ndarray) -> Spoil:
+    """Another first array."""
+    return first(lambda arrays, name: arrays.__setitem__(name, Array(value)))
+
+
+def data(written: bytes) -> Spoil:
+    """Other bytes in place of the first array's."""
+    fake = Array(dtype="float32", shape=(2, 64), stype="numpy.ndarray", data=written)
+    return first(lambda arrays, name: arrays.__setitem__(name, fake))
+
+
+def metrics(**changed: Any) -> Spoil:
+    """Other metrics; None removes one."""
+
+    def change(_message: Message, content: RecordDict) -> None:
+        for name, value in changed.items():
+            content["metrics"].pop(name.replace("_", "-"))
+            if value is not None:
+                content["metrics"][name.replace("_", "-")] = value
 
     return change
 
 
-def metrics(**changed: Any) -> Change:
-    """Other metrics."""
-    return lambda content: content["metrics"].update({name.replace("_", "-"): value for name, value in changed.items()})
+def records(change: Callable[[RecordDict], Any]) -> Spoil:
+    """A change of the reply's records."""
+    return lambda _message, content: change(content)
+
+
+def error(code: int, reason: str | None = None) -> Spoil:
+    """An error in place of the reply."""
+    return lambda message, _content: Message(Error(code, reason), reply_to=message)
 
 
 def header(text: str) -> bytes:
@@ -44,79 +66,61 @@ def header(text: str) -> bytes:
     return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode()
 
 
-PLAIN = saved(np.save, np.zeros((2, 64), np.float32))
-NPZ = saved(np.savez, x=np.zeros((2, 64), np.float32))
-HUGE = header("{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000, 64), }\n")
-CHANGES: dict[str, Change] = {
-    "an .npz": data_of_first(NPZ),
-    "a compressed .npz": data_of_first(saved(np.savez_compressed, x=np.zeros((2, 64), np.float32))),
-    "a pickle": data_of_first(saved(lambda stream, value: np.save(stream, value, allow_pickle=True), np.array([{}]))),
-    "an array of a petabyte": data_of_first(HUGE),
-    "nothing": data_of_first(b""),
-    "half an array": data_of_first(PLAIN[:-9]),
-    "noise": data_of_first(bytes(range(256)) * 3),
-    "a header that is no header": data_of_first(header("[]\n") + PLAIN),
-    "a header with code": data_of_first(header("__import__('os').abort()\n") + PLAIN),
-    "a structure": data_of_first(saved(np.save, np.zeros(2, [("a", "<f4"), ("b", "<f4", 63)]))),
-    "text": data_of_first(saved(np.save, np.array(["x" * 64] * 2))),
-    "big endian": data_of_first(saved(np.save, np.zeros((2, 64), ">f4"))),
-    "infinity": data_of_first(saved(np.save, np.full((2, 64), np.inf, np.float32))),
-    "a list for a count": metrics(num_examples=[3]),
-    "a count beyond every data set": metrics(num_examples=2**62),
-    "bytes beyond every link": metrics(bytes_up=1e300),
-    "a loss beyond float32": metrics(train_loss=-1e300),
-    "no records": lambda content: [content.pop(name) for name in list(content)],
-    "two records of arrays": lambda content: content.__setitem__("more", ArrayRecord({})),
-    "two records of metrics": lambda content: content.__setitem__("more", MetricRecord({"num-examples": 1})),
-    "no arrays": lambda content: content["arrays"].clear(),
-}
-
-
-def changed(change: Change) -> Reply:
-    """A reply as it should be, but for one thing."""
-
-    def reply(message: Message) -> Message:
-        names = {name: Array(np.zeros(array.shape, np.float32)) for name, array in message.content["arrays"].items()}
-        figures = {"num-examples": 30, "train-loss": 1.0, "steps": 3, "tokens": 9, "seconds": 0.1}
-        figures |= {"bytes-up": 5, "bytes-down": 5}
-        content = RecordDict({"arrays": ArrayRecord(names), "metrics": MetricRecord(figures)})
-        change(content)
-        return Message(content, reply_to=message)
-
-    return reply
-
-
-REPLIES: dict[str, Reply] = {
-    **{name: changed(change) for name, change in CHANGES.items()},
-    "an error without a reason": lambda message: Message(Error(77), reply_to=message),
-    "an endless reason": lambda message: Message(Error(2, "\x1b[2J" + "patience " * 50_000), reply_to=message),
-}
-
-
-class HostileWorld(World):
-    """Bob's replies are given; one that is None cannot be built by Flower, as one of broken objects."""
-
-    def __init__(self, replies: list[Reply | None]) -> None:
-        super().__init__(clients(*MIXED), [FakeServer()])
-        self.replies = replies
-
-    def __call__(self, message: Message, context: Context) -> Message | None:
-        if context.node_id == 2 and message.metadata.message_type == "train":
-            reply = self.replies.pop(0)
-            return Broken(message) if reply is None else reply(message)
-        return super().__call__(message, context)
-
-
 class Broken:
-    """Stands for a reply whose objects are none: pulling it raises."""
+    """Stands for a reply whose objects are none: pulling it raises, as Flower does when it builds the message."""
 
     def __init__(self, message: Message) -> None:
         self.metadata = message.metadata
 
 
-def pulls_break(run: Run) -> None:
-    """Have the grid raise for what is broken, as Flower does when it builds a message from a client's objects."""
-    pull = run.grid.pull_messages
+ZEROS = np.zeros((2, 64), np.float32)
+PLAIN = saved(np.save, ZEROS)
+HUGE = header("{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000, 64), }\n")
+MIDDLE = "model.layers.3.self_attn.q_proj.lora_A.weight"
+BAD, NUMBER, LARGE = "cannot be read", "is no finite number", "a number is too large"
+REPLIES: list[tuple[Spoil, str]] = [
+    (data(saved(np.savez, x=ZEROS)), BAD),
+    (data(saved(np.savez_compressed, x=ZEROS)), BAD),
+    (data(saved(lambda stream, value: np.save(stream, value, allow_pickle=True), np.array([{}]))), "is object"),
+    (data(HUGE), "is float32 [1000000000000, 64]"),
+    (data(b""), BAD),
+    (data(PLAIN[:-9]), BAD),
+    (data(bytes(range(256)) * 3), BAD),
+    (data(header("[]\n") + PLAIN), BAD),
+    (data(header("__import__('os').abort()\n") + PLAIN), BAD),
+    (data(saved(np.save, np.zeros(2, [("a", "<f4"), ("b", "<f4", 63)]))), "not float32"),
+    (data(saved(np.save, np.array(["x" * 64] * 2))), "is <U64"),
+    (data(saved(np.save, ZEROS.astype(">f4"))), "is >f4"),
+    (array(np.full((2, 64), np.inf, np.float32)), "is not finite"),
+    (array(np.full((2, 64), np.nan, np.float32)), "is not finite"),
+    (array(np.zeros((3, 3), np.float32)), "is float32 [3, 3], not float32 [2, 64]"),
+    (array(np.zeros((2, 64))), "is float64"),
+    (first(lambda arrays, name: arrays.pop(name)), "its adapter lacks"),
+    (records(lambda content: content["arrays"].__setitem__(MIDDLE, Array(ZEROS))), f"its adapter also has {MIDDLE}"),
+    (records(lambda content: content["arrays"].clear()), "its adapter lacks"),
+    (records(lambda content: content.clear()), "0 records of arrays and 0 of metrics"),
+    (records(lambda content: content.__setitem__("more", ArrayRecord({}))), "2 records of arrays"),
+    (records(lambda content: content.__setitem__("more", MetricRecord({"num-examples": 1}))), "2 of metrics"),
+    (metrics(num_examples=[3]), NUMBER),
+    (metrics(num_examples=float("inf")), f"its num-examples {NUMBER}"),
+    (metrics(num_examples=0), "it has no examples"),
+    (metrics(num_examples=-5), "it has no examples"),
+    (metrics(num_examples=2**62), LARGE),
+    (metrics(bytes_up=1e300), LARGE),
+    (metrics(train_loss=-1e300), LARGE),
+    (metrics(train_loss=None), f"its train-loss {NUMBER}"),
+    (metrics(train_loss=float("nan")), f"its train-loss {NUMBER}"),
+    (metrics(train_loss=[1.0]), f"its train-loss {NUMBER}"),
+    (error(77), "error 77 without a reason"),
+    (error(2, "\x1b[2J" + "patience " * 50_000), "patience patience"),
+    (lambda message, _content: Broken(message), "its answer cannot be read"),
+]
+
+
+def test_whatever_one_member_answers_the_others_go_on(tmp_path: Path) -> None:
+    run = Run(tmp_path, rounds=len(REPLIES))
+    replies, pull = iter(REPLIES), run.grid.pull_messages
+    run.clients[1].spoil = lambda message, content: next(replies)[0](message, content)
 
     def pull_messages(identifiers: Iterable[str]) -> list[Message]:
         found = pull(identifiers)
@@ -125,52 +129,68 @@ def pulls_break(run: Run) -> None:
         return found
 
     run.grid.pull_messages = pull_messages  # type: ignore[method-assign]
-
-
-def test_whatever_one_member_answers_the_others_go_on(tmp_path: Path) -> None:
-    world = HostileWorld([*REPLIES.values(), None])
-    run = Run(tmp_path, world, rounds=len(REPLIES) + 1)
-    pulls_break(run)
     run.check("bob")
-    for kind, line in zip([*REPLIES, "broken objects"], run.rounds(), strict=True):
-        assert sorted(line["clients"]) == ["ann", "cyd"], kind
-        assert line["dropped"].keys() == {"bob"}, kind
+    # The middle's average is without it as well.
+    assert [counted for _, counted in run.server.aggregated] == [{"ann": 10, "cyd": 5}] * len(REPLIES)
+    for (_, reason), line in zip(REPLIES, run.rounds(), strict=True):
+        assert sorted(line["clients"]) == ["ann", "cyd"], reason
+        assert line["dropped"].keys() == {"bob"}, reason
         why = line["dropped"]["bob"]
-        assert why.isprintable(), kind
-        assert 5 < len(why) < 600, kind
+        assert reason in why
+        assert why.isprintable()
+        assert len(why) < 600
+        assert any(f"client bob does not count: {why}" in notice for notice in run.notices)
     assert all(notice.isprintable() and len(notice) < 700 for notice in run.notices)
     assert json.dumps(read_status(run.folder).to_body())
 
 
-DESCRIPTIONS: dict[str, Any] = {
-    "no text": 3,
-    "deep": "[" * 100_000,
-    "no object": "[1, 2]",
-    "broken": "{",
-    "a name with a line": {"name": "bob\x1b[2J\nann is gone"},
-    "an endless name": {"name": "b" * 100_000},
-    "examples beyond every data set": {"examples": 10**300},
-    "a fingerprint that is none": {"fingerprint": "[" * 50_000},
-    "wishes without end": {"lora": {"x" * 100_000: "\x1b[2J"}},
-    "a partition of text": {"partition": ["1", "1"]},
-    "a partition below 0": {"partition": [-1, 1]},
-}
+def other_model(**groups: str) -> str:
+    whole = json.loads(FINGERPRINT.to_json())
+    return json.dumps(whole | {"groups": whole["groups"] | groups})
 
 
-@pytest.mark.parametrize("kind", DESCRIPTIONS)
-def test_whatever_one_member_says_of_itself_the_others_begin(tmp_path: Path, kind: str) -> None:
-    class Describing(World):
-        def __call__(self, message: Message, context: Context) -> Message | None:
-            if context.node_id == 2 and message.metadata.message_type == "query":
-                told = DESCRIPTIONS[kind]
-                if isinstance(told, dict):
-                    told = json.dumps(self.clients[1].describe() | told)
-                config = ConfigRecord({"description": told})
-                return Message(RecordDict({"config": config}), reply_to=message)
-            return super().__call__(message, context)
+DESCRIPTIONS: list[tuple[Any, str]] = [
+    (3, "must be a JSON object"),
+    ("[" * 100_000, BAD),
+    ("[1, 2]", "what the client says of itself must be a JSON object"),
+    ("{", BAD),
+    ({"name": "bob\x1b[2J\nann is gone"}, "letters, digits"),
+    ({"name": "b" * 100_000}, "'name' must be a text"),
+    ({"name": "b/../ob"}, "letters, digits"),
+    ({"name": "ann"}, "another client has its name"),
+    ({"examples": 0}, "'examples' must be a whole number"),
+    ({"examples": 10**300}, "'examples' must be a whole number"),
+    ({"fingerprint": "[" * 50_000}, ""),
+    ({"fingerprint": other_model(**{"2": "0" * 32})}, "another model: layer 2 differs"),
+    ({"fingerprint": FINGERPRINT.to_json().replace(FINGERPRINT.config, "0" * 32)}, "the configuration differs"),
+    ({"task": "boolq"}, "learns the task cb, it has boolq"),
+    ({"schema": "0"}, "learns the task cb, it has another version of it"),
+    ({"lora": {"r": 16}}, "insists on an adapter with r=16; the federation trains 2"),
+    ({"lora": {"x" * 100_000: "\x1b[2J"}}, "insists on an adapter with xxx"),
+    ({"partition": ["1", "1"]}, "'partition' must be"),
+    ({"partition": [-1, 1]}, "'partition' must be"),
+    ({"partition": [3, 3]}, "no middle blocks"),
+    ({"partition": [9, 0]}, "more than the model's 6"),
+    ({"partition": [0, 1]}, "no block server holds its middle blocks, layers 0"),
+]
 
-    run = Run(tmp_path, Describing(clients(*MIXED), [FakeServer()]))
-    run.check("bob")
+
+def test_whatever_members_say_of_themselves_the_others_begin(tmp_path: Path) -> None:
+    strange = [FakeClient(f"m{number}", Partition(1, 1), 7) for number in range(len(DESCRIPTIONS))]
+    for client, (says, _) in zip(strange, DESCRIPTIONS, strict=True):
+        client.says = says
+    world = World([*clients(*MIXED), *strange], [FakeServer(layers=range(1, 6))])
+    run = Run(tmp_path, world, task="cb", rounds=2)
+    run.check(*(client.name for client in strange))
+    assert not any(client.bodies for client in strange)
+    for line in run.rounds():
+        assert sorted(line["clients"]) == ["ann", "bob", "cyd"]
+        assert len(line["refused"]) == len(DESCRIPTIONS)
+        for node, (client, (says, reason)) in enumerate(zip(strange, DESCRIPTIONS, strict=True), 4):
+            names = f"node {node}", says.get("name", client.name) if isinstance(says, dict) else client.name
+            (why,) = (line["refused"][name] for name in names if name in line["refused"])
+            assert reason in why
+            assert sum(f"refused: {why}" in notice for notice in run.notices) >= 1
     refused = run.rounds()[0]["refused"]
-    assert len(refused) == 1
     assert all(len(one) < 600 and one.isprintable() for one in (*refused, *refused.values(), *run.notices))
+    assert sum("is refused" in notice for notice in run.notices) == len(DESCRIPTIONS)  # each once

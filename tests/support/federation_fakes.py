@@ -28,6 +28,7 @@ from tests.support.flower_grid import InProcessGrid
 
 MODEL, LAYERS = "random:tiny", 6
 FINGERPRINT: Fingerprint = open_checkpoint(MODEL).fingerprint()
+Weights = dict[str, np.ndarray]
 
 
 def trained(name: str, before: np.ndarray, client: str) -> np.ndarray:
@@ -42,7 +43,7 @@ class FakeServer:
     def __init__(self, address: str = "127.0.0.1:1", layers: range = range(LAYERS)) -> None:
         self.address, self.layers = address, layers
         self.plans: dict[str, RoundPlan] = {}
-        self.weights: dict[str, dict[str, np.ndarray]] = {}
+        self.weights: dict[str, Weights] = {}
         self.finished: dict[str, dict[str, Partition]] = {}
         self.opened: list[str] = []
         self.closed: list[str] = []
@@ -51,6 +52,7 @@ class FakeServer:
         self.fails: FedSEAError | None = None
         self.spoiled: set[str] = set()
         self.silent: dict[str, float] = {}
+        self.ignored: set[str] = set()
 
     def describe(self) -> ServerDescription:
         return ServerDescription(FINGERPRINT.restrict(self.layers), self.layers, LAYERS)
@@ -59,23 +61,23 @@ class FakeServer:
         if self.down:
             raise ServerUnavailableError(f"nobody answers at {self.address}")
         self.opened.append(plan.label)
-        self.plans[plan.label] = plan
+        self.plans[plan.label], self.finished[plan.label] = plan, {}
         self.weights[plan.label] = {name: weight.numpy().copy() for name, weight in weights.items()}
-        self.finished[plan.label] = {}
 
     def finish(self, ticket: Ticket, partition: Partition) -> None:
         """A client takes its seat, trains and finishes."""
         label = ticket.run.removesuffix(f".{ticket.client}")
         seats = {seat.client: seat for seat in self.plans[label].members}
         assert seats[ticket.client].admits(ticket.token)
-        self.finished[label][ticket.client] = partition
+        if ticket.client not in self.ignored:
+            self.finished[label][ticket.client] = partition
 
     def status(self, label: str) -> RoundStatus:
-        done = self.finished[label]
         members = []
         for name in (seat.client for seat in self.plans[label].members):
-            state = "finished" if name in done else "joined" if name in self.silent else "expected"
-            members.append(MemberStatus(name, state, 3, False, 10, 20, self.silent.get(name, 0.0)))
+            done, silent = name in self.finished[label], self.silent.get(name, 0.0)
+            state: Any = "finished" if done else "joined" if silent else "expected"
+            members.append(MemberStatus(name, state, 3, False, 10, 20, silent))
         return RoundStatus(label, self.plans[label].strategy, tuple(members))
 
     def aggregate(self, label: str, weights: Mapping[str, float]) -> dict[str, Tensor]:
@@ -86,18 +88,14 @@ class FakeServer:
         if named := sorted(self.spoiled & weights.keys()):
             raise NonFiniteError(f"the middle's weights are not finite: {', '.join(named)}")
         self.aggregated.append((label, dict(weights)))
-        total: dict[str, Any] = {}
+        average = {}
         for name, before in self.weights[label].items():
-            parts = [
-                (weight, trained(name, before, client))
-                for client, weight in weights.items()
-                if layer_of(name) in self.finished[label][client].middle(LAYERS)
-            ]
-            if parts:
-                share = sum(weight for weight, _ in parts)
-                total[name] = sum(weight * value.astype(np.float64) for weight, value in parts) / share
+            held = [one for one in weights if layer_of(name) in self.finished[label][one].middle(LAYERS)]
+            if held:
+                total = sum(weights[one] * trained(name, before, one).astype(np.float64) for one in held)
+                average[name] = torch.from_numpy((total / sum(weights[one] for one in held)).astype(np.float32))
         del self.plans[label]
-        return {name: torch.from_numpy(value.astype(np.float32)) for name, value in total.items()}
+        return average
 
     def close_round(self, label: str) -> None:
         self.closed.append(label)
@@ -109,25 +107,26 @@ class FakeClient:
 
     def __init__(self, name: str, partition: Partition, examples: int) -> None:
         self.name, self.partition, self.examples = name, partition, examples
-        self.fingerprint, self.task = FINGERPRINT, "cb"
-        self.schema = task_schema(get_task("cb"))
-        self.lora: dict[str, Any] | None = None
-        self.spoil: Callable[[dict[str, np.ndarray], dict[str, Any]], None] = lambda _weights, _metrics: None
+        self.says: Any = {}  # of itself, in place of what is true; a text in place of all
+        self.spoil: Callable[[Message, RecordDict], Any] = lambda _message, _content: None  # or gives another reply
         self.answers = True
         self.error: str | None = None
         self.bodies: list[dict[str, Any]] = []
         self.received: list[set[str]] = []
 
-    def describe(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "partition": [self.partition.input_layers, self.partition.output_layers],
-            "examples": self.examples,
-            "fingerprint": self.fingerprint.to_json(),
-            "task": self.task,
-            "schema": self.schema,
-            "lora": self.lora,
-        }
+    def describe(self) -> Any:
+        if not isinstance(self.says, dict):
+            return self.says
+        body = {"name": self.name, "partition": [self.partition.input_layers, self.partition.output_layers]}
+        body |= {"examples": self.examples, "fingerprint": FINGERPRINT.to_json()}
+        return json.dumps(body | {"task": "cb", "schema": task_schema(get_task("cb")), "lora": None} | self.says)
+
+    def train(self, message: Message) -> RecordDict:
+        weights = {name: trained(name, array.numpy(), self.name) for name, array in message.content["arrays"].items()}
+        metrics = {"num-examples": self.examples, "train-loss": 1.0 + self.examples, "steps": 3, "tokens": 30}
+        metrics |= {"bytes-up": 100, "bytes-down": 200, "seconds": 0.5}
+        arrays = ArrayRecord({name: Array(value) for name, value in weights.items()})
+        return RecordDict({"arrays": arrays, "metrics": MetricRecord(metrics)})
 
 
 class World:
@@ -144,11 +143,10 @@ class World:
             return None
         kind = message.metadata.message_type
         if kind == "query":
-            config = ConfigRecord({"description": json.dumps(client.describe())})
+            config = ConfigRecord({"description": client.describe()})
             return Message(RecordDict({"config": config}), reply_to=message)
-        body = json.loads(message.content["config"]["fedsea"]) | {
-            key: value for key, value in message.content["config"].items() if key != "fedsea"
-        }
+        config = dict(message.content["config"])
+        body = json.loads(config.pop("fedsea")) | config
         with self.lock:
             client.bodies.append(body)
             client.received.append(set(message.content["arrays"]))
@@ -165,31 +163,15 @@ class World:
             return Message(Error(2, client.error), reply_to=message)
         ticket = Ticket.from_body(body["ticket"])
         assert ticket.client == client.name
-        weights = {name: trained(name, array.numpy(), client.name) for name, array in message.content["arrays"].items()}
-        metrics: dict[str, Any] = {
-            "num-examples": client.examples,
-            "train-loss": 1.0 + client.examples,
-            "steps": 3,
-            "tokens": 30,
-            "bytes-up": 100,
-            "bytes-down": 200,
-            "seconds": 0.5,
-        }
-        client.spoil(weights, metrics)
+        content = client.train(message)
+        other = client.spoil(message, content)
         with self.lock:
             self.servers[ticket.server].finish(ticket, client.partition)
-        content = {
-            "arrays": ArrayRecord({name: Array(value) for name, value in weights.items()}),
-            "metrics": MetricRecord(metrics),
-        }
-        return Message(RecordDict(content), reply_to=message)
+        return other if hasattr(other, "metadata") else Message(content, reply_to=message)
 
     def _evaluate(self, client: FakeClient, message: Message) -> Message:
         metrics = {"num-examples": client.examples, "accuracy": client.examples / 100}
         return Message(RecordDict({"metrics": MetricRecord(metrics)}), reply_to=message)
-
-
-Weights = dict[str, np.ndarray]
 
 
 def clients(*given: tuple[int, int, int]) -> list[FakeClient]:
@@ -207,21 +189,12 @@ class Run:
     def __init__(self, tmp_path: Path, world: World | None = None, **settings: Any) -> None:
         self.notices: list[str] = []
         self.world = world if world is not None else World(clients(*MIXED), [FakeServer()])
-        self.clients, self.server = self.world.clients, next(iter(self.world.servers.values()), None)
+        self.clients, self.server = self.world.clients, next(iter(self.world.servers.values()))
         self.grid = InProcessGrid(self.world, len(self.clients))
-        given = {
-            "name": "fakes",
-            "model": "random:tiny",
-            "servers": ",".join(self.world.servers),
-            "lora_rank": 2,
-            "lora_targets": "q_proj,o_proj",
-            "lr": 1.0,  # `trained` goes farther than a training would
-            "rounds": 1,
-            "clients": len(self.clients),
-            "output": str(tmp_path / "out"),
-            "join_seconds": 5.0,
-            "straggler_seconds": 5.0,
-        }
+        given = {"name": "fakes", "model": MODEL, "servers": ",".join(self.world.servers), "rounds": 1}
+        given |= {"lora_rank": 2, "lora_targets": "q_proj,o_proj", "lr": 1.0}  # `trained` goes farther than trainings
+        given |= {"clients": len(self.clients), "output": str(tmp_path / "out")}
+        given |= {"join_seconds": 5.0, "straggler_seconds": 5.0}
         self.settings = Settings(**(given | settings))
         self.folder = Path(self.settings.output)
 
@@ -235,7 +208,7 @@ class Run:
 
     def first(self) -> Weights:
         """The adapter before the first round, as every part of FedSEA would start it."""
-        config = open_checkpoint("random:tiny").config
+        config = open_checkpoint(MODEL).config
         spec = AdapterSpec.from_config(lora_config(self.settings.lora()), config, self.settings.seed)
         whole = AutoModelForCausalLM.from_config(config)
         spec.put_on(whole, range(LAYERS))

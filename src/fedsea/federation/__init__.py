@@ -29,34 +29,28 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fedsea.federation.coordinator.block_server_admin import BlockServerAdmin as BlockServerAdmin
-    from fedsea.federation.coordinator.deployment import Deployment as Deployment
-    from fedsea.federation.coordinator.status import FederationStatus as FederationStatus
-    from fedsea.federation.coordinator.status import read_status as read_status
-    from fedsea.federation.coordinator.up import Federation as Federation
-    from fedsea.federation.coordinator.up_options import UpOptions as UpOptions
-    from fedsea.federation.owner.join import OwnerProcess as OwnerProcess
-    from fedsea.federation.owner.join import kept_running as kept_running
-    from fedsea.federation.owner.participant_options import ParticipantOptions as ParticipantOptions
-    from fedsea.federation.owner.private_adapter import read_private_adapter as read_private_adapter
-    from fedsea.federation.owner.shards import Sharding as Sharding
-    from fedsea.federation.owner.shards import read_shard as read_shard
-    from fedsea.federation.settings import Settings as Settings
+    from fedsea.federation.coordinator.block_server_admin import BlockServerAdmin
+    from fedsea.federation.coordinator.deployment import Deployment
+    from fedsea.federation.coordinator.status import FederationStatus, read_status
+    from fedsea.federation.coordinator.up import Federation
+    from fedsea.federation.coordinator.up_options import UpOptions
+    from fedsea.federation.owner.join import OwnerProcess, kept_running
+    from fedsea.federation.owner.participant_options import ParticipantOptions
+    from fedsea.federation.owner.private_adapter import read_private_adapter
+    from fedsea.federation.owner.shards import Sharding, read_shard
+    from fedsea.federation.settings import Settings
 
 _HOMES = {
-    "BlockServerAdmin": "coordinator.block_server_admin",
-    "Deployment": "coordinator.deployment",
-    "Federation": "coordinator.up",
-    "FederationStatus": "coordinator.status",
-    "OwnerProcess": "owner.join",
-    "ParticipantOptions": "owner.participant_options",
-    "Settings": "settings",
-    "Sharding": "owner.shards",
-    "UpOptions": "coordinator.up_options",
-    "kept_running": "owner.join",
-    "read_private_adapter": "owner.private_adapter",
-    "read_shard": "owner.shards",
-    "read_status": "coordinator.status",
+    "coordinator.block_server_admin": ("BlockServerAdmin",),
+    "coordinator.deployment": ("Deployment",),
+    "coordinator.status": ("FederationStatus", "read_status"),
+    "coordinator.up": ("Federation",),
+    "coordinator.up_options": ("UpOptions",),
+    "owner.join": ("OwnerProcess", "kept_running"),
+    "owner.participant_options": ("ParticipantOptions",),
+    "owner.private_adapter": ("read_private_adapter",),
+    "owner.shards": ("Sharding", "read_shard"),
+    "settings": ("Settings",),
 }
 __all__ = [
     "BlockServerAdmin",
@@ -77,6 +71,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Import a name when it is first used: a ClientApp is started for every message, and needs no torch."""
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{home}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

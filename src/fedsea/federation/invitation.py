@@ -15,28 +15,14 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
 
 @dataclass(frozen=True)
 class Invitation:
-    """What a data owner's folder says.
-
-    Attributes
-    ----------
-    federation, client
-        Names.
-    model
-        Of the federation; a data owner may have its own copy of it.
-    task
-        That all learn; empty if the coordinator leaves it open.
-    superlink
-        `HOST:PORT` of Flower's SuperLink.
-    servers
-        Addresses of the block servers.
-    """
+    """What a data owner's folder says."""
 
     federation: str
     client: str
-    model: str
-    task: str
-    superlink: str
-    servers: tuple[str, ...]
+    model: str  # of the federation; a data owner may have its own copy of it
+    task: str  # that all learn; empty if the coordinator leaves it open
+    superlink: str  # `HOST:PORT` of Flower's
+    servers: tuple[str, ...]  # addresses of the block servers
 
     @classmethod
     def read(cls, folder: Path) -> "Invitation":

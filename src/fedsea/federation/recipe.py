@@ -80,12 +80,9 @@ class LocalRecipe:
 
 
 def lora_config(body: Any) -> "LoraConfig":
-    """The adapter of a round, from what `Settings.lora` made. Only plain names of modules pass, no patterns.
+    """The adapter of a round, from what `Settings.lora` made; ProtocolError if it is anything else.
 
-    Raises
-    ------
-    ProtocolError
-        If it is anything else.
+    Only plain names of modules pass, no patterns.
     """
     from peft import LoraConfig
 

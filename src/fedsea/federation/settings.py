@@ -29,110 +29,46 @@ _BELOW_ONE = ("lora_dropout", "dp_delta")
 
 @dataclass(frozen=True)
 class Settings:
-    """A federation's run configuration. Text is empty, and a number 0, where nothing is chosen.
+    """A federation's run configuration; UsageError if a value cannot be used.
 
-    Attributes
-    ----------
-    name
-        Of the federation: rounds at block servers are called after it.
-    model, task
-        What `fedsea serve` serves (the coordinator reads its configuration only), and the clients' task; empty for that
-        of the first client.
-    servers, dial
-        Addresses of the block servers, `HOST:PORT`, with commas between them; and where the coordinator itself connects
-        to for them, in the same order, empty for the same addresses.
-    credentials, insecure
-        The coordinator's folder of `fedsea credentials init`; or no TLS, on this machine only.
-    mode
-        `server-hierarchical`, `client-batch` or `sequential`: how the middle is trained.
-    strategy, strategy_options
-        One of Flower's (`FedAvg`, `FedProx`, `FedAdam`, ...), and its options, as `eta=0.01, tau=0.001`.
-    rounds
-        In all, those before a restart included.
-    clients, min_clients
-        Clients needed to start the first round, and later ones.
-    members
-        Which client each of Flower's nodes is, as the SuperLink has registered it: `ward-a=123, ward-b=456`. Empty
-        where that is not known; then a client is believed its name.
-    max_examples
-        A client that says it has more counts as one with as many.
-    max_norm
-        In `client-batch`: the norm with which a client's gradient of one step counts at most. 0 for any.
-    reach
-        A client's update of its own blocks counts up to `reach` x lr x local-steps for each weight. AdamW does not go
-        farther than 7.3, so 8 cuts nothing that was trained; more where clients add noise of their own. 0 for no limit.
-    fraction_train, fraction_evaluate
-        Share of the clients that takes part in a round, and in an evaluation.
-    clients_at_once
-        Clients that train at a time, the others of the round after them; 0 for all. In simulation: Ray's actors.
-    seed
-        Decides where the adapter starts, and how simulated clients' data are cut.
-    wait_seconds
-        How long the first round waits for clients while nothing changes: then the federation ends, and says who is
-        missing or refused. 0 for ever.
-    join_seconds, straggler_seconds
-        How long a round waits for a client that does not come, and for one that has come and is silent.
-    round_seconds
-        The longest that a round may take.
-    lora_rank, lora_alpha, lora_dropout, lora_targets, lora_kind
-        The adapter: as `fedsea finetune` has them; an alpha of 0 is twice the rank.
-    adapter
-        A PEFT adapter's folder whose weights to start from; it must be as the lora settings say.
-    local_steps, batch_size, accumulation, lr, weight_decay, max_grad_norm
-        What each client does in a round: AdamW, at a constant rate, its moments new in each round.
-    eval_every, eval_examples, eval_batch_size
-        Rounds from one evaluation to the next (0 for never), and its examples of each client (0 for all of its
-        validation split).
-    dp_clip, dp_epsilon, dp_delta, dp_sensitivity
-        Local differential privacy of what the coordinator gets (`flower/client_app.py`); off at a clip of 0. A
-        sensitivity of 0 is twice the clip.
-    private_ends
-        Each client keeps the adapter of its input and output blocks to itself; only the middle is averaged
-        (`owner/private_adapter.py`).
-    output, resume
-        Where rounds and adapters are written; whether to go on with the federation that is there.
-    data, shards, input_layers, output_layers, max_tokens, noise, dtype, threads, client_credentials
-        Of simulated clients: where the data are and how they are cut (`iid`, `dirichlet=0.5`, `source=COLUMN`,
-        `folders`), the partition, the longest text, how what leaves is protected (as for `fedsea
-        finetune --noise`), what they compute in and with how many threads each, and the folder with a folder of
-        credentials for each client (`client-0`, ...), empty for no TLS.
-
-    Raises
-    ------
-    UsageError
-        If a value cannot be used.
+    Text is empty, and a number 0, where nothing is chosen. `examples/federation/pyproject.toml` has all of them with
+    what users need to know of each.
     """
 
-    name: str = "fedsea"
+    name: str = "fedsea"  # rounds at block servers are called after it
+    # What `fedsea serve` serves; of it the coordinator reads the configuration only.
     model: Annotated[str, Flag("The model to train.")] = "smollm2-135m"
     task: Annotated[str, Flag("The task that all clients learn.", default="that of the first client")] = ""
     servers: str = "127.0.0.1:7070"
-    dial: str = ""
+    dial: str = ""  # where the coordinator itself connects to for `servers`, in the same order
     credentials: str = ""
     insecure: bool = False
     mode: Annotated[Strategy, Flag("How the middle blocks are trained.")] = "server-hierarchical"
     strategy: Annotated[str, Flag("A strategy of Flower, such as FedAvg, FedProx or FedAdam.")] = "FedAvg"
     strategy_options: str = ""
-    rounds: Annotated[int, Flag("Rounds in all.", min=1)] = 3
-    clients: int = 2
+    rounds: Annotated[int, Flag("Rounds in all.", min=1)] = 3  # those before a restart included
+    clients: int = 2  # needed to start the first round
     min_clients: Annotated[int, Flag("Clients needed to start a round.", min=1)] = 1
-    members: str = ""
-    max_examples: int = 1_000_000
-    max_norm: float = 10.0
+    members: str = ""  # which client each of Flower's nodes is, as the SuperLink knows it: `ward-a=123, ward-b=456`
+    max_examples: int = 1_000_000  # a client that says it has more counts as one with as many
+    max_norm: float = 10.0  # in `client-batch`: the norm with which a client's gradient of one step counts at most
+    # A client's update of its own blocks counts up to `reach` x lr x local-steps for each weight. AdamW does not go
+    # farther than 7.3, so 8 cuts nothing that was trained; more where clients add noise of their own.
     reach: float = 8.0
     fraction_train: float = 1.0
-    clients_at_once: int = 0
-    seed: int = 0
-    wait_seconds: float = 120.0
-    join_seconds: float = 60.0
-    straggler_seconds: float = 30.0
+    clients_at_once: int = 0  # the others of the round train after them; in simulation: Ray's actors
+    seed: int = 0  # decides where the adapter starts, and how simulated clients' data are cut
+    wait_seconds: float = 120.0  # the first round waits so long for clients while nothing changes
+    join_seconds: float = 60.0  # for a client that does not come
+    straggler_seconds: float = 30.0  # for one that has come and is silent
     round_seconds: float = 3600.0
     lora_rank: Annotated[int, Flag("Rank of the adapter.", min=1)] = 8
-    lora_alpha: float = 0.0
+    lora_alpha: float = 0.0  # 0 is twice the rank
     lora_dropout: float = 0.0
     lora_targets: str = "all-linear"
     lora_kind: str = "lora"
-    adapter: str = ""
+    adapter: str = ""  # a PEFT adapter's folder whose weights to start from
+    # What each client does in a round: AdamW, at a constant rate, its moments new in each round.
     local_steps: Annotated[int, Flag("Optimizer steps of each client in a round.", min=1)] = 10
     batch_size: Annotated[int, Flag("Examples in a batch.", min=1)] = 4
     accumulation: int = 1
@@ -140,16 +76,18 @@ class Settings:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     eval_every: Annotated[int, Flag("Rounds between two evaluations.", min=0, default="never")] = 0
-    eval_examples: int = 0
+    eval_examples: int = 0  # of each client; 0 for all of its validation split
     eval_batch_size: int = 8
     fraction_evaluate: float = 1.0
+    # Local differential privacy of what the coordinator gets (`flower/client_app.py`).
     dp_clip: float = 0.0
     dp_epsilon: float = 0.0
     dp_delta: float = 1e-5
-    dp_sensitivity: float = 0.0
-    private_ends: bool = False
+    dp_sensitivity: float = 0.0  # 0 is twice the clip
+    private_ends: bool = False  # only the middle is averaged (`owner/private_adapter.py`)
     output: str = "fedsea-federation"
     resume: bool = True
+    # Of simulated clients.
     data: str = ""
     shards: str = "iid"
     input_layers: int = 1
@@ -158,7 +96,7 @@ class Settings:
     noise: str = ""
     dtype: str = "float32"
     threads: int = 1
-    client_credentials: str = ""
+    client_credentials: str = ""  # a folder with a folder of credentials for each client (`client-0`, ...)
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

@@ -61,9 +61,7 @@ class Gate:
             await refuse(scope, send, 403, "only from the coordinator's own machine, by the user that runs this")
 
     async def _pass_bounded(self, scope: Scope, receive: Any, send: Any) -> None:
-        from starlette.concurrency import run_in_threadpool
-
-        key = await run_in_threadpool(signer, scope)
+        key = await asyncio.to_thread(signer, scope)
         most, seconds = (KNOWN_BYTES, KNOWN_SECONDS) if key else (UNKNOWN_BYTES, UNKNOWN_SECONDS)
         too_long = f"a request has at most {most} bytes"
         if declared(scope) > most:
