@@ -1,12 +1,9 @@
 """`fedsea bench federation` on the tiny model: the lines that take seconds, and what the others are made of."""
 
-import io
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from fedsea.errors import UsageError
 from fedsea.tasks import get_task
@@ -23,19 +20,11 @@ from fedsea_bench.federation_quality import (
     quality_lines,
     train_in_one_place,
 )
-from fedsea_bench.topics import TOPICS, run_topics
+from fedsea_bench.task_case import TaskCase
+from fedsea_bench.topics import run_topics
 from fedsea_bench.workbench import Settings, Workbench
+from tests.bench.conftest import silent
 from tests.support.federation_commands import write_cb
-
-
-def silent() -> Console:
-    return Console(file=io.StringIO(), width=120)
-
-
-@pytest.fixture(scope="module")
-def bench() -> Iterator[Workbench]:
-    with Workbench(Settings("random:tiny", quick=True, threads=1), silent()) as workbench:
-        yield workbench
 
 
 def curves(task: str) -> list[Curve]:
@@ -56,8 +45,6 @@ def test_without_data_quality_is_skipped_and_says_what_it_needs() -> None:
     report = run_topics("federation", Settings("random:tiny", quick=True), silent(), ["quality"])
     assert {line.verdict for line in report.lines} == {"skipped"}
     assert all("--data" in line.conditions for line in report.lines)
-    with pytest.raises(UsageError, match=", ".join(TOPICS["federation"])):
-        run_topics("federation", Settings("random:tiny"), silent(), ["qualty"])
 
 
 def test_quality_compares_the_last_scores(bench: Workbench, tmp_path: Path) -> None:
@@ -74,14 +61,10 @@ def test_quality_compares_the_last_scores(bench: Workbench, tmp_path: Path) -> N
 
 def test_the_other_side_is_pefts_training_in_one_place(small: str, tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
-    task = get_task("cb")
-    data = copy_task(task, write_cb(tmp_path / "data"), tmp_path / "copy", 4)
-    validation = task.read(str(data), "validation")
-    assert len(validation) == 4
+    case = TaskCase("cb", copy_task(get_task("cb"), write_cb(tmp_path / "data"), tmp_path / "copy", 4), small, 256)
+    assert len(case.read("validation")) == 4
     with Workbench(Settings(small, quick=True, threads=1), silent()) as bench:
-        points = train_in_one_place(
-            bench, bench.whole, task, task.read(str(data)), validation, Size(2, 3, 1, 4), 2, every=1
-        )
+        points = train_in_one_place(case, bench.whole, case.read("train"), Size(2, 3, 1, 4), 2, every=1)
         assert [number for number, _ in points] == [1, 2]
         assert points[1][1]["answer_loss"] < points[0][1]["answer_loss"]
         assert not any("lora" in name for name, _ in bench.whole.named_parameters())

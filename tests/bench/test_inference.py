@@ -1,19 +1,15 @@
 """What a bench prints and writes, and the light lines of `fedsea bench inference` on the tiny model."""
 
-import io
 import json
 import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 from typer.testing import CliRunner
 
 from fedsea.checkpoints import load_whole_model
@@ -27,22 +23,13 @@ from fedsea_bench.memory import compare, gpu
 from fedsea_bench.peak import PeakCase
 from fedsea_bench.processes import process_memory, run_fresh
 from fedsea_bench.results import Line, Report, markdown_table, meets, number, write_json
-from fedsea_bench.topics import run_topics
 from fedsea_bench.traffic import link_bytes, row_entries
-from fedsea_bench.workbench import Settings, Workbench, endless
+from fedsea_bench.training_memory import training_gpu_memory
+from fedsea_bench.workbench import Workbench, endless
+from tests.bench.conftest import silent
 from tests.bench.memory_holder import hold
 
 FIELDS = ["name", "measured", "unit", "target", "holds", "samples", "conditions"]
-
-
-def silent() -> Console:
-    return Console(file=io.StringIO(), width=120)
-
-
-@pytest.fixture(scope="module")
-def bench() -> Iterator[Workbench]:
-    with Workbench(Settings("random:tiny", quick=True), silent()) as workbench:
-        yield workbench
 
 
 @pytest.mark.parametrize(
@@ -168,10 +155,8 @@ def test_light_lines_hold_on_the_tiny_model(bench: Workbench) -> None:
     assert 256 < link.measured < 256 + 250  # the hidden states, and some headers of a frame, gRPC, HTTP/2 and TLS
 
 
-def test_gpu_comparison_runs_on_any_device(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
-    # In this process and with the server that is there: three processes that import torch would take their time.
-    monkeypatch.setattr("fedsea_bench.peak.run_fresh", lambda function, *, threads, **case: function(**case))
-    monkeypatch.setattr("fedsea_bench.peak.ServerProcess", lambda *_args, **_options: nullcontext(bench.server))
+@pytest.mark.usefixtures("in_this_process")
+def test_gpu_comparison_runs_on_any_device(bench: Workbench) -> None:
     memory, speed = compare(bench, PeakCase("random:tiny", "decode", 20, new_tokens=4, rounds=2))
     assert memory.measured is not None
     assert 30 < memory.measured < 50  # two layers of six, embedding and head
@@ -180,12 +165,7 @@ def test_gpu_comparison_runs_on_any_device(bench: Workbench, monkeypatch: pytest
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_gpu_lines_are_skipped_without_a_gpu(bench: Workbench) -> None:
-    assert [line.verdict for line in gpu(bench)] == ["skipped", "skipped"]
-
-
-def test_unknown_topic_names_those_there_are() -> None:
-    with pytest.raises(UsageError, match="kv-cache"):
-        run_topics("inference", Settings("random:tiny"), silent(), ["speed"])
+    assert [line.verdict for line in (*gpu(bench), *training_gpu_memory(bench))] == ["skipped"] * 3
 
 
 def test_command_runs_one_topic_and_writes_files(tmp_path: Path) -> None:

@@ -15,7 +15,6 @@ from fedsea.checkpoints import load_whole_model
 from fedsea.partition import Partition
 from fedsea.privacy import Noise
 from fedsea.privacy.bound import LeakageBound
-from fedsea.tasks import get_task
 from fedsea_bench import (
     privacy_adaptive,
     privacy_bound,
@@ -26,8 +25,10 @@ from fedsea_bench import (
 )
 from fedsea_bench.privacy_point import Outcome, Point, measure, without_middle
 from fedsea_bench.results import Line
+from fedsea_bench.task_case import TaskCase
 from fedsea_bench.topics import run_topics
-from fedsea_bench.workbench import Settings, Workbench
+from fedsea_bench.workbench import Settings
+from tests.support.federation_commands import write_cb
 
 PAPER_ATTACKS = ("decoder", "paper-decoder")
 
@@ -134,10 +135,11 @@ def test_the_frontier_needs_a_task(small: str) -> None:
 
 
 def test_a_frontier_is_measured_once_and_kept(small: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    data, plots = claims(tmp_path / "data"), tmp_path / "plots"
+    plots = tmp_path / "plots"
+    write_cb(tmp_path / "data" / "CB", train=4, validation=4)
     narrow = {("narrow-cut:rank=8+relative-clip:norm=1+relative:level={}", 1): (2.0,)}
     monkeypatch.setattr(privacy_frontier, "QUICK_CURVES", narrow)
-    found = lines(small, "frontier", plots, data)
+    found = lines(small, "frontier", plots, tmp_path / "data")
     points = [line for name, line in found.items() if name.startswith("frontier, ")]
     assert len(points) == len(found) == 1 + 1 + 2  # the mechanism; the client alone; the best by either target
     assert (plots / "privacy-frontier.png").stat().st_size > 10_000
@@ -151,7 +153,7 @@ def test_a_frontier_is_measured_once_and_kept(small: str, tmp_path: Path, monkey
         raise AssertionError("what is kept is measured again")
 
     monkeypatch.setattr(privacy_frontier, "measure", never)
-    assert lines(small, "frontier", plots, data) == found
+    assert lines(small, "frontier", plots, tmp_path / "data") == found
 
 
 def test_a_mechanism_has_to_hide_and_to_be_learnt_under() -> None:
@@ -175,10 +177,9 @@ def test_a_client_alone_is_what_a_provider_must_beat() -> None:
 
 def test_a_client_alone_whose_training_breaks_off_is_told_and_left_out(small: str, tmp_path: Path) -> None:
     size = replace(privacy_frontier.QUICK, lr=1e30, dtype="float32")
-    with Workbench(Settings(small, quick=True, threads=1), Console(quiet=True)) as bench:
-        task: Any = get_task("cb")
-        nobody: Any = None  # no server is asked
-        broken = measure(bench, nobody, task, claims(tmp_path) / "CB", Point("alone", 1), size)
+    case = TaskCase("cb", write_cb(tmp_path / "CB", train=4, validation=4), small, size.max_tokens)
+    nobody: Any = None  # no server is asked
+    broken = measure(nobody, case, Point("alone", 1), size)
     assert "loss" in broken.error
     found = {Point("", 1): outcome(0.8, read=1.0), Point("alone", 1): broken}
     assert privacy_frontier.places_of(found, "accuracy") == []
@@ -199,22 +200,3 @@ def test_without_the_middle_the_first_layers_go_straight_to_the_last(small: str)
 
 def outcome(accuracy: float, read: float) -> Outcome:
     return Outcome({"accuracy": accuracy, "answer_loss": 1.0}, majority=0.4, read={"prior": 0.02, "search": read})
-
-
-def claims(data: Path) -> Path:
-    """A folder with a few examples in the form of CB."""
-    (data / "CB").mkdir(parents=True)
-    for split, count in (("train", 4), ("val", 4)):
-        rows = [
-            {
-                "premise": f"The ward had {number} beds, said the nurse of {name}.",
-                "hypothesis": f"there were {number} beds",
-                "label": label,
-                "idx": number,
-            }
-            for number, (name, label) in enumerate(
-                zip(("Bergen", "Lund", "Turku", "Aarhus"), ("entailment", "contradiction") * 2, strict=True), count
-            )
-        ]
-        (data / "CB" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return data

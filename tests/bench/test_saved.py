@@ -73,11 +73,26 @@ def test_a_command_names_what_differs_from_the_defaults_and_no_path() -> None:
 
 def test_a_mark_takes_the_one_line_that_has_its_words() -> None:
     saved = {"inference-kv-cache": kept(figure("KV cache: split"), figure("KV cache: split-at-2", 3.0))}
-    page = "a <!-- figure inference-kv-cache: split -->9<!-- end --> b <!-- lines inference --><!-- end -->"
-    assert filled(page, saved).startswith("a <!-- figure inference-kv-cache: split -->2 x<!-- end --> b <!-- lines")
-    assert "| KV cache: split-at-2 | 3 x |" in filled(page, saved)
-    assert filled(filled(page, saved), saved) == filled(page, saved)
-    assert "not measured yet" in filled("<!-- figure training-speed: step -->9<!-- end -->", saved)
+    page = (
+        "<!-- figure inference-kv-cache: split -->9<!-- end --> <!-- spread inference-kv-cache: at-2 -->1<!-- end -->"
+    )
+    expected = page.replace("9<", "2 x<").replace("1<", "<")
+    assert filled(page, saved) == filled(expected, saved) == expected
+
+
+def test_what_is_not_saved_stays_and_an_empty_place_says_so() -> None:
+    for page in ("<!-- figure training-speed: step -->9<!-- end -->", "<!-- lines inference -->\n9\n<!-- end -->"):
+        assert filled(page, {"inference-kv-cache": kept(figure("KV cache"))}) == page
+    assert "-->not measured yet<!--" in filled("<!-- figure training-speed: step --><!-- end -->", {})
+    saved = {f"inference-{topic}": kept(figure(f"of {topic}")) for topic in TOPICS["inference"]}
+    for marks, rows in (("inference", len(saved)), ("inference: kv-cache gpu", 2)):
+        assert filled(f"<!-- lines {marks} --><!-- end -->", saved).count("| 2 x |") == rows
+
+
+def test_the_papers_page_has_no_typed_figure() -> None:
+    saved = read_saved(DOCS / "results")
+    for name, text in re.findall(r"<!-- figure ([\w-]+): .+? -->(.*?)<!-- end -->", (DOCS / "paper.md").read_text()):
+        assert name in saved or text == "not measured yet", name
 
 
 @pytest.mark.parametrize("mark", ["inference-kv-cache: cache", "inference-kv-cache: whole", "inference-cache: split"])

@@ -1,14 +1,12 @@
 """Whether the split model says what the whole model says: token for token, and how close the logits are."""
 
-import random
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fedsea.checkpoints import load_whole_model, open_checkpoint
-from fedsea.errors import ModelNotFoundError
+from fedsea.checkpoints import load_whole_model
 from fedsea.partition import Partition
 from fedsea_bench.results import Line
 from fedsea_bench.workbench import Workbench, described
@@ -21,16 +19,16 @@ TEXTS = (
     "Dear Ms Weber,\n\nthank you for your letter of 3 March about the contract. We have looked at clause 7 and",
     "Yes",
 )
-LOGITS_TARGET = 1e-4
+DRAWN_LENGTHS = (5, 14, 21, 6, 30, 1)
+LOGITS_TARGET = "<= 0.0001"
 
 
 def exactness(bench: Workbench) -> Iterator[Line]:
     """Compare greedy generation and logits with the whole model's, over partitions and ragged batches."""
     quick = bench.settings.quick
     tokens = 4 if quick else 24
-    prompts = _prompts(bench)
+    prompts = bench.encode(TEXTS, DRAWN_LENGTHS)
     batches = [prompts] if quick else [*([prompt] for prompt in prompts), prompts]
-    references = []
     _ = bench.server  # starts beside what the whole model does first
     with bench.step(f"the whole model: {len(batches)} batches, {tokens} tokens each"):
         references = [_answer(bench.whole, batch, tokens) for batch in batches]
@@ -49,23 +47,11 @@ def exactness(bench: Workbench) -> Iterator[Line]:
         f"{len(prompts)} prompts of {min(map(len, prompts))} to {max(map(len, prompts))} tokens, "
         f"{'' if quick else 'each alone and '}all in one left-padded batch; {tokens} tokens each"
     )
-    yield Line.of(
-        "exactness: tokens that differ",
-        sum(different),
-        "tokens",
-        target="== 0",
-        samples=different,
-        conditions=conditions,
-    )
+    name, total = "exactness: tokens that differ", sum(different)
+    yield Line.of(name, total, "tokens", target="== 0", samples=different, conditions=conditions)
     note = f"of every prompt token and every new token; {conditions}"
-    yield Line.of(
-        "exactness: largest difference of a logit",
-        max(distances),
-        "",
-        target=f"<= {LOGITS_TARGET:g}",
-        samples=distances,
-        conditions=note,
-    )
+    name = "exactness: largest difference of a logit"
+    yield Line.largest(name, distances, "", target=LOGITS_TARGET, conditions=note)
     if not quick:
         with bench.step("the whole model in float64"):
             rounding = _rounding(bench, prompts)
@@ -83,16 +69,6 @@ def _partitions(layers: int, *, few: bool) -> list[Partition]:
     if not few:
         pairs += [(0, 0), (1, 0), (1, 1), (2, 3), (layers, 0), (0, layers), (half, 1), (1, half - 1)]
     return [Partition(p, q) for p, q in pairs]
-
-
-def _prompts(bench: Workbench) -> list[list[int]]:
-    """Prompts of different lengths: texts, or drawn tokens for a model without a tokenizer."""
-    try:
-        tokenizer = open_checkpoint(bench.settings.model).tokenizer()
-    except ModelNotFoundError:
-        draw = random.Random(1)
-        return [[draw.randrange(bench.config.vocab_size) for _ in range(length)] for length in (5, 14, 21, 6, 30, 1)]
-    return [tokenizer(text)["input_ids"] for text in TEXTS]
 
 
 @torch.no_grad()
@@ -120,6 +96,7 @@ def _rounding(bench: Workbench, prompts: list[list[int]]) -> float:
 def _left_padded(prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
     """Token ids and attention mask, `[rows, longest]` each."""
     longest = max(map(len, prompts))
-    ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    padding = [[0] * (longest - len(prompt)) for prompt in prompts]
+    ids = torch.tensor([before + prompt for before, prompt in zip(padding, prompts, strict=True)])
+    mask = torch.tensor([before + [1] * (longest - len(before)) for before in padding])
     return ids, mask

@@ -6,11 +6,12 @@ Run as a module, it is one of those clients: rounds are requested on standard in
 import json
 import sys
 import tempfile
-import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
+
+from torch import Tensor
 
 from fedsea.checkpoints import open_checkpoint
 from fedsea.client import SplitModelForCausalLM
@@ -20,8 +21,8 @@ from fedsea.parts.adapters import AdapterSpec
 from fedsea.process import Child
 from fedsea.server import ServerProcess
 from fedsea.wire.rounds import RoundPlan, Ticket, new_seat
-from fedsea_bench.link import Link
-from fedsea_bench.speed import LINK_MBIT, RTT_SECONDS
+from fedsea_bench.clock import seconds_of
+from fedsea_bench.link import slow as slow_link
 from fedsea_bench.training_case import adamw, adapter_config, even_batch, train_step
 from fedsea_bench.workbench import PARTITION
 
@@ -30,7 +31,7 @@ NAMES = tuple(f"client-{number}" for number in range(CLIENTS))
 WAIT_SECONDS = 600.0  # a round on two cores
 
 
-class ClientProcesses:
+class ClientProcesses(AbstractContextManager["ClientProcesses"]):
     """A block server and client processes that wait for rounds; a context manager.
 
     Parameters
@@ -53,9 +54,7 @@ class ClientProcesses:
             self._admin = things.enter_context(BlockServerAdmin(address, self.server.folder / "coordinator"))
             self._addresses = [address] * clients
             if slow:
-                delay = 1000 * RTT_SECONDS / 2
-                links = [Link(address, delay_ms=delay, rate_mbit=LINK_MBIT) for _ in range(clients)]
-                self._addresses = [things.enter_context(link).address for link in links]
+                self._addresses = [things.enter_context(slow_link(address)).address for _ in range(clients)]
             logs = Path(things.enter_context(tempfile.TemporaryDirectory(prefix="fedsea-bench-")))
             self._clients = []
             for name, server in zip(NAMES, self._addresses, strict=False):
@@ -67,31 +66,38 @@ class ClientProcesses:
                 client.answer(WAIT_SECONDS)
             self._things = things.pop_all()
 
-    def __enter__(self) -> Self:
-        return self
-
     def __exit__(self, *_what: object) -> None:
         self._things.close()
 
     def round(self, strategy: Strategy, clients: Sequence[int], steps: int) -> float:
         """Let some clients train a round of `steps` steps each, and average; returns the seconds."""
-        began = time.perf_counter()
-        if strategy == "sequential":
-            for number in clients:
-                self._round("server-hierarchical", [number], steps)
-        else:
-            self._round(strategy, clients, steps)
-        return time.perf_counter() - began
+        if strategy != "sequential":
+            return seconds_of(lambda: self._round(strategy, clients, steps))
+        return sum(self.round("server-hierarchical", [number], steps) for number in clients)
 
     def _round(self, strategy: Strategy, clients: Sequence[int], steps: int) -> None:
-        seats = [new_seat(self._addresses[number], "bench", NAMES[number]) for number in clients]
-        plan = RoundPlan("bench", strategy, self._spec, tuple(seat for seat, _ in seats), WAIT_SECONDS, WAIT_SECONDS)
-        self._admin.open_round(plan, {})
-        for number, (_, ticket) in zip(clients, seats, strict=True):
-            self._clients[number].tell(json.dumps({"ticket": ticket.to_body(), "steps": steps}))
+        servers = {NAMES[number]: self._addresses[number] for number in clients}
+        tickets = open_round(self._admin, "bench", strategy, self._spec, servers, {})
+        for number in clients:
+            self._clients[number].tell(json.dumps({"ticket": tickets[NAMES[number]].to_body(), "steps": steps}))
         for number in clients:
             self._clients[number].answer(WAIT_SECONDS)
-        self._admin.aggregate("bench", {NAMES[number]: 1.0 for number in clients})
+        self._admin.aggregate("bench", dict.fromkeys(servers, 1.0))
+
+
+def open_round(
+    admin: BlockServerAdmin,
+    run: str,
+    strategy: Strategy,
+    spec: AdapterSpec,
+    servers: Mapping[str, str],
+    weights: Mapping[str, Tensor],
+) -> dict[str, Ticket]:
+    """Open a round for clients, each at a block server's address, from an adapter; their tickets by name."""
+    seats = {name: new_seat(server, run, name) for name, server in servers.items()}
+    members = tuple(seat for seat, _ in seats.values())
+    admin.open_round(RoundPlan(run, strategy, spec, members, WAIT_SECONDS, WAIT_SECONDS), weights)
+    return {name: ticket for name, (_, ticket) in seats.items()}
 
 
 def _client() -> None:

@@ -1,9 +1,8 @@
 """How good a federation's adapter is, round by round: beside one training on all the data, and each client alone.
 
-All of them take the same steps: a round of the federation is `LOCAL_STEPS` steps of each client, `BATCH` texts a step;
-the centralised training takes steps of all clients' texts together, and a client alone takes its own. What is compared
-after every `EVERY` rounds (for a client alone: after the last) is the score on the whole validation split. In the
-federation the clients have a part of it each, and Flower averages their scores by their numbers of examples. All hold
+All of them take the same steps: in a round each client takes a few, `BATCH` texts a step; the centralised one takes
+steps of all clients' texts together, and a client alone takes its own. What is compared is the score on the whole
+validation split, of which the federation's clients have a part each: Flower averages by numbers of examples. All hold
 the base model in `DTYPE`, and adapters in float32.
 """
 
@@ -18,23 +17,21 @@ from typing import Any
 import torch
 from peft import get_peft_model
 
-from fedsea.checkpoints import load_tokenizer, load_whole_model
+from fedsea.checkpoints import load_whole_model
 from fedsea.errors import FedSEAError, UsageError
 from fedsea.federation.owner.shards import Sharding, read_shard
 from fedsea.server import ServerProcess
-from fedsea.tasks import Example, Task, encode, evaluate, get_task
-from fedsea.training.batches import Batches
+from fedsea.tasks import Example, Task, get_task
 from fedsea.training.recipe import Recipe
 from fedsea_bench.flower_simulation import require_ray, simulate
 from fedsea_bench.plots import drawing
 from fedsea_bench.results import Line
+from fedsea_bench.task_case import TaskCase
 from fedsea_bench.training_case import ADAPTER_TEXT, RANK, adapter_config, train_whole
 from fedsea_bench.workbench import Workbench
 
 TASKS = ("cb", "copa")
 CLIENTS, ALPHA, BATCH, LR, MAX_TOKENS, SEED, DTYPE = 4, 0.5, 2, 5e-4, 256, 0, "bfloat16"
-ROUNDS, LOCAL_STEPS, EVERY, EXAMPLES = 8, 8, 2, 56
-QUICK_ROUNDS, QUICK_LOCAL_STEPS, QUICK_EVERY, QUICK_EXAMPLES = 2, 2, 1, 16
 MODES = ("client-batch", "server-hierarchical")
 CENTRALISED, ALONE = "centralised", "alone"
 METRICS = ("accuracy", "answer_loss")
@@ -67,31 +64,27 @@ class Size:
     examples: int
 
 
+FULL, QUICK = Size(8, 8, 2, 56), Size(2, 2, 1, 16)
+
+
 def federation_quality(bench: Workbench) -> Iterator[Line]:
     """Federated, centralised and alone, on each task."""
-    quick, data = bench.settings.quick, bench.settings.data
-    size = (
-        Size(QUICK_ROUNDS, QUICK_LOCAL_STEPS, QUICK_EVERY, QUICK_EXAMPLES)
-        if quick
-        else Size(ROUNDS, LOCAL_STEPS, EVERY, EXAMPLES)
-    )
-    reason = ""
-    if data is None:
-        reason = "give --data, a folder with a folder for each task: CB, COPA"
-    else:
-        try:
-            require_ray()
-        except UsageError as error:
-            reason = str(error)
+    data, size = bench.settings.data, QUICK if bench.settings.quick else FULL
+    reason = "" if data is not None else "give --data, a folder with a folder for each task: CB, COPA"
+    try:
+        require_ray()
+    except UsageError as error:
+        reason = reason or str(error)
     curves: dict[str, list[Curve]] = {}
     for name in TASKS:
-        task = get_task(name)
         if reason or data is None:
             yield Line.skipped(f"{' and '.join(MODES)} / {CENTRALISED}, {name}", "", reason=reason)
             continue
+        task = get_task(name)
         with tempfile.TemporaryDirectory(prefix="fedsea-bench-") as folder:
             copy = copy_task(task, data / task.title, Path(folder) / task.title, size.examples)
-            curves[name] = list(_curves(bench, task, copy, size))
+            case = TaskCase(name, copy, bench.settings.model, MAX_TOKENS)
+            curves[name] = list(_curves(bench, case, size))
         yield from quality_lines(bench, task, curves[name], size)
         if bench.settings.plots is not None:
             draw_curves(curves, bench.settings.plots / "federation-quality.png", bench.settings.model)
@@ -112,59 +105,46 @@ def quality_lines(bench: Workbench, task: Task, curves: Sequence[Curve], size: S
             f"{one.label} {' '.join(f'{scores[metric]:.3f}' for _, scores in one.points)}"
             for one in (curve, centralised)
         )
+        name, target = f"{curve.label} / {CENTRALISED}, {task.name}", ">= 0.95" if metric == "accuracy" else "<= 1.1"
         note = f"by round: {by_round}; {conditions}"
-        yield Line.of(
-            f"{curve.label} / {CENTRALISED}, {task.name}: {metric} after the last round",
-            ratio,
-            "x",
-            target=">= 0.95" if metric == "accuracy" else "<= 1.1",
-            conditions=note,
-        )
+        yield Line.of(f"{name}: {metric} after the last round", ratio, "x", target=target, conditions=note)
         lone = [one.last(metric) for one in alone]
+        shares = [curve.last(metric) / one for one in lone]
+        name, mean = f"{curve.label} / {ALONE}, {task.name}", curve.last(metric) / statistics.mean(lone)
         note = f"alone {', '.join(f'{one:.3f}' for one in lone)}; {conditions}"
-        yield Line.of(
-            f"{curve.label} / {ALONE}, {task.name}: {metric}, mean of the clients",
-            curve.last(metric) / statistics.mean(lone),
-            "x",
-            samples=[curve.last(metric) / one for one in lone],
-            conditions=note,
-        )
+        yield Line.of(f"{name}: {metric}, mean of the clients", mean, "x", samples=shares, conditions=note)
 
 
-def _curves(bench: Workbench, task: Task, data: Path, size: Size) -> Iterator[Curve]:
+def _curves(bench: Workbench, case: TaskCase, size: Size) -> Iterator[Curve]:
     """Those that are trained together, the centralised one, and each client alone."""
-    validation = task.read(str(data), "validation")
-    with bench.step(f"loading the whole of {bench.settings.model} as {DTYPE}"):
-        whole = load_whole_model(bench.settings.model, dtype=getattr(torch, DTYPE), device="cpu")
-    start = (0, _scores(bench, whole, task, validation))
-    train = task.read(str(data), "train")
+    with bench.step(f"loading the whole of {case.model} as {DTYPE}"):
+        whole = load_whole_model(case.model, dtype=getattr(torch, DTYPE), device="cpu")
+    start, train, title = (0, _scores(case, whole)), case.read("train"), case.task.title
     for mode in MODES:
-        with bench.step(f"{task.title}: {CLIENTS} clients, {mode}, {size.rounds} rounds of {size.steps} steps"):
-            yield Curve(mode, (start, *_federated(bench, task, data, size, mode)), len(train))
-    with bench.step(f"{task.title}: one training on all the data"):
-        points = train_in_one_place(bench, whole, task, train, validation, size, BATCH * CLIENTS, size.every)
+        with bench.step(f"{title}: {CLIENTS} clients, {mode}, {size.rounds} rounds of {size.steps} steps"):
+            yield Curve(mode, (start, *_federated(bench, case, size, mode)), len(train))
+    with bench.step(f"{title}: one training on all the data"):
+        points = train_in_one_place(case, whole, train, size, BATCH * CLIENTS, size.every)
     yield Curve(CENTRALISED, (start, *points), len(train))
     for number in range(CLIENTS):
-        sharding = Sharding("dirichlet", number, CLIENTS, SEED, ALPHA)
-        own = read_shard(task, str(data), sharding)
-        with bench.step(f"{task.title}: client {number} alone, {len(own)} examples"):
-            points = train_in_one_place(bench, whole, task, own, validation, size, BATCH, size.rounds)
+        own = read_shard(case.task, str(case.folder), Sharding("dirichlet", number, CLIENTS, SEED, ALPHA))
+        with bench.step(f"{title}: client {number} alone, {len(own)} examples"):
+            points = train_in_one_place(case, whole, own, size, BATCH, size.rounds)
         yield Curve(f"{ALONE}, client {number}", (start, *points), len(own))
 
 
-def _federated(bench: Workbench, task: Task, data: Path, size: Size, mode: str) -> list[tuple[int, dict[str, float]]]:
-    how: dict[str, Any] = {"model": bench.settings.model, "task": task.name, "mode": mode, "dtype": DTYPE, "seed": SEED}
+def _federated(bench: Workbench, case: TaskCase, size: Size, mode: str) -> list[tuple[int, dict[str, float]]]:
+    how: dict[str, Any] = {"model": case.model, "task": case.name, "mode": mode, "dtype": DTYPE, "seed": SEED}
     how |= {"clients": CLIENTS, "min_clients": CLIENTS, "shards": f"dirichlet={ALPHA}", "eval_every": size.every}
     how |= {"rounds": size.rounds, "local_steps": size.steps, "batch_size": BATCH, "lr": LR, "lora_rank": RANK}
-    how |= {"max_tokens": MAX_TOKENS}
     # No client is left out because it is slow: that is not what is compared.
-    how |= {"join_seconds": 600.0, "straggler_seconds": 600.0}
+    how |= {"max_tokens": MAX_TOKENS, "join_seconds": 600.0, "straggler_seconds": 600.0}
     options, threads = ("--dtype", DTYPE), bench.settings.threads
     with (
         tempfile.TemporaryDirectory(prefix="fedsea-bench-") as folder,
-        ServerProcess(bench.settings.model, threads=threads, secure=False, options=options) as server,
+        ServerProcess(case.model, threads=threads, secure=False, options=options) as server,
     ):
-        reports = simulate(server, data, Path(folder), CLIENTS, **how)
+        reports = simulate(server, case.folder, Path(folder), CLIENTS, **how)
     if len(reports) < size.rounds:
         raise FedSEAError(f"only {len(reports)} of {size.rounds} rounds were done")
     scored = [report for report in reports if report["round"] % size.every == 0]
@@ -177,18 +157,9 @@ def _federated(bench: Workbench, task: Task, data: Path, size: Size, mode: str) 
 
 
 def train_in_one_place(
-    bench: Workbench,
-    whole: Any,
-    task: Task,
-    train: Sequence[Example],
-    validation: Sequence[Example],
-    size: Size,
-    batch_size: int,
-    every: int,
+    case: TaskCase, whole: Any, train: Sequence[Example], size: Size, batch_size: int, every: int
 ) -> list[tuple[int, dict[str, float]]]:
     """PEFT on the whole model, as the federation's clients train: the scores after every `every` rounds."""
-    tokenizer = load_tokenizer(bench.settings.model)
-    encoded = [encode(task, example, tokenizer, MAX_TOKENS) for example in train]
     recipe = Recipe(size.rounds * size.steps, batch_size, lr=LR, schedule="constant", seed=SEED)
     points = []
     torch.manual_seed(SEED)
@@ -196,22 +167,19 @@ def train_in_one_place(
 
     def evaluate_at(step: int) -> None:
         if step % (every * size.steps) == 0:
-            points.append((step // size.steps, _scores(bench, model, task, validation)))
-            model.train()
+            points.append((step // size.steps, _scores(case, model)))
 
     try:
-        train_whole(model, Batches(encoded, batch_size, SEED), recipe, evaluate_at)
+        train_whole(model, case.batches(batch_size, SEED, train), recipe, evaluate_at)
     finally:
         model.unload()
         whole.eval()
     return points
 
 
-def _scores(bench: Workbench, model: Any, task: Task, examples: Sequence[Example]) -> dict[str, float]:
-    tokenizer = load_tokenizer(bench.settings.model)
-    model.eval()
-    found = evaluate(model, tokenizer, task, examples, max_tokens=MAX_TOKENS, answer_loss=True)
-    return {metric: found.metrics[metric] for metric in METRICS}
+def _scores(case: TaskCase, model: Any) -> dict[str, float]:
+    found = case.evaluation(model).metrics
+    return {metric: found[metric] for metric in METRICS}
 
 
 def copy_task(task: Task, source: Path, folder: Path, examples: int) -> Path:

@@ -7,8 +7,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from fedsea.errors import FedSEAError, UsageError
 from fedsea.federation import read_status
@@ -48,7 +49,7 @@ def simulate(
     return read_status(output).reports
 
 
-class SimulationLink:
+class SimulationLink(AbstractContextManager["SimulationLink"]):
     """A SuperLink that simulates; a context manager. UsageError without Ray, FedSEAError if it does not start."""
 
     def __init__(self) -> None:
@@ -131,9 +132,6 @@ class SimulationLink:
         """End it and what it has started. Safe to call twice."""
         self._process.kill()
         self._folder.cleanup()
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_what: object) -> None:
         self.close()

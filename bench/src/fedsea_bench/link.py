@@ -14,15 +14,16 @@ import struct
 import sys
 import tempfile
 from collections import deque
-from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from fedsea.errors import UsageError
 from fedsea.process import Child
 from fedsea.wire.address import format_address, parse_address
 
+RTT_SECONDS, LINK_MBIT = 0.020, 100.0  # of the slow link that benches measure over
 ANSWER_SECONDS = 60.0
 _READ_BYTES = 65536
 # What a direction holds beyond the link's own content, so that a reader paused and resumed never leaves the link idle.
@@ -32,28 +33,20 @@ _UNLIMITED_BYTES = 64 * 1024 * 1024
 # By how much a timer of the operating system may be late: the relay wakes that much earlier, and polls the rest.
 _TIMER_LATENESS = 0.0004
 
+_REQUESTS = ("listen", "refuse", "cut", "pause", "resume", "counters", "reset_counters")  # methods of `Relay`
+
 
 @dataclass(frozen=True)
 class LinkCounters:
-    """What has passed a link.
+    """What has passed a link."""
 
-    Attributes
-    ----------
-    bytes_up, bytes_down
-        TCP payload that entered the link towards the target, and from it.
-    accepted
-        Connections accepted.
-    connections
-        Connections open now.
-    """
-
-    bytes_up: int
-    bytes_down: int
-    accepted: int
-    connections: int
+    bytes_up: int  # TCP payload that entered the link towards the target
+    bytes_down: int  # and from it
+    accepted: int  # connections
+    connections: int  # that are open now
 
 
-class Link:
+class Link(AbstractContextManager["Link"]):
     """A link in a process of its own; a context manager. The process ends with this one, however that ends.
 
     Parameters
@@ -61,8 +54,7 @@ class Link:
     target
         Address that connections are relayed to.
     delay_ms
-        One-way delay in milliseconds; a round trip takes twice as long, and so does opening a connection. What the
-        relay itself adds, some tenths of a millisecond a round trip, comes on top.
+        One-way delay in milliseconds, which opening a connection takes twice; the relay itself adds some tenths.
     rate_mbit
         Bandwidth of each direction in Mbit/s of TCP payload, shared by all connections; None for no limit.
 
@@ -142,15 +134,17 @@ class Link:
         """Connections open now."""
         return self.counters().connections
 
-    def __enter__(self) -> Self:
-        return self
-
     def __exit__(self, *_what: object) -> None:
         self.close()
 
     def _ask(self, request: str) -> Any:
         self._process.tell(request)
         return self._process.answer(ANSWER_SECONDS)["result"]
+
+
+def slow(target: str) -> Link:
+    """A link of 20 ms and 100 Mbit/s."""
+    return Link(target, delay_ms=1000 * RTT_SECONDS / 2, rate_mbit=LINK_MBIT)
 
 
 class LinkDirection:
@@ -246,7 +240,6 @@ class Relay:
     def __init__(self, target: str, delay: float, rate: float | None) -> None:
         self._target = parse_address(target)
         self._up, self._down = LinkDirection(delay, rate), LinkDirection(delay, rate)
-        self._before = LinkCounters(0, 0, 0, 0)
         self._connections: set[asyncio.Task[Any]] = set()
         self._accepted = 0
         # Bound and never listening: it keeps the port ours while new connections are refused.
@@ -257,9 +250,8 @@ class Relay:
     async def listen(self) -> str:
         """Accept connections; returns where."""
         if self._server is None:
-            self._server = await asyncio.start_server(
-                self._relay, sock=_bound_socket(self._port), limit=self._up.read_bytes
-            )
+            sock, limit = _bound_socket(self._port), self._up.read_bytes
+            self._server = await asyncio.start_server(self._relay, sock=sock, limit=limit)
         return format_address("127.0.0.1", self._port)
 
     async def refuse(self) -> None:
@@ -282,16 +274,11 @@ class Relay:
         self._down.flows.set()
 
     async def counters(self) -> dict[str, int]:
-        now = self._totals()
-        return asdict(now) | {
-            name: getattr(now, name) - getattr(self._before, name) for name in ("bytes_up", "bytes_down", "accepted")
-        }
+        found = LinkCounters(self._up.total_bytes, self._down.total_bytes, self._accepted, len(self._connections))
+        return asdict(found)
 
     async def reset_counters(self) -> None:
-        self._before = self._totals()
-
-    def _totals(self) -> LinkCounters:
-        return LinkCounters(self._up.total_bytes, self._down.total_bytes, self._accepted, len(self._connections))
+        self._up.total_bytes = self._down.total_bytes = self._accepted = 0
 
     async def _relay(self, client_reader: asyncio.StreamReader, client: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
@@ -333,15 +320,8 @@ async def _serve() -> None:
     """Run a link as its standard input says: settings, then a request a line; each is answered with a line of JSON."""
     relay = Relay(**json.loads(sys.stdin.readline()))
     print(json.dumps({"result": await relay.listen()}), flush=True)
-    requests: dict[str, Callable[[], Awaitable[object]]] = {
-        request.__name__: request
-        for request in (
-            *(relay.listen, relay.refuse, relay.cut, relay.pause, relay.resume),
-            *(relay.counters, relay.reset_counters),
-        )
-    }
-    while (request := (await asyncio.to_thread(sys.stdin.readline)).strip()) in requests:
-        print(json.dumps({"result": await requests[request]()}), flush=True)
+    while (request := (await asyncio.to_thread(sys.stdin.readline)).strip()) in _REQUESTS:
+        print(json.dumps({"result": await getattr(relay, request)()}), flush=True)
     await relay.refuse()
     await relay.cut()
     await asyncio.sleep(0)  # the transports close

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from fedsea.checkpoints import open_checkpoint
 from fedsea.parts import InputBlocks, OutputBlocks
-from fedsea_bench.peak import MIB, NO_PROC, PeakCase, peak_of, whole_and_client
+from fedsea_bench.peak import MIB, NO_PROC, PeakCase, peak_of, whole_and_client, without_gpu
 from fedsea_bench.results import Line
 from fedsea_bench.workbench import PARTITION, Workbench, described
 
@@ -67,12 +67,7 @@ def client_memory(bench: Workbench) -> Iterator[Line]:
 
 def gpu(bench: Workbench) -> Iterator[Line]:
     """Peak GPU memory and decode speed of LLaMA-2-7B in bfloat16, split and whole."""
-    reason = ""
-    if not torch.cuda.is_available():
-        reason = "no CUDA device here"
-    elif bench.settings.quick:
-        reason = "--quick draws no model of 7 billion weights"
-    if reason:
+    if reason := without_gpu(bench):
         yield Line.skipped(MEMORY_NAME, "%", target=MEMORY_TARGET, reason=reason)
         yield Line.skipped(SPEED_NAME, "x", target=SPEED_TARGET, reason=reason)
         return

@@ -72,6 +72,13 @@ def whole_and_client(bench: Workbench, case: PeakCase) -> tuple[Peak, Peak]:
         return whole, peak_of(bench.settings.threads, case, server.connection)
 
 
+def without_gpu(bench: Workbench) -> str:
+    """Why a large model is not measured on a GPU here; empty if it can be."""
+    if not torch.cuda.is_available():
+        return "no CUDA device here"
+    return "--quick draws no model of 7 billion weights" if bench.settings.quick else ""
+
+
 def measure(*, case: dict[str, Any], connection: dict[str, Any] | None) -> dict[str, Any]:
     """The fresh process's side: the fields of a `Peak`."""
     here = PeakCase(**case)

@@ -83,20 +83,12 @@ def compared(bench: Workbench, arm: str, curves: Sequence[Curve], fixed: Sequenc
         for pair in zip(fixed, curves, strict=True)
         for name, curve in zip((FIXED, arm), pair, strict=True)
     )
-    note = f"{missed}{losses}; {conditions}"
-    yield Line.median(
-        f"{arm} / {FIXED}, level {LEVEL:g}: steps until the loss that {FIXED} ends at",
-        [1.0 if one is None else one / other for one, other in zip(needed, by_fixed, strict=True)],
-        "x",
-        target="<= 0.95" if arm == ADAPTIVE and not bench.settings.quick else "",
-        conditions=note,
-    )
-    yield Line.median(
-        f"{arm} - {FIXED}, level {LEVEL:g}: loss after the last step",
-        [curve[-1][1] - goal for curve, goal in zip(curves, goals, strict=True)],
-        "nats a token",
-        conditions=conditions,
-    )
+    against, target = f"{FIXED}, level {LEVEL:g}", "<= 0.95" if arm == ADAPTIVE and not bench.settings.quick else ""
+    shares = [1.0 if one is None else one / other for one, other in zip(needed, by_fixed, strict=True)]
+    name = f"{arm} / {against}: steps until the loss that {FIXED} ends at"
+    yield Line.median(name, shares, "x", target=target, conditions=f"{missed}{losses}; {conditions}")
+    above = [curve[-1][1] - goal for curve, goal in zip(curves, goals, strict=True)]
+    yield Line.median(f"{arm} - {against}: loss after the last step", above, "nats a token", conditions=conditions)
 
 
 def in_words(arm: str, size: Size) -> str:

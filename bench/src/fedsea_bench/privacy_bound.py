@@ -31,14 +31,8 @@ def bound_holds(bench: Workbench) -> Iterator[Line]:
     for name, rows in points.items():
         above = [max(_accuracies(report).values()) - bound.accuracy for _level, report, bound in rows]
         note = "; ".join(_in_words(*row) for row in rows) + f"; {case.words(bench)}"
-        yield Line.of(
-            f"{name}: the best attack's share of tokens minus the bound's, largest",
-            max(above),
-            "",
-            target="<= 0",
-            samples=above,
-            conditions=note,
-        )
+        name = f"{name}: the best attack's share of tokens minus the bound's, largest"
+        yield Line.largest(name, above, "", target="<= 0", conditions=note)
     if bench.settings.plots is not None:
         draw(points, bench.settings.plots / "leakage-bound.png", bench.settings.model)
 

@@ -7,9 +7,11 @@ from fedsea.audit.observation import Observation, Subject
 from fedsea.audit.plan import Plan
 from fedsea.audit.run import Auditor
 from fedsea.audit.samples import SAMPLES
+from fedsea.audit.scores import Score
 from fedsea.partition import Partition
 from fedsea_bench.workbench import PARTITION, Workbench, described
 
+PAPER_LEVEL = 2.3  # the paper's 0.05 on LLaMA2-7B, as a multiple of the mean |h_A|
 TEXTS, TOKENS = 6, 48
 FEW_TEXTS, FEW_TOKENS = 3, 24
 QUICK_TEXTS, QUICK_TOKENS = 2, 16
@@ -39,6 +41,11 @@ class Case:
             f"{self.texts} texts of at most {self.tokens} tokens (fedsea.audit.samples), inference, one observation, "
             f"16-bit wire, partition {described(partition)}; {bench.place}"
         )
+
+
+def known(score: Score) -> list[float]:
+    """Of the texts that have a value."""
+    return [value for value in score.values if value is not None]
 
 
 def first_tokens(subject: Subject, count: int) -> Subject:

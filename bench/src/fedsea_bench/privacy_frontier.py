@@ -9,21 +9,18 @@ PLOTS/privacy-frontier.jsonl   a line for each point that is done: read afterwar
 PLOTS/privacy-frontier.png     the drawing
 """
 
-import json
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from fedsea.errors import FedSEAError, UsageError
-from fedsea.server import ServerProcess
+from fedsea.errors import FedSEAError
 from fedsea.tasks import get_task
-from fedsea.tasks.base import LabelTask
 from fedsea_bench.plots import drawing
 from fedsea_bench.privacy_point import ALONE, RANK, Outcome, Point, Size, measure
 from fedsea_bench.results import Line
+from fedsea_bench.sweep import Sweep
+from fedsea_bench.task_case import TaskCase
 from fedsea_bench.workbench import Workbench
 
 TASK, LOSS = "cb", "answer_loss"
@@ -94,24 +91,18 @@ def frontier(bench: Workbench) -> Iterator[Line]:
     curves, cuts, size, seeds = (
         (QUICK_CURVES, QUICK_CUTS_ALONE, QUICK, 1) if quick else (CURVES, CUTS_ALONE, FULL, SEEDS)
     )
-    cache = OutcomeCache(bench, size)
-    found: dict[Point, Outcome] = {}
     task = get_task(TASK)
-    assert isinstance(task, LabelTask)
     metric = task.metrics[0]
-    with ExitStack() as things:
-        server: ServerProcess | None = None
-        for point in points(curves, cuts, seeds):
-            outcome = cache.get(point)
-            if outcome is None:
-                with bench.step(f"fine-tuning and attacks: {point}"):
-                    if server is None:
-                        options = ("--dtype", size.dtype)
-                        server = ServerProcess(bench.settings.model, threads=bench.settings.threads, options=options)
-                        things.enter_context(server)
-                    outcome = measure(bench, server, task, data / task.title, point, size)
-                cache.put(point, outcome)
-            found[point] = outcome
+    case = TaskCase(TASK, data / task.title, bench.settings.model, size.max_tokens, size.examples)
+    plots = bench.settings.plots
+    kept = plots / "privacy-frontier.jsonl" if plots is not None else None
+    sweep = Sweep(kept, {"model": bench.settings.model, "size": asdict(size)}, Point, Outcome)
+
+    def made(point: Point) -> Outcome:
+        with bench.step(f"fine-tuning and attacks: {point}"):
+            return measure(bench, case, point, size)
+
+    found = {point: sweep.measured(point, made) for point in points(curves, cuts, seeds)}
     free = noise_free(found)
     if not free:
         raise FedSEAError("the training without noise broke off, so there is no score to compare with")
@@ -122,11 +113,11 @@ def frontier(bench: Workbench) -> Iterator[Line]:
     yield from (_line_alone(place, metric, words) for place in alone)
     yield best_line(name, target, protected)
     yield least_line(protected)
-    if bench.settings.plots is not None:
+    if plots is not None:
         # What the most frequent label keeps of the score, whatever the question: nothing is learnt for it.
         majority = next(iter(free.values())).majority
         constant = majority / (statistics.mean(one.metrics[metric] for one in free.values()) or 1.0)
-        draw(curves, protected, alone, constant, bench.settings.plots / "privacy-frontier.png", bench.settings.model)
+        draw(curves, protected, alone, constant, plots / "privacy-frontier.png", bench.settings.model)
 
 
 def points(curves: Mapping[Curve, Sequence[float]], cuts: Sequence[tuple[int, int]], seeds: int) -> Iterator[Point]:
@@ -138,42 +129,6 @@ def points(curves: Mapping[Curve, Sequence[float]], cuts: Sequence[tuple[int, in
         for (family, input_layers), strengths in curves.items():
             for strength in strengths:
                 yield Point(family.format(f"{strength:g}"), input_layers, seed)
-
-
-class OutcomeCache:
-    """Outcomes on disk, a line of JSON each; nowhere, if the bench keeps no drawings either.
-
-    Raises UsageError if the file is damaged.
-    """
-
-    def __init__(self, bench: Workbench, size: Size) -> None:
-        self._common: dict[str, Any] = json.loads(json.dumps({"model": bench.settings.model, "size": asdict(size)}))
-        plots = bench.settings.plots
-        self._file = plots / "privacy-frontier.jsonl" if plots is not None else None
-        self._held: dict[Point, Outcome] = {}
-        if self._file is None or not self._file.exists():
-            return
-        for number, row in enumerate(self._file.read_text().splitlines(), 1):
-            try:
-                entry = json.loads(row)
-                # Lines of another size are another bench's: they stay, and are not used.
-                if all(entry[name] == value for name, value in self._common.items()):
-                    self._held[Point(**entry["point"])] = Outcome(**entry["outcome"])
-            except (ValueError, KeyError, TypeError):
-                raise UsageError(f"line {number} of {self._file} is damaged; remove it") from None
-
-    def get(self, point: Point) -> Outcome | None:
-        """What was measured before; None if it was not."""
-        return self._held.get(point)
-
-    def put(self, point: Point, outcome: Outcome) -> None:
-        """Keep it."""
-        self._held[point] = outcome
-        if self._file is None:
-            return
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        with self._file.open("a") as stream:
-            stream.write(json.dumps({**self._common, "point": asdict(point), "outcome": asdict(outcome)}) + "\n")
 
 
 def noise_free(found: Mapping[Point, Outcome]) -> dict[int, Outcome]:
@@ -212,14 +167,9 @@ def _line(place: Place, metric: str, words: str) -> Line:
         f"bound {max(one.bound for one in place.outcomes):.2f} ({max(one.bits for one in place.outcomes):.2f} bits)",
         words,
     ]
-    note = "; ".join(filter(None, parts))
-    return Line.of(
-        f"frontier, {place}: points that the best attack reads above prior",
-        place.leaked,
-        "points",
-        samples=[one.above_prior for one in place.outcomes],
-        conditions=note,
-    )
+    points = [one.above_prior for one in place.outcomes]
+    name = f"frontier, {place}: points that the best attack reads above prior"
+    return Line.of(name, place.leaked, "points", samples=points, conditions="; ".join(filter(None, parts)))
 
 
 def _cuts(place: Place) -> str:
@@ -250,15 +200,9 @@ def least_line(places: Sequence[Place]) -> Line:
     if not good:
         return Line.skipped(name, "points", target=f"<= {READ:g}", reason="no mechanism keeps so much")
     best = min(good, key=lambda place: place.leaked)
+    above = [one.above_prior for one in best.outcomes]
     note = f"{best}: {best.kept:.3f} kept; least of {len(good)} such points"
-    return Line.of(
-        name,
-        best.leaked,
-        "points",
-        target=f"<= {READ:g}",
-        samples=[one.above_prior for one in best.outcomes],
-        conditions=note,
-    )
+    return Line.of(name, best.leaked, "points", target=f"<= {READ:g}", samples=above, conditions=note)
 
 
 def _words(bench: Workbench, size: Size, free: Sequence[Outcome], metric: str) -> str:

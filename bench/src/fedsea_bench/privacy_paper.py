@@ -16,11 +16,10 @@ from fedsea.audit.scores import Score
 from fedsea.partition import Partition
 from fedsea.privacy import RelativeGaussianNoise
 from fedsea_bench.plots import drawing
-from fedsea_bench.privacy_case import Case
+from fedsea_bench.privacy_case import PAPER_LEVEL, Case, known
 from fedsea_bench.results import Line
 from fedsea_bench.workbench import Workbench
 
-PAPER_LEVEL = 2.3  # the paper's 0.05 on LLaMA2-7B, as a multiple of the mean |h_A|
 LEVELS, QUICK_LEVELS = (0.0, 1.0, PAPER_LEVEL, 4.5, 10.0), (0.0, PAPER_LEVEL)
 DEPTHS, QUICK_DEPTHS = (0, 1, 2, 3), (0, 1)
 STEPS, QUICK_STEPS = 60, 8
@@ -56,48 +55,28 @@ def paper_claim(bench: Workbench) -> Iterator[Line]:
                 f"each trained for {steps} steps of 8 x 64 tokens; guessed without them {point.prior.mean:.3f}; "
                 f"{case.words(bench, partition)}"
             )
-            for name, found in (("decoder", point.ours), ("paper-decoder", point.paper)):
-                yield Line.of(
-                    f"{name} at p = {p}, noise level {level:g}: share of tokens read",
-                    found.mean,
-                    "",
-                    samples=[value for value in found.values if value is not None],
-                    conditions=conditions,
-                )
+            for attack, found in (("decoder", point.ours), ("paper-decoder", point.paper)):
+                name = f"{attack} at p = {p}, noise level {level:g}: share of tokens read"
+                yield Line.of(name, found.mean, "", samples=known(found), conditions=conditions)
     yield from _claim(curves)
     if bench.settings.plots is not None:
         draw(curves, bench.settings.plots / "privacy-paper.png", bench.settings.model)
 
 
 def _claim(curves: dict[int, list[Point]]) -> Iterator[Line]:
-    noisy = [(p, point) for p, points in curves.items() for point in points if point.level]
+    noisy = [point for points in curves.values() for point in points if point.level]
     note = "its metrics are near zero under noise; over all p and levels above 0"
-    yield Line.of(
-        "the paper's claim: share of tokens that its own attack reads under noise, largest",
-        max(point.paper.mean for _p, point in noisy),
-        "",
-        target=f"<= {NEAR_ZERO:g}",
-        samples=[point.paper.mean for _p, point in noisy],
-        conditions=note,
-    )
-    bare = [points[0] for points in curves.values()]
-    note = f"p = {', '.join(map(str, curves))}; where this is near zero too, it is not the noise that does it"
-    yield Line.of(
-        "the same attack without any noise: share of tokens read, largest",
-        max(point.paper.mean for point in bare),
-        "",
-        samples=[point.paper.mean for point in bare],
-        conditions=note,
-    )
-    scale = [point for _p, point in noisy if point.level == PAPER_LEVEL]
-    note = f"p = {', '.join(map(str, curves))}, in this order"
-    yield Line.of(
-        f"a decoder trained for the state's own token, at noise level {PAPER_LEVEL:g}: smallest share read",
-        min(point.ours.mean for point in scale),
-        "",
-        samples=[point.ours.mean for point in scale],
-        conditions=note,
-    )
+    name = "the paper's claim: share of tokens that its own attack reads under noise, largest"
+    read = [point.paper.mean for point in noisy]
+    yield Line.largest(name, read, "", target=f"<= {NEAR_ZERO:g}", conditions=note)
+    depths = f"p = {', '.join(map(str, curves))}"
+    name = "the same attack without any noise: share of tokens read, largest"
+    read = [points[0].paper.mean for points in curves.values()]
+    note = f"{depths}; where this is near zero too, it is not the noise that does it"
+    yield Line.largest(name, read, "", conditions=note)
+    read = [point.ours.mean for point in noisy if point.level == PAPER_LEVEL]
+    name = f"a decoder trained for the state's own token, at noise level {PAPER_LEVEL:g}: smallest share read"
+    yield Line.of(name, min(read), "", samples=read, conditions=f"{depths}, in this order")
 
 
 def draw(curves: dict[int, list[Point]], path: Path, model: str) -> None:

@@ -41,21 +41,13 @@ def partition_study(bench: Workbench) -> Iterator[Line]:
                 assert report.loss is not None
                 losses[p] = report.public_loss, report.loss
         note = f"noise level {LEVEL:g}; {case.words(bench, Partition(p, depths[0]))}"
-        yield Line.of(
-            f"p = {p}: share of the text's tokens that the better search reads", text[p, depths[0]], "", conditions=note
-        )
-        note = f"{losses[p][0]:.3f} without noise; level {LEVEL:g}"
-        yield Line.of(
-            f"p = {p}: loss of the untrained model under noise", losses[p][1], "nats a token", conditions=note
-        )
+        name = f"p = {p}: share of the text's tokens that the better search reads"
+        yield Line.of(name, text[p, depths[0]], "", conditions=note)
+        note, name = f"{losses[p][0]:.3f} without noise; level {LEVEL:g}", "loss of the untrained model under noise"
+        yield Line.of(f"p = {p}: {name}", losses[p][1], "nats a token", conditions=note)
         note = f"q = {', '.join(map(str, depths))}, in this order; 8 tokens, greedy; level {LEVEL:g}"
-        yield Line.of(
-            f"p = {p}: share of the answer that read-out reads, largest over q",
-            max(answer[p, q] for q in depths),
-            "",
-            samples=[answer[p, q] for q in depths],
-            conditions=note,
-        )
+        name, read = "share of the answer that read-out reads, largest over q", [answer[p, q] for q in depths]
+        yield Line.largest(f"p = {p}: {name}", read, "", conditions=note)
     if bench.settings.plots is not None:
         draw(depths, text, answer, losses, bench.settings.plots / "partition.png", bench.settings.model)
 

@@ -24,20 +24,19 @@ from fedsea.audit.limits import find_limits
 from fedsea.audit.plan import Plan
 from fedsea.audit.run import Auditor
 from fedsea.audit.samples import TaskText
-from fedsea.checkpoints import load_tokenizer, load_whole_model
+from fedsea.checkpoints import load_whole_model
 from fedsea.client import SplitModelForCausalLM
 from fedsea.errors import FedSEAError, NonFiniteError
 from fedsea.partition import Partition
 from fedsea.parts.cut_files import read_cut
 from fedsea.privacy import GaussianNoise, Noise, parse_mechanism
 from fedsea.server import ServerProcess
-from fedsea.tasks import Example, encode, evaluate
-from fedsea.tasks.base import LabelTask
 from fedsea.training.batches import Batches
 from fedsea.training.folder import RunFolder
 from fedsea.training.loop import FineTuning
 from fedsea.training.recipe import Recipe
 from fedsea_bench.privacy_case import first_tokens
+from fedsea_bench.task_case import LAST_STEPS, TaskCase
 from fedsea_bench.training_case import train_whole
 from fedsea_bench.workbench import Workbench
 
@@ -45,7 +44,6 @@ ATTACKS = ("prior", "nearest", "search", "search-map", "read-out", "decoder")
 FLOOR = "prior"
 RANK = 8
 ALONE = "alone"
-LAST_STEPS = 10  # over which the loss at a training's end is averaged
 
 
 @dataclass(frozen=True)
@@ -126,51 +124,48 @@ class Outcome:
         return 100 * (max(self.read_with_adapter.values()) - self.read[FLOOR])
 
 
-def measure(bench: Workbench, server: ServerProcess, task: LabelTask, data: Path, point: Point, size: Size) -> Outcome:
+def measure(bench: Workbench, case: TaskCase, point: Point, size: Size) -> Outcome:
     """Fine-tune, evaluate, attack."""
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="fedsea-bench-") as scratch:
         folder = RunFolder(Path(scratch) / "run", _ignore)
         try:
-            if point.mechanism == ALONE:
-                made = _alone(bench, task, data, point, size)
-            else:
-                made = _trained(bench, server, task, data, point, size, folder)
+            alone = point.mechanism == ALONE
+            made = (
+                _alone(case, point, size)
+                if alone
+                else _trained(bench.serve("--dtype", size.dtype), case, point, size, folder)
+            )
         except NonFiniteError as error:
-            return Outcome(error=str(error), seconds=round(time.monotonic() - began, 1))
+            made = Outcome(error=str(error))
         # Without a mechanism a search reads everything, and alone there is nothing to read: their scores are wanted.
-        if point.mechanism not in ("", ALONE):
-            made = _attacked(bench, task, data, point, size, folder.adapter, made)
+        if not made.error and point.mechanism not in ("", ALONE):
+            made = _attacked(case, point, size, folder.adapter, made)
     return replace(made, seconds=round(time.monotonic() - began, 1))
 
 
-def _trained(
-    bench: Workbench, server: ServerProcess, task: LabelTask, data: Path, point: Point, size: Size, folder: RunFolder
-) -> Outcome:
+def _trained(server: ServerProcess, case: TaskCase, point: Point, size: Size, folder: RunFolder) -> Outcome:
     """The adapter, in the folder, and what the model is worth with it."""
-    recipe, batches, lora = _recipe(bench, task, data, point, size)
+    recipe, batches, lora = _recipe(case, point, size)
     losses: list[float] = []
-    connection = {**server.connection, "dtype": size.dtype, "notice": _ignore}
     with SplitModelForCausalLM.from_pretrained(
-        bench.settings.model, partition=point.partition, noise=point.noise, **connection
+        case.model, partition=point.partition, noise=point.noise, dtype=size.dtype, notice=_ignore, **server.connection
     ) as model:
-        model.add_adapter(lora, run=folder.begin({"task": task.name}), seed=point.seed)
+        model.add_adapter(lora, run=folder.begin({"task": case.name}), seed=point.seed)
         training = FineTuning(model, batches, recipe, folder, lora=lora, base_model=None, notice=_ignore)
         training.run(lambda figures: losses.append(figures.loss))
-        outcome = _scored(bench, model, task, data, size, losses)
+        outcome = _scored(case, model, losses)
         model.adapter.end_run()
     return outcome
 
 
-def _alone(bench: Workbench, task: LabelTask, data: Path, point: Point, size: Size) -> Outcome:
+def _alone(case: TaskCase, point: Point, size: Size) -> Outcome:
     """What the client's blocks are worth by themselves: the first ones straight to the last, trained by PEFT."""
-    recipe, batches, lora = _recipe(bench, task, data, point, size)
-    whole = load_whole_model(bench.settings.model, dtype=getattr(torch, size.dtype), device="cpu")
+    recipe, batches, lora = _recipe(case, point, size)
+    whole = load_whole_model(case.model, dtype=getattr(torch, size.dtype), device="cpu")
     torch.manual_seed(point.seed)
     model: Any = get_peft_model(without_middle(whole, point.partition), lora)
-    losses = train_whole(model, batches, recipe)
-    model.eval()
-    return _scored(bench, model, task, data, size, losses)
+    return _scored(case, model, train_whole(model, batches, recipe))
 
 
 def without_middle(model: Any, partition: Partition) -> Any:
@@ -186,39 +181,28 @@ def without_middle(model: Any, partition: Partition) -> Any:
     return model
 
 
-def _recipe(
-    bench: Workbench, task: LabelTask, data: Path, point: Point, size: Size
-) -> tuple[Recipe, Batches, LoraConfig]:
-    tokenizer = load_tokenizer(bench.settings.model)
-    encoded = [encode(task, example, tokenizer, size.max_tokens) for example in task.read(str(data), "train")]
+def _recipe(case: TaskCase, point: Point, size: Size) -> tuple[Recipe, Batches, LoraConfig]:
     recipe = Recipe(size.steps, size.batch_size, lr=size.lr, warmup=size.steps // 10, seed=point.seed)
     lora = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=list(size.modules))
-    return recipe, Batches(encoded, size.batch_size, point.seed), lora
+    return recipe, case.batches(size.batch_size, point.seed), lora
 
 
-def _scored(bench: Workbench, model: Any, task: LabelTask, data: Path, size: Size, losses: Sequence[float]) -> Outcome:
+def _scored(case: TaskCase, model: Any, losses: Sequence[float]) -> Outcome:
     """A trained model's scores, beside how its training went."""
-    tokenizer, examples = load_tokenizer(bench.settings.model), _validation(task, data, size)
-    found = evaluate(model, tokenizer, task, examples, max_tokens=size.max_tokens, answer_loss=True)
+    found = case.evaluation(model)
     assert found.majority is not None
-    majority = found.majority[1][task.metrics[0]]
+    majority = found.majority[1][case.task.metrics[0]]
     last = statistics.mean(losses[-LAST_STEPS:])
     return Outcome(metrics=found.metrics, majority=majority, first_loss=losses[0], last_loss=last)
 
 
-def _attacked(
-    bench: Workbench, task: LabelTask, data: Path, point: Point, size: Size, adapter: Path, made: Outcome
-) -> Outcome:
+def _attacked(case: TaskCase, point: Point, size: Size, adapter: Path, made: Outcome) -> Outcome:
     """With what is read of the validation texts' sessions, and what could be."""
     # An adapter with a cut brings its mechanism, at the strengths of its training.
     noise = GaussianNoise(0.0) if read_cut(adapter) is not None else point.noise
-    plan = Plan(
-        [TaskText(task, example) for example in _validation(task, data, size)[: size.texts]],
-        partition=point.partition,
-        tokens=size.max_tokens,
-        adapter=adapter,
-    )
-    auditor = Auditor(bench.settings.model, plan)
+    texts = [TaskText(case.task, example) for example in case.read("validation")[: size.texts]]
+    plan = Plan(texts, partition=point.partition, tokens=size.max_tokens, adapter=adapter)
+    auditor = Auditor(case.model, plan)
     whole = auditor.observe(noise)
     prompts = [one.tokens for one in whole.subjects]
     # What all texts of the task begin with is public, their question's words included.
@@ -243,10 +227,6 @@ def _attacked(
         observed = replace(observed, knowledge=replace(knowledge, shared=having))
     stronger = {name: share_read(name) for name in size.with_adapter}
     return replace(made, read=read, read_with_adapter=stronger, bits=limit.bits, bound=limit.accuracy)
-
-
-def _validation(task: LabelTask, data: Path, size: Size) -> list[Example]:
-    return task.read(str(data), "validation")[: size.examples]
 
 
 def _common(rows: Sequence[Sequence[int]]) -> tuple[int, ...]:

@@ -6,12 +6,11 @@ from dataclasses import replace
 from fedsea.audit.attacks.search import Search
 from fedsea.privacy import RelativeGaussianNoise
 from fedsea_bench.clock import seconds_of
-from fedsea_bench.privacy_case import Case, first_tokens
+from fedsea_bench.privacy_case import PAPER_LEVEL, Case, first_tokens, known
 from fedsea_bench.results import Line
 from fedsea_bench.workbench import Workbench
 
 ATTACKS = ("prior", "nearest", "search", "search-map", "read-out")
-PAPER_LEVEL = 2.3  # the paper's 0.05 on LLaMA2-7B, as a multiple of the mean |h_A|
 LEVELS = (0.0, PAPER_LEVEL, 4.5, 10.0)
 QUICK_LEVELS = (0.0, PAPER_LEVEL)
 EXACT_TOKENS = 8  # that the search of the whole vocabulary is timed on
@@ -30,14 +29,13 @@ def search_reads(bench: Workbench) -> Iterator[Line]:
             if score is None:
                 continue
             must = finding.attack == "search" and level <= PAPER_LEVEL
-            note = f"answers of 8 tokens, greedy; {case.words(bench)}"
             yield Line.of(
                 f"{finding.attack} at noise level {level:g}: share of tokens read {what}",
                 score.mean,
                 "",
                 target=">= 0.99" if must else "",
-                samples=[value for value in score.values if value is not None],
-                conditions=note,
+                samples=known(score),
+                conditions=f"answers of 8 tokens, greedy; {case.words(bench)}",
             )
 
 
@@ -54,21 +52,17 @@ def search_speed(bench: Workbench) -> Iterator[Line]:
         quick = [auditor.attack(search, one).seconds_per_token for one in alone]
         short = replace(observed, subjects=[first_tokens(observed.subjects[0], EXACT_TOKENS)])
         every, few = (auditor.attack(one, short) for one in (Search(limit=None), search))
-    slow = every.seconds_per_token
+    slow, fast = every.seconds_per_token, sum(quick) / len(quick)
     words = (
         f"noise level {PAPER_LEVEL:g}, vocabulary of {knowledge.candidates.vocabulary}; tables {prepared:.1f} s once; "
+        f"{case.words(bench)}"
     )
-    note = f"each text by itself; {words}{case.words(bench)}"
+    note = f"each text by itself; {words}"
     yield Line.median("search: time a token", quick, "s", target="<= 0.5", conditions=note)
-    note = f"{slow:.2f} s, the first {EXACT_TOKENS} tokens of a text; {words}{case.words(bench)}"
-    yield Line.of(
-        "search of the whole vocabulary / search: time a token", slow / (sum(quick) / len(quick)), "x", conditions=note
+    note = f"{slow:.2f} s, the first {EXACT_TOKENS} tokens of a text; {words}"
+    yield Line.of("search of the whole vocabulary / search: time a token", slow / fast, "x", conditions=note)
+    different = sum(
+        one != other for one, other in zip(every.recoveries[0].tokens, few.recoveries[0].tokens, strict=True)
     )
-    note = f"of {EXACT_TOKENS}; {words}{case.words(bench)}"
-    yield Line.of(
-        "search: tokens that differ from a search of the whole vocabulary",
-        sum(one != other for one, other in zip(every.recoveries[0].tokens, few.recoveries[0].tokens, strict=True)),
-        "",
-        target="== 0",
-        conditions=note,
-    )
+    name = "search: tokens that differ from a search of the whole vocabulary"
+    yield Line.of(name, different, "", target="== 0", conditions=f"of {EXACT_TOKENS}; {words}")

@@ -122,7 +122,7 @@ class Plan:
         return Recipe(steps=self.steps, batch_size=self.batch_size, lr=self.lr, seed=seed)
 
     def common(self) -> dict[str, Any]:
-        """What all results of a folder must have in common; further tasks, settings and seeds may come later."""
+        """What results have in common that stand in one table; further tasks, settings and seeds may come later."""
         free = {"data", "tasks", "levels", "noise", "mechanism", "cuts", "seeds", "threads"}
         return {name: value for name, value in asdict(self).items() if name not in free}
 
@@ -135,9 +135,14 @@ class Job:
     setting: Setting
     seed: int
 
+    @classmethod
+    def read(cls, task: str, setting: dict[str, Any], seed: int) -> "Job":
+        """As a line of results has it."""
+        return cls(task, Setting(**setting), seed)
+
     @property
     def path(self) -> Path:
-        """Where it is kept, within the results or the runs."""
+        """Where its training is kept, within the runs."""
         return Path(self.task, self.setting.name, f"seed-{self.seed}")
 
     def __str__(self) -> str:

@@ -65,9 +65,7 @@ def lines(plan: Plan, results: Results) -> Iterator[Line]:
                 name = f"quality, {task}: {metric}, {setting.name}"
                 found = summary(results, task, setting, metric)
                 if found is None:
-                    broke = {
-                        result.error for job, result in results.items() if (job.task, job.setting) == (task, setting)
-                    }
+                    broke = {made.error for job, made in results.items() if (job.task, job.setting) == (task, setting)}
                     yield Line.skipped(name, "", reason="; ".join(sorted(filter(None, broke))) or "not measured")
                     continue
                 error = f"standard error {found.error:.4f} over the seeds; " if found.error is not None else ""
@@ -77,13 +75,9 @@ def lines(plan: Plan, results: Results) -> Iterator[Line]:
 
 def _memory(plan: Plan, results: Results, task: str) -> Iterator[Line]:
     """What a process needs that trains the whole model, or a client's layers."""
-    peaks = {
-        setting: max((one.memory for one in results_of(results, task, setting)), default=0)
-        for setting in [UNTRAINED, *plan.settings]
-    }
-    note = (
-        f"VmHWM of a fresh process that trains {plan.batch_size} x {plan.max_tokens} tokens; the server is not counted"
-    )
+    case = f"{plan.batch_size} x {plan.max_tokens} tokens"
+    note = f"VmHWM of a fresh process that trains {case}; the server is not counted"
+    peaks = {one: max((made.memory for made in results_of(results, task, one)), default=0) for one in plan.settings}
     for setting, peak in peaks.items():
         if peak:
             share = f"{100 * peak / peaks[WHOLE]:.1f} % of the whole model's; " if peaks[WHOLE] else ""

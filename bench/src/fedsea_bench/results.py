@@ -61,6 +61,11 @@ class Line:
         return cls.of(name, statistics.median(samples), unit, target=target, samples=samples, conditions=conditions)
 
     @classmethod
+    def largest(cls, name: str, samples: Sequence[float], unit: str, *, target: str = "", conditions: str) -> Self:
+        """The worst of what was compared."""
+        return cls.of(name, max(samples), unit, target=target, samples=samples, conditions=conditions)
+
+    @classmethod
     def skipped(cls, name: str, unit: str, *, target: str = "", reason: str) -> Self:
         """A figure that was not measured, and why."""
         return cls(name, None, unit, target, None, (), f"skipped: {reason}")

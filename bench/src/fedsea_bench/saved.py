@@ -3,8 +3,11 @@
 What is between two marks of a page is written by `fedsea bench figures`, never by hand:
 
     <!-- figure inference-kv-cache: at 4000 tokens -->128 x<!-- end -->   the line of that file whose name has the words
-    <!-- lines inference --> … <!-- end -->                      a table of all lines of the files that begin so
-    <!-- files all --> … <!-- end -->                            a table of the files
+    <!-- spread inference-kv-cache: at 4000 tokens --> … <!-- end -->     its lowest and highest sample
+    <!-- lines federation: speed flower --> … <!-- end -->   a table of a bench's topics, or all, once they are saved
+    <!-- files all --> … <!-- end -->                         a table of the files
+
+What is not saved stays as it is in the page; where nothing is, it says "not measured yet".
 """
 
 import dataclasses
@@ -23,7 +26,7 @@ from fedsea.errors import UsageError
 from fedsea_bench.results import Line, markdown_table
 from fedsea_bench.topics import TOPICS
 
-_MARK = re.compile(r"(<!-- (figure|lines|files) ([\w-]+)(?:: (.+?))? -->).*?(<!-- end -->)", re.DOTALL)
+_MARK = re.compile(r"(<!-- (figure|spread|lines|files) ([\w-]+)(?:: (.+?))? -->)(.*?)(<!-- end -->)", re.DOTALL)
 _WHERE_TO = ("only", "json_file", "markdown", "save", "strict")  # options that do not change a figure
 
 
@@ -91,12 +94,17 @@ def filled(page: str, saved: dict[str, Saved]) -> str:
     """A page with its marked places filled. Raises UsageError for a mark that names no figure, or several."""
 
     def fill(match: re.Match[str]) -> str:
-        opening, kind, name, words, end = match.groups()
-        if kind == "figure":
-            return f"{opening}{_figure(saved, name, words)}{end}"
-        chosen = {stem: one for stem, one in saved.items() if name == "all" or stem.startswith(name)}
-        lines = [line for one in chosen.values() for line in one.lines]
-        return f"{opening}\n{_files(chosen) if kind == 'files' else markdown_table(lines)}{end}"
+        opening, kind, name, words, before, end = match.groups()
+        if kind == "files":
+            return f"{opening}\n{_files(saved)}\n{end}"
+        if kind == "lines":
+            topics = [saved.get(f"{name}-{topic}") for topic in (words.split() if words else TOPICS[name])]
+            lines = [line for one in topics if one is not None for line in one.lines]
+            return match[0] if None in topics else f"{opening}\n{markdown_table(lines)}\n{end}"
+        line = _line(saved, name, words)
+        if line is None:
+            return f"{opening}{before or 'not measured yet'}{end}"
+        return f"{opening}{line.figure if kind == 'figure' else line.spread}{end}"
 
     return _MARK.sub(fill, page)
 
@@ -112,20 +120,20 @@ def fill_pages(docs: Path) -> list[Path]:
     return changed
 
 
-def _figure(saved: dict[str, Saved], name: str, words: str) -> str:
-    """What the one line says whose name has these words."""
+def _line(saved: dict[str, Saved], name: str, words: str) -> Line | None:
+    """The one whose name has these words; None if the topic is not saved."""
     bench, _, topic = name.partition("-")
     if bench != "quality" and topic not in TOPICS.get(bench, ()):
         raise UsageError(f"a mark asks for results/{name}.json, and no bench has such a topic")
     if name not in saved:
-        return "not measured yet"
+        return None
     # The whole name, else its end ("split" beside "split-at-2"), else any part.
     for fits in (str.__eq__, str.endswith, str.__contains__):
         if found := [line for line in saved[name].lines if fits(line.name, words)]:
             break
     if len(found) != 1:
         raise UsageError(f"a mark asks for the figure '{words}' of results/{name}.json, which has {len(found)} such")
-    return found[0].figure
+    return found[0]
 
 
 def _files(saved: dict[str, Saved]) -> str:

@@ -7,16 +7,14 @@ from functools import partial
 from torch import Tensor
 
 from fedsea.client import GUESSES, SplitModelForCausalLM, stream_tokens
-from fedsea_bench.clock import bare_loop, decode_rate, in_turns, times_of, times_of_generate
-from fedsea_bench.link import Link
+from fedsea_bench.clock import bare_loop, decode_rate, in_turns, ratios, times_of, times_of_generate
+from fedsea_bench.link import LINK_MBIT, RTT_SECONDS, slow
 from fedsea_bench.results import Line
 from fedsea_bench.workbench import Workbench
 
 PROMPT_TOKENS = 32
 WARM_UP_TOKENS = 4
 _Loop = Callable[[int], list[float]]  # decodes a number of tokens; returns when each came
-RTT_SECONDS = 0.020
-LINK_MBIT = 100.0
 
 
 def decode_speed(bench: Workbench) -> Iterator[Line]:
@@ -38,20 +36,15 @@ def decode_speed(bench: Workbench) -> Iterator[Line]:
         f"{PROMPT_TOKENS} tokens of prompt, {tokens} new, from the first to the last; in turns after a warm-up, "
         f"the ratio of each round; chat's loop guesses at most {GUESSES} tokens ahead, as `fedsea chat` does"
     )
+    generate, bare, chat = "whole model, generate", "whole model, bare loop", "split, chat's loop"
     for name, one, other, target in (
-        ("generate, split / whole", "split, generate", "whole model, generate", 0.95),
-        ("chat's loop / bare loop of the whole model", "split, chat's loop", "whole model, bare loop", 0.9),
-        ("chat's loop / generate of the whole model", "split, chat's loop", "whole model, generate", 1.0),
-        (
-            "chat's loop without guesses / bare loop",
-            "split, chat's loop without guesses",
-            "whole model, bare loop",
-            None,
-        ),
+        ("generate, split / whole", "split, generate", generate, ">= 0.95"),
+        ("chat's loop / bare loop of the whole model", chat, bare, ">= 0.9"),
+        ("chat's loop / generate of the whole model", chat, generate, ">= 1.0"),
+        ("chat's loop without guesses / bare loop", f"{chat} without guesses", bare, ""),
     ):
-        ratios = [mine / reference for mine, reference in zip(rates[one], rates[other], strict=True)]
-        wanted = f">= {target}" if target is not None else ""
-        yield Line.median(f"decode speed: {name}", ratios, "x", target=wanted, conditions=conditions)
+        shares = ratios(rates[one], rates[other])
+        yield Line.median(f"decode speed: {name}", shares, "x", target=target, conditions=conditions)
     for name, samples in rates.items():
         yield Line.median(f"decode speed: {name}", samples, "tokens/s", conditions="of the same rounds")
 
@@ -63,22 +56,18 @@ def slow_link(bench: Workbench) -> Iterator[Line]:
     again = prompt.repeat(1, 3)
     near = bench.split
     with (
-        Link(bench.server.address, delay_ms=RTT_SECONDS * 500, rate_mbit=LINK_MBIT) as link,
+        slow(bench.server.address) as link,
         bench.connect(server=link.address) as far,
         bench.step(f"decoding {tokens} tokens, {rounds} rounds of loopback and link in turns"),
     ):
-        rates = _in_turns(
-            {
-                "near": lambda tokens: times_of_generate(near, prompt, tokens),
-                "far": lambda tokens: times_of_generate(far, prompt, tokens),
-            },
-            rounds,
-            tokens,
-        )
-        repeating = _in_turns(
-            {"guessing": _chat_loop(far, again, guesses=GUESSES), "not": _chat_loop(far, again)}, rounds, tokens
-        )
-    shares = [slow * (RTT_SECONDS + 1 / fast) for slow, fast in zip(rates["far"], rates["near"], strict=True)]
+        contenders: dict[str, _Loop] = {
+            "near": lambda tokens: times_of_generate(near, prompt, tokens),
+            "far": lambda tokens: times_of_generate(far, prompt, tokens),
+        }
+        rates = _in_turns(contenders, rounds, tokens)
+        contenders = {"guessing": _chat_loop(far, again, guesses=GUESSES), "not": _chat_loop(far, again)}
+        repeating = _in_turns(contenders, rounds, tokens)
+    shares = [there * (RTT_SECONDS + 1 / here) for there, here in zip(rates["far"], rates["near"], strict=True)]
     note = (
         f"{bench.place}; {RTT_SECONDS * 1000:g} ms RTT, {LINK_MBIT:g} Mbit/s, mutual TLS, generate on both; "
         f"compute of one token is that of the same loop on plain loopback, in turns: "
@@ -90,12 +79,8 @@ def slow_link(bench: Workbench) -> Iterator[Line]:
         f"over the same link, chat's loop with at most {GUESSES} guesses a step and without, in turns; the prompt "
         f"is {PROMPT_TOKENS} tokens three times"
     )
-    yield Line.median(
-        "slow link: decode a text that repeats itself, guessing / not",
-        [one / other for one, other in zip(repeating["guessing"], repeating["not"], strict=True)],
-        "x",
-        conditions=note,
-    )
+    name, shares = "slow link: decode a text that repeats itself, guessing / not", ratios(*repeating.values())
+    yield Line.median(name, shares, "x", conditions=note)
 
 
 def _chat_loop(model: SplitModelForCausalLM, prompt: Tensor, *, guesses: int = 0) -> _Loop:
@@ -111,14 +96,8 @@ def _chat_loop(model: SplitModelForCausalLM, prompt: Tensor, *, guesses: int = 0
 
 
 def _in_turns(contenders: Mapping[str, _Loop], rounds: int, tokens: int) -> dict[str, list[float]]:
-    """Tokens a second of each contender in each round, over `tokens` new tokens.
-
-    Rounds alternate in direction, so that none always comes first; each contender runs once before, unmeasured.
-    """
+    """Tokens a second of each contender in each round; each runs once before, unmeasured."""
     for run in contenders.values():
         run(WARM_UP_TOKENS)
-    return in_turns({name: partial(_rate, run, tokens) for name, run in contenders.items()}, rounds)
-
-
-def _rate(run: _Loop, tokens: int) -> float:
-    return decode_rate(run(tokens))
+    times = in_turns({name: partial(run, tokens) for name, run in contenders.items()}, rounds)
+    return {name: [decode_rate(one) for one in rounds_] for name, rounds_ in times.items()}

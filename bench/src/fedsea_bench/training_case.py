@@ -14,9 +14,8 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor
 from transformers import get_scheduler
 
-from fedsea.checkpoints import open_checkpoint
 from fedsea.client import SplitModelForCausalLM
-from fedsea.errors import ModelNotFoundError, NonFiniteError
+from fedsea.errors import NonFiniteError
 from fedsea.parts.adapters import adapter_parameters
 from fedsea.training.batches import Batches
 from fedsea.training.recipe import Recipe
@@ -54,25 +53,19 @@ def texts(count: int, seed: int = 0) -> list[str]:
 
 def text_batches(bench: Workbench, count: int, rows: int) -> list[Batch]:
     """Batches of texts of different lengths; drawn tokens for a model without a tokenizer."""
-    total = count * rows
-    try:
-        tokenizer = open_checkpoint(bench.settings.model).tokenizer()
-    except ModelNotFoundError:
-        draw = random.Random(0)
-        lengths = [draw.randint(*_DRAWN_LENGTHS) for _ in range(total)]
-        encoded = [[draw.randrange(bench.config.vocab_size) for _ in range(length)] for length in lengths]
-    else:
-        encoded = [tokenizer(text)["input_ids"] for text in texts(total)]
-    return [_padded(encoded[first : first + rows]) for first in range(0, total, rows)]
+    written, draw = texts(count * rows), random.Random(0)
+    encoded = bench.encode(written, [draw.randint(*_DRAWN_LENGTHS) for _ in written])
+    return [padded(encoded[first : first + rows]) for first in range(0, len(encoded), rows)]
 
 
 def even_batch(vocabulary: int, rows: int, tokens: int) -> Batch:
     """One batch of drawn tokens, `[rows, tokens]`, without padding: for what no text changes."""
     draw = random.Random(0)
-    return _padded([[draw.randrange(vocabulary) for _ in range(tokens)] for _ in range(rows)])
+    return padded([[draw.randrange(vocabulary) for _ in range(tokens)] for _ in range(rows)])
 
 
-def _padded(rows: Sequence[Sequence[int]]) -> Batch:
+def padded(rows: Sequence[Sequence[int]]) -> Batch:
+    """A batch of texts."""
     width = max(map(len, rows))
 
     def filled(row: Sequence[int], filling: int) -> list[int]:
@@ -83,6 +76,12 @@ def _padded(rows: Sequence[Sequence[int]]) -> Batch:
         "attention_mask": torch.tensor([filled([1] * len(row), 0) for row in rows]),
         "labels": torch.tensor([filled(row, _UNLEARNT) for row in rows]),
     }
+
+
+def rows_of(batch: Batch) -> list[list[int]]:
+    """A batch's texts, as `padded` takes them."""
+    lengths = batch["attention_mask"].sum(1).tolist()
+    return [row[:length] for row, length in zip(batch["input_ids"].tolist(), lengths, strict=True)]
 
 
 def tokens_of(batch: Batch) -> int:

@@ -43,10 +43,12 @@ class _Outcome:
 
 def training_exactness(bench: Workbench) -> Iterator[Line]:
     """The same training by PEFT on the whole model, through the split in float32, and through it in 16 bits."""
-    quick = bench.settings.quick
+    quick, layers = bench.settings.quick, bench.config.num_hidden_layers
     steps = QUICK_STEPS if quick else STEPS
+    pairs = [(1, 1)] if quick else [(1, 1), (0, 1), (min(4, layers // 2), 2)]  # cuts at the ends and further in
+    partitions = [Partition(p, q) for p, q in pairs]
     batches = text_batches(bench, steps * ACCUMULATION, ROWS)
-    splits = [_split(bench, batches, partition, "float32") for partition in _partitions(bench, few=quick)]
+    splits = [_split(bench, batches, partition, "float32") for partition in partitions]
     short = _split(bench, batches, PARTITION, None)
     reference, rounding = _whole(bench, batches, rounding=not quick)
     conditions = (
@@ -55,47 +57,25 @@ def training_exactness(bench: Workbench) -> Iterator[Line]:
         f"parts to norm 1, cosine schedule, no noise, no dropout; the loss goes from {reference.losses[0]:.3f} to "
         f"{reference.losses[-1]:.3f}"
     )
-    partitions = " ".join(described(partition) for partition in _partitions(bench, few=quick))
-    differences = [
-        difference for split in splits for difference in relative_differences(split.losses, reference.losses)
-    ]
-    note = f"from PEFT on the whole model; float32 wire, partitions {partitions}; {conditions}"
-    yield Line.of(
-        "fine-tuning: largest relative difference of a step's loss",
-        max(differences),
-        "",
-        target=LOSS_TARGET,
-        samples=differences,
-        conditions=note,
-    )
+    chosen = " ".join(described(partition) for partition in partitions)
+    differences = [one for split in splits for one in relative_differences(split.losses, reference.losses)]
     distances = [largest_difference(split.adapter, reference.adapter) for split in splits]
-    note = f"the largest of each partition, {partitions}; of the same trainings"
-    yield Line.of(
-        "fine-tuning: largest difference of a weight of the final adapter",
-        max(distances),
-        "",
-        target=ADAPTER_TARGET,
-        samples=distances,
-        conditions=note,
-    )
+    note = f"from PEFT on the whole model; float32 wire, partitions {chosen}; {conditions}"
+    name = "fine-tuning: largest relative difference of a step's loss"
+    yield Line.largest(name, differences, "", target=LOSS_TARGET, conditions=note)
+    name = "fine-tuning: largest difference of a weight of the final adapter"
+    note = f"the largest of each partition, {chosen}; of the same trainings"
+    yield Line.largest(name, distances, "", target=ADAPTER_TARGET, conditions=note)
     if rounding is not None:
-        yield Line.of(
-            "fine-tuning: the whole model's own rounding, of a loss",
-            max(rounded := relative_differences(rounding.losses, reference.losses)),
-            "",
-            samples=rounded,
-            conditions=(
-                "PEFT on the whole model against itself, each text of a batch passed through alone and their losses "
-                "added up: the same sums in another order, what the differences above are to be read beside"
-            ),
+        note = (
+            "PEFT on the whole model against itself, each text of a batch passed through alone and their losses "
+            "added up: the same sums in another order, what the differences above are to be read beside"
         )
-        note = "of the same two trainings"
-        yield Line.of(
-            "fine-tuning: the whole model's own rounding, of a weight",
-            largest_difference(rounding.adapter, reference.adapter),
-            "",
-            conditions=note,
-        )
+        name = "fine-tuning: the whole model's own rounding, of"
+        differences = relative_differences(rounding.losses, reference.losses)
+        yield Line.largest(f"{name} a loss", differences, "", conditions=note)
+        apart = largest_difference(rounding.adapter, reference.adapter)
+        yield Line.of(f"{name} a weight", apart, "", conditions="of the same two trainings")
     yield _wire_line(short, reference, conditions)
 
 
@@ -109,21 +89,8 @@ def _wire_line(short: _Outcome, reference: _Outcome, conditions: str) -> Line:
         f"{described(PARTITION)}; mean of the last {last} steps {ends[0]:.5f} beside {ends[1]:.5f}; the adapters "
         f"end {apart:.1g} apart at most; the spread is over the steps; {conditions}"
     )
-    return Line.of(
-        "fine-tuning over the 16-bit wire: difference of the final loss",
-        percent[-1],
-        "%",
-        target=WIRE_TARGET,
-        samples=percent,
-        conditions=note,
-    )
-
-
-def _partitions(bench: Workbench, *, few: bool) -> list[Partition]:
-    """With cuts at the ends and further in."""
-    layers: int = bench.config.num_hidden_layers
-    pairs = [(1, 1)] if few else [(1, 1), (0, 1), (min(4, layers // 2), 2)]
-    return [Partition(p, q) for p, q in pairs]
+    name = "fine-tuning over the 16-bit wire: difference of the final loss"
+    return Line.of(name, percent[-1], "%", target=WIRE_TARGET, samples=percent, conditions=note)
 
 
 def _split(bench: Workbench, batches: Sequence[Batch], partition: Partition, wire_dtype: str | None) -> _Outcome:

@@ -10,7 +10,7 @@ import torch
 from fedsea.partition import layer_of
 from fedsea.server import ServerProcess
 from fedsea.server.limits import free_memory
-from fedsea_bench.peak import MIB, NO_PROC, TRAIN_STEPS, PeakCase, whole_and_client
+from fedsea_bench.peak import MIB, NO_PROC, TRAIN_STEPS, PeakCase, whole_and_client, without_gpu
 from fedsea_bench.processes import process_memory
 from fedsea_bench.results import Line
 from fedsea_bench.training_case import ADAPTER_TEXT, adamw, add_adapter, even_batch, train_step
@@ -43,10 +43,9 @@ def training_client_memory(bench: Workbench) -> Iterator[Line]:
 
 def training_gpu_memory(bench: Workbench) -> Iterator[Line]:
     """The same on a GPU, of LLaMA-2-7B in bfloat16, as torch allocates it."""
-    if not torch.cuda.is_available():
-        yield Line.skipped(GPU_NAME, "%", target=CLIENT_TARGET, reason="no CUDA device here")
-    elif bench.settings.quick:
-        yield Line.skipped(GPU_NAME, "%", target=CLIENT_TARGET, reason="--quick draws no model of 7 billion weights")
+    reason = without_gpu(bench)
+    if reason:
+        yield Line.skipped(GPU_NAME, "%", target=CLIENT_TARGET, reason=reason)
     else:
         yield compare(bench, GPU_CASE, GPU_NAME, target=CLIENT_TARGET)
 

@@ -10,9 +10,8 @@ import torch
 
 from fedsea.client import MICRO_BATCHES, SplitModelForCausalLM
 from fedsea_bench.clock import in_turns, milliseconds, ratios, seconds_of
-from fedsea_bench.link import Link
+from fedsea_bench.link import LINK_MBIT, RTT_SECONDS, Link
 from fedsea_bench.results import Line
-from fedsea_bench.speed import LINK_MBIT, RTT_SECONDS
 from fedsea_bench.traffic import counters_at_rest
 from fedsea_bench.training_case import (
     ADAPTER_TEXT,

@@ -3,12 +3,12 @@
 import os
 import platform
 import random
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
@@ -17,6 +17,7 @@ from transformers import GenerationConfig
 
 from fedsea.checkpoints import load_whole_model, open_checkpoint
 from fedsea.client import SplitModelForCausalLM
+from fedsea.errors import ModelNotFoundError
 from fedsea.partition import Partition
 from fedsea.server import ServerProcess
 
@@ -35,17 +36,15 @@ class Settings:
     data: Path | None = None  # folder with a folder for each task, named as the task's title
 
 
-class Workbench:
+class Workbench(AbstractContextManager["Workbench"]):
     """Sets up what several topics need once, when it is first needed; a context manager, which ends it."""
 
     def __init__(self, settings: Settings, console: Console) -> None:
         self.settings = settings
         self.console = console
         self._things = ExitStack()
+        self._servers: dict[tuple[str, ...], ServerProcess] = {}
         torch.set_num_threads(settings.threads)
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_what: object) -> None:
         self._things.close()
@@ -58,10 +57,20 @@ class Workbench:
                 self.console.print(f"… {what}", style="dim", highlight=False)
             yield
 
-    @cached_property
+    def serve(self, *options: str) -> ServerProcess:
+        """The block server with some options of `fedsea serve`: one for the same options, of all layers, mutual TLS.
+
+        A process of its own, which may still be starting.
+        """
+        if options not in self._servers:
+            server = ServerProcess(self.settings.model, threads=self.settings.threads, options=options)
+            self._servers[options] = self._things.enter_context(server)
+        return self._servers[options]
+
+    @property
     def server(self) -> ServerProcess:
-        """The block server: all layers, float32, mutual TLS, a process of its own. It may still be starting."""
-        return self._things.enter_context(ServerProcess(self.settings.model, threads=self.settings.threads))
+        """The block server that computes in float32."""
+        return self.serve()
 
     @cached_property
     def whole(self) -> Any:
@@ -86,6 +95,15 @@ class Workbench:
     def config(self) -> Any:
         """The model's configuration."""
         return open_checkpoint(self.settings.model).config
+
+    def encode(self, texts: Sequence[str], lengths: Sequence[int]) -> list[list[int]]:
+        """Token ids of texts; for a model without a tokenizer drawn ones, of these lengths."""
+        try:
+            tokenizer = open_checkpoint(self.settings.model).tokenizer()
+        except ModelNotFoundError:
+            draw = random.Random(1)
+            return [[draw.randrange(self.config.vocab_size) for _ in range(length)] for length in lengths]
+        return [tokenizer(text)["input_ids"] for text in texts]
 
     def prompt(self, tokens: int, *, rows: int = 1) -> Tensor:
         """Token ids `[rows, tokens]` drawn from the vocabulary, the same in every run: for what no text changes."""
