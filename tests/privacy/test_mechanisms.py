@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from fedsea import GaussianNoise, RelativeGaussianNoise, SplitModelForCausalLM
+from fedsea import GaussianNoise, RelativeGaussianNoise
 from fedsea.checkpoints import load_tokenizer
 from fedsea.cli import run
 from fedsea.cli.options import AnswerOptions, parse_noise
@@ -69,9 +69,6 @@ def nothing_is_drawn() -> torch.Tensor:
     raise AssertionError
 
 
-# What each one does
-
-
 @pytest.mark.parametrize("mechanism", NOISY, ids=str)
 def test_what_is_added_is_gaussian_and_does_not_depend_on_the_state(mechanism: Noise) -> None:
     hidden = states(600)
@@ -118,13 +115,6 @@ def test_a_state_of_zeros_and_one_that_is_not_finite_show_as_such() -> None:
     assert not torch.isfinite(clip_norms(torch.tensor([[math.inf, 1.0], [math.nan, 1.0]]), 1.0)[:, 0]).any()
 
 
-def test_mechanisms_with_one_draw_between_them_never_share_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedsea.privacy.source.secrets.token_bytes", lambda count: b"s" * count)
-    others = [*NOISY, clipped_gaussian(2 * CLIP, STD), clipped_gaussian(CLIP, 2 * STD)]
-    digests = [NoiseSource(mechanism).extend(b"", [1])[0] for mechanism in others]
-    assert len(set(digests)) == len(others)
-
-
 @pytest.mark.parametrize(
     ("mechanism", "alters", "strength"),
     [
@@ -145,9 +135,10 @@ def test_a_mechanism_says_whether_it_does_anything(mechanism: Noise, alters: boo
     assert mechanism.strength == strength
 
 
-def test_clipping_without_noise_draws_nothing() -> None:
-    clipped = clipped_gaussian(CLIP, 0.0).apply(states(300), nothing_is_drawn)
-    assert torch.equal(clipped, clip_norms(states(300), CLIP))
+def test_without_noise_nothing_is_drawn() -> None:
+    hidden = states(300)
+    assert torch.equal(clipped_gaussian(CLIP, 0.0).apply(hidden, nothing_is_drawn), clip_norms(hidden, CLIP))
+    assert GaussianNoise(0.0).apply(hidden, nothing_is_drawn) is hidden
 
 
 @pytest.mark.parametrize(
@@ -155,21 +146,15 @@ def test_clipping_without_noise_draws_nothing() -> None:
     [
         (GaussianNoise, "0 or more"),
         (RelativeGaussianNoise, "0 or more"),
-        (lambda bad: clipped_gaussian(bad, 1.0), "above 0"),
-        (lambda bad: clipped_gaussian(1.0, bad), "0 or more"),
-        (lambda bad: relative_clipped_gaussian(bad, 1.0), "above 0"),
-        (lambda bad: relative_clipped_gaussian(1.0, bad), "0 or more"),
         (Clip, "above 0"),
-        (lambda bad: Clip(bad, Unit.RELATIVE), "above 0"),
+        (lambda bad: clipped_gaussian(bad, 1.0), "above 0"),
+        (lambda bad: relative_clipped_gaussian(1.0, bad), "0 or more"),
     ],
 )
 @pytest.mark.parametrize("bad", [-0.1, math.nan, math.inf])
 def test_impossible_strengths_are_refused(make: Callable[[float], Noise], says: str, bad: float) -> None:
     with pytest.raises(UsageError, match=says):
         make(bad)
-
-
-# Gradients
 
 
 @pytest.mark.parametrize("mechanism", [*NOISY, Clip(CLIP), Chain((GaussianNoise(STD), Clip(CLIP)))], ids=str)
@@ -203,9 +188,6 @@ def test_training_through_a_clip_has_the_gradients_of_the_whole_model_with_the_c
     assert max(abs(one - other) for one, other in zip(clipped, unclipped, strict=True)) > 1e-3
 
 
-# One after the other
-
-
 def test_a_chain_works_from_left_to_right() -> None:
     hidden, draws = states(300), drawn_by(GaussianNoise(STD))
     first_clipped = Chain((Clip(CLIP), GaussianNoise(STD))).apply(hidden, lambda: draws)
@@ -231,18 +213,12 @@ def test_a_chain_adds_noise_once() -> None:
         Chain((Clip(2.0),))
 
 
-# How users name them
-
-
 @pytest.mark.parametrize(
     ("text", "mechanism"),
     [
-        ("gaussian:std=0.5", GaussianNoise(0.5)),
         ("0.5", GaussianNoise(0.5)),
         ("relative:2.3", RelativeGaussianNoise(2.3)),
         ("clip:30 + gaussian:4", Chain((Clip(30.0), GaussianNoise(4.0)))),
-        ("relative:level=2.3", RelativeGaussianNoise(2.3)),
-        ("clipped-gaussian:clip=30,std=4", clipped_gaussian(30.0, 4.0)),
         (" clipped-gaussian : std = 4 , clip = 30 ", clipped_gaussian(30.0, 4.0)),
         ("relative-clipped-gaussian:clip=1.5,level=2", relative_clipped_gaussian(1.5, 2.0)),
         ("clip:norm=30+gaussian:std=4", Chain((Clip(30.0), GaussianNoise(4.0)))),
@@ -257,15 +233,11 @@ def test_a_mechanism_is_named_with_its_options(text: str, mechanism: Noise) -> N
 @pytest.mark.parametrize(
     ("text", "says"),
     [
+        ("laplace:scale=1", "no mechanism 'laplace'; there are gaussian:std=NUMBER, relative:level=NUMBER, "),
         (
-            "laplace:scale=1",
-            "there is no mechanism 'laplace'; there are gaussian:std=NUMBER, relative:level=NUMBER, ",
+            "narrow-cut:rank=4+shaped:level=1",
+            "shaped is gone, as it gained little; FedSEA 0.2.0 had it; write relative:",
         ),
-        (
-            "shaped:level=1",
-            "the mechanism shaped is gone, as it gained little; FedSEA 0.2.0 had it; write relative:level=",
-        ),
-        ("narrow-cut:rank=4+shaped:level=1", "the mechanism shaped is gone"),
         ("", "there is no mechanism ''"),
         ("gaussian:std=1+", "there is no mechanism ''"),
         ("gaussian:std=1+clap:norm=1", "there is no mechanism 'clap'"),
@@ -293,9 +265,6 @@ def test_a_wrong_name_is_one_line_that_says_what_there_is(text: str, says: str) 
 def test_every_mechanism_can_be_written_as_its_usage_says(name: str) -> None:
     mechanism = parse_mechanism(usage(name).replace("NUMBER", "2"))
     assert parse_mechanism(str(mechanism)) == mechanism
-
-
-# Relative to a model
 
 
 def test_relative_mechanisms_become_absolute_and_are_refused_before() -> None:
@@ -334,11 +303,9 @@ HIDDEN = clipped_gaussian(clip=1e-3, std=1.0)
     "options", [{}, {"num_beams": 3}, {"use_cache": False}, {"prompt_lookup_num_tokens": 3}], ids=str
 )
 def test_prefill_and_decode_are_clipped_and_noised(tiny_server: RunningServer, options: dict[str, Any]) -> None:
+    options = {"max_new_tokens": 8, "pad_token_id": 0, "do_sample": False, **options}
     with connect(tiny_server, noise=HIDDEN) as model:
-        steps = capture(
-            model,
-            lambda: model.generate(prompt(tokens=20), max_new_tokens=8, pad_token_id=0, do_sample=False, **options),
-        )
+        steps = capture(model, lambda: model.generate(prompt(tokens=20), **options))
     assert_all_noise(torch.stack(list(by_position(steps).values())))
     assert_all_noise(torch.cat([step.states for step in steps]))
 
@@ -347,16 +314,11 @@ def test_training_and_its_evaluation_are_clipped_and_noised(
     tiny_server: RunningServer, forwards: list[Forward]
 ) -> None:
     with adapted(tiny_server, noise=HIDDEN) as model:
-        optimizer = model.create_optimizer(lr=1e-2)
-        for _ in range(2):
-            model(**batch()).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
+        train(model, [batch()] * 2)
         model.eval()
         with torch.no_grad():
             steps = capture(model, lambda: model(**batch()))
-            one = batch()
-            steps += capture(model, lambda: model.answer_loss(**one, items=8))
+            steps += capture(model, lambda: model.answer_loss(**batch(), items=8))
         model(**batch())  # in evaluation mode, with gradients
     assert len({id(one) for one in forwards}) >= 6
     assert_all_noise(torch.cat([one.states for one in forwards]))
@@ -364,18 +326,12 @@ def test_training_and_its_evaluation_are_clipped_and_noised(
 
 
 def test_a_tasks_evaluation_is_clipped_and_noised(small: str, start_server: Callable[..., RunningServer]) -> None:
-    server = start_server(small)
-    examples = [
-        Example(str(number), Question("Yes", f" Number {number}? Yes, No or Maybe?", context="a b"), ("entailment",))
-        for number in range(3)
-    ]
+    server, task = start_server(small), get_task("cb")
+    question = Question("Yes", " Yes, No or Maybe?", context="a b")
+    examples = [Example(str(number), question, ("entailment",)) for number in range(3)]
+    options = {"batch_size": 2, "max_tokens": 200, "answer_loss": True}
     with connect(server, small, noise=HIDDEN) as model:
-        steps = capture(
-            model,
-            lambda: evaluate(
-                model, load_tokenizer(small), get_task("cb"), examples, batch_size=2, max_tokens=200, answer_loss=True
-            ),
-        )
+        steps = capture(model, lambda: evaluate(model, load_tokenizer(small), task, examples, **options))
     server.stop()
     assert_all_noise(torch.cat([step.states for step in steps]))
 
@@ -413,17 +369,7 @@ def test_what_training_sends_again_is_clipped_noised_and_the_same(
         if len(forwards) == 1:
             link.cut()
 
-    with (
-        Link(tiny_server.address) as link,
-        SplitModelForCausalLM.from_pretrained(
-            "random:tiny",
-            server=link.address,
-            insecure=True,
-            wire_dtype="float32",
-            noise=HIDDEN,
-            notice=lambda _line: None,
-        ) as model,
-    ):
+    with Link(tiny_server.address) as link, connect(link, noise=HIDDEN, notice=lambda _line: None) as model:
         model.add_adapter(lora(), seed=1)
         model.train()
         model.micro_batches = 2
@@ -435,12 +381,6 @@ def test_what_training_sends_again_is_clipped_noised_and_the_same(
     assert_all_noise(torch.cat([one.states for one in forwards]))
 
 
-# At the command line
-
-
-NEAR = ["--server", "127.0.0.1:1", "--insecure"]
-
-
 def test_nothing_is_guessed_where_states_are_noised() -> None:
     assert AnswerOptions().guessed(parse_noise("")) == AnswerOptions().guessed(parse_noise("relative:0")) == GUESSES
     for noised in map(parse_noise, ("gaussian:std=1", "0.1")):
@@ -450,14 +390,13 @@ def test_nothing_is_guessed_where_states_are_noised() -> None:
 
 @pytest.mark.parametrize(
     ("options", "says"),
-    [
-        (["--noise", "clap"], "there is no mechanism 'clap'; there are "),
-        (["--noise", "gaussian"], "lacks std; write gaussian:std=NUMBER"),
-        (["--noise", "gaussian:std=1", "--noise", "0"], "give --noise once"),
-    ],
+    [(["gaussian"], "lacks std; write gaussian:std=NUMBER"), (["1", "--noise", "0"], "give --noise once")],
 )
-def test_a_wrong_option_is_one_line(options: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["generate", "smollm2-135m", *NEAR, "--prompt", "x", *options]) == 2
+def test_a_wrong_option_is_one_line(
+    tiny_server: RunningServer, options: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = ["--server", tiny_server.address, "--insecure"]
+    assert run(["generate", "smollm2-135m", *where, "--prompt", "x", "--noise", *options]) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert says in line
 
