@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Protocol
 
 import pytest
 import torch
@@ -45,8 +45,11 @@ class RunningServer(BackgroundServer):
     stop = BackgroundServer.close
 
 
+StartServer = Callable[..., RunningServer]
+
+
 @pytest.fixture(scope="session")
-def start_server() -> Iterator[Callable[..., RunningServer]]:
+def start_server() -> Iterator[StartServer]:
     """Start block servers; all are stopped at the end."""
     running: list[RunningServer] = []
 
@@ -61,8 +64,22 @@ def start_server() -> Iterator[Callable[..., RunningServer]]:
         server.stop()
 
 
+@pytest.fixture
+def serve(start_server: StartServer) -> Iterator[StartServer]:
+    """Start block servers for one test."""
+    running: list[RunningServer] = []
+
+    def start(*arguments: object, **options: object) -> RunningServer:
+        running.append(start_server(*arguments, **options))
+        return running[-1]
+
+    yield start
+    for server in running:
+        server.stop()
+
+
 @pytest.fixture(scope="session")
-def tiny_server(start_server: Callable[..., RunningServer]) -> RunningServer:
+def tiny_server(start_server: StartServer) -> RunningServer:
     """A server of the tiny random model, all layers, without TLS."""
     return start_server("random:tiny")
 
@@ -86,12 +103,18 @@ def same_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     numbered_secrets(monkeypatch)
 
 
-def connect(server: RunningServer, name: str = "random:tiny", **options: object) -> SplitModelForCausalLM:
-    """A split model at a test server, exact on the wire unless asked otherwise."""
-    options.setdefault("wire_dtype", "float32")
-    if "credentials" not in options:
-        options.setdefault("insecure", True)
-    return SplitModelForCausalLM.from_pretrained(name, server=server.address, **options)  # type: ignore[arg-type]
+class Place(Protocol):
+    """Where a client connects to: a server, or a link to one."""
+
+    @property
+    def address(self) -> str: ...
+
+
+def connect(server: Place | str, name: str = "random:tiny", **options: object) -> SplitModelForCausalLM:
+    """A split model at a test server; unless the options say otherwise, exact on the wire and without a word."""
+    exact = {"wire_dtype": "float32", "insecure": "credentials" not in options, "notice": lambda _line: None}
+    address = server if isinstance(server, str) else server.address
+    return SplitModelForCausalLM.from_pretrained(name, server=address, **(exact | options))  # type: ignore[arg-type]
 
 
 def save_small_model(folder: Path, **settings: object) -> str:

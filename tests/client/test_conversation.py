@@ -1,18 +1,20 @@
 """Chats of several turns, on the real default model: what they say, and what of them crosses the wire."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import pytest
 
 from fedsea import SplitModelForCausalLM, load_tokenizer
 from fedsea.checkpoints import load_whole_model
-from fedsea.client.answer import UNFINISHED, TextPieces
+from fedsea.client import GREEDY, Sampling
+from fedsea.client.answer import UNFINISHED, Answer, TextPieces
 from fedsea.client.conversation import Conversation, chat_tokens, common_prefix
 from fedsea.client.session import Session
 from fedsea.errors import LimitExceededError, UsageError
 from fedsea.server import Limits
-from tests.conftest import RunningServer, connect
+from tests.conftest import StartServer, connect
 from tests.support.raw_stream import eventually
 
 NAME = "smollm2-135m"
@@ -21,7 +23,7 @@ STATE_BYTES = 576 * 4
 
 
 @pytest.fixture(scope="module")
-def model(start_server: Callable[..., RunningServer]) -> Iterator[SplitModelForCausalLM]:
+def model(start_server: StartServer) -> Iterator[SplitModelForCausalLM]:
     server = start_server(NAME)
     with connect(server, NAME) as model:
         yield model
@@ -102,10 +104,10 @@ def test_a_step_that_fails_leaves_the_conversation_as_before_the_question(
 
 
 def test_a_session_that_the_server_ended_as_idle_is_opened_anew_without_a_word(
-    start_server: Callable[..., RunningServer], whole: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+    serve: StartServer, whole: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fedsea.server.service.SWEEP_SECONDS", 0.1)
-    server = start_server(NAME, limits=Limits(idle_seconds=2.0))
+    server = serve(NAME, limits=Limits(idle_seconds=2.0))
     with connect(server, NAME) as model:
         conversation = Conversation(model, tokenizer, max_new_tokens=5)
         list(conversation.ask(FIRST))
@@ -114,7 +116,6 @@ def test_a_session_that_the_server_ended_as_idle_is_opened_anew_without_a_word(
         assert answer == whole_answer(whole, tokenizer, conversation.messages[:-1], 5)
         assert conversation.stats is not None
         assert conversation.stats.sent_tokens == conversation.stats.prompt_tokens
-    server.stop()
 
 
 def test_reset_forgets_all_but_the_system_message(model: SplitModelForCausalLM, tokenizer: Any) -> None:
@@ -151,6 +152,46 @@ def test_a_model_without_chat_template_is_refused(model: SplitModelForCausalLM, 
 def test_an_empty_question_is_refused(conversation: Conversation) -> None:
     with pytest.raises(UsageError, match="empty"):
         next(conversation.ask("  "))
+
+
+REPEAT = "Repeat, word for word: The bridge over the river Wend, built in 1842, carries four thousand cars a day."
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=0.5, seed=4)])
+def test_a_real_answer_that_repeats_the_question_takes_fewer_round_trips(
+    model: SplitModelForCausalLM, tokenizer: Any, sampling: Sampling
+) -> None:
+    prompt = chat_tokens(tokenizer, [{"role": "user", "content": REPEAT}])
+
+    def answered(guesses: int) -> Answer:
+        options: dict[str, Any] = {"max_new_tokens": 24, "sampling": sampling, "guesses": guesses}
+        answer = Answer(model, tokenizer, prompt, cache=model.new_cache(), **options)
+        assert "".join(answer) == answer.text
+        return answer
+
+    plain, guessed = answered(0), answered(8)
+    assert guessed.tokens == plain.tokens
+    assert plain.stats.guessed_tokens == plain.stats.accepted_tokens == 0
+    stats = guessed.stats
+    assert 0 < stats.accepted_tokens <= stats.guessed_tokens
+    assert stats.round_trips == stats.tokens - stats.accepted_tokens < 0.8 * stats.tokens
+
+
+def test_a_conversation_says_the_same_with_guesses(model: SplitModelForCausalLM, tokenizer: Any) -> None:
+    def talk(guesses: int) -> list[dict[str, str]]:
+        conversation = Conversation(model, tokenizer, max_new_tokens=20, guesses=guesses)
+        "".join(conversation.ask(REPEAT))
+        pieces = conversation.ask("Again.")
+        "".join(islice(pieces, 4))
+        pieces.close()
+        "".join(conversation.ask("And once more."))
+        assert conversation.stats is not None
+        assert conversation.stats.sent_tokens < conversation.stats.prompt_tokens
+        messages = conversation.messages
+        conversation.reset()
+        return messages
+
+    assert talk(8) == talk(0)
 
 
 @pytest.mark.parametrize("text", ["The 👩‍🚀 saw 日本語 and naïve café.", "  two  spaces\n\nand lines", "🇫🇷🇪🇸"])

@@ -4,134 +4,112 @@ import gc
 import json
 import os
 import random
-import signal
-import subprocess
-import sys
 import threading
+import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from fedsea import SplitModelForCausalLM
-from fedsea.errors import LimitExceededError, ProtocolError, UsageError
+from fedsea.errors import LimitExceededError, ProtocolError, RunLostError, UsageError
 from fedsea.server import Limits
+from fedsea.server.leases import State
 from fedsea.server.ledger import Pool
 from fedsea.wire.codec import encode
 from fedsea.wire.frames import Kind, Message
-from tests.conftest import RunningServer, connect
+from tests.client.conftest import BACK, LOST, Child
+from tests.conftest import RunningServer, StartServer, connect
 from tests.support.link import Link
 from tests.support.ports import held_address
 from tests.support.raw_stream import RawStream, assert_same_tokens, eventually, prompt, step
-from tests.support.split_training import adapted
-
-
-class Child:
-    """A Python process of its own, killed at the latest when the test is over."""
-
-    def __init__(self, *arguments: str) -> None:
-        environment = os.environ | {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(
-            [sys.executable, *arguments], stdout=subprocess.PIPE, text=True, env=environment
-        )
-
-    def line(self) -> str:
-        assert self.process.stdout is not None
-        return self.process.stdout.readline()
-
-    def kill(self) -> None:
-        self.process.send_signal(signal.SIGKILL)
-        self.process.wait()
+from tests.support.refused import refused
+from tests.support.split_training import adapted, batches, snapshot, train
 
 
 @pytest.fixture
-def spawn() -> Iterator[Callable[..., Child]]:
-    children: list[Child] = []
-
-    def start(*arguments: str) -> Child:
-        children.append(Child(*arguments))
-        return children[-1]
-
-    yield start
-    for child in children:
-        child.kill()
-        assert child.process.stdout is not None
-        child.process.stdout.close()
-
-
-@pytest.fixture
-def server(start_server: Callable[..., RunningServer], monkeypatch: pytest.MonkeyPatch) -> Iterator[RunningServer]:
+def server(serve: StartServer, monkeypatch: pytest.MonkeyPatch) -> RunningServer:
     monkeypatch.setattr("fedsea.server.service.SWEEP_SECONDS", 0.1)
-    running = start_server(limits=Limits(resume_seconds=0.5))
-    yield running
-    running.stop()
+    return serve(limits=Limits(resume_seconds=0.5, run_seconds=1000))
 
 
 def is_empty(server: RunningServer) -> bool:
-    table = server.server.sessions
-    return len(table) == 0 and server.server.ledger.used(Pool.CACHES) == 0 and not server.server.streams
+    state = server.server
+    held = len(state.sessions) + len(state.runs) + len(state.streams)
+    return held == 0 == state.ledger.used(Pool.CACHES) == state.ledger.used(Pool.ACTIVATIONS)
 
 
-def test_a_generation_outlives_a_server_that_is_killed_and_started_again(
-    spawn: Callable[..., Child], whole_tiny: Any
+def test_a_killed_server_costs_a_training_its_run_and_a_generation_nothing(
+    start_server: StartServer, spawn: Callable[..., Child], whole_tiny: Any
 ) -> None:
-    def serve(listen: str) -> tuple[Child, str]:
-        child = spawn("-m", "fedsea", "serve", "random:tiny", "--listen", listen, "--insecure", "--json")
-        return child, json.loads(child.line())["address"]
-
-    first, address = serve(held_address())
+    child = spawn("-m", "fedsea", "serve", "random:tiny", "--listen", held_address(), "--insecure", "--json")
+    address = json.loads(child.line())["address"]
     notices: list[str] = []
 
     def kill_and_start_again() -> None:
-        first.kill()
-        serve(address)
+        child.kill()
+        start_server(listen=address)
 
-    with SplitModelForCausalLM.from_pretrained(
-        "random:tiny", server=address, insecure=True, wire_dtype="float32", notice=notices.append
-    ) as model:
+    with connect(address, notice=notices.append) as model, adapted(address) as learning:
+        train(learning, batches(1))
         assert_same_tokens(model, whole_tiny, kill_and_start_again)
-    assert notices == [
-        "the connection to the block server is lost; reconnecting",
-        "the connection to the block server is back; going on",
-    ]
+        assert notices == [LOST, BACK]
+        with refused(RunLostError, "resume the training from its last checkpoint"):
+            train(learning, batches(1))
 
 
 CLIENT = """
 import sys, time, torch
+from peft import LoraConfig
 from fedsea import SplitModelForCausalLM
-model = SplitModelForCausalLM.from_pretrained("random:tiny", server=sys.argv[1], insecure=True)
+ids = torch.tensor([[5, 6, 7, 8]])
+where = {"server": sys.argv[1], "insecure": True, "wire_dtype": "float32"}
+model, learning = (SplitModelForCausalLM.from_pretrained("random:tiny", **where) for _ in range(2))
 cache = model.new_cache()
-model(torch.tensor([[1, 2, 3]]), past_key_values=cache)
+model(ids, past_key_values=cache)
+adapter = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
+learning.add_adapter(adapter, seed=1, run="named" if sys.argv[2] == "stay" else None)
+optimizer = learning.train().create_optimizer(lr=1e-2)
+learning(input_ids=ids, labels=ids).loss.backward()
+optimizer.step()
+learning.middle.run.channel.settle()
 print("ready", flush=True)
 if sys.argv[2] == "stay":
+    learning(input_ids=ids, labels=ids).loss
     time.sleep(600)
 """
 
 
-def test_a_killed_clients_cache_is_freed_when_its_time_is_over(
-    server: RunningServer, spawn: Callable[..., Child], tmp_path: Path
+def test_a_script_that_ends_without_closing_its_models_still_says_goodbye(
+    serve: StartServer, spawn: Callable[..., Child]
 ) -> None:
-    script = tmp_path / "client.py"
-    script.write_text(CLIENT)
-    client = spawn(str(script), server.address, "stay")
-    assert client.line() == "ready\n"
-    assert server.server.ledger.used(Pool.CACHES) > 0
-    client.kill()
+    server = serve(limits=Limits(resume_seconds=1e9, run_seconds=1e9))
+    client = spawn("-c", CLIENT, server.address, "end")
+    assert client.line() == "ready"
+    assert client.process.wait(60) == 0
     assert eventually(lambda: is_empty(server))
 
 
-def test_a_script_that_ends_without_closing_its_model_still_says_goodbye(
-    start_server: Callable[..., RunningServer], spawn: Callable[..., Child], tmp_path: Path
+def test_a_killed_clients_cache_is_freed_and_its_run_is_taken_up_by_its_name(
+    server: RunningServer, spawn: Callable[..., Child], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    server = start_server(limits=Limits(resume_seconds=1e9))
-    script = tmp_path / "client.py"
-    script.write_text(CLIENT)
-    client = spawn(str(script), server.address, "end")
-    assert client.line() == "ready\n"
-    assert client.process.wait(60) == 0
+    runs = server.server.runs
+    client = spawn("-c", CLIENT, server.address, "stay")
+    assert client.line() == "ready"
+    assert server.server.ledger.used(Pool.CACHES) > 0
+    client.kill()
+    run = runs.find("named", "anonymous")
+    assert eventually(lambda: run.state is State.DETACHED)
+    left = {name: weight.detach().clone() for name, weight in run.trainer.parameters.items()}
+    with adapted(server, run="named", take_up=True) as model:
+        assert model.middle.run.version == 1
+        found = snapshot(model)
+        assert all(torch.equal(found[name], weight) for name, weight in left.items())
+        assert any(bool(weight.any()) for name, weight in left.items() if ".lora_B." in name)
+        train(model, batches(2))
+    monkeypatch.setattr(runs, "clock", lambda: time.monotonic() + 2000)  # its client is away for too long
     assert eventually(lambda: is_empty(server))
 
 
@@ -159,7 +137,7 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def test_twenty_clients_that_come_and_die_at_random_leave_nothing_and_disturb_nobody(
+def test_twenty_clients_that_come_and_die_at_random_leave_nothing_and_disturb_no_other(
     server: RunningServer, whole_tiny: Any
 ) -> None:
     source = random.Random(3)
@@ -194,22 +172,21 @@ def threads_of_grpc() -> int:
     )
 
 
-def test_models_that_come_and_go_leave_no_threads_and_no_connections(server: RunningServer) -> None:
-    with Link(server.address) as link:
-        for _ in range(3):
-            model = SplitModelForCausalLM.from_pretrained("random:tiny", server=link.address, insecure=True)
-            model.generate(prompt(), max_new_tokens=2)  # its cache is left to the garbage collector
-            model.close()
-            forgotten = SplitModelForCausalLM.from_pretrained("random:tiny", server=link.address, insecure=True)
-            forgotten.generate(prompt(), max_new_tokens=2)
-            del forgotten
-        gc.collect()
-        assert eventually(lambda: threads_of_grpc() == 0)
-        assert eventually(lambda: link.connections == 0)
+def test_models_that_come_and_go_leave_no_threads_and_no_connections(server: RunningServer, link: Link) -> None:
+    for _ in range(3):
+        model = connect(link)
+        model.generate(prompt(), max_new_tokens=2)  # its cache is left to the garbage collector
+        model.close()
+        forgotten = connect(link)
+        forgotten.generate(prompt(), max_new_tokens=2)
+        del forgotten
+    gc.collect()
+    assert eventually(lambda: threads_of_grpc() == 0)
+    assert eventually(lambda: link.connections == 0)
     assert eventually(lambda: is_empty(server))
 
 
-def test_a_refused_model_that_the_servers_own_thread_collects_stops_nobody(server: RunningServer) -> None:
+def test_a_refused_model_that_the_servers_own_thread_collects_stops_no_other(server: RunningServer) -> None:
     """In one process, the garbage collector may close a model in the thread that would have to answer it."""
     model = adapted(server)
     assert model.middle.run is not None
@@ -222,7 +199,7 @@ def test_a_refused_model_that_the_servers_own_thread_collects_stops_nobody(serve
         another.generate(prompt(), max_new_tokens=2)
 
 
-def test_a_forked_process_is_told_that_it_cannot_use_the_model(server: RunningServer) -> None:
+def test_a_forked_process_hears_that_it_cannot_use_the_model(server: RunningServer) -> None:
     with connect(server) as model:
         model.generate(prompt(), max_new_tokens=2)
         told, tell = os.pipe()
@@ -242,10 +219,10 @@ def test_a_forked_process_is_told_that_it_cannot_use_the_model(server: RunningSe
 
 
 def test_a_client_that_never_reads_is_ended_when_idle_and_its_cache_freed(
-    start_server: Callable[..., RunningServer], monkeypatch: pytest.MonkeyPatch
+    serve: StartServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fedsea.server.service.SWEEP_SECONDS", 0.1)
-    server = start_server(limits=Limits(idle_seconds=0.5))
+    server = serve(limits=Limits(idle_seconds=0.5))
     stream = RawStream(server.address)
     stream.open()
     for number in range(400):

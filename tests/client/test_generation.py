@@ -1,19 +1,19 @@
 """The split model generates what the whole model generates, in every mode of transformers' `generate`."""
 
 import warnings
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from fedsea import GaussianNoise, Partition, SplitModelForCausalLM
 from fedsea.checkpoints import load_whole_model
-from fedsea.errors import LimitExceededError, PartitionError, UsageError
-from tests.conftest import RunningServer, connect
+from fedsea.errors import FedSEAError, LimitExceededError, PartitionError, UsageError
+from tests.conftest import RunningServer, StartServer, connect
 from tests.support.ports import NOWHERE
+from tests.support.refused import refused
 
 PAD = 0
 
@@ -28,12 +28,6 @@ def left_padded(lengths: list[int], seed: int = 0) -> dict[str, torch.Tensor]:
     ids = random_ids(len(lengths), width, seed)
     mask = torch.tensor([[0] * (width - length) + [1] * length for length in lengths])
     return {"input_ids": ids.masked_fill(mask == 0, PAD), "attention_mask": mask}
-
-
-@pytest.fixture(scope="module")
-def split(tiny_server: RunningServer) -> Iterator[SplitModelForCausalLM]:
-    with connect(tiny_server) as model:
-        yield model
 
 
 @pytest.mark.parametrize(("p", "q"), [(0, 0), (0, 1), (1, 0), (1, 1), (2, 2), (5, 0), (3, 3), (6, 0), (0, 6)])
@@ -84,10 +78,9 @@ def test_prompt_lookup_and_assistant_models_roll_the_cache_back(
     expected = whole_tiny.generate(ids, max_new_tokens=24, do_sample=False, pad_token_id=PAD)
     looked_up = split.generate(ids, max_new_tokens=24, do_sample=False, pad_token_id=PAD, prompt_lookup_num_tokens=4)
     assert torch.equal(looked_up, expected)
-    assistant = load_whole_model("random:tiny", dtype=torch.float32, device="cpu")
+    assistant = load_whole_model("random:tiny")
     assistant.model.layers = assistant.model.layers[:4]  # disagrees now and then
-    assistant.config.num_hidden_layers = 4
-    assistant.model.config.num_hidden_layers = 4
+    assistant.config.num_hidden_layers = assistant.model.config.num_hidden_layers = 4
     results = []
     for model in (split, whole_tiny):
         torch.manual_seed(3)
@@ -108,19 +101,9 @@ def test_streamers_and_stopping_criteria_are_served(split: SplitModelForCausalLM
         def end(self) -> None:
             pass
 
-    class AfterThirty(StoppingCriteria):
-        def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-            return torch.full((len(input_ids),), input_ids.shape[1] >= 30)
-
-    streamer = Collect()
-    tokens = split.generate(
-        random_ids(1, 10),
-        max_new_tokens=50,
-        do_sample=False,
-        pad_token_id=PAD,
-        streamer=streamer,
-        stopping_criteria=StoppingCriteriaList([AfterThirty()]),
-    )
+    streamer, how = Collect(), {"max_new_tokens": 50, "do_sample": False, "pad_token_id": PAD}
+    criteria = StoppingCriteriaList([lambda ids, _scores, **_more: torch.full((len(ids),), ids.shape[1] >= 30)])
+    tokens = split.generate(random_ids(1, 10), **how, streamer=streamer, stopping_criteria=criteria)
     assert tokens.shape == (1, 30)
     assert torch.equal(torch.cat(streamer.pieces), tokens[0])
 
@@ -221,10 +204,10 @@ def test_weights_have_their_names_of_the_whole_model(split: SplitModelForCausalL
 
 
 @pytest.mark.parametrize("family", ["tiny-llama3", "tiny-mistral", "tiny-qwen2", "tiny-qwen3"])
-def test_families_give_the_whole_models_tokens(start_server: Callable[..., RunningServer], family: str) -> None:
+def test_families_give_the_whole_models_tokens(serve: StartServer, family: str) -> None:
     name = f"random:{family}"
-    whole = load_whole_model(name, dtype=torch.float32, device="cpu")
-    server = start_server(name)
+    whole = load_whole_model(name)
+    server = serve(name)
     batch = left_padded([70, 20, 45])  # past the sliding windows
     layers = whole.config.num_hidden_layers
     for partition in (Partition(1, 1), Partition(0, 2), Partition(layers - 1, 1)):
@@ -237,10 +220,8 @@ def test_families_give_the_whole_models_tokens(start_server: Callable[..., Runni
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_sixteen_bit_compute_is_as_near_as_the_whole_model_is(
-    start_server: Callable[..., RunningServer], whole_tiny: Any, dtype: str
-) -> None:
-    server = start_server("random:tiny", dtype=getattr(torch, dtype))
+def test_sixteen_bit_compute_is_as_near_as_the_whole_model_is(serve: StartServer, whole_tiny: Any, dtype: str) -> None:
+    server = serve("random:tiny", dtype=getattr(torch, dtype))
     ids = random_ids(1, 30)
     exact = whole_tiny(ids).logits
     whole = load_whole_model("random:tiny", dtype=getattr(torch, dtype), device="cpu")
@@ -250,10 +231,8 @@ def test_sixteen_bit_compute_is_as_near_as_the_whole_model_is(
         assert (model(ids).logits.float() - exact).abs().max() <= 2 * allowed
 
 
-def test_a_server_of_some_layers_serves_the_partitions_inside(
-    start_server: Callable[..., RunningServer], whole_tiny: Any
-) -> None:
-    server = start_server("random:tiny", layers=range(1, 5))
+def test_a_server_of_some_layers_serves_the_partitions_inside(serve: StartServer, whole_tiny: Any) -> None:
+    server = serve("random:tiny", layers=range(1, 5))
     ids = random_ids(1, 10)
     for partition in (Partition(1, 1), Partition(2, 2)):
         with connect(server, partition=partition) as model:
@@ -262,21 +241,27 @@ def test_a_server_of_some_layers_serves_the_partitions_inside(
         connect(server, partition=Partition(0, 1))
 
 
-def test_what_cannot_be_done_is_said(split: SplitModelForCausalLM) -> None:
-    with pytest.raises(UsageError, match="empty"):
-        split(torch.empty(1, 0, dtype=torch.long))
-    with pytest.raises(UsageError, match="is empty"):
-        split(random_ids(2, 4), attention_mask=torch.tensor([[1] * 4, [0] * 4]))
-    with pytest.raises(UsageError, match="output_attentions"):
-        split(random_ids(1, 4), output_attentions=True)
-    with pytest.raises(UsageError, match="inputs_embeds"):
-        split(inputs_embeds=torch.zeros(1, 4, 64))
-    with pytest.raises(UsageError, match=r"must be \[rows, tokens\]; got the shape \[4\]"):
-        split(random_ids(1, 4)[0])
-    with pytest.raises(LimitExceededError, match="513 tokens"):
-        split(random_ids(1, 513))
-    with pytest.raises(PartitionError, match="more than the model's 6"):
-        SplitModelForCausalLM.from_pretrained("random:tiny", server=NOWHERE, insecure=True, partition=Partition(4, 3))
+@pytest.mark.parametrize(
+    ("arguments", "options", "kind", "says"),
+    [
+        ([torch.empty(1, 0, dtype=torch.long)], {}, UsageError, "empty"),
+        ([random_ids(2, 4)], {"attention_mask": torch.tensor([[1] * 4, [0] * 4])}, UsageError, "is empty"),
+        ([random_ids(1, 4)], {"output_attentions": True}, UsageError, "output_attentions"),
+        ([], {"inputs_embeds": torch.zeros(1, 4, 64)}, UsageError, "inputs_embeds"),
+        ([random_ids(1, 4)[0]], {}, UsageError, r"must be \[rows, tokens\]; got the shape \[4\]"),
+        ([random_ids(1, 513)], {}, LimitExceededError, "513 tokens"),
+    ],
+)
+def test_what_cannot_be_done_is_said(
+    split: SplitModelForCausalLM, arguments: list[Any], options: dict[str, Any], kind: type[FedSEAError], says: str
+) -> None:
+    with refused(kind, says):
+        split(*arguments, **options)
+
+
+def test_more_layers_than_the_model_has_are_refused() -> None:
+    with refused(PartitionError, "more than the model's 6"):
+        connect(NOWHERE, partition=Partition(4, 3))
 
 
 def test_noise_reaches_the_middle_and_changes_the_answer(tiny_server: RunningServer, whole_tiny: Any) -> None:

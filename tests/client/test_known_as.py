@@ -2,7 +2,6 @@
 
 import json
 import logging
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,32 +10,26 @@ import torch
 from peft import get_peft_model
 from transformers import pipeline
 
-from fedsea import SplitModelForCausalLM, load_tokenizer
-from fedsea.checkpoints import load_whole_model
+from fedsea import SplitModelForCausalLM
 from fedsea.errors import UsageError
+from tests.client.conftest import Worded
 from tests.client.test_trainers import logged, trainer, wrapped
 from tests.conftest import RunningServer, connect
 from tests.support.split_training import adapted, assert_same_losses, lora, whole_twin
 
-
-def test_label_smoothing_shifts_the_labels(tiny_server: RunningServer, tmp_path: Path) -> None:
-    """Trainer tells by the class's name whether labels are to be shifted."""
-    with adapted(tiny_server) as model:
-        whole = whole_twin(model, tmp_path / "start")
-        losses = []
-        for name, one in (("split", model), ("whole", whole)):
-            run = trainer(one, tmp_path / name, label_smoothing_factor=0.1, save_strategy="no")
-            run.train()
-            losses.append(logged(run))
-        assert_same_losses(*losses)
+SMOOTHED, COMPILED = {"label_smoothing_factor": 0.1}, {"torch_compile": True}
 
 
-def test_a_peft_models_labels_are_smoothed_as_well(tiny_server: RunningServer, tmp_path: Path) -> None:
-    model, wrapping = wrapped(tiny_server, 5)
+@pytest.mark.parametrize(("settings", "as_peft"), [(SMOOTHED, False), (SMOOTHED, True), (COMPILED, False)], ids=str)
+def test_trainer_does_to_it_what_it_does_to_the_whole_model(
+    tiny_server: RunningServer, tmp_path: Path, settings: dict[str, Any], as_peft: bool
+) -> None:
+    """It finds by the class's name whether labels are to be shifted."""
+    model, ours = wrapped(tiny_server, 5) if as_peft else (adapted(tiny_server),) * 2
     whole = whole_twin(model, tmp_path / "start")
     losses = []
-    for name, one in (("split", wrapping), ("whole", whole)):
-        run = trainer(one, tmp_path / name, label_smoothing_factor=0.1, save_strategy="no")
+    for name, one, more in (("split", ours, settings), ("whole", whole, settings | {"torch_compile": False})):
+        run = trainer(one, tmp_path / name, max_steps=2, save_strategy="no", **more)
         run.train()
         losses.append(logged(run))
     assert_same_losses(*losses)
@@ -88,17 +81,6 @@ def test_what_the_configuration_asks_of_every_call_is_done_or_refused(
         assert model(ids, output_hidden_states=False)[0].shape == (1, 3, model.vocab_size)
 
 
-def test_compiling_it_changes_nothing(tiny_server: RunningServer, tmp_path: Path) -> None:
-    with adapted(tiny_server) as model:
-        whole = whole_twin(model, tmp_path / "start")
-        losses = []
-        for name, one, compiled in (("split", model, True), ("whole", whole, False)):
-            run = trainer(one, tmp_path / name, torch_compile=compiled, save_strategy="no")
-            run.train()
-            losses.append(logged(run))
-        assert_same_losses(*losses)
-
-
 def test_peft_notes_how_the_base_model_is_loaded(tiny_server: RunningServer, tmp_path: Path) -> None:
     with connect(tiny_server) as model:
         wrapping: Any = get_peft_model(model, lora())
@@ -110,16 +92,9 @@ def test_peft_notes_how_the_base_model_is_loaded(tiny_server: RunningServer, tmp
     }
 
 
-@pytest.fixture(scope="module")
-def both(start_server: Callable[..., RunningServer], small: str) -> Iterator[tuple[Any, Any, Any]]:
-    """A small model, split and whole, and its tokenizer."""
-    with connect(start_server(small), small) as model:
-        yield model, load_whole_model(small, dtype=torch.float32, device="cpu"), load_tokenizer(small)
-
-
-def test_a_tokenizer_is_set_up_for_generation(both: tuple[Any, Any, Any]) -> None:
+def test_a_tokenizer_is_set_up_for_generation(worded: Worded) -> None:
     """Left padding, so that a batch's answers are those of its texts alone."""
-    model, _whole, tokenizer = both
+    model, _whole, tokenizer = worded
     texts = ["Water", "The capital of France is"]
     how = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
     batch = model.generate(**tokenizer(texts, return_tensors="pt", padding=True), **how)
@@ -129,16 +104,12 @@ def test_a_tokenizer_is_set_up_for_generation(both: tuple[Any, Any, Any]) -> Non
 
 @pytest.mark.parametrize("more", [{}, {"stop_sequence": "e"}, {"batch_size": 2}], ids=["plain", "stop", "batch"])
 def test_a_pipeline_takes_it_for_the_whole_model(
-    both: tuple[Any, Any, Any], caplog: pytest.LogCaptureFixture, more: dict[str, Any]
+    worded: Worded, caplog: pytest.LogCaptureFixture, more: dict[str, Any]
 ) -> None:
-    *models, tokenizer = both
+    *models, tokenizer = worded
     prompts = ["The capital of France is", "Water"]
     with caplog.at_level(logging.WARNING):
-        ours, theirs = (
-            pipeline("text-generation", model=model, tokenizer=tokenizer)(
-                prompts, max_new_tokens=8, do_sample=False, **more
-            )
-            for model in models
-        )
+        pipes = [pipeline("text-generation", model=model, tokenizer=tokenizer) for model in models]
+        ours, theirs = (pipe(prompts, max_new_tokens=8, do_sample=False, **more) for pipe in pipes)
     assert ours == theirs
     assert "is not supported" not in caplog.text

@@ -1,6 +1,5 @@
 """What depends on the length of a text (longrope's factors) is decided for the whole text, as in transformers."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,8 +11,7 @@ from fedsea import Partition, SplitModelForCausalLM
 from fedsea.checkpoints import load_whole_model
 from fedsea.client import stream_tokens
 from fedsea.errors import UsageError
-from tests.conftest import RunningServer, connect
-from tests.support.ports import held_address
+from tests.conftest import RunningServer, StartServer, connect
 
 TURN = 96  # tokens that the model was first trained on
 
@@ -47,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def server(folder: str, start_server: Callable[..., RunningServer]) -> RunningServer:
+def server(folder: str, start_server: StartServer) -> RunningServer:
     return start_server(folder)
 
 
@@ -94,16 +92,16 @@ def test_rows_of_a_batch_are_computed_as_in_transformers(split: SplitModelForCau
     close(torch.stack(got.logits), torch.stack(expected.logits))
 
 
-def test_a_server_that_lost_the_text_computes_it_as_before(folder: str, start_server: Callable[..., Any]) -> None:
+def test_a_server_that_lost_the_text_computes_it_as_before(folder: str, serve: StartServer) -> None:
     ids = random_ids(TURN + 8)
     whole, whole_cache = load_whole_model(folder), None
-    first = start_server(folder, listen=held_address())
-    with connect(first, folder, notice=lambda line: None) as model, torch.no_grad():
+    first = serve(folder)
+    with connect(first, folder) as model, torch.no_grad():
         cache = model.new_cache()
         for start, end in [(0, TURN - 4), (TURN - 4, TURN + 4), (TURN + 4, TURN + 8)]:
             if end == TURN + 8:
                 first.stop()
-                start_server(folder, listen=first.address)
+                serve(folder, listen=first.address)
             expected = whole(ids[:, start:end], past_key_values=whole_cache, use_cache=True)
             whole_cache = expected.past_key_values
             close(model(ids[:, start:end], past_key_values=cache).logits, expected.logits)
@@ -121,9 +119,7 @@ def test_training_computes_a_batch_of_both_kinds_as_in_transformers(
     split.micro_batches = 2
     with torch.no_grad():
         expected = load_whole_model(folder)(ids, attention_mask=mask, labels=labels).loss
-    torch.testing.assert_close(
-        split(ids, attention_mask=mask, labels=labels).loss.detach(), expected, atol=1e-4, rtol=0
-    )
+    close(split(ids, attention_mask=mask, labels=labels).loss.detach(), expected)
     monkeypatch.setattr("fedsea.client.train_forward.MAX_PLACES", 200)
     with pytest.raises(UsageError, match=f"up to {TURN} tokens"):
         split(ids, attention_mask=mask, labels=labels)
@@ -131,8 +127,6 @@ def test_training_computes_a_batch_of_both_kinds_as_in_transformers(
 
 def test_guesses_do_not_make_a_short_text_a_long_one(split: SplitModelForCausalLM) -> None:
     ids = torch.tensor([[1, 2, 3, 4] * ((TURN - 8) // 4)])
-    alone, guessed = (
-        list(stream_tokens(split, ids, cache=split.new_cache(), max_new_tokens=20, guesses=guesses))
-        for guesses in (0, 6)
-    )
+    both = (stream_tokens(split, ids, cache=split.new_cache(), max_new_tokens=20, guesses=most) for most in (0, 6))
+    alone, guessed = map(list, both)
     assert guessed == alone

@@ -1,5 +1,6 @@
 """What transformers, PEFT and TRL do to a whole model's adapters and files is done to all three parts, or to none."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,29 @@ from fedsea.parts.adapter_files import read_adapter
 from fedsea.training.export import export_adapter
 from tests.conftest import RunningServer, connect
 from tests.support.raw_stream import prompt
-from tests.support.split_training import adapted, batch, lora, snapshot
+from tests.support.refused import refused
+from tests.support.split_training import adapted, assert_same_state, batch, lora, snapshot
 
 
-def assert_refused(action: object, says: str, kind: type[FedSEAError] = UsageError) -> None:
-    assert callable(action)
-    with pytest.raises(kind, match=says) as raised:
+def assert_refused(action: Callable[[], object], says: str, kind: type[FedSEAError] = UsageError) -> None:
+    with refused(kind, says):
         action()
-    assert "\n" not in str(raised.value)
+
+
+def modules_of(model: SplitModelForCausalLM) -> dict[str, type]:
+    return {name: type(module) for name, module in model.named_modules()}
+
+
+def trainable_in(model: SplitModelForCausalLM) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def move(model: SplitModelForCausalLM) -> torch.Tensor:
+    """Move the adapter away from its start, where it changes nothing; returns what the model computes then."""
+    with torch.no_grad():
+        model.set_adapter_state({name: weight + 0.1 for name, weight in model.adapter_state().items()})
+        logits: torch.Tensor = model.eval()(prompt()).logits
+    return logits
 
 
 def test_a_part_is_never_written_as_a_checkpoint(tiny_server: RunningServer, tmp_path: Path) -> None:
@@ -40,17 +56,12 @@ def test_save_pretrained_writes_the_adapter_of_all_parts(tiny_server: RunningSer
         model.save_pretrained(tmp_path / "given", state_dict=other)
         model.save_pretrained(tmp_path / "nothing", is_main_process=False)
         for name, more in (("own", 0), ("given", 1)):
-            read = read_adapter(tmp_path / name)[1]
-            assert read.keys() == now.keys()
-            assert all(torch.equal(read[key], now[key] + more) for key in now)
-            assert sorted(path.name for path in (tmp_path / name).glob("*.safetensors")) == [
-                "adapter_model.safetensors"
-            ]
+            assert_same_state(read_adapter(tmp_path / name)[1], {key: weight + more for key, weight in now.items()})
+            assert [path.name for path in (tmp_path / name).glob("*.safetensors")] == ["adapter_model.safetensors"]
         assert not (tmp_path / "nothing").exists()
         some = dict(list(other.items())[:-1])
-        assert_refused(
-            lambda: model.save_pretrained(tmp_path / "no", state_dict=some), "one side only", ModelMismatchError
-        )
+        with refused(ModelMismatchError, "one side only"):
+            model.save_pretrained(tmp_path / "no", state_dict=some)
         assert_refused(lambda: model.save_pretrained(tmp_path / "no", push_to_hub=True), "push_to_hub")
         assert not (tmp_path / "no").exists()
 
@@ -80,9 +91,7 @@ def test_transformers_switches_of_adapters_change_all_parts_or_none(tiny_server:
         for action in (bare.enable_adapters, lambda: bare.set_adapter("default"), bare.get_adapter_state_dict):
             assert_refused(action, "no adapter")
     with adapted(tiny_server) as model:
-        with torch.no_grad():
-            model.set_adapter_state({name: weight + 0.1 for name, weight in model.adapter_state().items()})
-            logits = model.eval()(prompt()).logits
+        logits = move(model)
         model.set_adapter("default")
         model.enable_adapters()
         assert model.active_adapters() == ["default"]
@@ -94,8 +103,7 @@ def test_transformers_switches_of_adapters_change_all_parts_or_none(tiny_server:
 
 def another_adapter_in(folder: Path) -> Path:
     """A PEFT adapter of the whole tiny model, of other targets than `adapted` has."""
-    whole = load_whole_model("random:tiny", dtype=torch.float32, device="cpu")
-    get_peft_model(whole, lora(target_modules=["up_proj"])).save_pretrained(str(folder))
+    get_peft_model(load_whole_model("random:tiny"), lora(target_modules=["up_proj"])).save_pretrained(str(folder))
     return folder
 
 
@@ -106,11 +114,7 @@ def test_what_peft_cannot_do_to_all_parts_it_does_to_none(
 ) -> None:
     model = connect(tiny_server)
     wrapped: Any = get_peft_model(model, lora(**first))
-    with torch.no_grad():
-        model.set_adapter_state({name: weight + 0.1 for name, weight in model.adapter_state().items()})
-        logits = model.eval()(prompt()).logits
-    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    modules = {name: type(module) for name, module in model.named_modules()}
+    logits, trainable, modules = move(model), trainable_in(model), modules_of(model)
     other = another_adapter_in(tmp_path / "other")
     as_weighted = {"adapters": ["default"], "weights": [0.5], "adapter_name": "half", "combination_type": "linear"}
 
@@ -136,8 +140,8 @@ def test_what_peft_cannot_do_to_all_parts_it_does_to_none(
         (scaled, "cannot be scaled"),
     ]:
         assert_refused(action, says, FedSEAError)
-        assert {name: type(module) for name, module in model.named_modules()} == modules, says
-        assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == trainable, says
+        assert modules_of(model) == modules, says
+        assert trainable_in(model) == trainable, says
         assert list(wrapped.peft_config) == ["default"], says
     assert_unchanged(model, logits)
     wrapped.set_adapter("default")
@@ -151,7 +155,7 @@ def test_what_peft_cannot_do_to_all_parts_it_does_to_none(
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_an_adapter_that_cannot_be_put_on_is_put_on_nowhere(tiny_server: RunningServer) -> None:
     with connect(tiny_server) as model:
-        modules = {name: type(module) for name, module in model.named_modules()}
+        modules = modules_of(model)
         for config in (
             lora(target_modules=["q_proj", "lm_head"]),
             lora(bias="lora_only"),
@@ -159,10 +163,9 @@ def test_an_adapter_that_cannot_be_put_on_is_put_on_nowhere(tiny_server: Running
             lora(init_lora_weights="pissa"),
             IA3Config(target_modules=["k_proj"], feedforward_modules=[]),
         ):
-            with pytest.raises(UsageError) as raised:
+            with refused(UsageError, ""):
                 get_peft_model(model, config)
-            assert "\n" not in str(raised.value)
-            assert {name: type(module) for name, module in model.named_modules()} == modules
+            assert modules_of(model) == modules
         with torch.no_grad():
             logits = model(prompt()).logits
         get_peft_model(model, lora())
@@ -172,11 +175,11 @@ def test_an_adapter_that_cannot_be_put_on_is_put_on_nowhere(tiny_server: Running
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_an_adapter_of_the_middle_alone_gets_no_other_half(tiny_server: RunningServer) -> None:
     with adapted(tiny_server, lora(layers_to_transform=[2, 3])) as model:
-        modules = {name: type(module) for name, module in model.named_modules()}
+        modules = modules_of(model)
         for config in (lora(), lora(target_modules=["up_proj"]), lora(target_modules="all-linear", r=2)):
             for name in ("default", "other"):
                 assert_refused(lambda config=config, name=name: get_peft_model(model, config, name), "has one adapter")
-                assert {name: type(module) for name, module in model.named_modules()} == modules
+                assert modules_of(model) == modules
 
 
 def test_freezing_freezes_all_parts(tiny_server: RunningServer) -> None:
@@ -202,11 +205,8 @@ def test_an_adapter_is_switched_off_on_all_parts_and_on_again(
         wrapped = get_peft_model(model, lora(**first))
     else:
         model.add_adapter(lora(**first), seed=1)
-    with torch.no_grad():
-        model.set_adapter_state({name: weight + 0.1 for name, weight in model.adapter_state().items()})
-        logits, base = model.eval()(prompt()).logits, whole_tiny(prompt()).logits
+    logits, base, trainable = move(model), whole_tiny(prompt()).logits, trainable_in(model)
     assert not torch.allclose(logits, base, atol=1e-2)
-    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     how = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
 
     def assert_base() -> None:
@@ -224,7 +224,7 @@ def test_an_adapter_is_switched_off_on_all_parts_and_on_again(
     assert_base()
     model.enable_adapters()
     assert_unchanged(model, logits)
-    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == trainable
+    assert trainable_in(model) == trainable
     model.close()
 
 
@@ -255,4 +255,4 @@ def test_a_pass_without_the_adapter_between_two_halves_of_a_step_changes_nothing
             loss.backward()
             model.create_optimizer(lr=1e-2).step()
             gradients.append(snapshot(model))
-    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
+    assert_same_state(*gradients)

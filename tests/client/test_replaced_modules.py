@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fedsea.checkpoints import load_whole_model
-from tests.conftest import RunningServer, connect
+from tests.conftest import RunningServer, StartServer, connect
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10]])
 
@@ -41,18 +41,16 @@ def replace_norm(model: Any) -> None:
 
 
 def replace_layer(model: Any) -> None:
-    layer = model.model.layers["0"] if isinstance(model.model.layers, nn.ModuleDict) else model.model.layers[0]
-    other = copy.deepcopy(layer)
+    layers = model.model.layers
+    first: Any = "0" if isinstance(layers, nn.ModuleDict) else 0
+    other = copy.deepcopy(layers[first])
     with torch.no_grad():
         other.mlp.up_proj.weight.mul_(2)
-    if isinstance(model.model.layers, nn.ModuleDict):
-        model.model.layers["0"] = other
-    else:
-        model.model.layers[0] = other
+    layers[first] = other
 
 
 @pytest.fixture(scope="module")
-def servers(tiny_server: RunningServer, start_server: Callable[..., RunningServer]) -> dict[str, RunningServer]:
+def servers(tiny_server: RunningServer, start_server: StartServer) -> dict[str, RunningServer]:
     return {"random:tiny": tiny_server, "random:tiny-qwen2": start_server("random:tiny-qwen2")}
 
 

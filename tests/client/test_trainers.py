@@ -1,6 +1,5 @@
 """transformers' Trainer and TRL's SFTTrainer run on a split model as they are, with the whole model's numbers."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,18 @@ from transformers import Trainer, TrainingArguments
 from fedsea import Partition, SplitModelForCausalLM, load_tokenizer
 from fedsea.checkpoints import load_whole_model
 from fedsea.parts.adapter_files import read_adapter
-from tests.conftest import RunningServer, connect
+from tests.conftest import RunningServer, StartServer, connect
 from tests.support.raw_stream import prompt
-from tests.support.split_training import adapted, assert_same_losses, lora, snapshot, trl_settings, whole_twin
+from tests.support.split_training import (
+    Twins,
+    adapted,
+    assert_same_losses,
+    assert_same_state,
+    lora,
+    snapshot,
+    trl_settings,
+    twins,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -63,23 +71,17 @@ def logged(one: Trainer, *keys: str) -> list[float]:
     return [entry[key] for entry in one.state.log_history for key in keys if key in entry]
 
 
-def test_trainer_gives_the_whole_models_losses_norms_and_evaluations(
-    tiny_server: RunningServer, tmp_path: Path
-) -> None:
-    with adapted(tiny_server) as model:
-        whole = whole_twin(model, tmp_path / "start")
-        numbers = []
-        for name, one in (("split", model), ("whole", whole)):
-            run = trainer(one, tmp_path / name, eval_strategy="steps", eval_steps=2)
-            run.train()
-            numbers.append(logged(run, "loss", "grad_norm", "eval_loss"))
-        assert len(numbers[0]) == 4 + 4 + 2
-        assert_same_losses(*numbers)
-        read, weights = read_adapter(tmp_path / "split" / "checkpoint-4")
-        now = snapshot(model)
-        assert weights.keys() == now.keys()
-        assert all(torch.equal(weights[name], now[name]) for name in now)
-        assert read.r == 4
+def test_trainer_gives_the_whole_models_losses_norms_and_evaluations(both: Twins, tmp_path: Path) -> None:
+    numbers = []
+    for name, one in zip(("split", "whole"), both, strict=True):
+        run = trainer(one, tmp_path / name, eval_strategy="steps", eval_steps=2)
+        run.train()
+        numbers.append(logged(run, "loss", "grad_norm", "eval_loss"))
+    assert len(numbers[0]) == 4 + 4 + 2
+    assert_same_losses(*numbers)
+    read, weights = read_adapter(tmp_path / "split" / "checkpoint-4")
+    assert_same_state(weights, snapshot(both[0]))
+    assert read.r == 4
 
 
 def wrapped(server: RunningServer, seed: int, **more: Any) -> tuple[SplitModelForCausalLM, Any]:
@@ -99,11 +101,8 @@ def test_a_peft_models_training_resumes_to_the_same_losses(
     resumed = trainer(again, tmp_path)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert logged(resumed) == logged(uninterrupted)
-    one, two = snapshot(model), snapshot(other)
-    assert all(torch.equal(one[name], two[name]) for name in one)
-    loaded = PeftModel.from_pretrained(
-        load_whole_model("random:tiny", dtype=torch.float32, device="cpu"), str(tmp_path / "checkpoint-4")
-    )
+    assert_same_state(snapshot(other), snapshot(model))
+    loaded = PeftModel.from_pretrained(load_whole_model("random:tiny"), str(tmp_path / "checkpoint-4"))
     with torch.no_grad():
         reference = loaded(prompt()).logits
         torch.testing.assert_close(again.eval()(prompt()).logits, reference, atol=1e-4, rtol=0)
@@ -155,15 +154,11 @@ def sft(model: Any, folder: Path, sentences: Any, **more: Any) -> list[float]:
 def test_sft_trainer_with_an_adapter_of_the_models_own(
     tiny_server: RunningServer, tmp_path: Path, sentences: Any
 ) -> None:
-    with adapted(tiny_server, lora(target_modules="all-linear", task_type="CAUSAL_LM")) as model:
-        whole = whole_twin(model, tmp_path / "start")
-        assert_same_losses(
-            sft(model, tmp_path / "split", sentences), sft(whole, tmp_path / "whole", sentences), rtol=1e-4
-        )
-        weights = read_adapter(tmp_path / "split" / "saved")[1]
-        now = snapshot(model)
-        assert weights.keys() == now.keys()
-        assert all(torch.equal(weights[name], now[name]) for name in now)
+    config = lora(target_modules="all-linear", task_type="CAUSAL_LM")
+    with twins(tiny_server, tmp_path / "start", config) as (model, whole):
+        ours, theirs = sft(model, tmp_path / "split", sentences), sft(whole, tmp_path / "whole", sentences)
+        assert_same_losses(ours, theirs, rtol=1e-4)
+        assert_same_state(read_adapter(tmp_path / "split" / "saved")[1], snapshot(model))
 
 
 def test_sft_trainer_with_a_peft_config_and_gradient_checkpointing(
@@ -184,10 +179,9 @@ def test_sft_trainer_with_a_peft_config_and_gradient_checkpointing(
 
 
 def test_an_sft_trainer_of_a_float16_model_scales_its_gradients(
-    start_server: Callable[..., RunningServer], tmp_path: Path, sentences: Any, tiny_server: RunningServer
+    serve: StartServer, tmp_path: Path, sentences: Any, tiny_server: RunningServer
 ) -> None:
-    server = start_server(dtype=torch.float16)
+    server = serve(dtype=torch.float16)
     with adapted(tiny_server) as exact, adapted(server, dtype="float16", wire_dtype=None) as half:
         expected, found = (sft(one, tmp_path / str(n), sentences) for n, one in enumerate((exact, half)))
-    server.stop()
     torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=2e-2, atol=0)

@@ -12,11 +12,13 @@ from safetensors.torch import load_file
 
 from fedsea import Partition
 from fedsea.checkpoints import load_whole_model, open_checkpoint
-from fedsea.errors import ModelNotFoundError, ProtocolError, UsageError
-from fedsea.parts import InputBlocks, MiddleBlocks, OutputBlocks
+from fedsea.errors import FedSEAError, ModelNotFoundError, ProtocolError, UsageError
+from fedsea.parts import MiddleBlocks
 from fedsea.parts.adapter_files import CONFIG, WEIGHTS, read_adapter, save_adapter
 from fedsea.parts.adapters import MAX_RANK, AdapterSpec, adapter_parameters
-from tests.support.split_training import lora, whole_adapter
+from tests.parts.conftest import parts
+from tests.support.refused import refused
+from tests.support.split_training import assert_same_state, lora, whole_adapter
 
 NAME = "random:tiny"
 CHECKPOINT = open_checkpoint(NAME)
@@ -33,13 +35,6 @@ def spec_of(config: Any, seed: int = 1) -> AdapterSpec:
     return AdapterSpec.from_config(config, CHECKPOINT.config, seed)
 
 
-def parts(partition: Partition) -> list[Any]:
-    middle = partition.middle(6)
-    built = [InputBlocks.from_checkpoint(CHECKPOINT, partition, dtype=torch.float32)]
-    built += [MiddleBlocks.from_checkpoint(CHECKPOINT, middle, dtype=torch.float32)] if middle else []
-    return [*built, OutputBlocks.from_checkpoint(CHECKPOINT, partition, dtype=torch.float32)]
-
-
 def start_of(spec: AdapterSpec, partition: Partition) -> dict[str, torch.Tensor]:
     weights = {}
     for part in parts(partition):
@@ -51,7 +46,7 @@ def start_of(spec: AdapterSpec, partition: Partition) -> dict[str, torch.Tensor]
 @pytest.mark.parametrize("case", CONFIGS)
 def test_targets_ranks_and_scales_are_those_that_peft_picks_on_the_whole_model(case: str) -> None:
     spec = spec_of(CONFIGS[case])
-    whole = get_peft_model(load_whole_model(NAME, dtype=torch.float32, device="cpu"), CONFIGS[case])
+    whole = get_peft_model(load_whole_model(NAME), CONFIGS[case])
     picked = {
         name.removeprefix("base_model.model."): (module.r["default"], module.lora_alpha["default"])
         for name, module in whole.named_modules()
@@ -61,10 +56,8 @@ def test_targets_ranks_and_scales_are_those_that_peft_picks_on_the_whole_model(c
     reference = whole_adapter(whole)
     for partition in (Partition(1, 1), Partition(0, 4), Partition(3, 3)):
         start = start_of(spec, partition)
-        assert {name: weight.shape for name, weight in start.items()} == {
-            name: weight.shape for name, weight in reference.items()
-        }
-        assert start.keys() == spec.weight_names(range(6))
+        assert start.keys() == reference.keys() == spec.weight_names(range(6))
+        assert all(start[name].shape == weight.shape for name, weight in reference.items())
     scaling = {name: module.scaling["default"] for name, module in whole.named_modules() if hasattr(module, "lora_A")}
     part = parts(Partition(0, 0))[1]
     spec.put_on(part, part.layers)
@@ -81,8 +74,7 @@ def test_the_start_depends_on_the_seed_and_not_on_the_partition_or_torchs_genera
     before = torch.get_rng_state()
     other = start_of(spec, Partition(3, 0))
     assert torch.equal(torch.get_rng_state(), before)
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert_same_state(one, other)
     another = start_of(spec_of(CONFIGS[case], seed=2), Partition(1, 1))
     assert all(torch.equal(one[name], another[name]) == (".lora_A." not in name) for name in one)
     drawn = [weight for name, weight in one.items() if ".lora_A." in name]
@@ -91,13 +83,11 @@ def test_the_start_depends_on_the_seed_and_not_on_the_partition_or_torchs_genera
 
 
 def test_the_start_is_spread_as_pefts() -> None:
-    for config in (
-        lora(r=32, target_modules="all-linear"),
-        lora(r=32, target_modules="all-linear", init_lora_weights="gaussian"),
-    ):
+    for how in ({}, {"init_lora_weights": "gaussian"}):
+        config = lora(r=32, target_modules="all-linear", **how)
         start = start_of(spec_of(config), Partition(1, 1))
         torch.manual_seed(0)
-        whole = get_peft_model(load_whole_model(NAME, dtype=torch.float32, device="cpu"), config)
+        whole = get_peft_model(load_whole_model(NAME), config)
         for name, weight in whole_adapter(whole).items():
             if ".lora_A." in name:
                 assert float(start[name].std()) == pytest.approx(float(weight.std()), rel=0.1)
@@ -205,30 +195,26 @@ def test_files_are_pefts_own_both_ways(case: str, tmp_path: Path) -> None:
     weights = start_of(spec_of(config), Partition(1, 1))
     weights = {name: weight + 0.01 for name, weight in weights.items()}
     save_adapter(tmp_path / "ours", config, weights, NAME)
-    whole = PeftModel.from_pretrained(load_whole_model(NAME, dtype=torch.float32, device="cpu"), str(tmp_path / "ours"))
-    held = whole_adapter(whole)
-    assert held.keys() == weights.keys()
-    assert all(torch.equal(held[name], weights[name]) for name in held)
+    whole = PeftModel.from_pretrained(load_whole_model(NAME), str(tmp_path / "ours"))
+    assert_same_state(whole_adapter(whole), weights)
     whole.save_pretrained(str(tmp_path / "theirs"), save_embedding_layers=False)  # else it asks the hub for NAME
     assert load_file(tmp_path / "ours" / WEIGHTS).keys() == load_file(tmp_path / "theirs" / WEIGHTS).keys()
     read, again = read_adapter(tmp_path / "theirs")
-    assert again.keys() == weights.keys()
-    assert all(torch.equal(again[name], weights[name]) for name in again)
+    assert_same_state(again, weights)
     assert spec_of(read) == spec_of(config)
 
 
 def test_a_folder_that_is_no_adapter_is_said_to_be_none(tmp_path: Path) -> None:
-    def refused(kind: type[Exception], says: str) -> None:
-        with pytest.raises(kind, match=says) as raised:
+    def assert_refused(kind: type[FedSEAError], says: str) -> None:
+        with refused(kind, says):
             read_adapter(tmp_path)
-        assert "\n" not in str(raised.value)
 
-    refused(ModelNotFoundError, "adapter_config.json is missing")
+    assert_refused(ModelNotFoundError, "adapter_config.json is missing")
     save_adapter(tmp_path, lora(), start_of(spec_of(lora()), Partition(1, 1)), NAME)
     whole = (tmp_path / WEIGHTS).read_bytes()
     config = (tmp_path / CONFIG).read_text()
     (tmp_path / WEIGHTS).write_bytes(whole[:200])
-    refused(ModelNotFoundError, "cannot be read")
+    assert_refused(ModelNotFoundError, "cannot be read")
     (tmp_path / WEIGHTS).write_bytes(whole)
     for text, kind, says in [
         ("{", ModelNotFoundError, "cannot be read"),
@@ -236,9 +222,9 @@ def test_a_folder_that_is_no_adapter_is_said_to_be_none(tmp_path: Path) -> None:
         (config.replace('"LORA"', '"LOHA"'), UsageError, "of the kind LOHA; FedSEA takes LORA"),
     ]:
         (tmp_path / CONFIG).write_text(text)
-        refused(kind, says)
+        assert_refused(kind, says)
     (tmp_path / WEIGHTS).unlink()
-    refused(ModelNotFoundError, "adapter_model.safetensors is missing")
+    assert_refused(ModelNotFoundError, "adapter_model.safetensors is missing")
 
 
 def test_an_adapter_that_cannot_be_written_is_said_so(tmp_path: Path) -> None:

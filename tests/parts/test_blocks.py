@@ -8,61 +8,49 @@ import torch
 from fedsea.checkpoints import load_whole_model, open_checkpoint
 from fedsea.errors import ModelNotFoundError, PartitionError
 from fedsea.partition import Partition, layer_of, weight_names
-from fedsea.parts import InputBlocks, MiddleBlocks, OutputBlocks, RowCache, Rows
+from fedsea.parts import MiddleBlocks, RowCache, Rows
 from fedsea.parts.family import family_of
 from fedsea.parts.rows import attention_mask
+from tests.parts.conftest import parts
+from tests.support.refused import refused
 
 FLOAT = torch.float32
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny-llama3", "tiny-mistral", "tiny-qwen2", "tiny-qwen3"])
 def test_parts_chained_are_the_whole_model(name: str) -> None:
-    checkpoint = open_checkpoint(f"random:{name}")
-    whole = load_whole_model(f"random:{name}", dtype=FLOAT, device="cpu")
+    whole = load_whole_model(f"random:{name}")
     layers = whole.config.num_hidden_layers
     ids = torch.randint(256, (2, 60), generator=torch.Generator().manual_seed(0))
     rows = Rows.uniform(2, 0, 60)
     for p in range(layers + 1):
         partition = Partition(p, (layers - p) // 2)
-        first = InputBlocks.from_checkpoint(checkpoint, partition, dtype=FLOAT)
-        last = OutputBlocks.from_checkpoint(checkpoint, partition, dtype=FLOAT)
+        first, *middle, last = parts(partition, name)
         hidden = first(ids, rows, first.new_cache())
-        middle = partition.middle(layers)
-        if middle:
-            blocks = MiddleBlocks.from_checkpoint(checkpoint, middle, dtype=FLOAT)
-            hidden = blocks(hidden, rows, blocks.new_cache(), middle)
+        for blocks in middle:
+            hidden = blocks(hidden, rows, blocks.new_cache(), partition.middle(layers))
         logits = last.logits(last(hidden, rows, last.new_cache()))
         torch.testing.assert_close(logits, whole(ids).logits, atol=1e-5, rtol=0)
 
 
 def test_a_part_holds_its_own_weights_only() -> None:
-    checkpoint = open_checkpoint("random:tiny")
-    whole = load_whole_model("random:tiny", dtype=FLOAT, device="cpu").state_dict()
-    partition = Partition(2, 1)
-    parts = [
-        InputBlocks.from_checkpoint(checkpoint, partition, dtype=FLOAT),
-        MiddleBlocks.from_checkpoint(checkpoint, partition.middle(6), dtype=FLOAT),
-        OutputBlocks.from_checkpoint(checkpoint, partition, dtype=FLOAT),
-    ]
-    names = [set(part.state_dict()) for part in parts]
-    assert names[0] | names[1] | names[2] == set(whole)
-    assert not names[0] & names[1]
-    assert not names[1] & names[2]
-    for part in parts:
-        for name, weight in part.state_dict().items():
-            assert torch.equal(weight, whole[name]), name
+    whole, held = load_whole_model("random:tiny").state_dict(), dict[str, torch.Tensor]()
+    for part in parts(Partition(2, 1)):
+        weights = part.state_dict()
+        assert not weights.keys() & held.keys()
+        held |= weights
+    torch.testing.assert_close(held, dict(whole), rtol=0, atol=0)
 
 
 def test_layers_outside_the_model_and_unknown_families_are_refused() -> None:
     checkpoint = open_checkpoint("random:tiny")
-    with pytest.raises(PartitionError, match="0:6"):
+    with refused(PartitionError, "0:6"):
         MiddleBlocks.from_checkpoint(checkpoint, range(3, 7), dtype=FLOAT)
-    with pytest.raises(PartitionError, match="0 or more"):
+    with refused(PartitionError, "0 or more"):
         Partition(-1, 0)
-    config = open_checkpoint("random:tiny").config
-    config.model_type = "gpt2"
-    with pytest.raises(ModelNotFoundError, match=r"'gpt2'.*llama"):
-        family_of(config)
+    checkpoint.config.model_type = "gpt2"
+    with refused(ModelNotFoundError, r"'gpt2'.*llama"):
+        family_of(checkpoint.config)
 
 
 def test_weight_names_are_found_by_layer_and_end() -> None:
@@ -118,14 +106,12 @@ def test_chunks_cover_each_place_once_in_order() -> None:
     chunks = rows.chunks(9)
     assert all(chunk.total <= 9 for chunk in chunks)
     for row in range(3):
-        places = [
-            place for chunk in chunks for place in range(chunk.starts[row], chunk.starts[row] + chunk.counts[row])
-        ]
+        places = [place for chunk in chunks for place in range(chunk.starts[row], chunk.ends[row])]
         assert places == list(range(rows.starts[row], rows.ends[row]))
 
 
 def test_the_cache_keeps_rows_of_their_own_lengths() -> None:
-    """Against a plain list of what each row should hold, over random steps, crops and row choices."""
+    # Against a plain list of what each row should hold, over random steps, crops and row choices.
     generator = torch.Generator().manual_seed(0)
     cache = RowCache(torch.nn.Identity())
     held: list[list[torch.Tensor]] = [[], [], []]

@@ -1,6 +1,7 @@
 """Training a split model and the whole one side by side, from one adapter: what the tests of training share."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,13 @@ from peft import LoraConfig, PeftModel
 
 from fedsea import SplitModelForCausalLM
 from fedsea.checkpoints import load_whole_model
-from tests.conftest import RunningServer, connect
+from tests.conftest import Place, connect
 
 LENGTHS = (12, 9, 4, 7)
 Batch = dict[str, torch.Tensor]
+State = Mapping[str, torch.Tensor]
+Twins = tuple[SplitModelForCausalLM, Any]
+"""A split model and PEFT's whole one, from one adapter, in training mode."""
 
 
 def lora(**more: Any) -> LoraConfig:
@@ -40,9 +44,8 @@ def batches(count: int, **how: Any) -> list[Batch]:
     return [batch(seed, **how) for seed in range(count)]
 
 
-def adapted(server: RunningServer, config: LoraConfig | None = None, **how: Any) -> SplitModelForCausalLM:
+def adapted(server: Place | str, config: LoraConfig | None = None, **how: Any) -> SplitModelForCausalLM:
     """A split model with an adapter, in training mode."""
-    how.setdefault("notice", lambda _line: None)
     more = {key: how.pop(key) for key in ("run", "take_up") if key in how}
     model = connect(server, **how)
     model.add_adapter(config if config is not None else lora(), seed=1, **more)
@@ -54,8 +57,15 @@ def adapted(server: RunningServer, config: LoraConfig | None = None, **how: Any)
 def whole_twin(model: SplitModelForCausalLM, folder: Path, name: str = "random:tiny") -> Any:
     """PEFT on the whole model, with the same adapter, in training mode."""
     model.save_adapter(folder)
-    whole = load_whole_model(name, dtype=torch.float32, device="cpu")
+    whole = load_whole_model(name, device=model.device)
     return PeftModel.from_pretrained(whole, str(folder), is_trainable=True).train()
+
+
+@contextmanager
+def twins(server: Place, folder: Path, *how: Any, name: str = "random:tiny", **more: Any) -> Iterator[Twins]:
+    """Both models; arguments as `adapted` has them."""
+    with adapted(server, *how, name=name, **more) as model:
+        yield model, whole_twin(model, folder, name)
 
 
 def trained(model: Any) -> list[torch.nn.Parameter]:
@@ -65,6 +75,18 @@ def trained(model: Any) -> list[torch.nn.Parameter]:
 def snapshot(model: SplitModelForCausalLM) -> dict[str, torch.Tensor]:
     """The whole adapter as it is now."""
     return {name: weight.clone() for name, weight in model.adapter_state().items()}
+
+
+def assert_same_state(found: State, expected: State) -> None:
+    assert_close_states(found, expected, atol=0)
+
+
+@contextmanager
+def unchanged(model: SplitModelForCausalLM) -> Iterator[None]:
+    """What happens within the block leaves the whole adapter as it is."""
+    before = snapshot(model)
+    yield
+    assert_same_state(snapshot(model), before)
 
 
 # Adam divides a gradient by its own size, so one that is nothing but rounding moves a weight as far as any other. What
@@ -119,10 +141,20 @@ def whole_adapter(whole: Any) -> dict[str, torch.Tensor]:
 
 
 def assert_same_adapters(split: SplitModelForCausalLM, whole: Any, atol: float = 1e-4) -> None:
-    ours, theirs = split.adapter_state(), whole_adapter(whole)
-    assert ours.keys() == theirs.keys()
-    for name, weight in theirs.items():
-        torch.testing.assert_close(ours[name], weight, rtol=0, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
+    assert_close_states(split.adapter_state(), whole_adapter(whole), atol)
+
+
+def assert_close_states(found: State, expected: State, atol: float = 1e-4) -> None:
+    torch.testing.assert_close(dict(found), dict(expected), rtol=0, atol=atol)
+
+
+def assert_trains_as_whole(
+    models: Twins, data: list[Batch] | None = None, rtol: float = 1e-5, atol: float = 1e-4, **how: Any
+) -> None:
+    """Both models train on the data, four batches by default; arguments as `train` has them."""
+    texts = batches(4) if data is None else data
+    assert_same_losses(*(train(one, texts, **how) for one in models), rtol)
+    assert_same_adapters(*models, atol)
 
 
 def trl_settings(folder: Path, **more: Any) -> dict[str, Any]:

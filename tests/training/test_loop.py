@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import signal
 import subprocess
 import sys
 import textwrap
@@ -25,11 +24,12 @@ from fedsea.training.batches import Batches
 from fedsea.training.examples import Encoded
 from fedsea.training.export import export_adapter
 from fedsea.training.folder import RunFolder
-from fedsea.training.loop import Figures, FineTuning
+from fedsea.training.loop import FineTuning
 from fedsea.training.recipe import Recipe
+from tests.conftest import connect
 from tests.support import fine_tuning as support
 from tests.support.fine_tuning import Tuning, examples, losses, nothing, stop_after
-from tests.support.ports import held_address
+from tests.support.split_training import assert_same_state
 
 RECIPE = Recipe(steps=6, batch_size=3, accumulation=2, lr=1e-2, warmup=1, save_every=2)
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], lora_dropout=0.1)
@@ -53,16 +53,12 @@ def server() -> Iterator[ServerProcess]:
         yield process
 
 
-def meet(server: ServerProcess, **options: Any) -> SplitModelForCausalLM:
-    return SplitModelForCausalLM.from_pretrained("random:tiny", wire_dtype="float32", **server.connection, **options)
-
-
 @pytest.fixture(scope="module")
 def whole(server: ServerProcess, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output folder of a training that nothing happened to."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     torch.manual_seed(7)
-    with meet(server) as model:
+    with connect(server) as model:
         assert tuning(model, folder).run(nothing)
     return folder
 
@@ -83,17 +79,15 @@ def test_a_training_that_was_stopped_goes_on_to_the_same_losses(
     whole: Path, server: ServerProcess, tmp_path: Path
 ) -> None:
     torch.manual_seed(7)
-    with meet(server) as model:
+    with connect(server) as model:
         training = tuning(model, tmp_path / "run")
         assert not training.run(*stop_after(3))
         assert training.step == 3
     torch.manual_seed(99)
-    with meet(server) as model:
+    with connect(server) as model:
         assert tuning(model, tmp_path / "run", resume=True).run(nothing)
     assert losses(tmp_path / "run") == losses(whole)
-    found = adapter(tmp_path / "run")
-    for name, weight in adapter(whole).items():
-        assert torch.equal(found[name], weight), name
+    assert_same_state(adapter(tmp_path / "run"), adapter(whole))
     assert not list((tmp_path / "run" / "checkpoints").glob(".partial*"))
 
 
@@ -104,7 +98,7 @@ def test_it_goes_on_in_another_partition(server: ServerProcess, tmp_path: Path) 
         folder = RunFolder(tmp_path / name, print)
         for number, partition in enumerate(partitions):
             run = folder.begin({}) if number == 0 else folder.resume({})
-            with meet(server, partition=partition) as model:
+            with connect(server, partition=partition) as model:
                 model.add_adapter(plain, run=run if number == 0 else f"{run}-moved", seed=0)
                 batches = Batches(examples(), RECIPE.batch_size, 0)
                 training = FineTuning(model, batches, RECIPE, folder, lora=plain, base_model=None, notice=print)
@@ -115,94 +109,50 @@ def test_it_goes_on_in_another_partition(server: ServerProcess, tmp_path: Path) 
     assert results[0] == pytest.approx(results[1], rel=1e-5)
 
 
-def test_a_server_that_was_killed_gets_the_last_checkpoint(whole: Path, tmp_path: Path) -> None:
-    torch.manual_seed(7)
-    address = held_address()
-    server = serve_at(address)
-    restarted: list[ServerProcess] = []
-
-    def kill_at_step_3(figures: Figures) -> None:
-        if figures.step == 3 and not restarted:
-            server.kill()
-            restarted.append(serve_at(address))
-
-    told: list[str] = []
-    try:
-        with meet(server, notice=told.append) as model:
-            training = tuning(model, tmp_path / "run")
-            assert training.run(kill_at_step_3)
-    finally:
-        for process in (server, *restarted):
-            process.close()
-    assert losses(tmp_path / "run") == losses(whole)
-    assert training.told == ["the block server had lost the run; going on from the checkpoint of step 2"]
-    assert any("lost; reconnecting" in line for line in told)
-
-
-def serve_at(address: str) -> ServerProcess:
-    return ServerProcess("random:tiny", threads=1, secure=False, options=("--listen", address))
-
-
 CLIENT = """
     import sys, torch
     from pathlib import Path
-    from fedsea import SplitModelForCausalLM
+    from tests.conftest import connect
     from tests.training.test_loop import tuning
     address, folder = sys.argv[1:]
     torch.set_num_threads(1)
     torch.manual_seed(7)
-    with SplitModelForCausalLM.from_pretrained(
-        "random:tiny", server=address, insecure=True, wire_dtype="float32"
-    ) as model:
+    with connect(address) as model:
         tuning(model, Path(folder)).run(lambda figures: print(figures.step, flush=True))
 """
 
 
-@pytest.mark.parametrize("server_too", [False, True])
 def test_a_client_that_was_killed_goes_on_from_its_checkpoint(
-    whole: Path, server: ServerProcess, tmp_path: Path, server_too: bool
+    whole: Path, server: ServerProcess, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    mortal = serve_at(held_address()) if server_too else server
-    reborn = mortal
-    try:
-        script = [sys.executable, "-c", textwrap.dedent(CLIENT), mortal.address, str(folder)]
-        client = subprocess.Popen(script, stdout=subprocess.PIPE, text=True, env=environment)
+    script = [sys.executable, "-c", textwrap.dedent(CLIENT), server.address, str(folder)]
+    with subprocess.Popen(script, stdout=subprocess.PIPE, text=True, env=environment) as client:
         assert client.stdout is not None
         while client.stdout.readline().strip() != "4":
             assert client.poll() is None
-        client.send_signal(signal.SIGKILL)
-        client.wait()
-        client.stdout.close()
-        if server_too:
-            address = mortal.address
-            mortal.kill()
-            reborn = serve_at(address)
-        torch.manual_seed(99)
-        with meet(reborn) as model:
-            assert tuning(model, folder, resume=True).run(nothing)
-    finally:
-        if server_too:
-            reborn.close()
+        client.kill()
+    torch.manual_seed(99)
+    with connect(server) as model:
+        assert tuning(model, folder, resume=True).run(nothing)
     assert losses(folder) == losses(whole)
 
 
 def test_a_damaged_checkpoint_is_passed_over(whole: Path, server: ServerProcess, tmp_path: Path) -> None:
     torch.manual_seed(7)
-    with meet(server) as model:
+    with connect(server) as model:
         assert not tuning(model, tmp_path / "run").run(*stop_after(4))
     damaged = tmp_path / "run" / "checkpoints" / "step-00000004" / "optimizer.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
     told: list[str] = []
-    folder = RunFolder(tmp_path / "run", told.append)
-    state = folder.checkpoints.load()
+    state = RunFolder(tmp_path / "run", told.append).checkpoints.load()
     assert state is not None
     assert state.step == 2
     assert told == [
         "the checkpoint of step 4 is damaged (optimizer.safetensors has changed); going back to the one before"
     ]
-    with meet(server) as model:
+    with connect(server) as model:
         assert tuning(model, tmp_path / "run", resume=True).run(nothing)
     assert losses(tmp_path / "run") == losses(whole)
 
@@ -218,13 +168,13 @@ def test_a_full_disk_leaves_the_checkpoint_before(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(checkpoints, "save_file", full)
-    with meet(server) as model:
+    with connect(server) as model:
         training = tuning(model, folder)
         with pytest.raises(UsageError, match=r"step 4: No space left on device; the one of step 2 is intact"):
             training.run(nothing)
     assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == ["step-00000000", "step-00000002"]
     monkeypatch.undo()
-    with meet(server) as model:
+    with connect(server) as model:
         assert tuning(model, folder, resume=True).run(nothing)
 
 

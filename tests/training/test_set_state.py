@@ -1,13 +1,14 @@
 """Setting a training's state sets all of it: nothing of what was given up is left, whoever dies at which moment."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import get_peft_model
 
-from fedsea import Partition, SplitModelForCausalLM
+from fedsea import Partition
 from fedsea.checkpoints import open_checkpoint
 from fedsea.client.channel import RunChannel
 from fedsea.errors import ModelMismatchError
@@ -17,10 +18,20 @@ from fedsea.training.loop import Figures
 from fedsea.training.recipe import Recipe
 from fedsea.wire.frames import Operation
 from tests.client.test_trainers import logged, trainer
-from tests.conftest import RunningServer, connect
+from tests.conftest import RunningServer, StartServer, connect
 from tests.support.fine_tuning import losses, nothing
 from tests.support.rounds import invite, seated, take_part
-from tests.support.split_training import adamw, adapted, batch, batches, lora, snapshot, train, trained
+from tests.support.split_training import (
+    adamw,
+    adapted,
+    assert_same_state,
+    batch,
+    batches,
+    lora,
+    snapshot,
+    train,
+    trained,
+)
 from tests.training.test_loop import adapter, tuning
 
 # Steps 1 and 2 go back to the checkpoint of step 0, which holds no state of the optimizer at all.
@@ -31,23 +42,23 @@ OPERATIONS = 13  # three steps of FORWARD, BACKWARD and an update, three checkpo
 class Mortal:
     """A block server that can be killed: another one, which knows nothing, takes its place."""
 
-    def __init__(self, start_server: Callable[..., RunningServer]) -> None:
+    def __init__(self, start_server: StartServer) -> None:
         self._start, self.running = start_server, start_server()
+
+    @property
+    def address(self) -> str:
+        return self.running.address
 
     def kill(self) -> None:
         self.running.stop()
-        self.running = self._start(listen=self.running.address)
+        self.running = self._start(listen=self.address)
 
 
 @pytest.fixture(scope="module")
-def mortal(start_server: Callable[..., RunningServer]) -> Iterator[Mortal]:
+def mortal(start_server: StartServer) -> Iterator[Mortal]:
     one = Mortal(start_server)
     yield one
     one.running.stop()
-
-
-def meet(mortal: Mortal) -> SplitModelForCausalLM:
-    return connect(mortal.running, notice=lambda _line: None)
 
 
 @pytest.fixture(scope="module")
@@ -55,16 +66,14 @@ def whole(mortal: Mortal, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output folder of a training that nothing happened to."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     torch.manual_seed(7)
-    with meet(mortal) as model:
+    with connect(mortal) as model:
         assert tuning(model, folder, RECIPE).run(nothing)
     return folder
 
 
 def assert_same(folder: Path, whole: Path) -> None:
     assert losses(folder) == losses(whole)
-    found, expected = adapter(folder), adapter(whole)
-    assert found.keys() == expected.keys()
-    assert [name for name in found if not torch.equal(found[name], expected[name])] == []
+    assert_same_state(adapter(folder), adapter(whole))
 
 
 @pytest.mark.parametrize("at", range(1, OPERATIONS + 1))
@@ -80,11 +89,13 @@ def test_a_server_killed_at_any_operation_changes_no_digit(
             mortal.kill()
 
     torch.manual_seed(7)
-    with meet(mortal) as model:
+    with connect(mortal) as model:
         training = tuning(model, tmp_path / "run", RECIPE)
         monkeypatch.setattr(RunChannel, "_put", killing)
         assert training.run(nothing)
     assert sent[0] >= max(at, OPERATIONS)
+    [line] = training.told
+    assert line.startswith("the block server had lost the run; going on from the checkpoint of step ")
     assert_same(tmp_path / "run", whole)
 
 
@@ -101,12 +112,12 @@ def test_a_client_killed_after_any_step_changes_no_digit(
             raise Killed
 
     torch.manual_seed(7)
-    with meet(mortal) as model, pytest.raises(Killed):
+    with connect(mortal) as model, pytest.raises(Killed):
         tuning(model, tmp_path / "run", RECIPE).run(kill)
     if server_too:
         mortal.kill()
     torch.manual_seed(99)
-    with meet(mortal) as model:
+    with connect(mortal) as model:
         assert tuning(model, tmp_path / "run", RECIPE, resume=True).run(nothing)
     assert_same(tmp_path / "run", whole)
 
@@ -124,7 +135,7 @@ def test_the_state_of_an_optimizer_that_had_not_stepped_clears_the_middles_momen
             optimizer.load_state_dict(state)
             seen.append((train(model, batches(3), optimizer=optimizer), snapshot(model)))
     assert seen[0][0] == seen[1][0]
-    assert all(torch.equal(seen[0][1][name], seen[1][1][name]) for name in start)
+    assert_same_state(seen[1][1], seen[0][1])
 
 
 def test_a_state_is_set_in_the_middle_of_a_sum_of_gradients(tiny_server: RunningServer) -> None:
@@ -137,7 +148,7 @@ def test_a_state_is_set_in_the_middle_of_a_sum_of_gradients(tiny_server: Running
         model.adapter.set_training_state(optimizer, *state, 1)
         found = train(model, batches(2), optimizer=optimizer, clip=0.1), snapshot(model)
     assert found[0] == expected[0]
-    assert all(torch.equal(found[1][name], expected[1][name]) for name in found[1])
+    assert_same_state(found[1], expected[1])
 
 
 def test_a_state_of_another_adapter_sets_nothing(tiny_server: RunningServer) -> None:
@@ -149,15 +160,12 @@ def test_a_state_of_another_adapter_sets_nothing(tiny_server: RunningServer) -> 
             model.adapter.set_training_state(optimizer, {}, {}, 0)
         after = model.adapter.training_state(optimizer)
     for one, other in zip(before, after, strict=True):
-        assert one.keys() == other.keys()
-        assert all(torch.equal(one[name], other[name]) for name in one)
+        assert_same_state(one, other)
 
 
 def test_trainer_goes_back_to_a_checkpoint_with_a_model_that_has_gone_on(
     tiny_server: RunningServer, tmp_path: Path
 ) -> None:
-    from peft import get_peft_model
-
     with connect(tiny_server) as model:
         torch.manual_seed(5)
         wrapping = get_peft_model(model, lora(lora_dropout=0.2))
@@ -170,11 +178,11 @@ def test_trainer_goes_back_to_a_checkpoint_with_a_model_that_has_gone_on(
         again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
         found = snapshot(model)
     assert logged(again) == logged(first)
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert_same_state(found, expected)
 
 
-def test_the_loss_scale_is_part_of_the_state(start_server: Callable[..., RunningServer]) -> None:
-    server = start_server(dtype=torch.float16)
+def test_the_loss_scale_is_part_of_the_state(serve: StartServer) -> None:
+    server = serve(dtype=torch.float16)
     half: Any = {"dtype": "float16", "wire_dtype": None}
     with adapted(server, **half) as model, adapted(server, **half) as other, adapted(server, **half) as third:
         start = model.adapter.loss_scale
@@ -199,7 +207,6 @@ def test_the_loss_scale_is_part_of_the_state(start_server: Callable[..., Running
         assert third.adapter.loss_scale == [11, 8]
         third.adapter.loss_scale = None
         assert third.adapter.loss_scale == start
-    server.stop()
 
 
 @pytest.mark.parametrize("strategy", ["server-hierarchical", "client-batch"])
@@ -221,4 +228,4 @@ def test_a_round_that_broke_off_leaves_nothing_in_the_next(tiny_server: RunningS
             member.close()
     assert results[0][0] == results[1][0]
     for one, other in zip(results[0][1:], results[1][1:], strict=True):
-        assert all(torch.equal(one[name], other[name]) for name in one)
+        assert_same_state(one, other)
