@@ -62,6 +62,8 @@ def test_a_killed_server_costs_a_training_its_run_and_a_generation_nothing(
 
 CLIENT = """
 import sys, time, torch
+from fedsea.client import connection
+connection.CLOSING_SECONDS = 60.0  # the machine may be busy
 from peft import LoraConfig
 from fedsea import SplitModelForCausalLM
 ids = torch.tensor([[5, 6, 7, 8]])
