@@ -1,6 +1,7 @@
 """Processes that FedSEA starts: nothing is imported from the folder in which they run."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -23,8 +24,10 @@ FILES = sorted([*SOURCE.rglob("*.py"), *BENCH.rglob("*.py")])
 
 def convert() -> None:
     Path("model.gguf").write_bytes(b"GGUF" + bytes(100))
-    with pytest.raises(ModelNotFoundError, match="cannot be converted"):
+    with pytest.raises(ModelNotFoundError, match=r"model\.gguf cannot be converted: .") as raised:
         open_checkpoint("model.gguf")
+    assert "\n" not in str(raised.value)
+    assert not [path for path in Path(os.environ["FEDSEA_CACHE"], "gguf").iterdir() if path.is_dir()]
 
 
 def federate() -> None:
@@ -71,7 +74,8 @@ def test_commands_that_run_python_are_built_in_one_place() -> None:
             where = f"{path.name}:{getattr(node, 'lineno', 0)}: see fedsea.process"
             # `-m` and `-c` are how Python is told what to run; nobody else needs its interpreter, or a shell.
             assert not (isinstance(node, ast.Constant) and node.value in ("-m", "-Im")), where
-            assert not (isinstance(node, ast.Attribute) and node.attr in ("executable", "system", "popen")), where
+            named = ast.unparse(node) if isinstance(node, ast.Attribute) else ""
+            assert named not in ("sys.executable", "os.system", "os.popen"), where
             assert not (isinstance(node, ast.keyword) and node.arg in ("shell", "executable")), where
 
 

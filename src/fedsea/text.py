@@ -79,7 +79,7 @@ def require_whole(text: str, name: str) -> str:
 
 
 def read_text(file: Path) -> str:
-    """The text of a file with `\\n` at the ends of lines; `-` stands for standard input.
+    """The text of a file (`-`: standard input), `\\n` between lines, without the one that editors put at its end.
 
     A UsageError if it cannot be read, or is no text in UTF-8; it names file and line.
     """
@@ -87,12 +87,7 @@ def read_text(file: Path) -> str:
         text = _decoded(_input("read")) if str(file) == "-" else decode(file.read_bytes(), str(file))
     except OSError as error:
         raise UsageError(f"cannot read {file}: {error.strerror}") from None
-    return text.replace("\r\n", "\n").replace("\r", "\n")
-
-
-def without_final_newline(text: str) -> str:
-    """Text without the newline that editors and `echo` put at its end: one, if there is one."""
-    return text.removesuffix("\n")
+    return text.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n")
 
 
 def input_lines() -> Iterator[str | UsageError]:

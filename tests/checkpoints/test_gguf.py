@@ -156,14 +156,6 @@ print(len(open_checkpoint(sys.argv[1]).tensor_names()), "tensors")
     assert sum("converting" in text for text in printed) == 1
 
 
-def test_file_that_is_no_gguf_is_refused(tmp_path: Path, cache: Path) -> None:
-    (tmp_path / "broken.gguf").write_bytes(b"GGUF" + bytes(100))
-    with pytest.raises(ModelNotFoundError, match=r"broken\.gguf cannot be converted: ") as raised:
-        open_checkpoint(tmp_path / "broken.gguf")
-    assert "\n" not in str(raised.value)
-    assert not [path for path in cache.iterdir() if path.is_dir()]
-
-
 def test_file_that_lacks_a_weight_is_refused(
     model: LlamaForCausalLM, tmp_path: Path, cache: Path, conversions: list[Path]
 ) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from fedsea.checkpoints import load_whole_model, open_checkpoint
 from fedsea.checkpoints.packaged import opening
+from fedsea.cli import run
 from fedsea.errors import ModelNotFoundError
 from tests.support.weights import run_python
 
@@ -63,8 +64,8 @@ def test_packaged_model_that_is_not_installed_says_how(monkeypatch: pytest.Monke
         open_checkpoint("smollm2-135m")
 
 
-def test_that_its_weights_are_of_4_bits_is_said_where_it_is_named() -> None:
-    said = run_python("from fedsea.cli import main; import sys; sys.argv = ['fedsea', 'chat', '--help']; main()")
-    assert "4-bit weights" in " ".join(said.replace("│", " ").split())
+def test_that_its_weights_are_of_4_bits_is_said_where_it_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["chat", "--help"]) == 0
+    assert "4-bit weights" in " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert "weights of 4 bits" in opening("smollm2-135m")
     assert "bits" not in opening("random:tiny")

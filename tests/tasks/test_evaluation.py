@@ -1,5 +1,6 @@
 """Evaluation: whole and split models, batches, the order of results, answers that cannot be read."""
 
+import math
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 
 from fedsea.checkpoints import load_tokenizer, load_whole_model
 from fedsea.errors import UsageError
-from fedsea.tasks import Evaluation, Example, encode, evaluate, get_task
+from fedsea.tasks import Evaluation, Example, Task, encode, evaluate, get_task
 from fedsea.tasks.base import Document, Question
 from fedsea.tasks.encoding import encode_prompt
 from tests.conftest import RunningServer, connect, save_small_model
@@ -133,36 +134,31 @@ def test_written_answers_are_greedy_generation(whole: Any, tokenizer: Any) -> No
         assert prediction.prediction == " ".join(text.split())
 
 
-def test_answer_loss_is_transformers_loss_over_the_answers(whole: Any, tokenizer: Any) -> None:
-    made = examples(7)
-    result = evaluate(whole, tokenizer, CB, made, batch_size=3, answer_loss=True)
+TEXTS = ["One two three.", "A much longer text about nothing at all.", "x"]
+
+
+@pytest.mark.parametrize(
+    ("task", "made"),
+    [(CB, examples(5)), (get_task("text"), [Example(str(at), Document(text)) for at, text in enumerate(TEXTS)])],
+    ids=["labels", "texts"],
+)
+def test_answer_loss_is_transformers_loss_over_what_is_learnt(
+    whole: Any, tokenizer: Any, task: Task, made: list[Example]
+) -> None:
+    result = evaluate(whole, tokenizer, task, made, batch_size=2, answer_loss=True)
     total, count = 0.0, 0
     for example in made:
-        encoded = encode(CB, example, tokenizer, 512)
+        encoded = encode(task, example, tokenizer, 512)
         with torch.no_grad():
             labels = torch.tensor([encoded.labels])
             loss = whole(torch.tensor([encoded.input_ids]), labels=labels).loss
         tokens = int((labels[:, 1:] != -100).sum())
         total, count = total + float(loss) * tokens, count + tokens
-    assert count == 14  # a word and the mark of the end
     assert result.metrics["answer_loss"] == pytest.approx(total / count, rel=1e-4)
-    assert result.metrics["perplexity"] == pytest.approx(torch.tensor(total / count).exp().item(), rel=1e-4)
-
-
-def test_a_text_is_measured_by_its_perplexity(whole: Any, tokenizer: Any) -> None:
-    texts = ["One two three.", "A much longer text about nothing at all.", "x"]
-    made = [Example(str(number), Document(text)) for number, text in enumerate(texts)]
-    result = evaluate(whole, tokenizer, get_task("text"), made, batch_size=2)
-    assert list(result.metrics) == ["perplexity", "answer_loss"]
-    assert result.predictions == ()
-    assert result.unparsed == 0
-    total, count = 0.0, 0
-    for text in texts:
-        ids = tokenizer(text + "<|im_end|>", return_tensors="pt")["input_ids"]
-        with torch.no_grad():
-            loss = whole(ids, labels=ids).loss
-        total, count = total + float(loss) * (ids.shape[1] - 1), count + ids.shape[1] - 1
-    assert result.metrics["answer_loss"] == pytest.approx(total / count, rel=1e-4)
+    assert result.metrics["perplexity"] == pytest.approx(math.exp(total / count), rel=1e-4)
+    if task is not CB:
+        assert list(result.metrics) == ["perplexity", "answer_loss"]
+        assert (result.predictions, result.unparsed) == ((), 0)
 
 
 def test_many_logits_are_computed_in_parts(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from fedsea.cli.terminal import end_line, stop_on_interrupt, tell, tell_error, w
 from fedsea.cli.transcript import read_transcript, write_transcript
 from fedsea.errors import FedSEAError, LimitExceededError, UsageError
 from fedsea.flags import Flag
-from fedsea.text import input_lines, one_line, printable, read_text, require_whole, without_final_newline
+from fedsea.text import input_lines, one_line, printable, read_text, require_whole
 
 if TYPE_CHECKING:  # --help needs no torch
     from fedsea.audit import LiveLeakage
@@ -49,7 +49,7 @@ def chat(
 ) -> None:
     """Chat with MODEL, its middle at a block server. Reads standard input, so a pipe works as well."""
     turns = _turns(conversation, system)
-    message = without_final_newline(read_text(Path("-"))) if piped == "whole" else ""
+    message = read_text(Path("-")) if piped == "whole" else ""
     client.check()
     interactive = sys.stdin is not None and sys.stdin.isatty() and piped == "lines"
     if interactive:

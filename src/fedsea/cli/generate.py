@@ -10,7 +10,7 @@ from fedsea.cli.spread import spread
 from fedsea.cli.terminal import end_line, print_json, tell, working, write_piece
 from fedsea.errors import LimitExceededError, UsageError
 from fedsea.flags import Flag
-from fedsea.text import read_text, require_whole, without_final_newline
+from fedsea.text import read_text, require_whole
 
 if TYPE_CHECKING:  # --help needs no torch
     from fedsea.client import AnswerStats
@@ -87,7 +87,7 @@ def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
     if prompt is not None and prompt_file is None:
         text = require_whole(prompt, "--prompt")
     elif prompt_file is not None and prompt is None:
-        text = without_final_newline(read_text(prompt_file))
+        text = read_text(prompt_file)
     else:
         raise UsageError("give either --prompt TEXT or --prompt-file FILE")
     if not text.strip():

@@ -73,11 +73,7 @@ def word_f1(gold: str, prediction: str) -> float:
 
 def best_of_answers(golds: Sequence[Sequence[str]], predictions: Predictions) -> dict[str, float]:
     """ReCoRD's metrics: of each prediction its best `f1` and `em` over all gold answers, averaged."""
-
-    def best(measure: Callable[[str, str], float], accepted: Sequence[str], prediction: str) -> float:
-        return max(measure(gold, prediction) for gold in accepted)
-
-    return _over_answers(best, golds, predictions)
+    return _over_answers(max, golds, predictions)
 
 
 def leave_one_out(golds: Sequence[Sequence[str]], predictions: Predictions) -> dict[str, float]:
@@ -87,13 +83,12 @@ def leave_one_out(golds: Sequence[Sequence[str]], predictions: Predictions) -> d
     averaged (Reddy et al. 2019, section 6.1, and their evaluation script).
     """
 
-    def best(measure: Callable[[str, str], float], accepted: Sequence[str], prediction: str) -> float:
-        values = [measure(gold, prediction) for gold in accepted]
+    def over(values: list[float]) -> float:
         if len(values) == 1:
             return values[0]
         return _mean([max(values[:left] + values[left + 1 :]) for left in range(len(values))])
 
-    return _over_answers(best, golds, predictions)
+    return _over_answers(over, golds, predictions)
 
 
 def require_rouge() -> None:
@@ -116,13 +111,12 @@ def rouge(golds: Sequence[str], predictions: Predictions) -> dict[str, float]:
 
 
 def _over_answers(
-    best: Callable[[Callable[[str, str], float], Sequence[str], str], float],
-    golds: Sequence[Sequence[str]],
-    predictions: Predictions,
+    over: Callable[[list[float]], float], golds: Sequence[Sequence[str]], predictions: Predictions
 ) -> dict[str, float]:
+    """Means over all predictions; `over` makes one value of those that a prediction has by each gold answer."""
     pairs = list(zip(golds, predictions, strict=True))
     return {
-        name: _mean([best(measure, gold, prediction) if prediction is not None else 0.0 for gold, prediction in pairs])
+        name: _mean([over([measure(gold, given) for gold in of]) if given is not None else 0.0 for of, given in pairs])
         for name, measure in (("f1", word_f1), ("em", exact_match))
     }
 

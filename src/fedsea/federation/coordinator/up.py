@@ -118,9 +118,11 @@ class Federation:
 
     def commands(self) -> dict[str, str]:
         """For each client the command that its data owner runs."""
-        task = quote(self.settings.task or "TASK")
-        folders = {name: quote(str(self.deployment.client(name))) for name in self.options.clients}
-        return {name: f"fedsea federation join {folder} --task {task} --data PATH" for name, folder in folders.items()}
+        task, folder = self.settings.task or "TASK", self.deployment.client
+        return {
+            name: f"fedsea federation join {quote(str(folder(name)))} --task {quote(task)} --data PATH"
+            for name in self.options.clients
+        }
 
     def online(self) -> list[str]:
         """Names of the clients whose SuperNodes are there."""
