@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedsea.audit.calibration import Calibration, Goal, Outcome, TaskData, Trial, calibrate, weakest
-from fedsea.audit.plan import Plan
+from fedsea.audit import Calibration, Goal, Plan, TaskData, Trial, calibrate
+from fedsea.audit.calibration import Outcome, weakest
 from fedsea.audit.scores import Score
 from fedsea.audit.utility import protected_model
 from fedsea.checkpoints import load_tokenizer, load_whole_model, open_checkpoint

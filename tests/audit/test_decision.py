@@ -7,15 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from fedsea.audit.decision import decide
-from fedsea.audit.plan import Plan
-from fedsea.audit.report import Report
-from fedsea.audit.run import Auditor
-from fedsea.audit.samples import SAMPLES, TaskText, encode, read_texts
+from fedsea.audit import Report, decide, read_texts
+from fedsea.audit.samples import TaskText, encode
+from fedsea.audit.scores import Score
 from fedsea.checkpoints import load_tokenizer
 from fedsea.cli import run as command
-from fedsea.partition import Partition
-from fedsea.privacy import RelativeGaussianNoise, relative_clipped_gaussian
 from fedsea.tasks import get_task
 from fedsea.tasks.encoding import encode as encode_example
 
@@ -27,34 +23,13 @@ MESSAGES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def reports(small: str) -> list[Report]:
-    """Without protection, under noise that hides the text, and the same behind a clip; answers attacked as well."""
-    auditor = Auditor(
-        small, Plan(SAMPLES[:2], Partition(0, 1), tokens=8, answer_tokens=3, attacks=("prior", "search", "read-out"))
-    )
-    noises = (RelativeGaussianNoise(0.0), RelativeGaussianNoise(1e4), relative_clipped_gaussian(1.0, 1e4))
-    return [auditor.report(noise) for noise in noises]
-
-
-@pytest.fixture(scope="module")
-def trained(small: str) -> Report:
-    attacks = ("prior", "nearest", "search", "search-map", "read-out", "gradient", "average")
-    return Auditor(small, Plan(SAMPLES[:2], Partition(0, 1), tokens=8, train_steps=2, attacks=attacks)).report(
-        RelativeGaussianNoise(0.5)
-    )
-
-
 def unread(report: Report, *, answers: bool = True) -> Report:
     """The report as if no attack had read anything of texts and answers, and the model were of use."""
-    findings = tuple(
-        replace(
-            one,
-            prompt={name: replace(score, mean=0.0) for name, score in one.prompt.items()},
-            answer={name: replace(score, mean=0.0) for name, score in one.answer.items()},
-        )
-        for one in report.findings
-    )
+
+    def nothing(scores: dict[str, Score]) -> dict[str, Score]:
+        return {name: replace(score, mean=0.0) for name, score in scores.items()}
+
+    findings = tuple(replace(one, prompt=nothing(one.prompt), answer=nothing(one.answer)) for one in report.findings)
     kept = report.answers if answers else ("",) * len(report.answers)
     return replace(report, findings=findings, answers=kept, loss=3.0, public_loss=2.5)
 
@@ -69,7 +44,7 @@ def test_what_is_read_is_not_to_be_sent(reports: list[Report], trained: Report) 
 
 def test_an_answer_that_is_read_is_enough(reports: list[Report]) -> None:
     """No noise on the way in hides what the provider computes itself."""
-    found = decide(reports[1:2])
+    found = decide(reports[2:3])
     assert found.action == "do not send"
     assert "of the answer's tokens" in found.why
     assert "of the text's" not in found.why
@@ -77,22 +52,22 @@ def test_an_answer_that_is_read_is_enough(reports: list[Report]) -> None:
 
 def test_a_model_that_guesses_blindly_is_of_no_use(reports: list[Report]) -> None:
     blind = reports[0].blind_loss
-    found = decide([replace(unread(reports[1]), loss=blind + 0.8)])
+    found = decide([replace(unread(reports[2]), loss=blind + 0.8)])
     assert found.action == "do not send"
     assert f"{blind + 0.8:.2f}" in found.why
     assert "of no use" in found.why
 
 
 def test_an_answer_that_nobody_attacked_decides_nothing(reports: list[Report]) -> None:
-    found = decide([unread(reports[1], answers=False)])
+    found = decide([unread(reports[2], answers=False)])
     assert found.action == "audit first"
     assert "--answer-tokens" in " ".join(found.options)
-    alone = [one for one in reports[1].findings if one.attack == "prior"]
-    assert decide([replace(reports[1], findings=tuple(alone))]).action == "audit first"
+    alone = [one for one in reports[2].findings if one.attack == "prior"]
+    assert decide([replace(reports[2], findings=tuple(alone))]).action == "audit first"
 
 
 def test_of_what_may_be_sent_the_cheapest_is_named(reports: list[Report]) -> None:
-    cheap, dear = unread(reports[2]), replace(unread(reports[1]), loss=4.0)
+    cheap, dear = unread(reports[3]), replace(unread(reports[2]), loss=4.0)
     found = decide([reports[0], dear, cheap])
     assert (found.action, found.mechanism) == ("send", cheap.spec)
     assert found.sentence.startswith(f"Send with --noise {cheap.spec}. ")
@@ -140,12 +115,9 @@ def test_a_task_needs_its_data(small: str, capsys: pytest.CaptureFixture[str]) -
 
 @pytest.mark.parametrize("width", [80, 120])
 def test_nothing_is_cut_on_a_terminal(
-    reports: list[Report],
-    trained: Report,
-    width: int,
-    capsys: pytest.CaptureFixture[str],
+    reports: list[Report], trained: Report, width: int, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
-) -> None:
+) -> None:  # fmt: skip
     from fedsea.cli.audit import compare_reports, conclude, show_report
 
     monkeypatch.setenv("COLUMNS", str(width))
@@ -156,7 +128,7 @@ def test_nothing_is_cut_on_a_terminal(
         assert max(map(len, printed.splitlines())) <= width
         assert all(re.search(rf"^{re.escape(one.attack)} ", printed, re.MULTILINE) for one in report.findings)
         assert not re.search(r"\w…", printed)  # an ellipsis stands for what was cut; an interval has spaces around
-    compare_reports([*reports, replace(reports[2], spec="clip:norm=1.0+gaussian:std=123456.789012345")])
+    compare_reports([*reports, replace(reports[3], spec="clip:norm=1.0+gaussian:std=123456.789012345")])
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines())) <= width
     assert not re.search(r"\w…", printed)

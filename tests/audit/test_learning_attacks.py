@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedsea import GaussianNoise, Partition
+from fedsea.audit import SAMPLES, Auditor, Plan
 from fedsea.audit.attacks import get_attack
 from fedsea.audit.attacks.decoder import WINDOW, Decoder
 from fedsea.audit.attacks.optimise import Optimise
@@ -18,11 +19,9 @@ from fedsea.audit.attacks.paper_decoder import PaperDecoder
 from fedsea.audit.knowledge import Knowledge, KnownAdapter, SharedKnowledge
 from fedsea.audit.observation import Subject
 from fedsea.audit.observe import observe_sessions
-from fedsea.audit.plan import Plan
-from fedsea.audit.run import Auditor
-from fedsea.audit.samples import SAMPLES
-from fedsea.checkpoints import open_checkpoint
+from fedsea.checkpoints import load_whole_model, open_checkpoint
 from fedsea.cli import run as command
+from fedsea.parts import MiddleBlocks, Rows
 from fedsea.parts.adapter_files import save_adapter
 from fedsea.parts.adapters import AdapterSpec
 from tests.support.attacks import NOTHING, draw, knowledge_of, observe, right, right_of
@@ -66,11 +65,8 @@ def test_a_decoder_reads_states_without_noise(p: int, model: Callable[[float], s
 def test_training_a_decoder_helps_it(model: Callable[[float], str]) -> None:
     """On texts that it has not seen."""
     knowledge = knowledge_of(1, name=model(0.1))
-    before, after = (
-        right(Decoder(steps=0), knowledge, TEXTS),
-        right(Decoder(steps=50, learning_rate=2e-3), knowledge, TEXTS),
-    )
-    assert after >= before + 8
+    before = right(Decoder(steps=0), knowledge, TEXTS)
+    assert right(Decoder(steps=50, learning_rate=2e-3), knowledge, TEXTS) >= before + 8
     assert before > right(get_attack("nearest"), knowledge, TEXTS)
 
 
@@ -128,8 +124,7 @@ def test_with_the_adapter_search_is_matched(tmp_path: Path) -> None:
 def test_the_adapter_gets_from_the_plan_to_the_attackers(tmp_path: Path, small: str) -> None:
     """A read-out is exact only with the output blocks that the client has."""
     folder = large_adapter(small, 0.3, tmp_path)
-    attacks = ("read-out",)
-    plan = Plan(SAMPLES[:1], Partition(0, 1), tokens=8, answer_tokens=6, attacks=attacks, adapter=folder)
+    plan = Plan(SAMPLES[:1], Partition(0, 1), tokens=8, answer_tokens=6, attacks=("read-out",), adapter=folder)
     (without,) = Auditor(small, plan).report().findings
     report = Auditor(small, dataclasses.replace(plan, attacker_has_adapter=True)).report()
     assert report.attacker_has_adapter
@@ -138,11 +133,6 @@ def test_the_adapter_gets_from_the_plan_to_the_attackers(tmp_path: Path, small: 
 
 def test_a_known_adapter_is_on_both_ends(tmp_path: Path) -> None:
     """Attackers' A and C against PEFT on the whole model."""
-    from peft import PeftModel
-
-    from fedsea.checkpoints import load_whole_model
-    from fedsea.parts import MiddleBlocks, Rows
-
     folder = large_adapter("random:tiny", 0.15, tmp_path)
     checkpoint = open_checkpoint("random:tiny")
     adapter = KnownAdapter.read(folder, checkpoint.config)

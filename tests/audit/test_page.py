@@ -8,30 +8,13 @@ from typing import Any
 
 import pytest
 
-from fedsea import GaussianNoise, Partition
-from fedsea.audit import Auditor, Plan, Report
+from fedsea.audit import Report, share
 from fedsea.audit.charts import HEIGHT, LINE, WIDTH, Chart, Curve, rounded_up, spaced
 from fedsea.audit.page import environment, page
-from fedsea.audit.report import share
 from fedsea.cli import run as command
-from fedsea.privacy import RelativeGaussianNoise, parse_mechanism
+from fedsea.privacy import parse_mechanism
+from tests.audit.conftest import TEXTS
 from tests.support.html import Page
-
-HOSTILE = 'Pay <script>alert("x")</script> & <b>Mr. Voss</b> at once'
-ATTACKS = ("prior", "nearest", "search", "search-map", "read-out", "gradient", "average")
-
-
-@pytest.fixture(scope="module")
-def reports(small: str) -> list[Report]:
-    plan = Plan([HOSTILE, "A second one."], Partition(0, 1), tokens=14, attacks=("prior", "search", "read-out"))
-    auditor = Auditor(small, plan)
-    return [auditor.report(RelativeGaussianNoise(level)) for level in (0.0, 6.0)]
-
-
-@pytest.fixture(scope="module")
-def trained(small: str) -> Report:
-    plan = Plan([HOSTILE, "A second one."], Partition(0, 1), tokens=8, train_steps=2, attacks=ATTACKS)
-    return Auditor(small, plan).report(GaussianNoise(0.0))
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -62,16 +45,16 @@ def test_every_token_is_marked_as_it_was_read(reports: list[Report]) -> None:
     assert seen.count("i") + seen.count("b") + seen.count("u") == 3 + len(guesses)
     assert {report.verdict, report.limit} <= set(seen.texts)
     # What was sent stands there as it is, in one piece, the text's own angle brackets and all.
-    assert "".join(report.words[token] for token in report.ids[0]) in seen.texts
-    assert HOSTILE.startswith(report.texts[0])
+    assert "".join(report.words[token] for token in report.ids[0][: report.prompts[0]]) in seen.texts
+    assert TEXTS[0].startswith(report.texts[0])
 
 
 def test_several_strengths_are_compared_and_drawn(reports: list[Report]) -> None:
-    seen = Page(page(reports, "fedsea audit"))
-    assert (seen.count("details"), seen.count("svg")) == (2, 2)  # what is read, and the loss
-    assert seen.count("polyline") == 3 + 1 + 2  # attacks and the bound; the loss with and without
+    seen = Page(page(reports[:2], "fedsea audit"))
+    assert (seen.count("details"), seen.count("svg")) == (2, 3)  # what is read of text and answer, and the loss
+    assert seen.count("polyline") == 3 + 1 + 3 + 2  # attacks and the bound; attacks; the loss with and without
     assert "Strength, leakage and cost: relative" in seen.texts
-    assert [report.spec for report in reports] == ["relative:level=0.0", "relative:level=6.0"]
+    assert [report.spec for report in reports[:2]] == ["relative:level=0.0", "relative:level=6.0"]
     assert reports[1].noise_level == pytest.approx(6.0)
 
 
@@ -137,7 +120,7 @@ def text_width(text: str, size: float) -> float:
 
 @pytest.mark.parametrize("several", [True, False])
 def test_nothing_overflows_on_the_page(reports: list[Report], trained: Report, several: bool) -> None:
-    seen = Page(page(reports if several else [trained], "fedsea audit"))
+    seen = Page(page(reports[:2] if several else [trained], "fedsea audit"))
     for place, text in seen.drawn:
         if "x" in place and place.get("text-anchor") is None:  # a curve's name, at the right
             assert float(place["x"] or 0) + text_width(text, 11) <= WIDTH

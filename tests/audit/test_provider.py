@@ -9,11 +9,11 @@ import torch
 from fedsea import GaussianNoise, Partition, SplitModelForCausalLM
 from fedsea.audit.provider import CuriousProvider
 from fedsea.checkpoints import open_checkpoint
-from fedsea.client import session as session_module
 from fedsea.errors import UsageError
 from fedsea.parts import InputBlocks, OutputBlocks, Rows
-from fedsea.server import ServerOptions
+from fedsea.server import BackgroundServer, ServerOptions
 from tests.support.attacks import draw
+from tests.support.sent_states import capture
 from tests.support.split_training import adamw, adapted, batch, trained
 
 PARTITION = Partition(1, 1)
@@ -45,8 +45,9 @@ def one(width: int) -> torch.Tensor:
     return torch.tensor([draw(width)])
 
 
-def states_of(blocks: InputBlocks, tokens: list[int]) -> torch.Tensor:
-    return blocks(torch.tensor([tokens]), Rows.uniform(1, 0, len(tokens)), None)[0]
+def assert_states_of(blocks: InputBlocks, tokens: list[int], sent: torch.Tensor) -> None:
+    expected = blocks(torch.tensor([tokens]), Rows.uniform(1, 0, len(tokens)), None)[0]
+    torch.testing.assert_close(sent, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_generation_is_seen_as_the_inputs_own_states(provider: CuriousProvider, blocks: InputBlocks) -> None:
@@ -55,7 +56,7 @@ def test_a_generation_is_seen_as_the_inputs_own_states(provider: CuriousProvider
         text = model.generate(ids, max_new_tokens=6, pad_token_id=0, do_sample=False)[0].tolist()
     ((seen,),) = provider.sessions()
     assert seen.length == 16  # the last token is never sent
-    torch.testing.assert_close(seen.sent, states_of(blocks, text[:-1]), atol=1e-5, rtol=1e-5)
+    assert_states_of(blocks, text[:-1], seen.sent)
     assert seen.returned is not None
     assert seen.returned.shape == seen.sent.shape
     assert seen.gradient is None
@@ -69,7 +70,7 @@ def test_rows_of_different_lengths_are_seen_each_by_itself(provider: CuriousProv
     texts = [ids[mask == 1].tolist() for ids, mask in zip(given["input_ids"], given["attention_mask"], strict=True)]
     assert [row.length for row in rows] == [len(text) for text in texts]
     for row, text in zip(rows, texts, strict=True):
-        torch.testing.assert_close(row.sent, states_of(blocks, text), atol=1e-5, rtol=1e-5)
+        assert_states_of(blocks, text, row.sent)
 
 
 def test_what_is_rolled_back_is_not_part_of_the_text(provider: CuriousProvider, blocks: InputBlocks) -> None:
@@ -81,7 +82,7 @@ def test_what_is_rolled_back_is_not_part_of_the_text(provider: CuriousProvider, 
         model(ids[:, 8:], past_key_values=cache)
     ((seen,),) = provider.sessions()
     text = ids[0, :5].tolist() + ids[0, 8:].tolist()
-    torch.testing.assert_close(seen.sent, states_of(blocks, text), atol=1e-5, rtol=1e-5)
+    assert_states_of(blocks, text, seen.sent)
 
 
 def test_beams_are_seen_as_the_rows_that_survived(provider: CuriousProvider, blocks: InputBlocks) -> None:
@@ -90,24 +91,16 @@ def test_beams_are_seen_as_the_rows_that_survived(provider: CuriousProvider, blo
     (rows,) = provider.sessions()
     assert len(rows) == 3
     for row in rows:
-        torch.testing.assert_close(row.sent[:7], states_of(blocks, draw(7)), atol=1e-5, rtol=1e-5)
+        assert_states_of(blocks, draw(7), row.sent[:7])
 
 
-def test_what_is_seen_is_what_was_sent(provider: CuriousProvider, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_seen_is_what_was_sent(provider: CuriousProvider) -> None:
     """With noise and 16 bits: against the frames as the client hands them to its connection."""
-    sent = []
-    original = session_module.Connection.send
-
-    def send(self: Any, frame: Any) -> None:
-        sent.append(frame)
-        original(self, frame)
-
-    with connect(provider, noise=GaussianNoise(0.5), wire_dtype="float16") as model, monkeypatch.context() as patch:
-        patch.setattr(session_module.Connection, "send", send)
-        model.generate(one(9), max_new_tokens=4, pad_token_id=0, do_sample=False)
+    how = {"max_new_tokens": 4, "pad_token_id": 0, "do_sample": False}
+    with connect(provider, noise=GaussianNoise(0.5), wire_dtype="float16") as model:
+        steps = capture(model, lambda: model.generate(one(9), **how))
     ((seen,),) = provider.sessions()
-    steps = [frame.states for frame in sent if hasattr(frame, "states")]
-    assert torch.equal(seen.sent, torch.cat(steps).float())
+    assert torch.equal(seen.sent, torch.cat([step.states for step in steps]).float())
 
 
 def test_training_is_seen_with_its_gradients(provider: CuriousProvider, blocks: InputBlocks) -> None:
@@ -127,7 +120,7 @@ def test_training_is_seen_with_its_gradients(provider: CuriousProvider, blocks: 
     learnt = int((given["labels"][:, 1:] != -100).sum())
     for ids, labels, length in zip(given["input_ids"], given["labels"], lengths, strict=True):
         seen = first[length]
-        torch.testing.assert_close(seen.sent, states_of(blocks, ids[:length].tolist()), atol=1e-5, rtol=1e-5)
+        assert_states_of(blocks, ids[:length].tolist(), seen.sent)
         assert seen.returned is not None
         assert seen.gradient is not None
         hidden = seen.returned.clone().unsqueeze(0).requires_grad_()
@@ -141,4 +134,4 @@ def test_training_is_seen_with_its_gradients(provider: CuriousProvider, blocks: 
 
 def test_a_server_that_cannot_start_says_why(provider: CuriousProvider) -> None:
     with pytest.raises(UsageError, match="taken"):
-        CuriousProvider(open_checkpoint("random:tiny"), ServerOptions(listen=provider.address))
+        BackgroundServer(open_checkpoint("random:tiny"), ServerOptions(listen=provider.address))

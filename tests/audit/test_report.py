@@ -18,20 +18,11 @@ from fedsea.audit.page import page
 from fedsea.audit.utility import protected_model, text_loss
 from fedsea.checkpoints import load_whole_model, open_checkpoint
 from fedsea.cli import run as command
-from fedsea.privacy import Chain, Clip, GaussianNoise, RelativeGaussianNoise, clipped_gaussian
-from fedsea.privacy.accountant import privacy_spent
-from fedsea.privacy.bound import guaranteed_bound, uniform_source
+from fedsea.privacy import Chain, Clip, GaussianNoise, clipped_gaussian, guaranteed_bound, privacy_spent, uniform_source
+from tests.audit.conftest import PARTITION
 from tests.conftest import RunningServer, connect
 
 NOISE = clipped_gaussian(clip=0.5, std=0.3)
-PARTITION = Partition(0, 1)  # the attackers' tables are the embedding then, and cost nothing to make
-
-
-@pytest.fixture(scope="module")
-def reports(small: str) -> list[Report]:
-    texts = ["Pay Mr. Voss at once, and tell nobody of it.", "A second one."]
-    auditor = Auditor(small, Plan(texts, PARTITION, tokens=14, attacks=("prior", "search", "read-out")))
-    return [auditor.report(RelativeGaussianNoise(level)) for level in (0.0, 6.0)]
 
 
 def limited(name: str, texts: list[str], **options: Any) -> tuple[Report, Limits]:
@@ -65,7 +56,8 @@ def test_what_it_costs_is_what_a_client_pays(partition: Partition, tiny_server: 
 
 def test_the_cost_is_in_the_report(reports: list[Report], small: str) -> None:
     whole = load_whole_model(small, dtype=torch.float32, device="cpu")
-    sums, counts = zip(*(text_loss(whole, ids) for ids in reports[0].ids), strict=True)
+    texts = [ids[:prompt] for ids, prompt in zip(reports[0].ids, reports[0].prompts, strict=True)]
+    sums, counts = zip(*(text_loss(whole, text) for text in texts), strict=True)
     public = sum(sums) / sum(counts)
     assert reports[0].public_loss == pytest.approx(public, rel=1e-5)
     assert reports[0].loss == pytest.approx(public, rel=1e-3)  # no noise, but for the wire's 16 bits

@@ -13,29 +13,17 @@ Progress = Callable[[int, int], None]
 """Called with how many texts are done, and how many there are."""
 
 
+# The states that are sent or returned, the gradient of a training, or several observations of one text.
 Reads = Literal["nothing", "sent", "returned", "gradient", "several"]
 
 
 class Attack(ABC):
-    """A way to read texts from what a provider sees. A new one is a file in `attacks/`, and nothing else.
+    """A way to read texts from what a provider sees. A new one is a file in `attacks/`, and nothing else."""
 
-    Attributes
-    ----------
-    name
-        What it is called by: the name of its file, with hyphens.
-    knows
-        What its attacker knows beside what crosses the wire, in words.
-    reads
-        What it looks at: nothing, the states that are sent or returned, the gradient of a training, or several
-        observations of one text.
-    slow
-        Whether it takes minutes, so that an audit makes it only where it is named.
-    """
-
-    name: ClassVar[str]
-    knows: ClassVar[str]
+    name: ClassVar[str]  # that of its file, with hyphens
+    knows: ClassVar[str]  # what its attacker knows beside what crosses the wire, in words
     reads: ClassVar[Reads]
-    slow: ClassVar[bool] = False
+    slow: ClassVar[bool] = False  # whether it takes minutes, so that an audit makes it only where it is named
 
     def prepare(self, knowledge: Knowledge) -> None:  # noqa: B027 - most have nothing to make
         """Make what serves all texts, such as tables, so that `read` only has to read."""
@@ -47,9 +35,7 @@ class Attack(ABC):
         Parameters
         ----------
         observations
-            Every observation of the text, the first one first; without gradients.
-        knowledge
-            What the attacker knows.
+            Every observation of the text, the first one first.
 
         Returns
         -------

@@ -34,26 +34,11 @@ START, LEAST, MOST = 8.0, 2.0**-4, 512.0  # multiples of the mean |h_A|
 
 @dataclass(frozen=True)
 class Goal:
-    """What a calibration has to reach.
+    """What a calibration has to reach; UsageError if a number cannot be used, or the attack looks at nothing."""
 
-    Attributes
-    ----------
-    max_recovery
-        The largest share of tokens that the attack may read, above 0 and below 1.
-    attack
-        Its name.
-    precision
-        Strengths whose ratio is below 1 + this are not told apart.
-
-    Raises
-    ------
-    UsageError
-        If a number cannot be used, or the attack looks at nothing.
-    """
-
-    max_recovery: float
+    max_recovery: float  # the largest share of tokens that the attack may read, above 0 and below 1
     attack: str = "search"
-    precision: float = 0.1
+    precision: float = 0.1  # strengths whose ratio is below 1 + this are not told apart
 
     def __post_init__(self) -> None:
         if not 0 < self.max_recovery < 1:

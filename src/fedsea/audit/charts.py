@@ -41,73 +41,47 @@ class Curve:
     bound: bool = False  # drawn grey, without markers
 
 
-@dataclass(frozen=True)
-class Line:
-    """A curve as it is drawn: its style, its points (x, low, y, high), and the height of its name."""
-
-    name: str
-    kind: str
-    dashes: str
-    marker: str
-    hollow: bool
-    points: Sequence[tuple[float, float, float, float]]
-    label: float
-
-
 class Chart:
-    """Where the parts of a chart stand. Strengths run evenly up to about 1 and logarithmically from there.
+    """Where the parts of a chart stand. Strengths run evenly up to about 1 and logarithmically from there."""
 
-    Curves differ in colour (classes `c0`, `c1`, ... of the page's style), in dashes and in markers, and each has its
-    name at its end.
-    """
-
-    width, height, left, top, floor = WIDTH, HEIGHT, LEFT, TOP, FLOOR
+    width, height, left, top, floor, dashes, markers = WIDTH, HEIGHT, LEFT, TOP, FLOOR, DASHES, MARKERS
 
     def __init__(self, title: str, y_label: str, curves: Sequence[Curve], *, percent: bool = False) -> None:
-        self.title, self.y_label, self._curves, self._percent = title, y_label, curves, percent
+        self.title, self.y_label, self.curves, self._percent = title, y_label, curves, percent
         points = [point for curve in curves for point in curve.points]
         self.edge = WIDTH - SIGN - max((CHARACTER * len(curve.name) for curve in curves), default=0)
         self._strengths = sorted({point[0] for point in points})
         self._most = 1.0 if percent else rounded_up(max((point[3] for point in points), default=1.0))
 
-    def _x(self, strength: float) -> float:
+    def x(self, strength: float) -> float:
+        """Where a strength stands."""
         widest = math.log1p(self._strengths[-1]) or 1.0
         return LEFT + math.log1p(strength) / widest * (self.edge - LEFT)
 
-    def _y(self, value: float) -> float:
+    def y(self, value: float) -> float:
+        """Where a value stands."""
         return TOP + (1 - min(value, self._most) / self._most) * (FLOOR - TOP)
 
     @property
     def rows(self) -> Iterator[tuple[float, str]]:
         """Height and label of each horizontal line."""
         for value in (self._most * step / 4 for step in range(5)):
-            yield self._y(value), f"{100 * value:.0f} %" if self._percent else f"{value:.3g}"
+            yield self.y(value), f"{100 * value:.0f} %" if self._percent else f"{value:.3g}"
 
     @property
     def columns(self) -> Iterator[tuple[float, str]]:
         """Place of each strength, and its label; empty where there is no room for it."""
         free = -math.inf
         for strength in self._strengths:
-            x, label = self._x(strength), f"{strength:.3g}"
+            x, label = self.x(strength), f"{strength:.3g}"
             shown = x > free
             free = x + CHARACTER * (len(label) + 1) if shown else free
             yield x, label if shown else ""
 
     @property
-    def lines(self) -> Iterator[Line]:
-        """The curves."""
-        labels = spaced([self._y(curve.points[-1][2]) for curve in self._curves], TOP + 4, FLOOR)
-        for number, (curve, label) in enumerate(zip(self._curves, labels, strict=True)):
-            style = number % len(MARKERS)
-            yield Line(
-                curve.name,
-                "bound" if curve.bound else f"c{style}",
-                DASHES[style],
-                "" if curve.bound else MARKERS[style],
-                style >= 4,
-                [(self._x(x), self._y(low), self._y(value), self._y(high)) for x, low, value, high in curve.points],
-                label,
-            )
+    def labels(self) -> list[float]:
+        """Height of each curve's name."""
+        return spaced([self.y(curve.points[-1][2]) for curve in self.curves], TOP + 4, FLOOR)
 
 
 def frontiers(reports: Sequence[Report]) -> Iterator[tuple[str, list[Chart]]]:

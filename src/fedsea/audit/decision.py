@@ -1,5 +1,6 @@
 """What follows from an audit, for those who answer for the text."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -17,24 +18,12 @@ OPTIONS = (
 
 @dataclass(frozen=True)
 class Decision:
-    """What to do with texts like the audited ones.
+    """What to do with texts like the audited ones."""
 
-    Attributes
-    ----------
-    action
-        `send`; `do not send`; `audit first`, where the audit leaves out what would decide it.
-    why
-        The reason, in a sentence or two.
-    options
-        What can be done instead; empty for `send`.
-    mechanism
-        The mechanism to send with, as users write it; empty unless the action is `send`.
-    """
-
-    action: Literal["send", "do not send", "audit first"]
-    why: str
-    options: tuple[str, ...] = ()
-    mechanism: str = ""
+    action: Literal["send", "do not send", "audit first"]  # the last where the audit leaves out what would decide it
+    why: str  # a sentence or two
+    options: tuple[str, ...] = ()  # what can be done instead; empty for `send`
+    mechanism: str = ""  # to send with, as users write it; empty unless the action is `send`
 
     @property
     def sentence(self) -> str:
@@ -49,13 +38,10 @@ def decide(reports: Sequence[Report]) -> Decision:
     Of several mechanisms under which the texts may be sent it names the one that costs the least loss.
     """
     decisions = [_decide(report) for report in reports]
-    sending = [
-        (float("inf") if report.loss is None else report.loss, place)
-        for place, (report, decision) in enumerate(zip(reports, decisions, strict=True))
-        if decision.action == "send"
-    ]
+    losses = [math.inf if report.loss is None else report.loss for report in reports]
+    sending = [pair for pair in zip(losses, decisions, strict=True) if pair[1].action == "send"]
     if sending:
-        return decisions[min(sending)[1]]
+        return min(sending, key=lambda pair: pair[0])[1]
     if len(decisions) == 1:
         return decisions[0]
     undecided = (one for one in decisions if one.action == "audit first")
@@ -83,27 +69,22 @@ def _decide(report: Report) -> Decision:
             "The answer was not attacked, and the provider can often read it, however strong the noise on the text is.",
             ("Audit the answer as well: --answer-tokens 32.",),
         )
-    cost = ""
+    why = f"These attacks read no more than a guess that looks at nothing. A better attack may exist. {report.limit}"
     if report.loss is not None and report.public_loss is not None:
-        cost = f" It costs: a loss of {report.loss:.2f} instead of {report.public_loss:.2f} nats a token."
-    return Decision(
-        "send",
-        f"These attacks read no more than a guess that looks at nothing. A better attack may exist. "
-        f"{report.limit}{cost}",
-        mechanism=report.spec,
-    )
+        why += f" It costs: a loss of {report.loss:.2f} instead of {report.public_loss:.2f} nats a token."
+    return Decision("send", why, mechanism=report.spec)
 
 
 def _read(report: Report) -> list[str]:
     """What is read of texts, of answers and of learnt tokens, where it is more than a guess gives."""
-    found = []
     texts, answers = report.guessed("prompt"), report.guessed("answer")
-    for value, guessed, of in (
+    values = (
         (report.read("prompt"), texts, "the text's tokens"),
         (report.read("answer"), answers, "the answer's tokens"),
         (report.learnt, None, "the tokens that are learnt"),
-    ):
-        least = MORE_THAN_GUESSED + (0.0 if guessed is None else guessed.mean)
-        if value is not None and value > least:
-            found.append(f"{share(value)} of {of}")
-    return found
+    )
+    return [
+        f"{share(value)} of {of}"
+        for value, guessed, of in values
+        if value is not None and value > MORE_THAN_GUESSED + (0.0 if guessed is None else guessed.mean)
+    ]

@@ -10,13 +10,13 @@ from torch import Tensor
 from fedsea.audit.knowledge import Knowledge
 from fedsea.errors import UsageError
 from fedsea.parts import Rows
-from fedsea.privacy.accountant import PrivacySpent, privacy_spent
-from fedsea.privacy.bound import (
-    LeakageBound,
+from fedsea.privacy import (
+    PrivacySpent,
     Source,
     estimated_bound,
     guaranteed_bound,
     language_source,
+    privacy_spent,
     uniform_source,
 )
 
@@ -79,14 +79,15 @@ def find_limits(
     clipped = knowledge.noise.channel.clip != float("inf")
     limits = []
     for place, source in enumerate(_sources(knowledge, texts, known)):
-        guessable = place > 0
+        bounds, guessable = [], place > 0
         if clipped:
             hidden: int = knowledge.shared.checkpoint.config.hidden_size
-            bound = guaranteed_bound(knowledge.noise, hidden, source, of_state, same_states=same_states)
-            limits.append(_limit(bound, guessable=guessable))
+            bounds.append(guaranteed_bound(knowledge.noise, hidden, source, of_state, same_states=same_states))
         if len(states) >= FEWEST_STATES:
-            bound = estimated_bound(knowledge.noise, states, source, of_state, same_states=same_states)
-            limits.append(_limit(bound, guessable=guessable))
+            bounds.append(estimated_bound(knowledge.noise, states, source, of_state, same_states=same_states))
+        for one in bounds:
+            certain = one.guarantee and not guessable
+            limits.append(Limit(source.name, guessable, one.bits, one.guarantee, one.accuracy, certain))
     state = text = None
     no_epsilon = ""
     try:
@@ -109,11 +110,6 @@ def _sources(knowledge: Knowledge, texts: Sequence[tuple[int, ...]], known: int)
     if right:
         sources.append(language_source(torch.cat(losses), knowledge.vocabulary, torch.tensor(right)))
     return sources
-
-
-def _limit(bound: LeakageBound, *, guessable: bool) -> Limit:
-    certain = bound.guarantee and not guessable
-    return Limit(bound.source.name, guessable, bound.bits, bound.guarantee, bound.accuracy, certain)
 
 
 @torch.no_grad()

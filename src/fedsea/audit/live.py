@@ -58,19 +58,8 @@ class LiveLeakage:
     """Follows a conversation and attacks each of its turns, in the client's own process.
 
     Of a turn only what is new is attacked: what went before has been read in its own turn, rightly or wrongly, and that
-    is what the search goes on from. The chat template is taken as known, the system message that a user gives is not.
-
-    Parameters
-    ----------
-    conversation
-        What is followed; its model's `tap` is taken.
-    checkpoint
-        The public base model, which attackers know. They do not know an adapter.
-
-    Raises
-    ------
-    UsageError
-        If nothing leaves the client.
+    is what the search goes on from. Attackers know the `checkpoint` of the public base model and the chat template, not
+    an adapter, nor the system message that a user gives. The model's `tap` is taken; UsageError if nothing leaves.
     """
 
     def __init__(self, conversation: Conversation, checkpoint: Checkpoint) -> None:

@@ -6,10 +6,10 @@ The template escapes whatever comes from texts, models or the command line; the 
 import datetime
 import platform
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -33,23 +33,30 @@ COLUMNS: tuple[tuple[str, Scored, str], ...] = (
 )
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """A row of a table: its name, what more there is to say of it, and its figures."""
 
     name: str
     more: str
     cells: Sequence[str]
-    floor: bool = False
+    floor: bool = False  # whether it is for comparison only
 
 
-@dataclass(frozen=True)
-class Table:
+class Table(NamedTuple):
     """A table of figures."""
 
     head: Sequence[str]
     rows: Sequence[Row]
     caption: str
+
+
+class Said(NamedTuple):
+    """A text as it was sent or read: pieces, each with the HTML element that says how it was read ("" as sent)."""
+
+    name: str
+    prompt: Sequence[tuple[str, str]]
+    answer: Sequence[tuple[str, str]]
+    right: str = ""
 
 
 def write_page(reports: Sequence[Report], command: str, file: Path) -> None:
@@ -59,20 +66,18 @@ def write_page(reports: Sequence[Report], command: str, file: Path) -> None:
 
 def page(reports: Sequence[Report], command: str) -> str:
     """Reports of one model and the same texts as HTML, with the command that made them as it is typed."""
-    return (
-        environment()
-        .get_template("page.html.j2")
-        .render(
-            reports=reports,
-            first=reports[0],
-            decision=decide(reports),
-            frontiers=frontiers(reports),
-            comparison=_comparison(reports),
-            command=command,
-            versions=", ".join(_versions()),
-            now=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        )
-    )
+    versions = [f"fedsea {fedsea.__version__}", f"Python {platform.python_version()}"]
+    versions += [f"{name} {version(name)}" for name in LIBRARIES]
+    return environment().get_template("page.html.j2").render(
+        reports=reports,
+        first=reports[0],
+        decision=decide(reports),
+        frontiers=frontiers(reports),
+        comparison=_comparison(reports),
+        command=command,
+        versions=", ".join(versions),
+        now=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    )  # fmt: skip
 
 
 @cache
@@ -87,16 +92,6 @@ def environment() -> Environment:
 
 def _layers(count: int) -> str:
     return "no layer" if count == 0 else "1 layer" if count == 1 else f"{count} layers"
-
-
-def _versions() -> Iterator[str]:
-    yield f"fedsea {fedsea.__version__}"
-    yield f"Python {platform.python_version()}"
-    for name in LIBRARIES:
-        try:
-            yield f"{name} {version(name)}"
-        except PackageNotFoundError:
-            yield f"no {name}"
 
 
 def _attack_table(report: Report) -> Table:
@@ -138,16 +133,6 @@ def _comparison(reports: Sequence[Report]) -> Table:
     if reports[0].public_loss is not None:
         caption += f" The public model's on these texts, without protection, is {reports[0].public_loss:.2f}."
     return Table(head, rows, caption)
-
-
-@dataclass(frozen=True)
-class Said:
-    """A text as it was sent or read: pieces, each with the HTML element that says how it was read ("" as sent)."""
-
-    name: str
-    prompt: Sequence[tuple[str, str]]
-    answer: Sequence[tuple[str, str]]
-    right: str = ""
 
 
 def _text_rows(report: Report, place: int) -> Iterator[Said]:

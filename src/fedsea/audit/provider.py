@@ -16,9 +16,9 @@ from fedsea.wire.frames import Backward, Forward, Result, States, Step
 class CuriousProvider(BackgroundServer):
     """A block server in a thread of its own, and a record of every frame, which stays when it is closed."""
 
-    def __init__(self, checkpoint: Checkpoint, options: ServerOptions | None = None) -> None:
+    def __init__(self, checkpoint: Checkpoint) -> None:
         self._streams: list[_Record] = []
-        super().__init__(checkpoint, options or ServerOptions(listen="127.0.0.1:0"), self._record)
+        super().__init__(checkpoint, ServerOptions(listen="127.0.0.1:0"), self._record)
 
     def sessions(self) -> list[list[Observation]]:
         """Of each session that has sent anything, in the order in which they began: what was seen of each row."""

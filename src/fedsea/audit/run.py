@@ -49,8 +49,6 @@ class Auditor:
     ----------
     model
         As `open_checkpoint` takes it; it needs a tokenizer.
-    plan
-        What is sent, and attacked how.
     progress
         Called with what is done, how much of it, and how much there is.
 
@@ -87,13 +85,7 @@ class Auditor:
         )
 
     def report(self, noise: Noise = NOTHING) -> Report:
-        """Audit a mechanism, which is not calibrated.
-
-        Raises
-        ------
-        FedSEAError
-            Whatever is wrong with the texts or the mechanism.
-        """
+        """Audit a mechanism, which is not calibrated; FedSEAError for what is wrong with it or the texts."""
         observed = self.observe(noise)
         return self._report(observed, tuple(self.attack(get_attack(name), observed) for name in self.plan.chosen))
 
