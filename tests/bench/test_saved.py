@@ -108,3 +108,10 @@ def test_a_damaged_file_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "inference-exactness.json").write_text(text)
     with pytest.raises(UsageError, match=r"inference-exactness\.json is not what --save writes"):
         read_saved(tmp_path)
+
+
+def test_the_papers_page_names_files_that_there_are() -> None:
+    named = set(re.findall(r"`((?:bench/…/|[a-z_]+/)*[a-z_]+(?:/|\.py))`", (DOCS / "paper.md").read_text()))
+    paths = {name: name.replace("bench/…", "../../bench/src/fedsea_bench") for name in named}
+    assert [name for name, path in paths.items() if not (DOCS.parent / "src" / "fedsea" / path).exists()] == []
+    assert len(named) > 20

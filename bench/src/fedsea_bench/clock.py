@@ -40,7 +40,6 @@ def times_of_generate(model: Any, prompt: Tensor, tokens: int, **options: Any) -
 
 
 def times_of(stream: Iterator[Any]) -> list[float]:
-    """When each item of a stream came, in seconds."""
     return [time.perf_counter() for _item in stream]
 
 
@@ -61,19 +60,16 @@ def decode_rate(times: list[float]) -> float:
 
 
 def seconds_of(work: Callable[[], object]) -> float:
-    """How long a call takes."""
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
 
 
 def ratios(ours: Sequence[float], reference: Sequence[float]) -> list[float]:
-    """Of each round."""
     return [mine / theirs for mine, theirs in zip(ours, reference, strict=True)]
 
 
 def milliseconds(seconds: Iterable[float]) -> str:
-    """Times for people."""
     return " / ".join(f"{second * 1000:,.0f}" for second in seconds) + " ms"
 
 

@@ -57,7 +57,6 @@ def _seconds(model: SplitModelForCausalLM, bench: Workbench, context: int, token
 
 
 def text_curve(points: list[tuple[int, float]]) -> str:
-    """The curve as text: a bar for each context's speed-up."""
     most = max(speed_up for _context, speed_up in points)
     return "\n".join(
         f"   {context:>6} tokens  {'█' * max(1, round(BARS * speed_up / most))} {number(speed_up)} x"
@@ -66,7 +65,6 @@ def text_curve(points: list[tuple[int, float]]) -> str:
 
 
 def draw_curve(points: list[tuple[int, float]], path: Path, model: str) -> None:
-    """Draw the speed-up over the context's length as a PNG."""
     target = float(TARGET.split()[1])
     with drawing(path, 6, 4) as ((axes,),):
         axes.plot(*zip(*points, strict=True), marker="o")

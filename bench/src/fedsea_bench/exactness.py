@@ -94,7 +94,6 @@ def _rounding(bench: Workbench, prompts: list[list[int]]) -> float:
 
 
 def _left_padded(prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask, `[rows, longest]` each."""
     longest = max(map(len, prompts))
     padding = [[0] * (longest - len(prompt)) for prompt in prompts]
     ids = torch.tensor([before + prompt for before, prompt in zip(padding, prompts, strict=True)])

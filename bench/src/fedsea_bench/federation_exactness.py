@@ -69,7 +69,8 @@ def federation_exactness(bench: Workbench) -> Iterator[Line]:
             model.set_adapter_state(start)
             with saved_start(model) as folder, bench.step(f"the whole of {bench.settings.model}, trained as each says"):
                 separate = [_whole(bench, folder, [own]) for own in data]
-                joined = _whole(bench, folder, [[_joined(step) for step in zip(*data, strict=True)]], clip=0)
+                together = [padded([row for one in step for row in rows_of(one)]) for step in zip(*data, strict=True)]
+                joined = _whole(bench, folder, [together], clip=0)
                 turns = _whole(bench, folder, data)
         with BlockServerAdmin(server.address, insecure=True) as admin:
             federation = _Clients(bench, admin, start)
@@ -83,7 +84,8 @@ def federation_exactness(bench: Workbench) -> Iterator[Line]:
             )
             yield _adapters_apart(
                 "hierarchical / separate trainings and FedAvg",
-                _fedavg(locals_, middle),
+                # A layer that a client has not at home counts with the mean of those who trained it at the server.
+                _mean([{**middle, **local} for local in locals_]),
                 _mean([adapter for _, adapter in separate]),
                 "; with the layers that some train here, others there",
             )
@@ -109,7 +111,6 @@ def _apart(name: str, measured: float, conditions: str) -> Line:
 
 
 def _adapters_apart(name: str, mine: Adapter, theirs: Adapter, note: str = "") -> Line:
-    """Norm of the difference of two adapters over the norm of the second."""
     # AdamW moves a weight whose gradient is next to nothing by the whole learning rate, by the sign of its rounding.
     single = largest_difference(mine, theirs)
     said = f"norm of the difference / the adapter's; a single weight differs by {single:.1e} at most{note}"
@@ -181,25 +182,6 @@ def _whole(
     """One adapter, each client's data after the other's; the optimizer begins anew with each."""
     with peft_on(bench.whole, start) as whole:
         return [loss for batches in data for loss in _steps(whole, batches, clip)], whole_adapter(whole)
-
-
-def _joined(batches: Sequence[Batch]) -> Batch:
-    """Several clients' batches as one."""
-    return padded([row for batch in batches for row in rows_of(batch)])
-
-
-def _fedavg(locals_: Sequence[Adapter], middle: Adapter) -> Adapter:
-    """Each layer's mean over all clients: as many as have it at home, and the others' mean from the server."""
-    names = {name for local in locals_ for name in local} | middle.keys()
-    mean = {}
-    for name in names:
-        at_home = [local[name] for local in locals_ if name in local]
-        elsewhere = len(locals_) - len(at_home)
-        total = sum(at_home, torch.zeros(()))
-        if elsewhere:
-            total = total + elsewhere * middle[name]
-        mean[name] = total / len(locals_)
-    return mean
 
 
 def _mean(adapters: Sequence[Adapter]) -> Adapter:

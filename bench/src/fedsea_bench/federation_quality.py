@@ -39,18 +39,14 @@ METRICS = ("accuracy", "answer_loss")
 
 @dataclass(frozen=True)
 class Curve:
-    """How a training goes."""
-
     label: str  # a way to train together (`MODES`), `centralised`, or `alone` and which client
     points: tuple[tuple[int, dict[str, float]], ...]  # rounds, from 0 (untrained), and the scores after them by name
     examples: int  # that it learns from
 
     def by_round(self, metric: str) -> tuple[list[int], list[float]]:
-        """The rounds, and the scores after them."""
         return [number for number, _ in self.points], [scores[metric] for _, scores in self.points]
 
     def last(self, metric: str) -> float:
-        """The score after the last round."""
         return self.points[-1][1][metric]
 
 
@@ -195,7 +191,6 @@ def copy_task(task: Task, source: Path, folder: Path, examples: int) -> Path:
 
 
 def draw_curves(curves: dict[str, list[Curve]], path: Path, model: str) -> None:
-    """Draw each task's scores by round as a PNG."""
     with drawing(path, 5 * len(curves), 7, columns=len(curves), rows=len(METRICS)) as grid:
         for column, (name, all_curves) in enumerate(curves.items()):
             for row, metric in enumerate(METRICS):

@@ -115,7 +115,6 @@ class SimulationLink(AbstractContextManager["SimulationLink"]):
             raise FedSEAError(f"the simulated federation did not end well: {' '.join(text.split())[-600:]}")
 
     def _run_once(self, command: Sequence[str | Path], on_poll: Callable[[], None]) -> tuple[bool, str]:
-        """Whether the run failed, and all that it said."""
         said = Path(self._folder.name) / "run.log"
         with said.open("wb") as log:
             run = subprocess.Popen(command, env=self._environment, stdout=log, stderr=log)

@@ -38,8 +38,6 @@ _REQUESTS = ("listen", "refuse", "cut", "pause", "resume", "counters", "reset_co
 
 @dataclass(frozen=True)
 class LinkCounters:
-    """What has passed a link."""
-
     bytes_up: int  # TCP payload that entered the link towards the target
     bytes_down: int  # and from it
     accepted: int  # connections
@@ -121,17 +119,14 @@ class Link(AbstractContextManager["Link"]):
 
     @property
     def bytes_up(self) -> int:
-        """TCP payload that entered the link towards the target."""
         return self.counters().bytes_up
 
     @property
     def bytes_down(self) -> int:
-        """TCP payload that entered the link from the target."""
         return self.counters().bytes_down
 
     @property
     def connections(self) -> int:
-        """Connections open now."""
         return self.counters().connections
 
     def __exit__(self, *_what: object) -> None:
@@ -143,7 +138,6 @@ class Link(AbstractContextManager["Link"]):
 
 
 def slow(target: str) -> Link:
-    """A link of 20 ms and 100 Mbit/s."""
     return Link(target, delay_ms=1000 * RTT_SECONDS / 2, rate_mbit=LINK_MBIT)
 
 
@@ -248,7 +242,6 @@ class Relay:
         self._server: asyncio.Server | None = None
 
     async def listen(self) -> str:
-        """Accept connections; returns where."""
         if self._server is None:
             sock, limit = _bound_socket(self._port), self._up.read_bytes
             self._server = await asyncio.start_server(self._relay, sock=sock, limit=limit)

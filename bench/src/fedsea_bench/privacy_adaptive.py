@@ -92,7 +92,6 @@ def compared(bench: Workbench, arm: str, curves: Sequence[Curve], fixed: Sequenc
 
 
 def in_words(arm: str, size: Size) -> str:
-    """How a way divides the budget."""
     if arm == SHORT:
         return f"all in {round(SHORT_SHARE * size.epochs)} equal epochs"
     ratio = FIRST_OVER_LAST if arm == ADAPTIVE else 1 / FIRST_OVER_LAST

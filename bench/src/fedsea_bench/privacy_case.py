@@ -19,8 +19,6 @@ QUICK_TEXTS, QUICK_TOKENS = 2, 16
 
 @dataclass(frozen=True)
 class Case:
-    """What is audited in a topic."""
-
     texts: int  # of the audit's own samples, the first so many
     tokens: int  # of each at most
 
@@ -32,7 +30,6 @@ class Case:
         return cls(FEW_TEXTS, FEW_TOKENS) if grid else cls(TEXTS, TOKENS)
 
     def auditor(self, bench: Workbench, partition: Partition = PARTITION, **more: Any) -> Auditor:
-        """An audit of the texts."""
         return Auditor(bench.settings.model, Plan(SAMPLES[: self.texts], partition, tokens=self.tokens, **more))
 
     def words(self, bench: Workbench, partition: Partition = PARTITION) -> str:
@@ -49,7 +46,6 @@ def known(score: Score) -> list[float]:
 
 
 def first_tokens(subject: Subject, count: int) -> Subject:
-    """A text's first tokens, as the provider sees them."""
     observations = tuple(
         Observation(one.sent[:count], one.returned[:count] if one.returned is not None else None)
         for one in subject.observations

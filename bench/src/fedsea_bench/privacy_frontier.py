@@ -71,7 +71,6 @@ class Place:
         return statistics.mean(one.above_prior for one in self.outcomes)
 
     def scores(self, metric: str) -> str:
-        """By seed, for people."""
         scores, losses = (" ".join(f"{one.metrics[name]:.3f}" for one in self.outcomes) for name in (metric, LOSS))
         return f"{metric} {scores}, answer loss {losses}"
 
@@ -132,7 +131,6 @@ def points(curves: Mapping[Curve, Sequence[float]], cuts: Sequence[tuple[int, in
 
 
 def noise_free(found: Mapping[Point, Outcome]) -> dict[int, Outcome]:
-    """Trainings without noise that came to their end, by seed."""
     return {point.seed: one for point, one in found.items() if not point.mechanism and not one.error}
 
 

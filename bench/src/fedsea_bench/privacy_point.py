@@ -48,8 +48,6 @@ ALONE = "alone"
 
 @dataclass(frozen=True)
 class Size:
-    """How much is done for a point."""
-
     steps: int  # of the training, like the next two
     batch_size: int
     lr: float
@@ -78,12 +76,10 @@ class Point:
 
     @property
     def partition(self) -> Partition:
-        """Where the model is cut."""
         return Partition(self.input_layers, self.output_layers)
 
     @property
     def noise(self) -> Noise:
-        """The mechanism, not calibrated."""
         return parse_mechanism(self.mechanism or "gaussian:std=0")
 
     def __str__(self) -> str:
@@ -93,8 +89,6 @@ class Point:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a point."""
-
     metrics: dict[str, float] = field(default_factory=dict)  # the task's, and `answer_loss`
     majority: float = 0.0  # the main metric of always giving the most frequent label
     read: dict[str, float] = field(default_factory=dict)  # share of tokens that each attack names; none without noise
@@ -125,7 +119,6 @@ class Outcome:
 
 
 def measure(bench: Workbench, case: TaskCase, point: Point, size: Size) -> Outcome:
-    """Fine-tune, evaluate, attack."""
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="fedsea-bench-") as scratch:
         folder = RunFolder(Path(scratch) / "run", _ignore)

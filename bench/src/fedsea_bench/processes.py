@@ -15,11 +15,6 @@ from fedsea.errors import FedSEAError
 from fedsea.process import child_environment, module_command
 
 
-def environment(threads: int) -> dict[str, str]:
-    """Environment of a process that computes on `threads` threads beside others; the user's own settings stay."""
-    return child_environment({"OMP_NUM_THREADS": str(threads)})
-
-
 def run_fresh(function: Callable[..., Any], *, threads: int, **arguments: Any) -> Any:
     """Call a module's function in a new Python process and return its result.
 
@@ -28,7 +23,8 @@ def run_fresh(function: Callable[..., Any], *, threads: int, **arguments: Any) -
     """
     name = f"{function.__module__}:{function.__qualname__}"
     command = module_command("fedsea_bench.processes", name, json.dumps(arguments))
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment(threads), check=False)
+    environment = child_environment({"OMP_NUM_THREADS": str(threads)})  # the user's own settings stay
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=False)
     if done.returncode != 0:
         raise FedSEAError(f"the measurement {name} failed in its process (exit status {done.returncode})")
     return json.loads(done.stdout.splitlines()[-1])

@@ -32,7 +32,6 @@ class Setting:
 
     @property
     def name(self) -> str:
-        """As tables and folders call it."""
         if self.mechanism:
             return f"{self.kind}-{re.sub('[^a-z0-9.]+', '-', self.mechanism.lower())}"
         kind = self.kind if self.cut == 1 else f"{self.kind}-at-{self.cut}"
@@ -40,7 +39,6 @@ class Setting:
 
     @property
     def noise(self) -> "Noise":
-        """How what leaves is protected, not calibrated."""
         from fedsea.privacy import RelativeGaussianNoise, parse_mechanism
 
         return parse_mechanism(self.mechanism) if self.mechanism else RelativeGaussianNoise(self.level)
@@ -90,17 +88,14 @@ class Plan:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the tasks."""
         return tuple(name.strip().lower() for name in self.tasks.split(",") if name.strip())
 
     @property
     def mechanisms(self) -> tuple[str, ...]:
-        """Further protections of the split model, as users write them."""
         return tuple(dict.fromkeys([*(self.noise or ()), *(self.mechanism or ())]))
 
     @property
     def settings(self) -> list[Setting]:
-        """Those that are trained."""
         levels = _numbers("noise levels", self.levels, float)
         if not all(math.isfinite(level) and level >= 0 for level in levels):
             raise UsageError("a noise level is a number, 0 or more")
@@ -118,7 +113,6 @@ class Plan:
         return untrained + [Job(task, one, seed) for seed in seeds for task in self.names for one in settings]
 
     def recipe(self, seed: int) -> Recipe:
-        """How each training goes."""
         return Recipe(steps=self.steps, batch_size=self.batch_size, lr=self.lr, seed=seed)
 
     def common(self) -> dict[str, Any]:
@@ -129,15 +123,12 @@ class Plan:
 
 @dataclass(frozen=True)
 class Job:
-    """One training and its evaluation."""
-
     task: str
     setting: Setting
     seed: int
 
     @classmethod
     def read(cls, task: str, setting: dict[str, Any], seed: int) -> "Job":
-        """As a line of results has it."""
         return cls(task, Setting(**setting), seed)
 
     @property
@@ -151,8 +142,6 @@ class Job:
 
 @dataclass(frozen=True)
 class Result:
-    """What came of a job."""
-
     metrics: dict[str, float] = field(default_factory=dict)  # the task's own, and `answer_loss` in nats a token
     majority: dict[str, float] = field(default_factory=dict)  # of always giving the most frequent label, if there are
     count: int = 0  # examples evaluated

@@ -28,7 +28,6 @@ class Summary:
 
     @property
     def mean(self) -> float:
-        """Over the seeds."""
         return statistics.mean(self.samples)
 
     @property
@@ -147,7 +146,6 @@ def report_quality(plan: Plan, results: Results, folder: Path, console: Console)
 
 
 def draw(plan: Plan, results: Results, path: Path) -> None:
-    """Draw each task's main metric over the noise level as a PNG, beside what does without the split."""
     with drawing(path, 4.5 * len(plan.names), 4, columns=len(plan.names)) as (row,):
         for axes, task in zip(row, plan.names, strict=True):
             metric = get_task(task).metrics[0]

@@ -51,23 +51,19 @@ class Line:
     def of(
         cls, name: str, measured: float, unit: str, *, target: str = "", samples: Sequence[float] = (), conditions: str
     ) -> Self:
-        """A figure, compared with its target if it has one."""
         holds = meets(measured, target) if target else None
         return cls(name, measured, unit, target, holds, tuple(samples) or (measured,), conditions)
 
     @classmethod
     def median(cls, name: str, samples: Sequence[float], unit: str, *, target: str = "", conditions: str) -> Self:
-        """The median of repeated measurements."""
         return cls.of(name, statistics.median(samples), unit, target=target, samples=samples, conditions=conditions)
 
     @classmethod
     def largest(cls, name: str, samples: Sequence[float], unit: str, *, target: str = "", conditions: str) -> Self:
-        """The worst of what was compared."""
         return cls.of(name, max(samples), unit, target=target, samples=samples, conditions=conditions)
 
     @classmethod
     def skipped(cls, name: str, unit: str, *, target: str = "", reason: str) -> Self:
-        """A figure that was not measured, and why."""
         return cls(name, None, unit, target, None, (), f"skipped: {reason}")
 
     @property
@@ -79,7 +75,6 @@ class Line:
 
     @property
     def figure(self) -> str:
-        """What was measured, with its unit."""
         return "–" if self.measured is None else f"{number(self.measured)} {self.unit}".rstrip()
 
     @property
@@ -107,7 +102,6 @@ class Report:
         self.lines: list[Line] = []
 
     def add(self, line: Line) -> None:
-        """Keep a line and print it."""
         # A table that grows needs a terminal. One small table a line, of fixed widths, reads the same in a log.
         table = Table(box=None, show_header=not self.lines, pad_edge=False, expand=True)
         table.add_column("", width=8)
@@ -132,7 +126,6 @@ class Report:
 
     @property
     def failed(self) -> bool:
-        """Whether a target was measured and missed."""
         return any(line.holds is False for line in self.lines)
 
 
@@ -142,7 +135,6 @@ def write_json(lines: Iterable[Line], path: Path) -> None:
 
 
 def markdown_table(lines: Iterable[Line]) -> str:
-    """Lines as a Markdown table."""
     rows = ["| figure | measured | target | | spread | conditions |", "| --- | --- | --- | --- | --- | --- |"]
     for line in lines:
         cells = (line.name, line.figure, line.target or "–", line.verdict, line.spread or "–", line.conditions)

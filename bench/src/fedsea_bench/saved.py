@@ -68,7 +68,6 @@ def command(bench: str, options: Any, **more: Any) -> str:
 
 
 def save(folder: Path, name: str, command: str, lines: Sequence[Line]) -> None:
-    """Write `FOLDER/NAME.json`."""
     found = Saved(command, fedsea.__version__, datetime.now(UTC).date().isoformat(), machine(), tuple(lines))
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(dataclasses.asdict(found), indent=1, ensure_ascii=False)

@@ -84,7 +84,6 @@ def slow_link(bench: Workbench) -> Iterator[Line]:
 
 
 def _chat_loop(model: SplitModelForCausalLM, prompt: Tensor, *, guesses: int = 0) -> _Loop:
-    """FedSEA's own decode loop over the split model, as a contender."""
 
     def run(tokens: int) -> list[float]:
         cache = model.new_cache()

@@ -25,12 +25,10 @@ class TaskCase:
 
     @cached_property
     def task(self) -> Any:
-        """As `get_task` has it."""
         return get_task(self.name)
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The model's."""
         return load_tokenizer(self.model)
 
     def read(self, split: Literal["train", "validation"]) -> list[Example]:
@@ -44,6 +42,5 @@ class TaskCase:
         return Batches([encode(self.task, one, self.tokenizer, self.max_tokens) for one in chosen], size, seed)
 
     def evaluation(self, model: Any) -> Evaluation:
-        """A model's scores on the validation split, with the loss of the right answers."""
         examples = self.read("validation")
         return evaluate(model, self.tokenizer, self.task, examples, max_tokens=self.max_tokens, answer_loss=True)

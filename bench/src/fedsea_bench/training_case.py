@@ -65,7 +65,6 @@ def even_batch(vocabulary: int, rows: int, tokens: int) -> Batch:
 
 
 def padded(rows: Sequence[Sequence[int]]) -> Batch:
-    """A batch of texts."""
     width = max(map(len, rows))
 
     def filled(row: Sequence[int], filling: int) -> list[int]:
@@ -85,7 +84,6 @@ def rows_of(batch: Batch) -> list[list[int]]:
 
 
 def tokens_of(batch: Batch) -> int:
-    """A batch's tokens without padding."""
     return int(batch["attention_mask"].sum())
 
 
@@ -132,7 +130,6 @@ def adamw(model: Any, lr: float = LR, weight_decay: float = WEIGHT_DECAY) -> tor
 
 
 def batch_loss(model: Any, batch: Batch) -> Tensor:
-    """A batch's mean loss over its learnt tokens, as the model computes it."""
     loss: Tensor = model(**batch).loss
     return loss
 
@@ -219,7 +216,6 @@ def train_whole(
 
 
 def relative_differences(losses: Sequence[float], reference: Sequence[float]) -> list[float]:
-    """Of each step's loss."""
     return [abs(mine / theirs - 1) for mine, theirs in zip(losses, reference, strict=True)]
 
 

@@ -27,8 +27,6 @@ _Model = TypeVar("_Model")
 
 @dataclass(frozen=True)
 class Settings:
-    """How a bench is run."""
-
     model: str = "smollm2-135m"  # as `open_checkpoint` takes it
     quick: bool = False  # fewer repetitions and smaller cases
     threads: int = 2  # of each side: the whole model, the client, and the server
@@ -51,7 +49,6 @@ class Workbench(AbstractContextManager["Workbench"]):
 
     @contextmanager
     def step(self, what: str) -> Iterator[None]:
-        """Show what is being done now."""
         with self.console.status(what):
             if not self.console.is_terminal:
                 self.console.print(f"… {what}", style="dim", highlight=False)
@@ -93,7 +90,6 @@ class Workbench(AbstractContextManager["Workbench"]):
 
     @cached_property
     def config(self) -> Any:
-        """The model's configuration."""
         return open_checkpoint(self.settings.model).config
 
     def encode(self, texts: Sequence[str], lengths: Sequence[int]) -> list[list[int]]:
