@@ -4,7 +4,6 @@ import datetime
 import logging
 import resource
 import socket
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,8 @@ from fedsea.wire import certificates
 from fedsea.wire.address import parse_address
 from fedsea.wire.credential_files import create_credentials
 from fedsea.wire.credentials import Credentials
-from tests.conftest import RunningServer, connect
+from tests.conftest import RunningServer, StartServer, connect
+from tests.support.certificates import issued
 from tests.support.raw_stream import RawStream
 
 
@@ -27,12 +27,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(start_server: Callable[..., RunningServer], made: Path) -> RunningServer:
+def server(start_server: StartServer, made: Path) -> RunningServer:
     return start_server(credentials=Credentials.load(made, "server"))
 
 
 def test_a_connection_that_says_nothing_is_closed(
-    start_server: Callable[..., RunningServer], made: Path, monkeypatch: pytest.MonkeyPatch
+    start_server: StartServer, made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fedsea.server.service.HANDSHAKE_MS", 300)
     server = start_server(credentials=Credentials.load(made, "server"))
@@ -41,7 +41,7 @@ def test_a_connection_that_says_nothing_is_closed(
     server.stop()
 
 
-def test_a_server_takes_as_many_connections_as_the_system_lets_it(start_server: Callable[..., RunningServer]) -> None:
+def test_a_server_takes_as_many_connections_as_the_system_lets_it(start_server: StartServer) -> None:
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     hard = before[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (4096 if hard == resource.RLIM_INFINITY else hard - 1, hard))
@@ -53,7 +53,7 @@ def test_a_server_takes_as_many_connections_as_the_system_lets_it(start_server: 
 
 
 def test_both_sides_are_warned_of_a_certificate_that_ends_soon(
-    start_server: Callable[..., RunningServer], made: Path, caplog: pytest.LogCaptureFixture
+    start_server: StartServer, made: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING, "fedsea"):
         server = start_server(credentials=Credentials.load(made, "server"))
@@ -70,13 +70,9 @@ def test_both_sides_are_warned_of_a_certificate_that_ends_soon(
 def test_a_certificate_without_a_name_is_refused_and_the_log_says_where_it_came_from(
     server: RunningServer, made: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    authority = certificates.Pair(
-        *((made / "authority" / f"{what}.pem").read_bytes() for what in ("certificate", "key"))
-    )
     ward = x509.Name([x509.NameAttribute(x509.NameOID.ORGANIZATION_NAME, "ward")])
     monkeypatch.setattr(certificates, "_name", lambda _name: ward)
-    pair, expires = certificates.issue(authority, "x", "client", datetime.timedelta(days=1))
-    nameless = Credentials(authority.certificate, pair.certificate, pair.key, "", expires)
+    nameless = issued(made, name="", role="client", lifetime=datetime.timedelta(days=1))
     caplog.set_level(logging.WARNING, "fedsea")
     with RawStream(server.address, nameless) as stream, pytest.raises(CredentialsError, match="has no name"):
         stream.open()

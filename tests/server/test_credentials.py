@@ -2,7 +2,6 @@
 
 import datetime
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from fedsea.errors import CredentialsError, UsageError
 from fedsea.wire import certificates, diagnose
 from fedsea.wire.credential_files import create_credentials
 from fedsea.wire.credentials import Credentials
-from tests.conftest import RunningServer, connect
+from tests.conftest import RunningServer, StartServer, connect
 from tests.support.raw_stream import RawStream, assert_same_tokens, step
 
 
@@ -25,7 +24,7 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def secure_server(start_server: Callable[..., RunningServer], made: Path) -> RunningServer:
+def secure_server(start_server: StartServer, made: Path) -> RunningServer:
     return start_server(credentials=Credentials.load(made, "server"))
 
 
@@ -89,13 +88,13 @@ def test_a_client_with_credentials_of_an_insecure_server(tiny_server: RunningSer
     assert "runs without TLS" in refusal(tiny_server, credentials=made / "client-a")
 
 
-def test_plaintext_stays_on_this_machine(start_server: Callable[..., RunningServer]) -> None:
+def test_plaintext_stays_on_this_machine(start_server: StartServer) -> None:
     with pytest.raises(UsageError, match="listens on loopback addresses only"):
         start_server(listen="0.0.0.0:0")
     with pytest.raises(UsageError, match="insecure connections stay on this machine"):
         SplitModelForCausalLM.from_pretrained("random:tiny", server="192.0.2.1:7070", insecure=True)
 
 
-def test_a_port_that_is_taken(start_server: Callable[..., RunningServer], tiny_server: RunningServer) -> None:
+def test_a_port_that_is_taken(start_server: StartServer, tiny_server: RunningServer) -> None:
     with pytest.raises(UsageError, match="the address is taken or not this machine's"):
         start_server(listen=tiny_server.address)

@@ -28,7 +28,7 @@ from fedsea.wire import contract
 from fedsea.wire.codec import decode, encode
 from fedsea.wire.frames import Backward, Command, Forward, Kind, Message, Step, Tensors
 from fedsea.wire.rounds import Ticket
-from tests.conftest import RunningServer, connect
+from tests.conftest import RunningServer, StartServer, connect
 from tests.support.raw_stream import eventually, prompt
 from tests.support.rounds import invite, take_part, together
 from tests.support.split_training import adamw, adapted, batch, lora, train, trained
@@ -240,7 +240,7 @@ def recorder() -> Recorder:
 
 
 @pytest.fixture(scope="module")
-def server(start_server: Callable[..., RunningServer], recorder: Recorder) -> Iterator[RunningServer]:
+def server(start_server: StartServer, recorder: Recorder) -> Iterator[RunningServer]:
     """Forgets who is away at once, and takes any number of streams."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fedsea.server.service.SWEEP_SECONDS", 0.02)
@@ -344,7 +344,7 @@ def test_a_stream_that_breaks_off_at_any_frame_leaves_nothing_behind(
 
 
 @pytest.fixture(scope="module")
-def patient(start_server: Callable[..., RunningServer], recorder: Recorder) -> Iterator[RunningServer]:
+def patient(start_server: StartServer, recorder: Recorder) -> Iterator[RunningServer]:
     """Keeps a round for as long as its coordinator does."""
     running = start_server(tap=recorder, limits=Limits(client_sessions=1000))
     yield running

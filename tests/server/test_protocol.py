@@ -2,13 +2,14 @@
 
 import random
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grpc
 import pytest
 import torch
 
-from fedsea import Partition, SplitModelForCausalLM
+from fedsea import SplitModelForCausalLM
 from fedsea.errors import (
     FedSEAError,
     LimitExceededError,
@@ -20,7 +21,7 @@ from fedsea.errors import (
 from fedsea.server import Limits
 from fedsea.wire.codec import encode
 from fedsea.wire.frames import Command, Kind, Message, Result
-from tests.conftest import RunningServer, connect
+from tests.conftest import RunningServer, StartServer, connect
 from tests.support.raw_stream import (
     HIDDEN,
     RawStream,
@@ -37,14 +38,18 @@ FRAME_BYTES = 1 << 17
 
 
 @pytest.fixture(scope="module")
-def server(start_server: Callable[..., RunningServer]) -> RunningServer:
+def server(start_server: StartServer) -> RunningServer:
     return start_server(layers=range(1, 5), limits=Limits(frame_bytes=FRAME_BYTES, resume_seconds=1))
 
 
+Bystander = Callable[[Callable[[], Any]], None]
+
+
 @pytest.fixture(scope="module")
-def bystander(server: RunningServer) -> Iterator[SplitModelForCausalLM]:
+def bystander(server: RunningServer, whole_tiny: Any) -> Iterator[Bystander]:
+    """Generates what the whole model does, whatever happens in the middle of it."""
     with connect(server) as model:
-        yield model
+        yield lambda midway: assert_same_tokens(model, whole_tiny, midway)
 
 
 OPEN = encode(Message(Kind.OPEN, open_body()))
@@ -70,7 +75,11 @@ FIRST_FRAMES: dict[str, tuple[bytes, type[FedSEAError], str]] = {
     "no fingerprint": (opening(fingerprint="{}"), ProtocolError, "fingerprint"),
     "nested fingerprint": (opening(fingerprint="[" * 50_000), ProtocolError, "fingerprint"),
     "more layers than the model": (opening(input_layers=7), PartitionError, "more than"),
-    "layers not held": (opening(input_layers=0), PartitionError, "server holds layers 1:5"),
+    "layers not held": (
+        opening(input_layers=0),
+        PartitionError,
+        "holds layers 1:5, the partition's middle is 0:5",
+    ),
     "over the server's limit": TOO_LONG,
 }
 # What does not follow from the session's state: test_sessions.py has all of it.
@@ -87,45 +96,33 @@ LATER_FRAMES: dict[str, tuple[bytes, type[FedSEAError], str]] = {
 
 @pytest.mark.parametrize("case", FIRST_FRAMES)
 def test_a_wrong_first_frame_is_refused_and_nobody_else_notices(
-    server: RunningServer, bystander: SplitModelForCausalLM, whole_tiny: Any, case: str
+    server: RunningServer, bystander: Bystander, case: str
 ) -> None:
-    data, kind, says = FIRST_FRAMES[case]
-
     def misbehave() -> None:
         with RawStream(server.address) as stream:
-            stream.send(data)
-            error = stream.refusal()
-        assert type(error) is kind
-        assert says in str(error)
+            stream.refuses(*FIRST_FRAMES[case])
         assert is_serving(server)
 
-    assert_same_tokens(bystander, whole_tiny, misbehave)
+    bystander(misbehave)
 
 
 @pytest.mark.parametrize("case", LATER_FRAMES)
 def test_a_wrong_later_frame_ends_its_session_and_nobody_else_notices(
-    server: RunningServer, bystander: SplitModelForCausalLM, whole_tiny: Any, case: str
+    server: RunningServer, bystander: Bystander, case: str
 ) -> None:
-    data, kind, says = LATER_FRAMES[case]
-
     def misbehave() -> None:
         with RawStream(server.address) as stream:
             name = stream.open().session
             stream.send(step(1))
             assert isinstance(stream.receive(), Result)
-            stream.send(data)
-            error = stream.refusal()
-        assert type(error) is kind
-        assert says in str(error)
+            stream.refuses(*LATER_FRAMES[case])
         assert name not in [session.name for session in server.server.sessions]
         assert is_serving(server)
 
-    assert_same_tokens(bystander, whole_tiny, misbehave)
+    bystander(misbehave)
 
 
-def test_a_frame_over_grpcs_own_limit_is_refused(
-    server: RunningServer, bystander: SplitModelForCausalLM, whole_tiny: Any
-) -> None:
+def test_a_frame_over_grpcs_own_limit_is_refused(server: RunningServer, bystander: Bystander) -> None:
     def misbehave() -> None:
         with RawStream(server.address) as stream:
             stream.open()
@@ -134,12 +131,10 @@ def test_a_frame_over_grpcs_own_limit_is_refused(
                 stream.receive()
             assert stream.call.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
 
-    assert_same_tokens(bystander, whole_tiny, misbehave)
+    bystander(misbehave)
 
 
-def test_random_and_damaged_frames_leave_the_server_up(
-    server: RunningServer, bystander: SplitModelForCausalLM, whole_tiny: Any
-) -> None:
+def test_random_and_damaged_frames_leave_the_server_up(server: RunningServer, bystander: Bystander) -> None:
     source = random.Random(7)
 
     def misbehave() -> None:
@@ -149,7 +144,7 @@ def test_random_and_damaged_frames_leave_the_server_up(
                     stream.open()
                 send_nonsense(stream, source, [OPEN], [encode(step(1))])
 
-    assert_same_tokens(bystander, whole_tiny, misbehave)
+    bystander(misbehave)
     assert is_serving(server)
 
 
@@ -158,14 +153,7 @@ def test_a_client_with_another_model_is_told_what_differs(server: RunningServer)
         connect(server, "random:tiny-qwen2")
 
 
-def test_a_client_whose_partition_is_not_held_is_told_what_is(server: RunningServer) -> None:
-    with pytest.raises(PartitionError, match="the server holds layers 1:5, the partition's middle is 0:5"):
-        connect(server, partition=Partition(0, 1))
-
-
 def test_a_server_that_speaks_grpc_but_is_no_block_server_is_recognised() -> None:
-    from concurrent.futures import ThreadPoolExecutor
-
     other = grpc.server(ThreadPoolExecutor(1))
     port = other.add_insecure_port("127.0.0.1:0")
     other.start()
@@ -174,9 +162,7 @@ def test_a_server_that_speaks_grpc_but_is_no_block_server_is_recognised() -> Non
     other.stop(None)
 
 
-def test_a_client_fits_its_frames_to_the_servers_limit(
-    start_server: Callable[..., RunningServer], whole_tiny: Any
-) -> None:
+def test_a_client_fits_its_frames_to_the_servers_limit(start_server: StartServer, whole_tiny: Any) -> None:
     server = start_server(limits=Limits(frame_bytes=10_000))
     with connect(server) as model:
         # 90 tokens take 23,040 bytes in float32: three frames instead of one.
@@ -206,7 +192,7 @@ LIMITS: dict[str, tuple[Limits, Callable[[RawStream, RawStream], Any], str]] = {
 
 @pytest.mark.parametrize("case", LIMITS)
 def test_at_each_limit_the_client_is_told_its_name_and_value(
-    start_server: Callable[..., RunningServer], monkeypatch: pytest.MonkeyPatch, case: str
+    start_server: StartServer, monkeypatch: pytest.MonkeyPatch, case: str
 ) -> None:
     monkeypatch.setattr("fedsea.server.service.SWEEP_SECONDS", 0.1)
     limits, reach, says = LIMITS[case]
@@ -221,7 +207,7 @@ def test_at_each_limit_the_client_is_told_its_name_and_value(
     assert says in str(error)
 
 
-def test_a_generation_that_reaches_a_limit_says_so_in_one_line(start_server: Callable[..., RunningServer]) -> None:
+def test_a_generation_that_reaches_a_limit_says_so_in_one_line(start_server: StartServer) -> None:
     server = start_server(limits=Limits(session_tokens=10))
     with connect(server) as model, pytest.raises(LimitExceededError, match="the model and the server allow 10"):
         model.generate(prompt(tokens=7), max_new_tokens=8, min_new_tokens=8)
@@ -229,7 +215,7 @@ def test_a_generation_that_reaches_a_limit_says_so_in_one_line(start_server: Cal
 
 
 def test_streams_that_say_nothing_are_ended_and_do_not_pile_up(
-    start_server: Callable[..., RunningServer], monkeypatch: pytest.MonkeyPatch
+    start_server: StartServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fedsea.server.served_stream.OPEN_SECONDS", 0.5)
     server = start_server(limits=Limits(client_sessions=2))
@@ -243,15 +229,13 @@ def test_streams_that_say_nothing_are_ended_and_do_not_pile_up(
         one.abandon()
 
 
-def test_a_client_that_pipelines_and_never_reads_blocks_nobody(
-    server: RunningServer, bystander: SplitModelForCausalLM, whole_tiny: Any
-) -> None:
+def test_a_client_that_pipelines_and_never_reads_blocks_nobody(server: RunningServer, bystander: Bystander) -> None:
     greedy = RawStream(server.address)
     name = greedy.open().session
     for number in range(400):  # 400 results of 128 kB: more than any window, were they all computed ahead
         greedy.send(step(number + 1, 0, count=500))
 
-    assert_same_tokens(bystander, whole_tiny, lambda: None)
+    bystander(lambda: None)
     assert is_serving(server)
     session = server.server.sessions.get(name, "anonymous")
     assert session is not None

@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from fedsea.parts.adapters import AdapterSpec
 from fedsea.server import Limits
 from fedsea.wire.credentials import Credentials
 from fedsea.wire.rounds import MemberStatus, Ticket
-from tests.conftest import RunningServer, connect
+from tests.conftest import RunningServer, StartServer, connect
 from tests.support.rounds import Weights, invite, seated, sgd, take_part, together
 from tests.support.split_training import Batch, adamw, batch, lora, train, trained, whole_adapter
 
@@ -40,7 +40,7 @@ PARTITIONS = (Partition(1, 1), Partition(0, 1), Partition(1, 0), Partition(0, 0)
 
 
 @pytest.fixture(scope="module")
-def server(start_server: Callable[..., RunningServer]) -> RunningServer:
+def server(start_server: StartServer) -> RunningServer:
     return start_server()
 
 
@@ -427,9 +427,7 @@ def test_weights_that_are_not_finite_are_named(arena: Arena) -> None:
     assert arena.admin.aggregate("test.1", {"good": 1.0})  # the round was still there
 
 
-def test_certificates_say_who_coordinates_and_who_a_ticket_is_for(
-    start_server: Callable[..., RunningServer], made: Path
-) -> None:
+def test_certificates_say_who_coordinates_and_who_a_ticket_is_for(start_server: StartServer, made: Path) -> None:
     server = start_server(credentials=Credentials.load(made, role="server"))
     owner, other = made / "client-a", made / "client-b"
     with (
@@ -451,7 +449,7 @@ def test_certificates_say_who_coordinates_and_who_a_ticket_is_for(
         assert admin.aggregate("test.1", {"client-a": 3.0})
 
 
-def test_a_large_adapter_goes_in_pages(start_server: Callable[..., RunningServer]) -> None:
+def test_a_large_adapter_goes_in_pages(start_server: StartServer) -> None:
     server = start_server(limits=Limits(frame_bytes=8_000))
     with BlockServerAdmin(server.address, insecure=True) as admin, contextlib.closing(Arena(server, admin)) as arena:
         arena.seat(arena.invite(["a"], "server-hierarchical")["a"]).adapter.finish_round()

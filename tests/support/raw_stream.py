@@ -5,8 +5,7 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import grpc
 import torch
@@ -49,12 +48,10 @@ class RawStream:
             self.channel = grpc.secure_channel(address, channel_credentials(credentials), options)
         self.call: Any = self.channel.stream_stream(path)(iter(self.outgoing.get, None))
 
-    def __enter__(self) -> "RawStream":
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_what: object) -> None:
         self.abandon()
 
     def send(self, data: bytes | Frame) -> None:
@@ -78,14 +75,20 @@ class RawStream:
 
     def refusal(self) -> FedSEAError:
         """The typed error that ends the stream; frames before it are passed over."""
-        error = None
-        while error is None:
-            try:
+        try:
+            while True:
                 self.receive()
-            except FedSEAError as refused:
-                error = refused
+        except FedSEAError as refused:
+            error = refused
         assert "\n" not in str(error)
         return error
+
+    def refuses(self, data: bytes | Frame, kind: type[FedSEAError], says: str) -> None:
+        """Send what ends the stream with an error of this kind, and of these words."""
+        self.send(data)
+        error = self.refusal()
+        assert type(error) is kind
+        assert says in str(error)
 
     def abandon(self) -> None:
         """Leave without CLOSE."""

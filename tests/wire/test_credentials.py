@@ -7,7 +7,7 @@ import shutil
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent import futures
 from pathlib import Path
 
@@ -23,7 +23,8 @@ from fedsea.wire import certificates
 from fedsea.wire.address import format_address, is_loopback, parse_address
 from fedsea.wire.credential_files import create_credentials
 from fedsea.wire.credentials import Credentials, channel_credentials, server_credentials
-from fedsea.wire.roles import COORDINATOR_URI, is_coordinator
+from fedsea.wire.roles import COORDINATOR_URI, Role, is_coordinator
+from tests.support.certificates import authority_of
 
 DAY = datetime.timedelta(days=1)
 EXPIRED = datetime.timedelta(minutes=-1)
@@ -150,58 +151,57 @@ def test_load_tells_name_and_expiry_and_hides_the_key(made: Path) -> None:
     assert Credentials.load(made, "server").name == "server"
 
 
-def test_load_says_what_is_missing(made: Path, tmp_path: Path) -> None:
-    with pytest.raises(CredentialsError, match=r"there is no folder .*credentials init"):
-        Credentials.load(tmp_path / "nowhere", "server")
-    with pytest.raises(CredentialsError, match=r"give the folder of one client, such as .*/alice"):
-        Credentials.load(made, "client")
-    (made / "alice" / "authority.pem").unlink()
-    with pytest.raises(CredentialsError, match=r"authority.pem is missing: run `fedsea credentials init"):
-        Credentials.load(made / "alice", "client")
+def copied(name: str, source: str, target: str = "alice") -> Callable[[Path], object]:
+    return lambda made: shutil.copy(made / source / name, made / target / name)
 
 
-def test_load_refuses_the_other_roles_folder(made: Path) -> None:
-    with pytest.raises(CredentialsError, match="not for a server: it is a client's"):
-        Credentials.load(made / "alice", "server")
-    with pytest.raises(CredentialsError, match="not for a client: it is a server's"):
-        Credentials.load(made / "server", "client")
-    with pytest.raises(CredentialsError, match="not for a client: it is a coordinator's"):
-        Credentials.load(made / "coordinator", "client")
-    with pytest.raises(CredentialsError, match="not for a coordinator: it is a client's"):
-        Credentials.load(made / "alice", "coordinator")
+def mode(name: str, bits: int) -> Callable[[Path], object]:
+    return lambda made: (made / "alice" / name).chmod(bits)
 
 
-def test_load_refuses_a_key_of_another_certificate(made: Path) -> None:
-    shutil.copy(made / "bob" / "key.pem", made / "alice" / "key.pem")
-    with pytest.raises(CredentialsError, match=r"key.pem does not belong to certificate.pem"):
-        Credentials.load(made / "alice", "client")
+def damaged(name: str) -> Callable[[Path], object]:
+    return lambda made: (made / "alice" / name).write_bytes(b"-----BEGIN NOTHING-----")
 
 
-def test_load_refuses_another_authority(made: Path, tmp_path: Path) -> None:
-    create_credentials(tmp_path / "other")
-    shutil.copy(tmp_path / "other" / "server" / "authority.pem", made / "alice" / "authority.pem")
-    with pytest.raises(CredentialsError, match="was not issued by authority"):
-        Credentials.load(made / "alice", "client")
+# What is done to the folder, whose credentials are loaded, as which role, and what is said.
+REFUSED: dict[str, tuple[Callable[[Path], object], str, Role, str]] = {
+    "no folder": (str, "nowhere", "server", "there is no folder .*credentials init"),
+    "all folders": (str, ".", "client", "give the folder of one client, such as .*/alice"),
+    "a client as server": (str, "alice", "server", "not for a server: it is a client's"),
+    "a server as client": (str, "server", "client", "not for a client: it is a server's"),
+    "a coordinator as client": (str, "coordinator", "client", "not for a client: it is a coordinator's"),
+    "a client as coordinator": (str, "alice", "coordinator", "not for a coordinator: it is a client's"),
+    "no authority": (
+        lambda made: (made / "alice" / "authority.pem").unlink(),
+        "alice",
+        "client",
+        "authority.pem is missing: run `fedsea credentials init",
+    ),
+    "another's key": (copied("key.pem", "bob"), "alice", "client", "key.pem does not belong to certificate.pem"),
+    "another authority": (
+        lambda made: create_credentials(made / "other") and copied("authority.pem", "other/server")(made),
+        "alice",
+        "client",
+        "was not issued by authority",
+    ),
+    "an open key": (mode("key.pem", 0o640), "alice", "client", "run `chmod 600 .*/alice/key.pem`"),
+    **{
+        f"a changeable {name}": (mode(name, 0o646), "alice", "client", f"run `chmod go-w .*/alice/{name}`")
+        for name in ("authority.pem", "certificate.pem")
+    },
+    **{
+        f"a damaged {name}": (damaged(name), "alice", "client", f"{name} is not a readable")
+        for name in ("authority.pem", "certificate.pem", "key.pem")
+    },
+}
 
 
-@pytest.mark.parametrize("name", ["authority.pem", "certificate.pem", "key.pem"])
-def test_load_refuses_damaged_files(made: Path, name: str) -> None:
-    (made / "alice" / name).write_bytes(b"-----BEGIN NOTHING-----")
-    with pytest.raises(CredentialsError, match=f"{name} is not a readable"):
-        Credentials.load(made / "alice", "client")
-
-
-def test_load_refuses_a_key_that_others_can_read(made: Path) -> None:
-    (made / "alice" / "key.pem").chmod(0o640)
-    with pytest.raises(CredentialsError, match=r"run `chmod 600 .*/alice/key.pem`"):
-        Credentials.load(made / "alice", "client")
-
-
-@pytest.mark.parametrize("name", ["authority.pem", "certificate.pem"])
-def test_load_refuses_certificates_that_others_can_change(made: Path, name: str) -> None:
-    (made / "alice" / name).chmod(0o646)
-    with pytest.raises(CredentialsError, match=rf"run `chmod go-w .*/alice/{name}`"):
-        Credentials.load(made / "alice", "client")
+@pytest.mark.parametrize("case", REFUSED)
+def test_load_refuses_what_cannot_be_used_and_says_what_to_do(made: Path, case: str) -> None:
+    change, folder, role, says = REFUSED[case]
+    change(made)
+    with pytest.raises(CredentialsError, match=says):
+        Credentials.load(made / folder, role)
 
 
 @pytest.mark.parametrize(
@@ -282,9 +282,7 @@ def test_grpc_server_knows_the_coordinator_by_its_certificate(made: Path, echo: 
 @pytest.mark.parametrize("name", ["coordinator", COORDINATOR_URI])
 def test_no_name_makes_a_client_a_coordinator(made: Path, echo: str, name: str) -> None:
     # Issued past the check of names, with the role's URI as a name and as a host, too.
-    authority = certificates.Pair(
-        *((made / "authority" / f"{what}.pem").read_bytes() for what in ("certificate", "key"))
-    )
+    authority = authority_of(made)
     pair, _ = certificates.issue(authority, name, "client", DAY, [name])
     credentials = grpc.ssl_channel_credentials(authority.certificate, pair.key, pair.certificate)
     assert name_at(echo, credentials) == name.encode()
@@ -312,10 +310,7 @@ def test_command_prints_what_to_do_next(tmp_path: Path) -> None:
     again = CliRunner().invoke(app, ["init", str(tmp_path / "c"), "--json"])
     summary = json.loads(again.output)
     assert [(entry["name"], entry["outcome"]) for entry in summary["entries"]] == [
-        ("authority", "kept"),
-        ("server", "kept"),
-        ("coordinator", "kept"),
-        ("clinic", "kept"),
+        (name, "kept") for name in ("authority", "server", "coordinator", "clinic")
     ]
     assert isinstance(CliRunner().invoke(app, ["init", str(tmp_path), "--client", "server"]).exception, UsageError)
 
@@ -333,26 +328,15 @@ def test_addresses_read_and_write_the_same(text: str, parts: tuple[str, int]) ->
     "text",
     [
         *("", "host", ":80", "host:", "host:x", "host:0", "host:65536", "host:-1", "::1:80", "[::1]", "[x]:80"),
-        *(
-            "http://host:80",
-            "https://host",
-            "dns:///host:80",
-            "host/x:80",
-            "a b:80",
-            "host:٣",
-            "host:00708012345",
-            "host:" + "9" * 5000,
-        ),
+        *("http://host:80", "https://host", "dns:///host:80", "host/x:80", "a b:80"),
+        *("host:٣", "host:00708012345", "host:" + "9" * 5000),
     ],
 )
 def test_bad_addresses_are_refused(text: str) -> None:
     with pytest.raises(UsageError, match="is no address") as raised:
         parse_address(text)
     assert ("without a scheme" in str(raised.value)) == ("/" in text or " " in text)
-
-
-def test_port_zero_is_for_listening_only() -> None:
-    assert parse_address("127.0.0.1:0", allow_port_zero=True) == ("127.0.0.1", 0)
+    assert parse_address("127.0.0.1:0", allow_port_zero=True) == ("127.0.0.1", 0)  # to listen
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from fedsea.wire import certificates, diagnose
 from fedsea.wire.credential_files import create_credentials
 from fedsea.wire.credentials import Credentials, channel_credentials, server_credentials
 from fedsea.wire.diagnose import explain_unreachable
+from tests.support.certificates import issued
 
 EXPIRED = datetime.timedelta(minutes=-1)
 
@@ -95,17 +96,8 @@ def answer() -> Iterator[Callable[[Callable[[socket.socket], None]], str]]:
 
 def issue(made: Path, **changes: object) -> Credentials:
     """Server credentials of the same authority that `Credentials.load` would refuse."""
-    authority = certificates.Pair(
-        (made / "authority" / "certificate.pem").read_bytes(), (made / "authority" / "key.pem").read_bytes()
-    )
-    wanted = {
-        "name": "server",
-        "role": "server",
-        "lifetime": datetime.timedelta(days=1),
-        "hosts": ("127.0.0.1", "localhost"),
-    } | changes
-    pair, expires = certificates.issue(authority, **wanted)  # type: ignore[arg-type]
-    return Credentials(authority.certificate, pair.certificate, pair.key, "server", expires)
+    usual = {"role": "server", "lifetime": datetime.timedelta(days=1), "hosts": ("127.0.0.1", "localhost")}
+    return issued(made, name="server", **usual | changes)
 
 
 def check(error: FedSEAError, kind: type[FedSEAError], *words: str) -> None:
@@ -142,43 +134,37 @@ def test_the_connection_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def test_server_without_tls(serve: Callable[..., str], client: Credentials) -> None:
-    check(explain_unreachable(serve(None), client), CredentialsError, "runs without TLS", "--credentials DIR")
+# What the server shows (of the folder, plaintext, or issued for the case), who comes, and what is said.
+SHOWN: dict[str, tuple[Callable[[Path], Credentials | None], str, tuple[str, ...]]] = {
+    "nothing": (lambda _made: None, "client", ("runs without TLS", "--credentials DIR")),
+    "to no credentials": (lambda made: Credentials.load(made, "server"), "", ("asks for TLS", "--credentials DIR")),
+    "another authority": (lambda made: Credentials.load(made, "server"), "other", ("is of another authority", "copy")),
+    "an expired one": (lambda made: issue(made, lifetime=EXPIRED), "client", ("certificate of the server", "expired")),
+    "an early one": (lambda made: early(made), "client", ("not valid yet", "clock")),
+    "another host": (lambda made: issue(made, hosts=("x.org",)), "client", ("'127.0.0.1'", "--host 127.0.0.1")),
+    "a client's": (lambda made: issue(made, role="client"), "client", ("not for a server",)),
+}
 
 
-def test_client_without_credentials(serve: Callable[..., str], made: Path) -> None:
-    address = serve(server_credentials(Credentials.load(made, "server")))
-    check(explain_unreachable(address, None), CredentialsError, "asks for TLS", "--credentials DIR")
+def early(made: Path) -> Credentials:
+    """Good from an hour on."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(certificates, "CLOCK_SKEW", datetime.timedelta(hours=-1))
+        return issue(made)
 
 
-def test_server_of_another_authority(serve: Callable[..., str], made: Path, other_client: Credentials) -> None:
-    address = serve(server_credentials(Credentials.load(made, "server")))
-    check(explain_unreachable(address, other_client), CredentialsError, "is of another authority", "copy")
-
-
-def test_server_certificate_has_expired(serve: Callable[..., str], made: Path, client: Credentials) -> None:
-    address = serve(server_credentials(issue(made, lifetime=EXPIRED)))
-    check(explain_unreachable(address, client), CredentialsError, "certificate of the server", "it has expired")
-
-
-def test_server_certificate_is_not_valid_yet(
-    serve: Callable[..., str], made: Path, client: Credentials, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("case", SHOWN)
+def test_a_server_shows_what_its_client_does_not_take(
+    serve: Callable[..., str], made: Path, client: Credentials, other_client: Credentials, case: str
 ) -> None:
-    monkeypatch.setattr(certificates, "CLOCK_SKEW", datetime.timedelta(hours=-1))
-    address = serve(server_credentials(issue(made)))
-    check(explain_unreachable(address, client), CredentialsError, "not valid yet", "clock")
-
-
-def test_server_certificate_is_for_other_hosts(serve: Callable[..., str], made: Path, client: Credentials) -> None:
-    address = serve(server_credentials(issue(made, hosts=("gpu.example.org",))))
-    check(explain_unreachable(address, client), CredentialsError, "'127.0.0.1'", "--host 127.0.0.1")
-    port = address.rpartition(":")[2]
-    check(explain_unreachable(f"localhost:{port}", client), CredentialsError, "'localhost'", "--host localhost")
-
-
-def test_server_shows_a_clients_certificate(serve: Callable[..., str], made: Path, client: Credentials) -> None:
-    address = serve(server_credentials(issue(made, role="client")))
-    check(explain_unreachable(address, client), CredentialsError, "not for a server")
+    shows, who, words = SHOWN[case]
+    shown = shows(made)
+    address = serve(server_credentials(shown) if shown is not None else None)
+    credentials = {"client": client, "other": other_client, "": None}[who]
+    check(explain_unreachable(address, credentials), CredentialsError, *words)
+    if case == "another host":
+        port = address.rpartition(":")[2]
+        check(explain_unreachable(f"localhost:{port}", client), CredentialsError, "'localhost'", "--host localhost")
 
 
 def test_our_certificate_has_expired(serve: Callable[..., str], made: Path) -> None:

@@ -2,7 +2,7 @@
 
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from fedsea.process import child_environment
 from fedsea.wire.credential_files import create_credentials
 from fedsea.wire.credentials import Credentials, open_channel
 from fedsea.wire.diagnose import explain_unreachable
-from tests.conftest import RunningServer, connect
+from tests.conftest import StartServer, connect
 from tests.support.ports import NOWHERE
 
 VARIABLES = ("http_proxy", "https_proxy", "grpc_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
@@ -56,7 +56,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bytes]]:
 
 @pytest.mark.parametrize("secure", [False, True])
 def test_no_proxy_stands_between_a_client_and_a_server_on_its_machine(
-    start_server: Callable[..., RunningServer], made: Path, asked: list[bytes], secure: bool
+    start_server: StartServer, made: Path, asked: list[bytes], secure: bool
 ) -> None:
     server = start_server(credentials=Credentials.load(made, "server") if secure else None)
     with connect(server, **({"credentials": made / "client-a"} if secure else {}), reconnect_seconds=0.0) as model:
