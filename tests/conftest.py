@@ -15,6 +15,7 @@ from fedsea import SplitModelForCausalLM
 from fedsea.checkpoints import load_tokenizer, load_whole_model, open_checkpoint
 from fedsea.client.channel import RunChannel
 from fedsea.server import BackgroundServer, ServerOptions
+from fedsea.wire.credential_files import create_credentials
 from fedsea.wire.frames import Forward, Operation
 from tests.support.ports import held_address
 
@@ -88,6 +89,18 @@ def tiny_server(start_server: StartServer) -> RunningServer:
 def whole_tiny() -> torch.nn.Module:
     """The tiny random model, whole, in transformers: the reference."""
     return load_whole_model("random:tiny", dtype=torch.float32, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of credentials, of two clients beside the server and the coordinator."""
+    return create_credentials(tmp_path_factory.mktemp("made"), clients=["client-a", "client-b"]).directory
+
+
+@pytest.fixture(scope="session")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of another authority."""
+    return create_credentials(tmp_path_factory.mktemp("other")).directory
 
 
 def numbered_secrets(patch: pytest.MonkeyPatch) -> None:

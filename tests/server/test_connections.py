@@ -20,13 +20,6 @@ from tests.support.raw_stream import RawStream
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("made")
-    create_credentials(folder, lifetime=datetime.timedelta(days=5))
-    return folder
-
-
-@pytest.fixture(scope="module")
 def server(start_server: StartServer, made: Path) -> RunningServer:
     return start_server(credentials=Credentials.load(made, "server"))
 
@@ -53,8 +46,9 @@ def test_a_server_takes_as_many_connections_as_the_system_lets_it(start_server: 
 
 
 def test_both_sides_are_warned_of_a_certificate_that_ends_soon(
-    start_server: StartServer, made: Path, caplog: pytest.LogCaptureFixture
+    start_server: StartServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    made = create_credentials(tmp_path, lifetime=datetime.timedelta(days=5)).directory
     with caplog.at_level(logging.WARNING, "fedsea"):
         server = start_server(credentials=Credentials.load(made, "server"))
     assert "the certificate of server ends on" in caplog.text

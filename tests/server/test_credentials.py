@@ -17,13 +17,6 @@ from tests.support.raw_stream import RawStream, assert_same_tokens, step
 
 
 @pytest.fixture(scope="module")
-def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("other")
-    create_credentials(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def secure_server(start_server: StartServer, made: Path) -> RunningServer:
     return start_server(credentials=Credentials.load(made, "server"))
 

@@ -98,30 +98,6 @@ def reopened(frame: bytes, **changes: Any) -> bytes:
     return encode(Message(message.kind, message.body | changes))
 
 
-# What comes in place of a frame, or after those before it: nothing, half of it, something else.
-
-
-def killed(stream: Playback, frames: Frames, at: int) -> None:
-    stream.cut()
-
-
-def killed_while_it_computes(stream: Playback, frames: Frames, at: int) -> None:
-    stream.send(frames[at])
-    stream.cut()
-
-
-def closed(stream: Playback, frames: Frames, at: int) -> None:
-    stream.ask(CLOSE)
-
-
-def cut_off(stream: Playback, frames: Frames, at: int) -> None:
-    stream.ask(frames[at][: len(frames[at]) // 2])
-
-
-def of_another_shape(stream: Playback, frames: Frames, at: int) -> None:
-    stream.ask(reshaped(frames[at]))
-
-
 def reshaped(data: bytes) -> bytes:
     """Well-formed, and not what is expected here."""
     frame = decode(data, knows=lambda _name: True)
@@ -136,58 +112,51 @@ def reshaped(data: bytes) -> bytes:
     return data
 
 
-def too_long(stream: Playback, frames: Frames, at: int) -> None:
-    stream.ask(frames[at] + bytes(256))
-
-
-def not_finite(stream: Playback, frames: Frames, at: int) -> None:
-    stream.ask(frames[at][:-4] + b"\xff\xff\xff\xff")
-
-
-def far_too_large(stream: Playback, frames: Frames, at: int) -> None:
+def far_too_large(data: bytes) -> bytes:
     """Numbers that are finite, and no longer are once they are computed with."""
-    frame = frames[at]
-    stream.ask(
-        frame[:48] + b"\xff\xff\x7f\x7f" * ((len(frame) - 48) // 4) + frame[len(frame) - (len(frame) - 48) % 4 :]
-    )
+    count, rest = divmod(len(data) - 48, 4)
+    return data[:48] + b"\xff\xff\x7f\x7f" * count + data[len(data) - rest :]
 
 
-def flipped_in_its_header(stream: Playback, frames: Frames, at: int) -> None:
-    flip(stream, frames[at], range(min(32, len(frames[at]))))
+def flipped(data: bytes, places: int) -> bytes:
+    """With another bit among the first bytes."""
+    draw = random.Random(len(data))
+    changed = bytearray(data)
+    changed[draw.choice(range(min(places, len(data))))] ^= 1 << draw.randrange(8)
+    return bytes(changed)
 
 
-def flipped_anywhere(stream: Playback, frames: Frames, at: int) -> None:
-    flip(stream, frames[at], range(len(frames[at])))
+# What comes in place of a frame, or after those before it.
+Instead = Callable[[Frames, int], bytes]
+AT_EVERY_KIND: list[Instead] = [
+    lambda _frames, _at: CLOSE,
+    lambda frames, at: frames[at][: len(frames[at]) // 2],
+    lambda frames, at: reshaped(frames[at]),
+    lambda frames, at: frames[at] + bytes(256),  # too long
+    lambda frames, at: frames[at][:-4] + b"\xff\xff\xff\xff",  # not finite
+    lambda frames, at: far_too_large(frames[at]),
+    lambda frames, at: flipped(frames[at], 32),
+    lambda frames, at: flipped(frames[at], len(frames[at])),
+    lambda frames, at: frames[min(at + 1, len(frames) - 1)],  # out of turn
+    lambda frames, at: frames[at - 1],  # a second time
+]
 
 
-def flip(stream: Playback, frame: bytes, places: range) -> None:
-    draw = random.Random(len(frame))
-    data = bytearray(frame)
-    data[draw.choice(places)] ^= 1 << draw.randrange(8)
-    stream.ask(bytes(data))
+def killed(stream: Playback, _frames: Frames, _at: int) -> None:
+    stream.cut()
 
 
-def out_of_turn(stream: Playback, frames: Frames, at: int) -> None:
-    stream.ask(frames[min(at + 1, len(frames) - 1)])
+def killed_while_it_computes(stream: Playback, frames: Frames, at: int) -> None:
+    stream.send(frames[at])
+    stream.cut()
 
 
-def a_second_time(stream: Playback, frames: Frames, at: int) -> None:
-    stream.ask(frames[at - 1])
+def sending(instead: Instead) -> Callable[[Playback, Frames, int], object]:
+    return lambda stream, frames, at: stream.ask(instead(frames, at))
 
 
-AT_EVERY_FRAME = (killed, killed_while_it_computes)
-AT_EVERY_KIND = (
-    closed,
-    cut_off,
-    of_another_shape,
-    too_long,
-    not_finite,
-    far_too_large,
-    flipped_in_its_header,
-    flipped_anywhere,
-    out_of_turn,
-    a_second_time,
-)
+AT_EVERY_FRAME = [killed, killed_while_it_computes]
+IN_ALL_WAYS = [*AT_EVERY_FRAME, *map(sending, AT_EVERY_KIND)]
 
 
 def breaks(frames: Frames) -> Iterator[tuple[Callable[..., None], int]]:
@@ -195,7 +164,7 @@ def breaks(frames: Frames) -> Iterator[tuple[Callable[..., None], int]]:
     seen = set()
     for at in range(1, len(frames)):
         here = frames[at - 1][1], frames[at][1]
-        for breaks_off in AT_EVERY_FRAME if here in seen else AT_EVERY_FRAME + AT_EVERY_KIND:
+        for breaks_off in AT_EVERY_FRAME if here in seen else IN_ALL_WAYS:
             yield breaks_off, at
         seen.add(here)
 

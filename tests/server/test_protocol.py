@@ -75,11 +75,7 @@ FIRST_FRAMES: dict[str, tuple[bytes, type[FedSEAError], str]] = {
     "no fingerprint": (opening(fingerprint="{}"), ProtocolError, "fingerprint"),
     "nested fingerprint": (opening(fingerprint="[" * 50_000), ProtocolError, "fingerprint"),
     "more layers than the model": (opening(input_layers=7), PartitionError, "more than"),
-    "layers not held": (
-        opening(input_layers=0),
-        PartitionError,
-        "holds layers 1:5, the partition's middle is 0:5",
-    ),
+    "layers not held": (opening(input_layers=0), PartitionError, "holds layers 1:5, the partition's middle is 0:5"),
     "over the server's limit": TOO_LONG,
 }
 # What does not follow from the session's state: test_sessions.py has all of it.

@@ -81,6 +81,11 @@ class Arena:
         self._models.append(seated(self.server, ticket, weights, **how))
         return self._models[-1]
 
+    def seats(self, names: list[str], strategy: str, **how: Any) -> list[SplitModelForCausalLM]:
+        """A round, and all its clients in their seats."""
+        tickets = self.invite(names, strategy, **how)
+        return [self.seat(tickets[name]) for name in names]
+
     def members(self) -> dict[str, MemberStatus]:
         return {member.client: member for member in self.admin.status("test.1").members}
 
@@ -98,6 +103,10 @@ class Arena:
 def arena(server: RunningServer) -> Iterator[Arena]:
     with BlockServerAdmin(server.address, insecure=True) as admin, contextlib.closing(Arena(server, admin)) as one:
         yield one
+
+
+def take_part_together(models: list[SplitModelForCausalLM], data: list[list[Batch]], make: Any = adamw) -> list[Any]:
+    return together(*(lambda m=model, d=one: take_part(m, d, make) for model, one in zip(models, data, strict=True)))
 
 
 def joined(batches: list[Batch]) -> Batch:
@@ -119,7 +128,7 @@ def test_hierarchical_equals_separate_trainings_and_their_average(arena: Arena, 
     tickets = arena.invite(names, "server-hierarchical")
     data = [[batch(10 * number + step, (9, 5 + number)) for step in range(3)] for number in range(members)]
     models = [arena.seat(tickets[name], partition=PARTITIONS[number]) for number, name in enumerate(names)]
-    results = together(*(lambda m=model, d=one: take_part(m, d) for model, one in zip(models, data, strict=True)))
+    results = take_part_together(models, data)
     weights = {name: 1.0 + number for number, name in enumerate(names)}
     middle = arena.admin.aggregate("test.1", weights)
 
@@ -147,7 +156,7 @@ def test_client_batch_equals_one_client_with_all_rows(arena: Arena) -> None:
     tickets = arena.invite(names, "client-batch")
     data = [[batch(10 * number + step, (9, 4 + number)) for step in range(4)] for number in range(3)]
     models = [arena.seat(tickets[name], partition=Partition(0, 0)) for name in names]
-    results = together(*(lambda m=model, d=one: take_part(m, d) for model, one in zip(models, data, strict=True)))
+    results = take_part_together(models, data)
     middle = arena.admin.aggregate("test.1", dict.fromkeys(names, 1.0))
     whole = whole_with(START)
     width = max(one["input_ids"].shape[1] for clients in data for one in clients)
@@ -175,9 +184,7 @@ def test_client_batch_with_a_round_a_step_equals_one_client_on_all_three_parts(a
             for model, name in zip(models, names, strict=True):
                 model.adapter.join_round(tickets[name], lora())
                 model.adapter.set_local(now)
-        results = together(
-            *(lambda m=model, d=one[step]: take_part(m, [d], sgd) for model, one in zip(models, data, strict=True))
-        )
+        results = take_part_together(models, [[one[step]] for one in data], sgd)
         middle = arena.admin.aggregate(f"test.{step}", dict.fromkeys(names, 1.0))
         ends = {name: (results[0][1][name] + results[1][1][name]) / 2 for name in results[0][1]}
         now = {**middle, **ends}
@@ -204,9 +211,8 @@ def test_members_compute_in_one_pass(arena: Arena, monkeypatch: pytest.MonkeyPat
             runs, name, lambda jobs, real=real, name=name: sizes.append((name, len(jobs))) or real(jobs)
         )
     names = ["a", "b", "c"]
-    tickets = arena.invite(names, "server-hierarchical")
-    models = [arena.seat(tickets[name]) for name in names]
-    together(*(lambda m=model, s=seed: take_part(m, [batch(s), batch(s + 1)]) for seed, model in enumerate(models)))
+    models = arena.seats(names, "server-hierarchical")
+    take_part_together(models, [[batch(seed), batch(seed + 1)] for seed in range(3)])
     assert [one for one in sizes if one[1]] == [("forward_together", 3), ("backward_together", 3)] * 2
     status = arena.admin.status("test.1")
     assert [(member.client, member.state, member.steps) for member in status.members] == [
@@ -223,8 +229,7 @@ def test_a_client_that_hangs_costs_the_others_one_deadline(
     arena: Arena, strategy: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     # Long enough for `quick` to be in time on a busy machine.
-    tickets = arena.invite(["quick", "slow"], strategy, straggler_seconds=3.0)
-    quick, slow = (arena.seat(tickets[name]) for name in ("quick", "slow"))
+    quick, slow = arena.seats(["quick", "slow"], strategy, straggler_seconds=3.0)
     woken = threading.Event()
 
     def hang() -> Any:
@@ -273,8 +278,7 @@ def test_a_client_that_never_comes_costs_the_others_the_join_deadline(arena: Are
 
 
 def test_a_client_that_leaves_is_not_waited_for(arena: Arena) -> None:
-    tickets = arena.invite(["stays", "leaves"], "client-batch")
-    stays, leaves = (arena.seat(tickets[name]) for name in ("stays", "leaves"))
+    stays, leaves = arena.seats(["stays", "leaves"], "client-batch")
 
     def leave() -> None:
         train(leaves, [batch(1)])
@@ -288,8 +292,7 @@ def test_a_client_that_leaves_is_not_waited_for(arena: Arena) -> None:
 @pytest.mark.skipif(threading.current_thread() is not threading.main_thread(), reason="signals reach the main thread")
 def test_a_client_that_is_interrupted_while_it_waits_gives_its_seat_up(arena: Arena) -> None:
     """As Ctrl-C in a data owner's process: gRPC cancels the stream that is being read, and the others go on at once."""
-    tickets = arena.invite(["a", "b"], "client-batch")
-    models = {name: arena.seat(ticket) for name, ticket in tickets.items()}
+    goes_on, interrupted = arena.seats(["a", "b"], "client-batch")
 
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -299,19 +302,18 @@ def test_a_client_that_is_interrupted_while_it_waits_gives_its_seat_up(arena: Ar
     timer.start()
     try:
         with pytest.raises(KeyboardInterrupt):
-            train(models["b"], [batch(1)])  # a does not come before this one is gone
+            train(interrupted, [batch(1)])  # a does not come before this one is gone
     finally:
         timer.join()
         signal.signal(signal.SIGUSR1, before)
-    models["b"].adapter.leave_round()
-    take_part(models["a"], [batch(2)])
+    interrupted.adapter.leave_round()
+    take_part(goes_on, [batch(2)])
     left = arena.members()["b"]
     assert (left.state, left.straggled) == ("gone", False)
 
 
 def test_a_client_that_is_not_a_number_is_refused_and_the_others_go_on(arena: Arena) -> None:
-    tickets = arena.invite(["good", "bad"], "client-batch")
-    good, bad = (arena.seat(tickets[name]) for name in ("good", "bad"))
+    good, bad = arena.seats(["good", "bad"], "client-batch")
 
     def fail() -> None:
         loss = bad(**batch(1)).loss
@@ -326,24 +328,14 @@ def test_a_client_that_is_not_a_number_is_refused_and_the_others_go_on(arena: Ar
 
 
 def test_an_optimizer_step_unlike_the_others_is_refused(arena: Arena) -> None:
-    tickets = arena.invite(["a", "b", "other"], "client-batch")
-    models = {name: arena.seat(ticket) for name, ticket in tickets.items()}
+    a, b, unlike = arena.seats(["a", "b", "other"], "client-batch")
 
-    def other() -> str:
-        try:
-            train(models["other"], [batch(1)], make=sgd)
-            models["other"].adapter.finish_round()
-        except FedSEAError as error:
-            models["other"].adapter.leave_round()
-            return str(error)
-        return ""
+    def other() -> None:
+        with pytest.raises(FedSEAError, match="other settings"):
+            train(unlike, [batch(1)], make=sgd)
+        unlike.adapter.leave_round()
 
-    *_, refusal = together(
-        lambda: take_part(models["a"], [batch(2), batch(3)]),
-        lambda: take_part(models["b"], [batch(3), batch(4)]),
-        other,
-    )
-    assert "other settings" in refusal
+    together(lambda: take_part(a, [batch(2), batch(3)]), lambda: take_part(b, [batch(3), batch(4)]), other)
     states = arena.members()
     assert (states["other"].state, states["other"].straggled) == ("gone", False)  # nobody waited for it in vain
 
@@ -416,10 +408,8 @@ def test_bad_rounds_are_refused(arena: Arena) -> None:
 
 
 def test_weights_that_are_not_finite_are_named(arena: Arena) -> None:
-    tickets = arena.invite(["good", "bad"], "server-hierarchical")
-    for ticket in tickets.values():
-        arena.seat(ticket)
-    spoiled = arena.server.server.runs.find(tickets["bad"].run, "anonymous").trainer
+    arena.seats(["good", "bad"], "server-hierarchical")
+    spoiled = arena.server.server.runs.find("test.1.bad", "anonymous").trainer
     with torch.no_grad():
         next(iter(spoiled.parameters.values())).fill_(float("nan"))
     with pytest.raises(NonFiniteError, match=": bad"):

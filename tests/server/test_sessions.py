@@ -6,7 +6,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fedsea.checkpoints import open_checkpoint
 from fedsea.errors import FedSEAError, LimitExceededError, PartitionError, ProtocolError
 from fedsea.parts import MiddleBlocks
 from fedsea.server import Limits
@@ -16,7 +15,7 @@ from fedsea.server.sessions import Session, SessionTable
 from fedsea.wire.codec import decode
 from fedsea.wire.frames import Result, Step
 from tests.support.raw_stream import step
-from tests.support.server_runs import ended
+from tests.support.server_runs import CHECKPOINT, ended
 
 LAYERS = range(1, 5)
 LIMITS = Limits(
@@ -24,17 +23,15 @@ LIMITS = Limits(
 )
 
 
-@pytest.fixture(scope="module")
-def middle() -> MiddleBlocks:
-    return MiddleBlocks.from_checkpoint(open_checkpoint("random:tiny"), LAYERS, dtype=torch.float32)
+MIDDLE = MiddleBlocks.from_checkpoint(CHECKPOINT, LAYERS, dtype=torch.float32)
 
 
 class Desk:
     """A session table on a clock that stands still unless it is moved."""
 
-    def __init__(self, middle: MiddleBlocks, limits: Limits) -> None:
+    def __init__(self, limits: Limits = LIMITS) -> None:
         self.now = 0.0
-        self.table = SessionTable(middle, limits, dtype=torch.float32, clock=lambda: self.now)
+        self.table = SessionTable(MIDDLE, limits, dtype=torch.float32, clock=lambda: self.now)
 
     def open(self, client: str = "a", end: Callable[[FedSEAError], None] = ended) -> Session:
         return self.table.open(client, LAYERS, torch.float32, end)
@@ -51,20 +48,13 @@ class Desk:
 
 
 @pytest.fixture
-def desk(middle: MiddleBlocks) -> Desk:
-    return Desk(middle, LIMITS)
+def desk() -> Desk:
+    return Desk()
 
 
-def test_open_gives_an_attached_session_with_an_unguessable_name(desk: Desk) -> None:
-    one, other = desk.open(), desk.open()
-    assert one.state is State.ATTACHED
-    assert one.name != other.name
-    assert len(one.name) >= 32
-    assert len(desk.table) == 2
-
-
-def test_a_session_has_its_cache_until_it_ends(desk: Desk) -> None:
+def test_a_session_has_an_unguessable_name_and_its_cache_until_it_ends(desk: Desk) -> None:
     session = desk.open()
+    assert len(session.name) >= 32
     desk.do(session, step(1))
     taken = desk.table.ledger.used(Pool.CACHES)
     desk.table.detach(session)
@@ -114,17 +104,12 @@ def test_a_step_puts_the_idle_time_back_and_a_waiting_step_is_not_idleness(desk:
     assert desk.table.expire() == [session]
 
 
-def test_ended_leads_nowhere(desk: Desk) -> None:
+def test_a_session_that_has_ended_does_nothing_more(desk: Desk) -> None:
     session = desk.open()
     desk.table.close(session)
-    assert desk.attach(session) is None
-    desk.table.detach(session)
-    assert session.state is State.ENDED
     for do in (desk.table.admit, desk.table.do):
         with pytest.raises(ProtocolError, match="has ended"):
             do(session, step(1))
-    desk.table.close(session)
-    assert session.state is State.ENDED
 
 
 def test_a_step_whose_session_ends_meanwhile_leaves_nothing_behind(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,20 +166,20 @@ def test_a_row_map_in_an_empty_session_is_refused(desk: Desk) -> None:
         desk.table.admit(desk.open(), step(1, row_map=(0,)))
 
 
-def test_tokens_of_a_session_and_of_a_row_are_limited(desk: Desk, middle: MiddleBlocks) -> None:
+def test_tokens_of_a_session_and_of_a_row_are_limited(desk: Desk) -> None:
     session = desk.open()
     desk.do(session, step(1, count=300))
     with pytest.raises(LimitExceededError, match="301 tokens, more than the server's limit of 300 tokens a session"):
         desk.table.admit(session, step(2, start=300, count=1))
-    roomy = Desk(middle, replace(LIMITS, session_tokens=10_000))
+    roomy = Desk(replace(LIMITS, session_tokens=10_000))
     with pytest.raises(LimitExceededError, match="a row of 513 tokens is longer than the model's 512 positions"):
         roomy.table.admit(roomy.open(), step(1, count=513))
 
 
-def test_memory_for_caches_is_limited_over_all_sessions_and_given_back(middle: MiddleBlocks) -> None:
+def test_memory_for_caches_is_limited_over_all_sessions_and_given_back() -> None:
     # Buffers grow by 256 tokens at least: 256 tokens x 4 layers x (keys, values) x 2 heads x 16 numbers x 4 bytes.
     one_session = 256 * 4 * 2 * 2 * 16 * 4
-    desk = Desk(middle, replace(LIMITS, cache_bytes=2 * one_session - 1))
+    desk = Desk(replace(LIMITS, cache_bytes=2 * one_session - 1))
     first, second = desk.open("a"), desk.open("b")
     desk.do(first, step(1))
     assert desk.table.ledger.used(Pool.CACHES) == one_session

@@ -336,23 +336,16 @@ def test_watchers_of_the_health_are_counted_with_a_clients_streams(start_server:
         stopping.join()
 
 
-@pytest.mark.parametrize("count", [1 << 31, 1 << 32, 1 << 52])
-def test_what_a_peer_counts_fits_the_fields_that_it_goes_on_in(count: int) -> None:
+def test_what_a_peer_counts_fits_the_fields_that_it_goes_on_in() -> None:
     attached = Attached(True, 0, 0, 1 << 20, 64).to_body()
     for name in ("number", "version", "frame_bytes", "micro_batches"):
         with pytest.raises(ProtocolError, match=f"'{name}' must be a whole number"):
-            Attached.from_body(attached | {name: count})
+            Attached.from_body(attached | {name: 1 << 31})
     with pytest.raises(ProtocolError, match="'narrow'"):
-        Open.from_body(open_body(narrow=count))
-    for frame in (
-        lambda: encode(step(1 << 32)),
-        lambda: encode(forward(1, 1 << 33)),
-        lambda: encode(Command(count << 2, {})),
-    ):
+        Open.from_body(open_body(narrow=1 << 31))
+    for frame in (step(1 << 32), forward(1, 1 << 33), Command(1 << 54, {}), replace(forward(), received=1 << 32)):
         with pytest.raises(ProtocolError, match="does not fit"):
-            frame()
-    with pytest.raises(ProtocolError, match="does not fit"):
-        encode(replace(forward(), received=1 << 32))
+            encode(frame)
 
 
 def test_what_a_client_is_told_is_short_and_shows_no_control_characters(

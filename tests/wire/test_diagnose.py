@@ -6,6 +6,7 @@ import ssl
 import threading
 from collections.abc import Callable, Iterator
 from concurrent import futures
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -13,7 +14,6 @@ import pytest
 
 from fedsea.errors import CredentialsError, FedSEAError, ServerUnavailableError, UsageError
 from fedsea.wire import certificates, diagnose
-from fedsea.wire.credential_files import create_credentials
 from fedsea.wire.credentials import Credentials, channel_credentials, server_credentials
 from fedsea.wire.diagnose import explain_unreachable
 from tests.support.certificates import issued
@@ -27,22 +27,13 @@ def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("made")
-    create_credentials(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def client(made: Path) -> Credentials:
     return Credentials.load(made / "client-a", "client")
 
 
 @pytest.fixture(scope="module")
-def other_client(tmp_path_factory: pytest.TempPathFactory) -> Credentials:
-    folder = tmp_path_factory.mktemp("other")
-    create_credentials(folder)
-    return Credentials.load(folder / "client-a", "client")
+def other_client(other: Path) -> Credentials:
+    return Credentials.load(other / "client-a", "client")
 
 
 @pytest.fixture
@@ -177,9 +168,7 @@ def test_grpc_server_refuses_our_certificate(
     serve: Callable[..., str], made: Path, client: Credentials, other_client: Credentials
 ) -> None:
     # The client trusts the server, the server not the client.
-    mixed = Credentials(
-        client.authority, other_client.certificate, other_client.key, other_client.name, other_client.expires
-    )
+    mixed = replace(other_client, authority=client.authority)
     address = serve(server_credentials(Credentials.load(made, "server")))
     with grpc.secure_channel(address, channel_credentials(mixed)) as channel, pytest.raises(grpc.RpcError) as caught:
         channel.unary_unary("/test.Test/Any")(b"", timeout=5)
@@ -205,7 +194,7 @@ def test_server_refuses_our_certificate_with_an_alert(
     context.verify_mode = ssl.CERT_REQUIRED
     shown = other_client if case == "other authority" else issue(made, role="client", lifetime=EXPIRED, hosts=())
     # Expired by the server's clock alone.
-    mixed = Credentials(client.authority, shown.certificate, shown.key, shown.name, client.expires)
+    mixed = replace(shown, authority=client.authority, expires=client.expires)
     error = explain_unreachable(answer(lambda one: context.wrap_socket(one, server_side=True).close()), mixed)
     reason = "it is of another authority" if case == "other authority" else "it has expired"
     check(error, CredentialsError, "refuses this client's certificate", reason)

@@ -12,20 +12,12 @@ import torch
 from fedsea.errors import CredentialsError, ServerUnavailableError
 from fedsea.federation.coordinator.control import Control
 from fedsea.process import child_environment
-from fedsea.wire.credential_files import create_credentials
 from fedsea.wire.credentials import Credentials, open_channel
 from fedsea.wire.diagnose import explain_unreachable
 from tests.conftest import StartServer, connect
 from tests.support.ports import NOWHERE
 
 VARIABLES = ("http_proxy", "https_proxy", "grpc_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("made")
-    create_credentials(folder)
-    return folder
 
 
 @pytest.fixture

@@ -52,15 +52,10 @@ class TrainedAdapter:
             self.shared, self.gradients = True, None
 
     def check(self, contributor: object, *, fresh: bool) -> None:
-        """Refuse a contribution before it is computed.
-
-        ProtocolError if it is to replace one that was added to those of others: that cannot be removed.
-        """
+        """Refuse a contribution, before it is computed, that is to replace one."""
         if self.shared and fresh and contributor in self._shares:
-            raise ProtocolError(
-                "a gradient that was added to those of others cannot be removed; "
-                "a new one begins after the optimizer step"
-            )
+            added = "a gradient that was added to those of others cannot be removed"
+            raise ProtocolError(f"{added}; a new one begins after the optimizer step")
 
     def add(
         self, contributor: object, gradients: Mapping[str, Tensor], factor: float, share: Share, *, fresh: bool
@@ -118,10 +113,7 @@ class TrainedAdapter:
         return [sum(share.weight for share in shares if self._layers[name] in share.layers) for name in self.gradients]
 
     def update(self, step: OptimizerStep) -> None:
-        """Move the weights along the gradient that was added up (a shared adapter's: along the mean).
-
-        ProtocolError if the step is not the next one, there is no gradient, or the optimizer is another.
-        """
+        """Move the weights along the gradient that was added up (a shared adapter's: along the mean)."""
         if step.step != self.version + 1:
             raise ProtocolError(f"optimizer step {step.step} came after step {self.version}")
         if self.gradients is None:
@@ -162,10 +154,7 @@ class TrainedAdapter:
         self._given.clear()
 
     def load(self, tensors: dict[str, Tensor], layers: range) -> None:
-        """Set weights (`adapter/NAME`) and optimizer states (`exp_avg/NAME`, ...) of some layers.
-
-        ProtocolError if these layers have no weight of that name, or of another shape. Nothing is set then.
-        """
+        """Set weights (`adapter/NAME`) and optimizer states (`exp_avg/NAME`, ...) of some layers: all or none."""
         for full, tensor in tensors.items():
             kind, _, name = full.partition("/")
             parameter = self.parameters.get(name) if in_middle(name, layers) else None

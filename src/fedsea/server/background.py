@@ -2,7 +2,6 @@
 
 import asyncio
 import threading
-from types import TracebackType
 from typing import Any, Self
 
 from fedsea.checkpoints import Checkpoint
@@ -17,12 +16,8 @@ class BackgroundServer:
 
     Parameters
     ----------
-    checkpoint
-        What it serves.
-    options
-        Where and how.
-    tap
-        As `BlockServer` takes it.
+    checkpoint, options, tap
+        As `BlockServer` takes them.
 
     Raises
     ------
@@ -64,7 +59,5 @@ class BackgroundServer:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_what: object) -> None:
         self.close()

@@ -15,13 +15,18 @@ what it held is given up.
 Names are the client's own: two clients' leases of one name are two leases, and neither client learns of the other's.
 """
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from typing import Generic, TypeVar
 
-from fedsea.errors import FedSEAError, LimitExceededError, ProtocolError
+import torch
+
+from fedsea.errors import FedSEAError, LimitExceededError, PartitionError, ProtocolError
+from fedsea.parts import MiddleBlocks
 from fedsea.server.ledger import Kept, Ledger
+from fedsea.server.limits import Limits
 
 L = TypeVar("L", bound="Lease")
 
@@ -55,25 +60,34 @@ class Lease:
 
 
 class LeaseTable(Generic[L]):
-    """All leases of a kind, and the limits on them. Belongs to the thread of the event loop.
+    """All leases of a kind at the server of one model, and the limits on them, which must be settled here.
 
-    Errors call one `kind`, and say that `closed_by` ends one; with an "s" it is in the flags of `fedsea serve`.
+    It belongs to the thread of the event loop.
     """
+
+    kind: str  # what errors call one; with an "s" it is in the flags of `fedsea serve`
+    closed_by: str  # what ends one, at its client
 
     def __init__(
         self,
-        kind: str,
-        closed_by: str,
+        middle: MiddleBlocks,
+        limits: Limits,
         *,
-        most: int,
-        most_of_client: int,
-        away_seconds: float,
-        clock: Callable[[], float],
-        ledger: Ledger,
+        dtype: torch.dtype,
+        clock: Callable[[], float] = time.monotonic,
+        ledger: Ledger | None = None,
     ) -> None:
-        self._kind, self._closed_by, self._most, self._most_of_client = kind, closed_by, most, most_of_client
-        self._away_seconds, self.clock, self.ledger = away_seconds, clock, ledger
+        self.middle, self.limits, self.dtype, self.clock = middle, limits, dtype, clock
+        self.ledger = ledger or Ledger(limits)
+        self.max_tokens: int = middle.config.max_position_embeddings
+        self.hidden_size: int = middle.config.hidden_size
+        self.device = middle.device
+        self._most, self._most_of_client, self._away_seconds = self.bounds()
         self._leases: dict[tuple[str, str], L] = {}
+
+    def bounds(self) -> tuple[int, int, float]:
+        """Most leases, most of one client, and for how many seconds one is kept without its client."""
+        raise NotImplementedError
 
     def __len__(self) -> int:
         return len(self._leases)
@@ -81,15 +95,32 @@ class LeaseTable(Generic[L]):
     def __iter__(self) -> Iterator[L]:
         return iter(list(self._leases.values()))  # of a copy: the worker's thread goes through them too
 
+    # What a client's frames are checked for, against the model
+
+    def check_layers(self, layers: range) -> None:
+        """PartitionError if the server does not hold the layers."""
+        held = self.middle.layers
+        if layers and not (held.start <= layers.start and layers.stop <= held.stop):
+            partition = f"the partition's middle is {layers.start}:{layers.stop}"
+            raise PartitionError(f"the server holds layers {held.start}:{held.stop}, {partition}")
+
+    def wrong_width(self, width: int, narrow: int) -> ProtocolError:
+        """For a state of other numbers than the narrow cut leaves (0 for none), or the model's have."""
+        what = f"the run's narrow cut has rank {narrow}" if narrow else f"the model's hidden size is {self.hidden_size}"
+        return ProtocolError(f"{what}, the states that came have {width} numbers")
+
+    def too_long(self, tokens: int) -> LimitExceededError:
+        """For a row that is longer than the model allows."""
+        return LimitExceededError(f"a row of {tokens} tokens is longer than the model's {self.max_tokens} positions")
+
+    # How leases begin and end
+
     def get(self, name: str, client: str) -> L | None:
         """A client's lease; None if there is none."""
         return self._leases.get((client, name))
 
     def make_room(self, client: str) -> None:
-        """See that a client may begin another one; its own that was left first gives way.
-
-        LimitExceededError if there are too many, in all or of this client, and none of its own is detached.
-        """
+        """See that a client may begin another one; where there are too many, its own that was left first gives way."""
         own = [lease for lease in self if lease.client == client and not lease.reserved]
         if len(own) < self._most_of_client and len(self) < self._most:
             return
@@ -98,12 +129,12 @@ class LeaseTable(Generic[L]):
             self.close(min(left, key=lambda lease: lease.changed))
         elif len(own) >= self._most_of_client:
             raise LimitExceededError(
-                f"client {client!r} has {len(own)} {self._kind}s open, the limit of {self._kind}s per client; "
-                f"close one first ({self._closed_by}), or have --max-client-{self._kind}s raised"
+                f"client {client!r} has {len(own)} {self.kind}s open, the limit of {self.kind}s per client; "
+                f"close one first ({self.closed_by}), or have --max-client-{self.kind}s raised"
             )
         else:
             raise LimitExceededError(
-                f"the server has {len(self)} {self._kind}s open, its limit (--max-{self._kind}s); try again later"
+                f"the server has {len(self)} {self.kind}s open, its limit (--max-{self.kind}s); try again later"
             )
 
     def add(self, lease: L, *things: Kept) -> None:
@@ -114,7 +145,7 @@ class LeaseTable(Generic[L]):
     def take_up(self, lease: L, end: Callable[[FedSEAError], None]) -> None:
         """DETACHED, or ATTACHED to a connection that was not missed yet, -> ATTACHED to the one that `end` ends."""
         if lease.state is State.ATTACHED:
-            lease.end(ProtocolError(f"another connection has taken the {self._kind} up"))
+            lease.end(ProtocolError(f"another connection has taken the {self.kind} up"))
         lease.state, lease.changed, lease.end = State.ATTACHED, self.clock(), end
 
     def detach(self, lease: L) -> None:

@@ -24,9 +24,8 @@ READ_AHEAD = 4  # frames that wait for their turn; more stay with gRPC, which ho
 class Pipeline:
     """The two directions of a run's stream, each in a task of its own. A context manager: leaving it flushes answers.
 
-    To be used by the task that made `stream`. `received` is the last answer that the client has, `room` says how many
-    bytes may still be kept for it, `knows` whether the run has a tensor of a name, and `count` takes each frame's
-    bytes, up and down.
+    `received` is the last answer that the client has, `room` says how many bytes may still be kept for it, `knows`
+    whether the run has a tensor of a name, and `count` takes each frame's bytes, up and down.
     """
 
     def __init__(
@@ -65,17 +64,15 @@ class Pipeline:
         del self._reader, self._writer
 
     async def read(self) -> Frame | None:
-        """The next frame; None if the stream is over. The one before is done.
-
-        FedSEAError if what came is no frame, too long, or says that an answer has come that was not sent.
-        """
-        self._done_with(self._taken)
+        """The next frame; None if the stream is over. The one before is done."""
+        self._stream.held -= self._taken
         self._taken = 0
+        self._moved.set()
         item = await self._incoming.get()
-        if item is None or isinstance(item, FedSEAError):
-            if item is not None:
-                raise item
+        if item is None:
             return None
+        if isinstance(item, FedSEAError):
+            raise item
         frame, self._taken = item
         if isinstance(frame, Operation) and frame.received > self._sent:
             raise ProtocolError(
@@ -90,10 +87,6 @@ class Pipeline:
         self._sent = max(self._sent, number)
         self._queued += len(data)
         self._outgoing.put_nowait(data)
-
-    def _done_with(self, size: int) -> None:
-        self._stream.held -= size
-        self._moved.set()
 
     async def _move(self) -> None:
         self._moved.clear()

@@ -14,9 +14,7 @@ STOP_SECONDS = 20.0
 
 
 class ServerProcess:
-    """`fedsea serve` in a process of its own, on a free loopback port; a context manager.
-
-    Constructing it starts the process; who asks for the address waits until it serves. It ends with this process.
+    """`fedsea serve` in a process of its own, on a free loopback port, which ends with this one; a context manager.
 
     Parameters
     ----------
@@ -68,18 +66,12 @@ class ServerProcess:
 
     @property
     def address(self) -> str:
-        """`HOST:PORT`, once the server is ready."""
+        """`HOST:PORT`; waits until the server is ready."""
         return str(self.ready["address"])
 
     @cached_property
     def ready(self) -> dict[str, Any]:
-        """What `fedsea serve --json` says once it is ready: address, layers, bytes of weights and so on.
-
-        Raises
-        ------
-        FedSEAError
-            If the server does not start; the message has what it said.
-        """
+        """What `fedsea serve --json` says once it is ready; FedSEAError, with what it said, if it does not start."""
         ready = self._child.says(START_SECONDS)
         if ready is None or "address" not in ready:
             raise FedSEAError(f"the block server did not start: {self._child.last_words()}")

@@ -24,7 +24,6 @@ from fedsea.errors import FedSEAError, LimitExceededError, ProtocolError, RunLos
 from fedsea.fields import Fields
 from fedsea.parts import MiddleBlocks
 from fedsea.parts.adapters import AdapterSpec
-from fedsea.server.checks import check_layers, too_long, wrong_width
 from fedsea.server.joint import attempt, backward_together, forward_together
 from fedsea.server.leases import Lease, LeaseTable, State
 from fedsea.server.ledger import Kept, Ledger, Pool
@@ -113,7 +112,9 @@ class Run(Lease):
 
 
 class RunTable(LeaseTable[Run]):
-    """All runs of a server, each of which `on_end` is called for. `limits` must be settled here."""
+    """All runs of a server, each of which `on_end` is called for."""
+
+    kind, closed_by = "run", "model.close() or the program that has it"
 
     def __init__(
         self,
@@ -125,23 +126,17 @@ class RunTable(LeaseTable[Run]):
         ledger: Ledger | None = None,
         on_end: Callable[[Run], None] = lambda _run: None,
     ) -> None:
-        super().__init__(
-            "run",
-            "model.close() or the program that has it",
-            most=limits.runs,
-            most_of_client=limits.client_runs,
-            away_seconds=limits.run_seconds,
-            clock=clock,
-            ledger=ledger or Ledger(limits),
-        )
-        self.middle, self.limits, self.dtype, self._on_end = middle, limits, dtype, on_end
-        self.max_tokens: int = middle.config.max_position_embeddings
+        super().__init__(middle, limits, dtype=dtype, clock=clock, ledger=ledger)
+        self._on_end = on_end
         self.num_layers: int = middle.config.num_hidden_layers
         self.modules = {
             name: (module.out_features, module.in_features)
             for name, module in middle.named_modules()
             if isinstance(module, nn.Linear)
         }
+
+    def bounds(self) -> tuple[int, int, float]:
+        return self.limits.runs, self.limits.client_runs, self.limits.run_seconds
 
     def _trainers(self, client: str | None = None) -> list[Trainer]:
         """Those that are built, of one client or of all."""
@@ -199,18 +194,18 @@ class RunTable(LeaseTable[Run]):
     def check(self, request: Attach) -> range:
         """The layers of a run; PartitionError or ProtocolError if this server's model cannot have it."""
         layers, adapter = request.partition.middle(self.num_layers), request.adapter
-        check_layers(self.middle, layers)
+        self.check_layers(layers)
         if any(int(name.split(".")[2]) >= self.num_layers for name in adapter.targets):
             raise ProtocolError(f"the adapter names layers that the model does not have; it has {self.num_layers}")
-        size = self.middle.config.hidden_size
-        if adapter.narrow >= size:
+        if adapter.narrow >= self.hidden_size:
+            size = self.hidden_size
             raise ProtocolError(f"a narrow cut of rank {adapter.narrow} is not narrow: the hidden size is {size}")
         return layers
 
     def reserve(self, spec: AdapterSpec, layers: range, client: str) -> Kept:
         """An adapter with its gradient and its optimizer, for the ledger, if there is memory; nothing is built yet."""
         shapes = spec.weight_shapes(self.modules, layers)
-        numbers = sum(math.prod(shape) for shape in shapes.values()) + spec.narrow * self.middle.config.hidden_size
+        numbers = sum(math.prod(shape) for shape in shapes.values()) + spec.narrow * self.hidden_size
         needed = 4 * 4 * numbers  # weights, gradient, two moments
         self.ledger.require(Pool.ADAPTERS, client, needed, "the run")
         return Kept(Pool.ADAPTERS, client, lambda: needed)
@@ -289,7 +284,7 @@ class RunTable(LeaseTable[Run]):
             self._check_states(run, operation.states, run.trainer.spec.narrow)
             tokens, allowed = operation.rows.width, self.limits.run_tokens
             if tokens > self.max_tokens:
-                raise too_long(tokens, self.max_tokens)
+                raise self.too_long(tokens)
             if tokens > allowed:
                 raise LimitExceededError(
                     f"a text of {tokens} tokens is over the server's limit of {allowed} in training"
@@ -307,11 +302,10 @@ class RunTable(LeaseTable[Run]):
             )
 
     def _check_states(self, run: Run, states: torch.Tensor, narrow: int) -> None:
-        hidden_size = self.middle.config.hidden_size
         if states.dtype != run.wire_dtype:
             raise ProtocolError(f"the run's wire dtype is {run.wire_dtype}, the tensor has {states.dtype}")
-        if states.shape[1] != (narrow or hidden_size):
-            raise wrong_width(states.shape[1], narrow, hidden_size)
+        if states.shape[1] != (narrow or self.hidden_size):
+            raise self.wrong_width(states.shape[1], narrow)
 
     def do(self, run: Run, operation: Operation) -> bytes:
         """Do an operation that was admitted, in the worker thread; returns the answer's frame.

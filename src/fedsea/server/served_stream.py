@@ -52,10 +52,7 @@ class ServedStream(Generic[L]):
         return self.lease if self.lease is not None and self.lease.end == self.stream.end else None
 
     async def open_body(self) -> dict[str, Any] | None:
-        """The body of the OPEN that a stream begins with; None if it is over before.
-
-        ProtocolError if something else comes, or nothing in time; ServerUnavailableError if the server is stopping.
-        """
+        """The body of the OPEN that a stream begins with, in time; None if it is over before."""
         try:
             async with asyncio.timeout(OPEN_SECONDS):
                 frame = await self.stream.read()
@@ -70,11 +67,7 @@ class ServedStream(Generic[L]):
         return frame.body
 
     async def open_request(self, read: Callable[[dict[str, Any]], Request]) -> Request | None:
-        """What a client's OPEN asks for, of this model; None if the stream is over before.
-
-        CredentialsError if the client is a coordinator, ModelMismatchError if it holds another model; what `read`
-        raises.
-        """
+        """What a client's OPEN asks for, of this model, as `read` gives it; None if the stream is over before."""
         body = await self.open_body()
         if body is None:
             return None
@@ -83,8 +76,8 @@ class ServedStream(Generic[L]):
         request = read(body)
         different = self.state.fingerprint.mismatches(request.fingerprint)
         if different:
+            names = ", ".join(different[:4]) + (" and more" if len(different) > 4 else "")
             raise ModelMismatchError(
-                f"client and server hold different models: {', '.join(different[:4])}"
-                f"{' and more' if len(different) > 4 else ''} differ; load the same checkpoint on both sides"
+                f"client and server hold different models: {names} differ; load the same checkpoint on both sides"
             )
         return request

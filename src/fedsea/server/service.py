@@ -41,15 +41,12 @@ KINDS: dict[str, Serves] = {
 
 
 class BlockServer:
-    """A server for the middle blocks of one model.
-
-    `start` binds and begins to serve, `wait` returns when `stop` was called. Loading the weights (the constructor) and
-    serving are apart, so that a port that is taken is found before and a health check says SERVING only after.
+    """A server for the middle blocks of one model: `start` binds and begins to serve, `wait` waits for `stop`.
 
     Parameters
     ----------
     checkpoint
-        The model's.
+        The model's; its weights are loaded at once, so that a health check says SERVING only after.
     options
         Where and how it is served.
     tap
@@ -93,13 +90,7 @@ class BlockServer:
         self._done = asyncio.Event()
 
     async def start(self) -> str:
-        """Bind and serve; returns the address.
-
-        Raises
-        ------
-        UsageError
-            If the address is taken or is not this machine's.
-        """
+        """Bind and serve; returns the address. UsageError if it is taken or is not this machine's."""
         raise_file_limit()
         spare_the_collector()
         self._warn_of_end()
@@ -116,25 +107,21 @@ class BlockServer:
         }
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(contract.SERVICE, handlers),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        address, credentials = format_address(self.host, self.port), self.options.credentials
         try:
-            self.port = self._bind(server)
+            if credentials is None:
+                self.port = server.add_insecure_port(address)
+            else:
+                self.port = server.add_secure_port(address, server_credentials(credentials))
         except RuntimeError as error:
-            raise UsageError(
-                f"cannot listen on {self.options.listen}: the address is taken or not this machine's"
-            ) from error
+            listen = self.options.listen
+            raise UsageError(f"cannot listen on {listen}: the address is taken or not this machine's") from error
         await server.start()
         self._server = server
         self._sweeper = asyncio.create_task(self._sweep())
         return format_address(self.host, self.port)
 
-    def _bind(self, server: grpc.aio.Server) -> int:
-        address = format_address(self.host, self.port)
-        if self.options.credentials is None:
-            return int(server.add_insecure_port(address))
-        return int(server.add_secure_port(address, server_credentials(self.options.credentials)))
-
     async def wait(self) -> None:
-        """Wait until the server has stopped."""
         await self._done.wait()
 
     async def stop(self) -> None:

@@ -8,18 +8,16 @@ of a session is under way at a time: `admit`, `do`, and only then the next.
 
 import hashlib
 import secrets
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
 from fedsea.errors import FedSEAError, LimitExceededError, ProtocolError
 from fedsea.parts import MiddleBlocks, RowCache
-from fedsea.server.checks import check_layers, too_long, wrong_width
 from fedsea.server.leases import Lease, LeaseTable, State
-from fedsea.server.ledger import Kept, Ledger, Pool
-from fedsea.server.limits import Limits
+from fedsea.server.ledger import Kept, Pool
 from fedsea.server.scheduler import Owner
 from fedsea.server.trainer import Trainer
 from fedsea.wire.codec import encode
@@ -54,30 +52,17 @@ class Session(Lease):
 
 
 class SessionTable(LeaseTable[Session]):
-    """All sessions of a server. `limits.cache_bytes` must be a number here."""
+    """All sessions of a server."""
 
-    def __init__(
-        self,
-        middle: MiddleBlocks,
-        limits: Limits,
-        *,
-        dtype: torch.dtype,
-        clock: Callable[[], float] = time.monotonic,
-        ledger: Ledger | None = None,
-    ) -> None:
-        super().__init__(
-            "session",
-            "cache.close(), model.close() or the program that has it",
-            most=limits.sessions,
-            most_of_client=limits.client_sessions,
-            away_seconds=limits.resume_seconds,
-            clock=clock,
-            ledger=ledger or Ledger(limits),
-        )
-        self.middle, self.limits, self.dtype = middle, limits, dtype
-        self.max_tokens: int = middle.config.max_position_embeddings
-        self._device, self._hidden_size = middle.device, int(middle.config.hidden_size)
-        self._token_bytes = middle.cache_bytes_per_token(dtype)  # of one layer
+    kind, closed_by = "session", "cache.close(), model.close() or the program that has it"
+
+    def bounds(self) -> tuple[int, int, float]:
+        return self.limits.sessions, self.limits.client_sessions, self.limits.resume_seconds
+
+    @cached_property
+    def _token_bytes(self) -> int:
+        """Of a token's keys and values in one layer."""
+        return self.middle.cache_bytes_per_token(self.dtype)
 
     def open(
         self,
@@ -87,11 +72,8 @@ class SessionTable(LeaseTable[Session]):
         end: Callable[[FedSEAError], None],
         trainer: Trainer | None = None,
     ) -> Session:
-        """A new session, ATTACHED to the connection that `end` ends; through a run's adapter if it is given.
-
-        PartitionError if the server does not hold the layers; LimitExceededError if there are too many sessions.
-        """
-        check_layers(self.middle, layers)
+        """A new session, ATTACHED to the connection that `end` ends; through a run's adapter if it is given."""
+        self.check_layers(layers)
         self.make_room(client)
         session = Session(
             name=secrets.token_hex(16),  # unguessable
@@ -109,10 +91,7 @@ class SessionTable(LeaseTable[Session]):
     def attach(
         self, name: str, client: str, layers: range, wire_dtype: torch.dtype, end: Callable[[FedSEAError], None]
     ) -> Session | None:
-        """Take a session up again; None if it has ended, or is another client's. Its last step may be under way still.
-
-        ProtocolError if it is of other layers or another wire dtype.
-        """
+        """Take a session up again; None if it has ended, or is another client's. Its last step may be under way."""
         session = self.get(name, client)
         if session is None:
             return None
@@ -136,11 +115,7 @@ class SessionTable(LeaseTable[Session]):
         return idle + super().expire()
 
     def admit(self, session: Session, step: Step) -> None:
-        """Check that a step may be done now, and set memory aside for it.
-
-        ProtocolError if it does not follow from the session's state; LimitExceededError if it would make the session or
-        the caches larger than allowed.
-        """
+        """Check that a step follows from the session's state and fits the limits; set memory aside for it."""
         cache, rows = session.cache, step.rows
         if cache is None:
             raise ProtocolError("the session has ended")
@@ -149,16 +124,14 @@ class SessionTable(LeaseTable[Session]):
         if step.states.dtype != session.wire_dtype:
             raise ProtocolError(f"the session's wire dtype is {session.wire_dtype}, the step has {step.states.dtype}")
         narrow = session.trainer.spec.narrow if session.trainer is not None else 0
-        if step.states.shape[1] != (narrow or self._hidden_size):
-            raise wrong_width(step.states.shape[1], narrow, self._hidden_size)
+        if step.states.shape[1] != (narrow or self.hidden_size):
+            raise self.wrong_width(step.states.shape[1], narrow)
         _check_rows(cache.lengths, step)
         if rows.furthest > self.max_tokens:
-            raise too_long(rows.furthest, self.max_tokens)
+            raise self.too_long(rows.furthest)
         if sum(rows.ends) > self.limits.session_tokens:
-            raise LimitExceededError(
-                f"the session would hold {sum(rows.ends)} tokens, "
-                f"more than the server's limit of {self.limits.session_tokens} tokens a session"
-            )
+            most = f"the server's limit of {self.limits.session_tokens} tokens a session"
+            raise LimitExceededError(f"the session would hold {sum(rows.ends)} tokens, more than {most}")
         wanted = self._token_bytes * len(session.layers) * len(rows.starts) * cache.capacity_for(rows)
         if wanted > session.cache_bytes:
             self.ledger.require(Pool.CACHES, session.client, wanted - session.cache_bytes, "the session")
@@ -169,8 +142,8 @@ class SessionTable(LeaseTable[Session]):
     def do(self, session: Session, step: Step) -> bytes:
         """Do a step that was admitted, in the worker thread; returns the result's frame.
 
-        ProtocolError if the session has ended meanwhile, or its adapter was trained; UsageError if the result cannot be
-        said in the session's wire dtype.
+        ProtocolError if the session has ended meanwhile, or its adapter was trained; UsageError if the result does not
+        fit the session's wire dtype.
         """
         cache = session.cache
         if cache is None:
@@ -178,7 +151,7 @@ class SessionTable(LeaseTable[Session]):
         if step.row_map is not None:
             cache.select(step.row_map)
         blocks = self.middle if session.trainer is None else _unchanged(session, session.trainer, step)
-        hidden = step.rows.unpack(step.states.to(device=self._device, dtype=self.dtype))
+        hidden = step.rows.unpack(step.states.to(device=self.device, dtype=self.dtype))
         hidden = step.rows.pack(blocks(hidden, step.rows, cache, session.layers))
         if not session.layers:
             cache.lengths = list(step.rows.ends)

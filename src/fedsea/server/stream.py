@@ -26,8 +26,7 @@ ERROR_CHARACTERS = 1000  # of an error as its client gets it: it may quote what 
 class Stream:
     """One call's frames; to be used by the task that was current when it was made.
 
-    What it is given: gRPC's context of the call, the longest frame that may come (bytes), where long frames are read,
-    and what takes each frame that passes, as bytes (whether it came from the client, and the frame).
+    `codec` is where long frames are read; `on_frame` takes each that passes: whether the client sent it, and its bytes.
     """
 
     def __init__(
@@ -43,10 +42,7 @@ class Stream:
         self.peer = unquote(str(context.peer())).removeprefix("ipv4:").removeprefix("ipv6:")  # HOST:PORT
 
     async def read(self, knows: Callable[[str], bool] = lambda _name: False) -> Frame | None:
-        """The next frame; None if the stream is over, with or without a killed client.
-
-        FedSEAError if what came is no frame, too long, or has tensors of names that are not known.
-        """
+        """The next frame, with tensors of known names alone; None if the stream is over."""
         self.held = 0
         data = await self._context.read()  # as `read_bytes`, a call less for each token
         if data is grpc.aio.EOF:
@@ -74,7 +70,7 @@ class Stream:
     async def write(self, data: bytes) -> None:
         """Send a frame; waits while the client does not read.
 
-        FedSEAError, the reason, if `end` was called meanwhile; grpc.aio.InternalError if the connection is lost.
+        The reason if `end` was called meanwhile; grpc.aio.InternalError if the connection is lost.
         """
         if self._on_frame is not None:
             self._on_frame(False, data)
@@ -96,10 +92,7 @@ class Stream:
             self._task.cancel()
 
     async def refuse(self, error: FedSEAError) -> None:
-        """End the stream with a typed error for the client.
-
-        AbortError, for gRPC to see; not if the client is gone already.
-        """
+        """End the stream with a typed error for the client: raises AbortError, for gRPC, if the client is not gone."""
         with contextlib.suppress(grpc.aio.InternalError):
             await self._context.abort(
                 contract.status_of(error), one_line(str(error))[:ERROR_CHARACTERS], contract.trailing_metadata(error)
@@ -115,10 +108,7 @@ class StreamCounter:
 
     @contextlib.contextmanager
     def counted(self, client: str) -> Iterator[None]:
-        """Count a stream while it is open.
-
-        LimitExceededError if its client has too many; CredentialsError if its client has no name.
-        """
+        """Count a stream while it is open; refuse it if its client has too many, or no name."""
         if not client:
             raise CredentialsError("the client's certificate has no name: get one from `fedsea credentials init DIR`")
         if self._open[client] >= self.allowed:

@@ -85,12 +85,12 @@ class Trainer:
 
     @property
     def graph_bytes(self) -> int:
-        """Memory of the activations that are kept now, in bytes."""
+        """Of the activations that are kept now."""
         return sum(micro.graph_bytes for micro in list(self.waiting.values()))
 
     @property
     def waiting_bytes(self) -> int:
-        """Memory of the micro-batches that wait, inputs and activations, in bytes."""
+        """Of the micro-batches that wait, inputs and activations."""
         return self.graph_bytes + sum(micro.hidden.nbytes for micro in list(self.waiting.values()))
 
     def estimate(self, places: int) -> int:
@@ -144,10 +144,7 @@ class Trainer:
     # Backward
 
     def gradient(self, operation: Backward) -> "Gradient":
-        """A gradient beside its micro-batch.
-
-        ProtocolError if there is no such micro-batch, the gradient does not fit it, or it cannot begin a new sum.
-        """
+        """A gradient beside its micro-batch, which it must fit."""
         micro = self.waiting.get(operation.micro)
         if micro is None:
             gone = operation.micro in self._evicted
