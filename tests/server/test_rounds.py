@@ -332,7 +332,7 @@ def test_an_optimizer_step_unlike_the_others_is_refused(arena: Arena) -> None:
 
     def other() -> None:
         with pytest.raises(FedSEAError, match="other settings"):
-            train(unlike, [batch(1)], make=sgd)
+            take_part(unlike, [batch(1)], sgd)
         unlike.adapter.leave_round()
 
     together(lambda: take_part(a, [batch(2), batch(3)]), lambda: take_part(b, [batch(3), batch(4)]), other)

@@ -15,7 +15,7 @@ from fedsea.cli.spread import spread
 from fedsea.errors import UsageError
 from fedsea.flags import ComputeDtype, Device, Flag, Threads
 from fedsea.partition import require_layers
-from fedsea.server.limits import Limits
+from fedsea.server import Limits
 from fedsea.text import one_line, printable
 
 if TYPE_CHECKING:  # --help needs no torch

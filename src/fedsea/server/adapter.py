@@ -62,9 +62,8 @@ class TrainedAdapter:
     ) -> bool:
         """Add a micro-batch's gradient, multiplied by `factor`; says whether it was taken.
 
-        `fresh` forgets what was added before. A shared adapter begins anew with the first contribution after an
-        optimizer step and at no other time; there, each contributor's first weight counts for the whole step, and what
-        is not finite (with that of the others) is not taken.
+        `fresh` forgets what was added before. A shared adapter begins anew after an optimizer step and at no other
+        time; there, each contributor's first weight counts for the whole step, and what is not finite is not taken.
         """
         if self.shared:
             return self._add_to_those_of_others(contributor, gradients, factor, share)
@@ -196,9 +195,7 @@ class TrainedAdapter:
         if self._kind != (step.kind, step.amsgrad):
             raise ProtocolError(f"the run's optimizer is {self._kind[0] if self._kind else None}, not {step.kind}")
         for group in self._optimizer.param_groups:
-            settings = {"lr": step.lr, "weight_decay": step.weight_decay, "betas": step.betas, "eps": step.eps}
-            settings |= {"momentum": step.momentum, "dampening": step.dampening, "nesterov": step.nesterov}
-            group.update({name: value for name, value in settings.items() if name in group})
+            group.update({name: value for name, value in vars(step).items() if name in group})
         return self._optimizer
 
     def _new_optimizer(self, step: OptimizerStep) -> torch.optim.Optimizer:
@@ -207,13 +204,9 @@ class TrainedAdapter:
         for name, states in self._restored.items():
             if states.keys() != expected:
                 raise ProtocolError(f"the optimizer's states of {name} are {', '.join(states)}, not {step.kind}'s")
-        parameters = list(self.parameters.values())
-        optimizer: torch.optim.Optimizer
-        if step.kind == "sgd":
-            optimizer = torch.optim.SGD(parameters, lr=step.lr, fused=True)
-        else:
-            maker: Any = torch.optim.AdamW if step.kind == "adamw" else torch.optim.Adam
-            optimizer = maker(parameters, lr=step.lr, amsgrad=step.amsgrad, fused=True)
+        makers: dict[str, Any] = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
+        more = {} if step.kind == "sgd" else {"amsgrad": step.amsgrad}
+        optimizer: torch.optim.Optimizer = makers[step.kind](self.parameters.values(), lr=step.lr, fused=True, **more)
         for name, states in self._restored.items():
             parameter = self.parameters[name]
             optimizer.state[parameter] = {

@@ -49,4 +49,4 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
                 return
         except FedSEAError as error:
             refused = error
-        await context.abort(contract.status_of(refused), str(refused), contract.trailing_metadata(refused))
+        await context.abort(*contract.refusal(refused))

@@ -46,16 +46,9 @@ from fedsea.wire.rounds import MemberState, MemberStatus, RoundPlan, RoundStatus
 from fedsea.wire.runs import Attach, OptimizerStep
 
 log = logging.getLogger("fedsea.server")
+Waiting = tuple[Operation, "asyncio.Future[bytes]"]  # for those of the other members, and where its answer goes
 # The round's adapter is the coordinator's to set, and not one member's to scale.
 NOT_OF_A_MEMBER = ("restore", "rescale")
-
-
-@dataclass(eq=False)
-class Waiting:
-    """An operation that waits for those of the other members, and where its answer goes."""
-
-    operation: Operation
-    done: "asyncio.Future[bytes]"
 
 
 @dataclass(eq=False)
@@ -202,12 +195,12 @@ class ServerRound:
 
     async def _with_the_others(self, member: RoundMember, operation: Operation) -> bytes:
         done: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
-        member.waiting = Waiting(operation, done)
+        member.waiting = operation, done
         self._advance()
         try:
             return await done
         finally:
-            if member.waiting is not None and member.waiting.done is done:
+            if member.waiting is not None and member.waiting[1] is done:
                 member.waiting = None  # its connection is lost before it was done; it will be sent again
             del done
 
@@ -244,13 +237,13 @@ class ServerRound:
     def _next_batch(self, waiting: Sequence[RoundMember]) -> list[tuple[RoundMember, Waiting]]:
         """What is computed now: updates of one adapter only once all who are awaited ask for it."""
         batch = [(member, member.waiting) for member in waiting if member.waiting is not None]
-        chosen = [(member, one) for member, one in batch if not isinstance(one.operation, Command)] or batch
+        chosen = [(member, one) for member, one in batch if not isinstance(one[0], Command)] or batch
         for member, _one in chosen:
             member.waiting, member.computing = None, True
         return chosen
 
     async def _compute(self, batch: list[tuple[RoundMember, Waiting]]) -> None:
-        jobs = [(member.run, one.operation) for member, one in batch if member.run is not None]
+        jobs = [(member.run, operation) for member, (operation, _done) in batch if member.run is not None]
         answers: Sequence[bytes | BaseException]
         try:
             answers = await self._scheduler.run(self.owner, self._do_together, jobs)
@@ -262,13 +255,13 @@ class ServerRound:
             self._busy = False
             for member, _one in batch:
                 member.computing, member.heard = False, self._runs.clock()
-        for (_member, one), answer in zip(batch, answers, strict=True):
-            if one.done.done():
+        for (_member, (_operation, done)), answer in zip(batch, answers, strict=True):
+            if done.done():
                 continue
             if isinstance(answer, bytes):
-                one.done.set_result(answer)
+                done.set_result(answer)
             else:
-                one.done.set_exception(answer)
+                done.set_exception(answer)
         self._advance()
 
     # In the worker thread

@@ -12,7 +12,6 @@ import grpc
 
 from fedsea.errors import CredentialsError, FedSEAError, LimitExceededError
 from fedsea.server.scheduler import Owner, Scheduler
-from fedsea.text import one_line
 from fedsea.wire import contract
 from fedsea.wire.codec import decode
 from fedsea.wire.frames import Frame
@@ -20,7 +19,6 @@ from fedsea.wire.roles import is_coordinator
 
 T = TypeVar("T")
 SMALL = 1 << 16  # bytes of a frame that the event loop reads itself: a decode step's, and whatever takes less than 1 ms
-ERROR_CHARACTERS = 1000  # of an error as its client gets it: it may quote what came
 
 
 class Stream:
@@ -94,9 +92,7 @@ class Stream:
     async def refuse(self, error: FedSEAError) -> None:
         """End the stream with a typed error for the client: raises AbortError, for gRPC, if the client is not gone."""
         with contextlib.suppress(grpc.aio.InternalError):
-            await self._context.abort(
-                contract.status_of(error), one_line(str(error))[:ERROR_CHARACTERS], contract.trailing_metadata(error)
-            )
+            await self._context.abort(*contract.refusal(error))
 
 
 class StreamCounter:

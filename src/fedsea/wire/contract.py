@@ -34,6 +34,7 @@ SERVICE = "fedsea.BlockServer"
 SESSION, RUN, COORDINATE = "Session", "Run", "Coordinate"
 SESSION_PATH, RUN_PATH, COORDINATE_PATH = (f"/{SERVICE}/{method}" for method in (SESSION, RUN, COORDINATE))
 ERROR_KEY = "fedsea-error"
+ERROR_CHARACTERS = 1000  # of an error as its client gets it: it may quote what came
 
 _STATUS: dict[type[FedSEAError], grpc.StatusCode] = {
     LimitExceededError: grpc.StatusCode.RESOURCE_EXHAUSTED,
@@ -65,9 +66,10 @@ def channel_options(frame_bytes: int) -> list[tuple[str, int]]:
     ]
 
 
-def status_of(error: FedSEAError) -> grpc.StatusCode:
-    """The gRPC status that an error travels under."""
-    return _STATUS.get(type(error), grpc.StatusCode.FAILED_PRECONDITION)
+def refusal(error: FedSEAError) -> tuple[grpc.StatusCode, str, Sequence[tuple[str, str]]]:
+    """What ends a stream with an error: the status, a line for the client, and the class that it is to raise there."""
+    status = _STATUS.get(type(error), grpc.StatusCode.FAILED_PRECONDITION)
+    return status, one_line(str(error))[:ERROR_CHARACTERS], ((ERROR_KEY, error.code),)
 
 
 def error_from(details: str | None, metadata: Iterable[tuple[str, Any]] | None) -> FedSEAError | None:
@@ -79,8 +81,3 @@ def error_from(details: str | None, metadata: Iterable[tuple[str, Any]] | None) 
                 said = other_version(1)
             return BY_CODE.get(str(value), ServerError)(said)
     return None
-
-
-def trailing_metadata(error: FedSEAError) -> Sequence[tuple[str, str]]:
-    """What goes with an error's status, so that the client can raise the same class."""
-    return ((ERROR_KEY, error.code),)
