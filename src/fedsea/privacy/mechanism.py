@@ -57,6 +57,7 @@ class Channel:
 class Noise(ABC):
     """A mechanism. Equal mechanisms have an equal `repr`, and `parse_mechanism(str(mechanism)) == mechanism`."""
 
+    noise_option: ClassVar[str] = ""  # which of its options says how much noise it adds; empty if it adds none
     adaptive: ClassVar[bool] = False  # whether a training may recalibrate it (`updated`)
 
     @property
@@ -67,16 +68,18 @@ class Noise(ABC):
     @property
     def strength(self) -> float | None:
         """How much noise it adds, in its unit; None if it adds none, whatever its options."""
-        return None
+        return getattr(self, self.noise_option) if self.noise_option else None
 
     def with_strength(self, strength: float) -> "Noise":
         """The same mechanism with another strength; UsageError if it adds no noise, or the strength cannot be used."""
-        raise UsageError(f"{self} adds no noise, so it has no strength to vary")
+        if not self.noise_option:
+            raise UsageError(f"{self} adds no noise, so it has no strength to vary")
+        return dataclasses.replace(self, **{self.noise_option: strength})  # type: ignore[type-var]
 
     @property
     def family(self) -> str:
         """As users write it, without its strength: what is of one family is compared over strengths."""
-        return str(self)
+        return self._written(self.noise_option) if self.noise_option else str(self)
 
     @property
     def width(self) -> int | None:
@@ -125,9 +128,13 @@ class Noise(ABC):
 
     def __str__(self) -> str:
         """As users write it: `gaussian:std=0.5`. This one is for a class that is registered under a name."""
+        return self._written("")
+
+    def _written(self, left_out: str) -> str:
         name = next(name for name, form in FORMS.items() if form.make is type(self))
-        options = ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))  # type: ignore[arg-type]
-        return f"{name}:{','.join(f'{option}={value!r}' for option, value in options)}"
+        names = (field.name for field in dataclasses.fields(self) if field.name != left_out)  # type: ignore[arg-type]
+        options = ",".join(f"{option}={getattr(self, option)!r}" for option in names)
+        return f"{name}:{options}" if options else name
 
     def require_absolute(self) -> Self:
         """The mechanism itself; UsageError if it is relative: it has to be calibrated first."""

@@ -40,7 +40,7 @@ class AdaptiveGaussianNoise(Noise):
         If `clip` is not a number above 0, `level` is negative or not finite, or `epochs` is not a whole number from 1.
     """
 
-    adaptive = True
+    adaptive, noise_option = True, "level"
     clip: float
     level: float
     epochs: int
@@ -53,17 +53,6 @@ class AdaptiveGaussianNoise(Noise):
     @property
     def unit(self) -> Unit:
         return Unit.RELATIVE
-
-    @property
-    def strength(self) -> float:
-        return self.level
-
-    def with_strength(self, strength: float) -> Noise:
-        return dataclasses.replace(self, level=strength)
-
-    @property
-    def family(self) -> str:
-        return f"adaptive:clip={self.clip!r},epochs={self.epochs}"
 
     @property
     def channel(self) -> Channel:

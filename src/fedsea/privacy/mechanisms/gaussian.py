@@ -5,7 +5,6 @@ The paper (FedSEA-LLaMA, section on privacy) reports noise by its mean absolute 
 beside the signal: 0.05 on LLaMA2-7B, whose mean |h_A| after one layer is about 0.022, is `RelativeGaussianNoise(2.85)`.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,19 +31,13 @@ class GaussianNoise(Noise):
         Of `std`; of a relative one `RelativeGaussianNoise` is short.
     """
 
+    noise_option = "std"
     std: float = 0.0
     unit: Unit = Unit.ABSOLUTE
 
     def __post_init__(self) -> None:
         relative = self.unit is Unit.RELATIVE
         require_not_negative(self.std, "the noise level" if relative else "the noise's standard deviation")
-
-    @property
-    def strength(self) -> float:
-        return self.std
-
-    def with_strength(self, strength: float) -> Noise:
-        return dataclasses.replace(self, std=strength)
 
     @property
     def family(self) -> str:
