@@ -10,7 +10,7 @@ from fedsea import SplitModelForCausalLM, load_tokenizer
 from fedsea.checkpoints import load_whole_model
 from fedsea.client import GREEDY, Sampling
 from fedsea.client.answer import UNFINISHED, Answer, TextPieces
-from fedsea.client.conversation import Conversation, chat_tokens, common_prefix
+from fedsea.client.conversation import Conversation, chat_tokens
 from fedsea.client.session import Session
 from fedsea.errors import LimitExceededError, UsageError
 from fedsea.server import Limits
@@ -207,9 +207,3 @@ def test_text_that_ends_within_a_character_is_given_at_the_end(tokenizer: Any) -
     tokens = tokenizer("ok 👩")["input_ids"][:-1]
     given = "".join(pieces.add(token) for token in tokens)
     assert given + pieces.rest() == tokenizer.decode(tokens)
-
-
-def test_common_prefix() -> None:
-    assert common_prefix([1, 2, 3], [1, 2, 4, 5]) == 2
-    assert common_prefix([1, 2], [1, 2, 3]) == 2
-    assert common_prefix([], [1]) == 0

@@ -193,7 +193,7 @@ def test_a_refused_model_that_the_servers_own_thread_collects_stops_no_other(ser
     model = adapted(server)
     assert model.middle.run is not None
     with pytest.raises(ProtocolError, match="has no weight 'nothing'"):
-        model.middle.run.load({"adapter/nothing": torch.zeros(1)})
+        model.middle.run.load({"nothing": torch.zeros(1)})
     model.cycle = model
     del model
     server._loop.call_soon_threadsafe(gc.collect)

@@ -22,7 +22,6 @@ from fedsea.parts.adapter_files import read_adapter, save_adapter, write_card
 from fedsea.parts.adapters import AdapterSpec, adapter_parameters
 from fedsea.parts.cut_files import CutRecord, read_cut
 from fedsea.parts.held import ANOTHER, NAME, NARROW_ON, Held, foreign_layers, hold, take_off
-from fedsea.wire.pages import ADAPTER
 from fedsea.wire.rounds import Ticket
 
 NO_ADAPTER = "the model has no adapter; add one first: model.add_adapter(LoraConfig(...))"
@@ -200,7 +199,7 @@ class TrainedAdapter:
         self._middle.use_adapter(self.on)
         if spec.narrow and is_new and self.run is not None:
             # Until it is trained, the lift undoes what it can of the projection, whose rows are orthonormal.
-            self.run.load({f"{ADAPTER}/{LIFT}": adapter_parameters(self._parts[0])[PROJECT].T})
+            self.run.load({LIFT: adapter_parameters(self._parts[0])[PROJECT].T})
 
     def _shapes(self, spec: AdapterSpec) -> dict[str, tuple[int, ...]]:
         """Names and shapes of all weights of such an adapter; worked out once."""
@@ -219,8 +218,7 @@ class TrainedAdapter:
         return dict(sorted({**self.middle_state(), **self.local_state()}.items()))
 
     def middle_state(self) -> dict[str, Tensor]:
-        """The weights at the server."""
-        return _of_kind(ADAPTER, self.run.export()) if self.run is not None else {}
+        return self.run.export()[0] if self.run is not None else {}
 
     def local_state(self) -> dict[str, Tensor]:
         """The weights in the input and output blocks, float32, by their names in the whole model."""
@@ -230,9 +228,8 @@ class TrainedAdapter:
         """Set all weights, named as `state` names them. ModelMismatchError, and nothing is set, if they do not fit."""
         _check_fits(self._shapes(self.spec) if self.spec is not None else {}, weights)
         _check_finite(weights)
-        remote = {f"{ADAPTER}/{name}": one for name, one in weights.items() if in_middle(name, self._middle_layers)}
-        if self.run is not None and remote:
-            self.run.load(remote)
+        if self.run is not None:
+            self.run.load({name: one for name, one in weights.items() if in_middle(name, self._middle_layers)})
         self.set_local(weights)
 
     @torch.no_grad()
@@ -274,20 +271,15 @@ class TrainedAdapter:
 
     def training_state(self, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """All that training has changed: the whole adapter, and the optimizer's states for it (`exp_avg/NAME`, ...)."""
-        exported = self.run.export() if self.run is not None else {}
-        adapter = _of_kind(ADAPTER, exported) | self.local_state()
-        states = {name: tensor for name, tensor in exported.items() if not name.startswith(f"{ADAPTER}/")}
+        middle, states = self.run.export() if self.run is not None else ({}, {})
+        adapter = middle | self.local_state()
         for name, weight in self.local.items():
             for kind, state in optimizer.state.get(weight, {}).items():
                 states[f"{kind}/{name}"] = torch.as_tensor(state).detach().cpu().float().clone()
         return dict(sorted(adapter.items())), dict(sorted(states.items()))
 
     def set_training_state(
-        self,
-        optimizer: torch.optim.Optimizer,
-        adapter: Mapping[str, Tensor],
-        states: Mapping[str, Tensor],
-        step: int,
+        self, optimizer: torch.optim.Optimizer, adapter: Mapping[str, Tensor], states: Mapping[str, Tensor], step: int
     ) -> None:
         """Go back to what `training_state` gave after `step` optimizer steps, here and at the server.
 
@@ -299,7 +291,7 @@ class TrainedAdapter:
         optimizer.state.clear()
         if run is not None:
             run.set_version(step, clear=True)
-            run.load({name: state for name, state in states.items() if in_middle(name.partition("/")[2], middle)})
+            run.load({}, {name: state for name, state in states.items() if in_middle(name.partition("/")[2], middle)})
         stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         local = self.local
         for full, state in states.items():
@@ -430,8 +422,3 @@ def _check_fits(
         if weight.shape != shapes[name]:
             sizes = f"{name} has shape {list(weight.shape)}, here it has {list(shapes[name])}"
             raise ModelMismatchError(f"{source} does not fit this model: {sizes}")
-
-
-def _of_kind(kind: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    prefix = f"{kind}/"
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -99,7 +99,6 @@ class Answer:
 
     @property
     def stats(self) -> AnswerStats:
-        """What the answer has cost so far."""
         traffic = self._after.since(self._before)
         return AnswerStats(
             prompt_tokens=len(self._prompt),

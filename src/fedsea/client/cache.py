@@ -68,11 +68,9 @@ class SplitCache(Cache):
         self.lengths = list(lengths)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns of the batch that have been computed, padding included, as transformers counts."""
         return self.columns
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
-        """No limit of its own."""
         return -1
 
     get_max_cache_shape = get_max_length  # the older name
@@ -112,11 +110,9 @@ class SplitCache(Cache):
         self.select(beam_idx.tolist())
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these rows only."""
         self.select(torch.arange(len(self.lengths))[indices.cpu()].tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every row `repeats` times."""
         self.select([row for row in range(len(self.lengths)) for _ in range(repeats)])
 
     def reset(self) -> None:
@@ -128,12 +124,10 @@ class SplitCache(Cache):
 
     @property
     def is_initialized(self) -> bool:
-        """Whether anything was computed."""
         return bool(self.lengths)
 
     @property
     def batch_size(self) -> int:
-        """Number of rows."""
         return len(self.lengths)
 
     def __reduce_ex__(self, _protocol: Any) -> NoReturn:
@@ -143,7 +137,6 @@ class SplitCache(Cache):
         )
 
     def close(self) -> None:
-        """End the session."""
         if self.session is not None:
             self.session.close()
 

@@ -79,7 +79,6 @@ class RunChannel:
         return self._answers.pop(number)
 
     def call(self, make: Callable[[int], Operation]) -> Reply:
-        """Send an operation and wait for its answer."""
         return self.answer(self.submit(make))
 
     def _keep_trying(self, work: Callable[[], None]) -> None:

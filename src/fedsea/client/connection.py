@@ -132,7 +132,6 @@ class Connection:
         self._over = threading.Event()
 
     def send(self, frame: Frame) -> None:
-        """Put a frame on its way."""
         data = encode(frame)
         self._traffic.bytes_up += len(data)
         if isinstance(frame, Step | Forward):

@@ -1,6 +1,7 @@
 """A chat of several turns, of which only what is new crosses the wire."""
 
 from collections.abc import Generator, Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
 from fedsea.chats import chat_tokens, require_chat_template, write_chat
@@ -72,12 +73,10 @@ class Conversation:
 
         Raises
         ------
-        UsageError
-            If the question is empty.
         LimitExceededError
             If the conversation has become longer than the model or the server allow.
         FedSEAError
-            What a step meets, such as a server that is gone.
+            If the question is empty, and what a step meets, such as a server that is gone.
         """
         if not text.strip():
             raise UsageError("the question is empty")
@@ -140,10 +139,7 @@ class Conversation:
     def take_up(self, messages: Sequence[Mapping[str, str]]) -> None:
         """Go on from another conversation's turns; its first message may be a system message.
 
-        Raises
-        ------
-        UsageError
-            If the chat template refuses them. The conversation is as it was, then.
+        UsageError if the chat template refuses them: the conversation is as it was, then.
         """
         turns = [dict(message) for message in messages]
         write_chat(self.tokenizer, turns)
@@ -155,7 +151,7 @@ class Conversation:
         if self._cache is None:
             self._cache, self._held = self.model.new_cache(), []
         computed = self._held[: self._cache.get_seq_length()]
-        common = min(common_prefix(computed, prompt), len(prompt) - 1)
+        common = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(computed, prompt[:-1], strict=False))))
         if common:
             self._cache.crop(common)
         else:
@@ -167,9 +163,3 @@ class Conversation:
         if self._cache is not None:
             self._cache.close()
             self._cache = None
-
-
-def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
-    """Number of tokens that two texts have in common at their beginnings."""
-    length = min(len(one), len(other))
-    return next((place for place in range(length) if one[place] != other[place]), length)

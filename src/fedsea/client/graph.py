@@ -8,47 +8,37 @@ once, both ways, and nothing here has to schedule that.
 """
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
-class OnItsWay(Protocol):
-    """A micro-batch that was sent (`fedsea.client.run.Exchange`)."""
-
-    def receive_states(self) -> Tensor:
-        """`h_B`, `[tokens, hidden]`."""
-        ...
-
-    def send_gradient(self, gradient: Tensor) -> None:
-        """The gradient at `h_B`, `[tokens, hidden]`."""
-
-    def receive_gradient(self) -> Tensor | None:
-        """The gradient at what was sent, `[tokens, width]`; None if it is not wanted."""
-
-
 class Send(torch.autograd.Function):
+    """`h_A` that was sent -> the token. `receive` waits for the gradient at it; None if it is not wanted."""
+
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, handle: Tensor, exchange: OnItsWay) -> Tensor:
-        ctx.exchange = exchange
+    def forward(ctx: Any, hidden: Tensor, handle: Tensor, receive: Callable[[], Tensor | None]) -> Tensor:
+        ctx.receive = receive
         return hidden.new_zeros(())
 
     @staticmethod
     def backward(ctx: Any, *_token: Tensor) -> tuple[Tensor | None, None, None]:
-        return ctx.exchange.receive_gradient(), None, None
+        return ctx.receive(), None, None
 
 
 class Receive(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, token: Tensor, exchange: OnItsWay) -> Tensor:
-        ctx.exchange = exchange
-        return exchange.receive_states()
+    """The token -> `h_B`, for which `receive` waits. `send` puts the gradient at it on its way."""
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        ctx.exchange.send_gradient(gradients[0])
-        return gradients[0].new_zeros(()), None
+    def forward(ctx: Any, token: Tensor, receive: Callable[[], Tensor], send: Callable[[Tensor], None]) -> Tensor:
+        ctx.send = send
+        return receive()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        ctx.send(gradients[0])
+        return gradients[0].new_zeros(()), None, None
 
 
 class SpoilStep(torch.autograd.Function):

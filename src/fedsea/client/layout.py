@@ -193,25 +193,17 @@ def _counting_on(
     ids: Tensor, mask: Tensor | None, positions: Tensor, before: list[int], cache: SplitCache | None, *, explicit: bool
 ) -> Layout:
     """One text a row, whose tokens' positions count on from one to the next, and from those of the cache."""
-    started = torch.tensor(before, device=ids.device).unsqueeze(1)
-    if mask is None:
-        counts = (ids.shape[1],) * len(ids)
-        number = started + torch.arange(ids.shape[1], device=ids.device)
-    else:
-        counts = tuple(mask.sum(1).tolist())
-        number = started + mask.cumsum(1) - 1
-    rows = Rows(tuple(before), counts)
-    if min(counts) == 0:
+    tokens = mask if mask is not None else torch.ones_like(ids, dtype=torch.bool)
+    rows = Rows(tuple(before), tuple(tokens.sum(1).tolist()))
+    if min(rows.counts) == 0:
         raise UsageError("a prompt of the batch is empty; each needs at least one token")
-    offset = positions - number
-    at = mask.int().argmax(1, keepdim=True) if mask is not None else torch.zeros_like(started)
-    first = offset.gather(1, at)
+    started = torch.tensor(before, device=ids.device).unsqueeze(1)
+    offset = positions - (started + tokens.cumsum(1) - 1)
+    first = offset.gather(1, tokens.int().argmax(1, keepdim=True))
     if cache is not None and cache.offsets:
         known = torch.tensor(cache.offsets, device=ids.device).unsqueeze(1)
         first = torch.where(started > 0, known, first)
-    wrong = offset != first
-    if mask is not None:
-        wrong &= mask
+    wrong = (offset != first) & tokens
     if bool(wrong.any()):
         raise UsageError(_hole(int(wrong.any(1).int().argmax()), explicit=explicit))
     return Layout(rows, mask, tuple(first.flatten().tolist()))

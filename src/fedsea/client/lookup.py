@@ -38,7 +38,6 @@ class PromptLookup:
         self._pause = 0
 
     def append(self, token: int) -> None:
-        """The text goes on with this token."""
         self._text += chr(token)
 
     def guess(self, room: int) -> list[int]:

@@ -23,11 +23,9 @@ class LossScale:
         self.exponent, self._good = state if state is not None else (INITIAL_EXPONENT, 0)
 
     def overflowed(self) -> None:
-        """A gradient was not finite."""
         self.exponent, self._good = self.exponent - 1, 0
 
     def succeeded(self) -> None:
-        """A step's gradients were finite."""
         self._good += 1
         if self._good >= GROWTH_STEPS and self.exponent < MAX_EXPONENT:
             self.exponent, self._good = self.exponent + 1, 0

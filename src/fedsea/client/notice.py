@@ -3,15 +3,9 @@
 import os
 import shlex
 
-WARNING = "FEDSEA_LEAK_WARNING"
-"""The environment variable that hides the line if it is `off`."""
-
-SEE = "see how much"
-"""Stands before the command."""
-
-LEARNT = "--task TASK --data PATH"
-"""Stands in the command for what a training learns, which the model does not know."""
-
+WARNING = "FEDSEA_LEAK_WARNING"  # the environment variable that hides the line if it is `off`
+SEE = "see how much"  # stands before the command
+LEARNT = "--task TASK --data PATH"  # stands in the command for what a training learns, which the model does not know
 IN_TRAINING = "in training the gradients tell the provider what is learnt, and noise on the states does not hide that"
 
 

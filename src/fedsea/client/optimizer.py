@@ -2,7 +2,6 @@
 
 import gc
 import weakref
-from collections.abc import Iterable
 from typing import Any, Protocol
 
 import torch
@@ -15,16 +14,13 @@ STATE = "middle"  # under which an optimizer's state_dict has the middle's part 
 
 
 class SteppedElsewhere(Protocol):
-    """What has a handle among the parameters here (`fedsea.client.run`)."""
+    """What has a handle among the parameters here: a `MiddleRun`, whose methods these are."""
 
     handle: nn.Parameter
 
-    def before_step(self, optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> None:
-        """An optimizer that has the handle in `group` is about to step."""
+    def before_step(self, optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> None: ...
 
-    def state(self) -> dict[str, Tensor]:
-        """The optimizer's states elsewhere."""
-        ...
+    def state(self) -> dict[str, Tensor]: ...
 
 
 _BY_HANDLE: "weakref.WeakValueDictionary[int, SteppedElsewhere]" = weakref.WeakValueDictionary()
@@ -78,18 +74,12 @@ def _add_middle(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None
                 saved["state"][number] = {**held, STATE: run.state()}  # a new one: that saved is the optimizer's own
 
 
-def _handles(optimizer: torch.optim.Optimizer) -> Iterable[tuple[SteppedElsewhere, dict[str, Any]]]:
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if (run := _run_of(parameter)) is not None:
-                yield run, group
-
-
 def _before_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    for run, group in _handles(optimizer):
-        if kwargs.get("closure", args[1] if len(args) > 1 else None) is not None:
-            raise UsageError("a split model's optimizer steps without a closure; call loss.backward() before step()")
-        run.before_step(optimizer, group)
+    for group in optimizer.param_groups:
+        for run in filter(None, map(_run_of, group["params"])):
+            if kwargs.get("closure", args[1] if len(args) > 1 else None) is not None:
+                raise UsageError("a split model's optimizer takes no closure; call loss.backward() before step()")
+            run.before_step(optimizer, group)
 
 
 register_optimizer_step_pre_hook(_before_step)

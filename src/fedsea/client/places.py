@@ -10,16 +10,14 @@ OPEN_SESSIONS = 8
 
 
 class Guest(Protocol):
-    """What `Places` needs of a session."""
+    """What `Places` needs of a `Session`, whose methods these are."""
 
     last_used: int
 
     @property
-    def is_open(self) -> bool:
-        """Whether it has a place at the server."""
+    def is_open(self) -> bool: ...
 
-    def park(self) -> Connection | None:
-        """Give the place at the server up, if no thread is using the session; returns what says so to the server."""
+    def park(self) -> Connection | None: ...
 
 
 class Places:

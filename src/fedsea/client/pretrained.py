@@ -235,7 +235,6 @@ class SplitPreTrainedModel(PreTrainedModel):
         return self.model.new_cache()  # type: ignore[no-any-return]
 
     def extra_repr(self) -> str:
-        """What `print(model)` says beside the client's modules."""
         at = f" at {self.middle.endpoint.address}" if self.middle is not None else ""
         return f"layers {self.partition.middle(self.config.num_hidden_layers)} elsewhere{at}"
 
@@ -422,16 +421,9 @@ class SplitPreTrainedModel(PreTrainedModel):
             )
 
     def create_optimizer(
-        self,
-        lr: float = 1e-4,
-        weight_decay: float = 0.0,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
+        self, lr: float = 1e-4, weight_decay: float = 0.0, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
     ) -> torch.optim.AdamW:
-        """AdamW over A, B and C: stepping it steps the middle's adapter at the server as well.
-
-        Any other `AdamW`, `Adam` or `SGD` of torch over `model.parameters()` does the same.
-        """
+        """AdamW over A, B and C, as any `AdamW`, `Adam` or `SGD` of torch over `model.parameters()` is."""
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         if self.adapter.spec is None or not trained:
             raise UsageError("there is nothing to train; add an adapter first: model.add_adapter(LoraConfig(...))")
@@ -440,10 +432,7 @@ class SplitPreTrainedModel(PreTrainedModel):
         return optimizer
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
-        """Clip the gradient to a norm over all three parts; returns the norm before.
-
-        `torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)` does the same.
-        """
+        """As torch's over `model.parameters()`: by the norm of all three parts, which it returns."""
         return torch.nn.utils.clip_grad_norm_(self.parameters(), max_norm)
 
     def __reduce_ex__(self, _protocol: Any) -> NoReturn:

@@ -24,14 +24,10 @@ class Protection:
 
     Attributes
     ----------
-    spec
-        The mechanism as the user has named it, or as it was taken up with an adapter: not calibrated.
-    noise
-        The same, calibrated: what protects all that leaves, and what is on record with a narrow cut.
+    spec, noise
+        The mechanism as the user has named it, or as it was taken up with an adapter; and the same, calibrated.
     in_training
         What protects forward passes whose loss may be backpropagated instead; None for `noise`.
-    source
-        Where draws come from; `NoiseSource` says what keys them.
     ledger
         Counts how often each text leaves under fresh noise, and refuses what is beyond its number; None for no count.
     """

@@ -27,8 +27,7 @@ from fedsea.client.stream import StreamSettings
 from fedsea.errors import NonFiniteError, ProtocolError, UsageError
 from fedsea.partition import layer_of
 from fedsea.parts import Rows
-from fedsea.wire.codec import overhead
-from fedsea.wire.frames import Backward, Command, Forward, Kind, Outcome, States
+from fedsea.wire.frames import Backward, Command, Forward, Outcome, States
 from fedsea.wire.pages import ADAPTER, export_shapes, read_pages, send_pages
 from fedsea.wire.runs import OptimizerStep
 from fedsea.wire.tensors import gradient_to_wire, to_wire
@@ -159,7 +158,7 @@ class MiddleRun:
             )
             number, like = self.channel.submit(operation), (hidden.requires_grad, hidden.dtype, hidden.device)
             exchange = Exchange(self, rows, self._micro, number, *like, exponent, weight)
-            sent.append((rows, exchange, Send.apply(hidden, self.handle, exchange)))
+            sent.append((rows, exchange, Send.apply(hidden, self.handle, exchange.receive_gradient)))
             if len(sent) >= WINDOW:
                 yield _received(*sent.popleft())
         while sent:
@@ -179,11 +178,6 @@ class MiddleRun:
         where = where if bool(torch.isfinite(hidden).all()) else "the states of the output blocks"
         trouble = f"the loss is not finite: {where} came out so first, in the output blocks"
         return SpoilStep.apply(loss, self.spoil, trouble)  # type: ignore[no-any-return]
-
-    def tokens_of_frame(self, rows: int) -> int:
-        """How many tokens a frame of the server may have, with this number of rows."""
-        room = self.channel.frame_bytes - overhead(Kind.FORWARD, rows)
-        return room // (self.settings.hidden_size * self.settings.wire_dtype.itemsize)
 
     def states_of(self, number: int) -> States:
         """The answer to a FORWARD or BACKWARD."""
@@ -283,19 +277,16 @@ class MiddleRun:
         unscaled = getattr(optimizer, "grad_scale", None)
         scale = value / self._norm if self._norm else 1.0
         first, second = group.get("betas", (0.0, 0.0))
+        numbers = ("lr", "weight_decay", "eps", "momentum", "dampening")
         step = OptimizerStep(
             kind,
             step=self.version + 1,
             scale=scale / float(unscaled) if unscaled is not None else scale,
-            lr=float(group["lr"]),
-            weight_decay=float(group["weight_decay"]),
             betas=(float(first), float(second)),
-            eps=float(group.get("eps", 0.0)),
-            momentum=float(group.get("momentum", 0.0)),
-            dampening=float(group.get("dampening", 0.0)),
             nesterov=bool(group.get("nesterov")),
             amsgrad=bool(group.get("amsgrad")),
             fresh=self._owner is not None and (self._owner() is not optimizer or empty),
+            **{name: float(group.get(name, 0.0)) for name in numbers},
         )
         self._command({"do": "update", **step.to_body()})
         self.version, self._norm, self.trouble = step.step, value, None
@@ -332,11 +323,8 @@ class MiddleRun:
             # It was clipped, and all others with it.
             return "a gradient is not finite: in the output blocks or in the input blocks"
         for side, weights in self.local.items():
-            bad = [
-                layer_of(name)
-                for name, weight in weights.items()
-                if weight.grad is not None and not bool(torch.isfinite(weight.grad.norm()))
-            ]
+            gradients = [(layer_of(name), weight.grad) for name, weight in weights.items() if weight.grad is not None]
+            bad = [layer for layer, gradient in gradients if not bool(torch.isfinite(gradient.norm()))]
             layers = [layer for layer in bad if layer is not None]
             if layers:
                 return f"a gradient is not finite: first at layer {max(layers)}, in the {side}"
@@ -344,24 +332,24 @@ class MiddleRun:
                 return "a gradient is not finite: first in the narrow cut's projection"
         return "a gradient is not finite: first outside of the adapter"
 
-    def export(self) -> dict[str, Tensor]:
-        """The middle's weights and optimizer states, `adapter/NAME`, `exp_avg/NAME` and so on, float32."""
-        weights = self._weights()
-        needed = [f"{ADAPTER}/{name}" for name in weights]  # others than these, or fewer, are a ProtocolError
-        return read_pages(self.channel.call, {"do": "export"}, export_shapes(weights), needed)
+    def export(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The middle's weights by name, and its optimizer states (`exp_avg/NAME`, ...), float32."""
+        shapes = self._weights()
+        names = {f"{ADAPTER}/{name}": name for name in shapes}  # others than these, or fewer, are a ProtocolError
+        found = read_pages(self.channel.call, {"do": "export"}, export_shapes(shapes), list(names))
+        return {name: found.pop(full) for full, name in names.items()}, found
 
     def state(self) -> dict[str, Tensor]:
         """The middle's optimizer states by name, for an optimizer's state_dict."""
-        states = {name: tensor for name, tensor in self.export().items() if not name.startswith(f"{ADAPTER}/")}
         scale = {"loss_scale": torch.tensor(self.scale.state())} if self.scale is not None else {}
-        return {**states, **scale, "version": torch.tensor(float(self.version))}
+        return {**self.export()[1], **scale, "version": torch.tensor(float(self.version))}
 
     def _restore(self, optimizer: torch.optim.Optimizer) -> None:
         """Hand the server what `load_state_dict` has put into the optimizer, if it has."""
         loaded = optimizer.state[self.handle].pop(STATE, None)
         if loaded:
             self.set_version(int(loaded["version"]), clear=False)
-            self.load({name: tensor for name, tensor in loaded.items() if name not in ("version", "loss_scale")})
+            self.load({}, {name: state for name, state in loaded.items() if name not in ("version", "loss_scale")})
 
     def begin_sum(self) -> None:
         """A forward pass begins whose gradient is the first of a step: a scale that was loaded counts from here on.
@@ -382,10 +370,11 @@ class MiddleRun:
         self.scale.set([int(number) for number in scale])
         return True
 
-    def load(self, tensors: dict[str, Tensor]) -> None:
+    def load(self, weights: Mapping[str, Tensor], states: Mapping[str, Tensor] | None = None) -> None:
         """Set weights and optimizer states of the middle, named as in `export`."""
+        tensors = {**{f"{ADAPTER}/{name}": weight for name, weight in weights.items()}, **(states or {})}
         send_pages(self.channel.call, tensors, self.channel.frame_bytes // 2)
-        if not all(name.startswith(f"{ADAPTER}/") for name in tensors):
+        if states:
             self._owner = None
 
     def set_version(self, version: int, *, clear: bool) -> None:
@@ -408,4 +397,4 @@ class MiddleRun:
 
 
 def _received(rows: Rows, exchange: Exchange, token: Tensor) -> tuple[Rows, Tensor]:
-    return rows, Receive.apply(token, exchange)
+    return rows, Receive.apply(token, exchange.receive_states, exchange.send_gradient)

@@ -18,16 +18,10 @@ class Sampling:
 
     Parameters
     ----------
-    temperature
-        0 takes the likeliest token (greedy). Above 0, tokens are drawn; 1 is the model's own distribution.
-    top_k
-        Draw from the k likeliest tokens only; None for all.
-    top_p
-        Draw from the smallest set of likeliest tokens whose probabilities sum to p; None for all.
+    temperature, top_k, top_p, seed
+        As their flags say. A temperature of 1 is the model's own distribution.
     repetition_penalty
-        Above 1, tokens that the text has already are less likely (Keskar et al., arXiv 1909.05858); 1 for no change.
-    seed
-        Draws the same tokens for the same text again; None draws from the operating system's entropy.
+        Of Keskar et al., arXiv 1909.05858.
 
     Raises
     ------

@@ -25,7 +25,7 @@ from fedsea.client.traffic import Traffic
 from fedsea.errors import LimitExceededError, ProtocolError
 from fedsea.parts import Rows
 from fedsea.wire import contract
-from fedsea.wire.codec import MAX_PLACES, overhead
+from fedsea.wire.codec import MAX_PLACES
 from fedsea.wire.frames import Kind, Message, Result, Step
 from fedsea.wire.handshake import Open, Opened
 
@@ -208,11 +208,12 @@ class Session:
         return opened
 
     def _chunks(self, rows: Rows) -> list[Rows]:
-        """A step as frames that are short enough for the server."""
+        """A step as frames that are short enough for the server; one token of each row is the shortest there is."""
+        if rows.width == 1:
+            return [rows]
         tokens, limit = CHUNK_TOKENS, self._stream.endpoint.frame_bytes
         if limit is not None:
-            a_token = self.settings.hidden_size * self.settings.wire_dtype.itemsize
-            tokens = max(1, min(tokens, (limit - overhead(Kind.STEP, len(rows.starts))) // a_token))
+            tokens = max(1, min(tokens, self.settings.tokens_of_frame(limit, Kind.STEP, len(rows.starts))))
         return rows.chunks(tokens, MAX_PLACES)
 
     def _put(self, chunk: Rows, states: Tensor) -> None:

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from fedsea.errors import UsageError
 from fedsea.partition import LIFT, layer_of
 from fedsea.parts.held import NAME
-from fedsea.wire.pages import ADAPTER
 
 HANDLE = "lora_middle"  # the parameter that stands for the middle's adapter, by its name in the model
 
@@ -27,22 +26,13 @@ def _add_middle(module: Any, state: dict[str, Tensor], prefix: str, _metadata: A
             state[prefix + (name if name == LIFT else f"{head}.{NAME}.{tail}")] = weight
 
 
-def _take_middle(
-    module: Any,
-    state: dict[str, Tensor],
-    prefix: str,
-    _metadata: Any,
-    _strict: bool,
-    _missing: list[str],
-    _unexpected: list[str],
-    _errors: list[str],
-) -> None:
+def _take_middle(module: Any, state: dict[str, Tensor], prefix: str, *_metadata_and_errors: Any) -> None:
     middle = module.partition.middle(module.config.num_hidden_layers)
-    taken = {f"{ADAPTER}/{LIFT}": state.pop(prefix + LIFT)} if prefix + LIFT in state else {}
+    taken = {LIFT: state.pop(prefix + LIFT)} if prefix + LIFT in state else {}
     for full in [name for name in state if ".lora_" in name and f".{NAME}." in name]:
         name = full.removeprefix(prefix).replace(f".{NAME}.", ".")
         if layer_of(name) in middle:
-            taken[f"{ADAPTER}/{name}"] = state.pop(full)
+            taken[name] = state.pop(full)
     if module.middle is not None:
         state.setdefault(prefix + HANDLE, torch.zeros(1))
     if taken:

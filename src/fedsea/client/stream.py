@@ -15,7 +15,8 @@ from fedsea.client.places import Places
 from fedsea.client.traffic import Traffic
 from fedsea.errors import ServerUnavailableError
 from fedsea.partition import Partition
-from fedsea.wire.frames import Message
+from fedsea.wire.codec import overhead
+from fedsea.wire.frames import Kind, Message
 
 T = TypeVar("T")
 BACKOFF_SECONDS = (0.1, 0.2, 0.5, 1.0, 2.0)
@@ -49,8 +50,11 @@ class StreamSettings:
 
     @property
     def wire_name(self) -> str:
-        """The wire dtype's name."""
         return str(self.wire_dtype).removeprefix("torch.")
+
+    def tokens_of_frame(self, frame_bytes: int, kind: Kind, rows: int) -> int:
+        """How many tokens a frame of the server may have, with this number of rows."""
+        return (frame_bytes - overhead(kind, rows)) // (self.hidden_size * self.wire_dtype.itemsize)
 
 
 class ReconnectingStream:

@@ -14,6 +14,7 @@ from fedsea.parts import InputBlocks, Rows
 from fedsea.parts.blocks import Part
 from fedsea.parts.family import turning_point
 from fedsea.wire.codec import MAX_PLACES
+from fedsea.wire.frames import Kind
 
 
 def leaving(
@@ -43,7 +44,8 @@ def split_batch(run: MiddleRun, rows: Rows, micro_batches: int, config: Any) -> 
     """Rows `first` to `last` (exclusive) of each micro-batch, as many as the server keeps and frames can carry."""
     limit, turn = run.channel.micro_batches, turning_point(config)
     mixed = turn is not None and min(rows.counts) <= turn < max(rows.counts)
-    split = split_rows(rows, 1 if mixed else min(micro_batches, limit), run.tokens_of_frame(len(rows)))
+    tokens = run.settings.tokens_of_frame(run.channel.frame_bytes, Kind.FORWARD, len(rows))
+    split = split_rows(rows, 1 if mixed else min(micro_batches, limit), tokens)
     if mixed and len(split) > 1:
         raise UsageError(
             f"this model computes texts of up to {turn} tokens in another way than longer ones; put no texts of both "
