@@ -38,13 +38,9 @@ _SAFE_PATH = {"PYTHONSAFEPATH": "1"}
 _THIS_MACHINE = ("localhost", "127.0.0.1", "::1")
 
 
-def module_command(module: str, *arguments: str, leash: bool = False) -> list[str]:
-    """The command that runs a module in a new process of this Python, with arguments as for `python -m`.
-
-    On a leash it ends with this one; it needs a session of its own then, and a pipe as standard input.
-    """
-    first = ["fedsea.process"] if leash else []
-    return [sys.executable, "-P", "-m", *first, module, *arguments]
+def module_command(module: str, *arguments: str) -> list[str]:
+    """The command that runs a module in a new process of this Python, with arguments as for `python -m`."""
+    return [sys.executable, "-P", "-m", module, *arguments]
 
 
 def child_environment(changes: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -85,12 +81,11 @@ class Child:
     log
         Where its standard error goes. Standard output is read here: JSON objects, one a line.
     environment
-        Replaces parts of this process's.
+        Changes to this process's.
     stdin
-        A first line for it. The module then reads its input itself: it calls `put_on_leash`, or takes requests and ends
-        as they end.
+        A first line for it. The module then reads its input itself, and ends as that ends (`put_on_leash`).
     folder
-        Where it runs; where this process does, unless given.
+        Where it runs; None for where this process does.
     """
 
     def __init__(
@@ -104,9 +99,10 @@ class Child:
     ) -> None:
         self.log, self._module = log, module
         log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        leash = ["fedsea.process"] if stdin is None else []
         with log.open("wb") as errors:
             self._process = subprocess.Popen(
-                module_command(module, *arguments, leash=stdin is None),
+                module_command(*leash, module, *arguments),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,

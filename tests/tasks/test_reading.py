@@ -48,36 +48,31 @@ ROWS: dict[str, dict[str, Any]] = {
     "xsum": {"document": "A long article.", "summary": "A summary.", "id": 3},
     "text": {"text": "Some text."},
     "chat": {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]},
-}
-DIALOGUE = {
-    "id": "abc",
-    "story": "Cotton was a white kitten.",
-    "questions": [{"input_text": "Who?", "turn_id": 1}, {"input_text": "What color?", "turn_id": 2}],
-    "answers": [
-        {"span_text": "Cotton was", "input_text": "Cotton", "turn_id": 1},
-        {"span_text": "white", "input_text": "white", "turn_id": 2},
-    ],
-    "additional_answers": {
-        "0": [{"input_text": "a kitten", "turn_id": 1}, {"input_text": "it was white", "turn_id": 2}]
+    "coqa": {
+        "id": "3",
+        "story": "Cotton was a white kitten.",
+        "questions": [{"input_text": "Who?", "turn_id": 1}, {"input_text": "What color?", "turn_id": 2}],
+        "answers": [
+            {"span_text": "Cotton was", "input_text": "Cotton", "turn_id": 1},
+            {"span_text": "white", "input_text": "white", "turn_id": 2},
+        ],
+        "additional_answers": {
+            "0": [{"input_text": "a kitten", "turn_id": 1}, {"input_text": "it was white", "turn_id": 2}]
+        },
     },
 }
 
 
-def write(folder: Path, *rows: dict[str, Any], name: str = "val.jsonl") -> str:
-    file = folder / name
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(file)
-
-
-def coqa(folder: Path, *dialogues: dict[str, Any]) -> str:
-    file = folder / "coqa-dev.json"
-    file.write_text(json.dumps({"version": "1.0", "data": dialogues}), encoding="utf-8")
+def write(folder: Path, task: str, *rows: dict[str, Any]) -> str:
+    """A file of a task, as its authors write one."""
+    file = folder / ("val.json" if task == "coqa" else "val.jsonl")
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    file.write_text(json.dumps({"version": "1.0", "data": rows}) if task == "coqa" else lines, encoding="utf-8")
     return str(file)
 
 
 def read(task: str, folder: Path, *rows: dict[str, Any]) -> list[Example]:
-    path = coqa(folder, *rows) if task == "coqa" else write(folder, *rows)
-    return get_task(task).read(path)
+    return get_task(task).read(write(folder, task, *rows))
 
 
 def refusal(task: str, path: Path | str, split: Split = "train") -> str:
@@ -104,6 +99,7 @@ def message(example: Example) -> str:
         ("multirc", ("true",), "Yes"),
         ("record", ("Anna", "Ann"), "Anna"),
         ("xsum", ("A summary.",), "A summary."),
+        ("coqa", ("Cotton", "a kitten"), "Cotton"),
     ],
 )
 def test_an_official_row_becomes_an_example(task: str, golds: tuple[str, ...], answer: str, tmp_path: Path) -> None:
@@ -130,14 +126,12 @@ def test_record_asks_for_the_placeholder_in_a_passage_without_its_markup(tmp_pat
 
 
 def test_coqa_gives_each_question_the_dialogue_before_it_and_all_gold_answers(tmp_path: Path) -> None:
-    first, second = read("coqa", tmp_path, DIALOGUE)
+    first, second = read("coqa", tmp_path, ROWS["coqa"])
     assert isinstance(first.content, Question)
     assert isinstance(second.content, Question)
     assert first.content.history == ()
-    assert second.content.history == (("Who?", "Cotton"),)
-    assert second.content.answer == "white"
-    assert second.golds == ("white", "it was white")
-    assert second.id == "abc/2"
+    assert (second.content.history, second.content.answer) == ((("Who?", "Cotton"),), "white")
+    assert (second.id, second.golds) == ("3/2", ("white", "it was white"))
 
 
 def test_text_and_chat_keep_what_the_user_wrote(tmp_path: Path) -> None:
@@ -163,10 +157,10 @@ def test_wsc_accepts_the_official_inconsistencies(
 
 
 def test_a_folder_is_read_by_its_official_names(tmp_path: Path) -> None:
-    write(tmp_path, ROWS["cb"], name="train.jsonl")
+    Path(write(tmp_path, "cb", ROWS["cb"])).rename(tmp_path / "train.jsonl")
     assert "has no validation split: there is no val.jsonl or validation.json" in refusal("cb", tmp_path, "validation")
-    write(tmp_path, ROWS["cb"], ROWS["cb"])
-    coqa(tmp_path, DIALOGUE)
+    write(tmp_path, "cb", ROWS["cb"], ROWS["cb"])
+    write(tmp_path, "coqa", ROWS["coqa"])
     assert len(get_task("CB").read(str(tmp_path), "train")) == 1
     assert len(get_task("cb").read(str(tmp_path), "validation")) == 2
     assert len(get_task("coqa").read(str(tmp_path), "validation")) == 2
@@ -233,31 +227,25 @@ def test_a_broken_file_is_told_with_line_and_expectation(task: str, content: byt
         ("chat", {"messages": [{"role": "bot", "content": "Hi"}]},
          "the column 'messages[0].role' is \"bot\", which is not system or user or assistant"),
         ("chat", {"messages": "Hi"}, "the column 'messages' is \"Hi\", which is not a list"),
+        ("coqa", {"story": None}, "the column 'story' is null, which is not text; CoQA needs story, questions"),
+        ("coqa", {"story": "cut \ud83d"}, "there is half a character"),
+        ("coqa", {"answers": ROWS["coqa"]["answers"][:1]}, "there are 2 questions and 1 answers"),
+        ("coqa", {"questions": [{"input_text": "Who?", "turn_id": 2}]}, "the turn_id is 2, where turn 1 should be"),
+        ("coqa", {"additional_answers": {"0": []}}, "there are 2 questions and 0 additional answers of one person"),
     ],
 )  # fmt: skip
 def test_wrong_columns_are_told(task: str, change: dict[str, Any], says: str, tmp_path: Path) -> None:
-    assert f"val.jsonl line 2: {says}" in refusal(task, write(tmp_path, ROWS[task], ROWS[task] | change))
+    file = write(tmp_path, task, ROWS[task], ROWS[task] | change)
+    place = "data[1]" if task == "coqa" else "line 2"
+    assert refusal(task, file).startswith(f"{file} {place}: {says}")
 
 
 @pytest.mark.parametrize("task", [name for name in ROWS if name != "chat"])
 def test_every_column_that_is_missing_is_told(task: str, tmp_path: Path) -> None:
-    for column in set(ROWS[task]) - {"idx", "id", "source"}:
+    for column in set(ROWS[task]) - {"idx", "id", "source", "additional_answers"}:
         row = {key: value for key, value in ROWS[task].items() if key != column}
-        assert re.search(r"line 1: the column '.+' is missing; .+ needs .+", refusal(task, write(tmp_path, row)))
-
-
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        ({"story": None}, "data[0]: the column 'story' is null, which is not text; CoQA needs story, questions"),
-        ({"answers": DIALOGUE["answers"][:1]}, "data[0]: there are 2 questions and 1 answers"),  # type: ignore[index]
-        ({"questions": [{"input_text": "Who?", "turn_id": 2}]}, "the turn_id is 2, where turn 1 should be"),
-        ({"additional_answers": {"0": []}}, "2 questions and 0 additional answers of one person"),
-        ({"story": "cut \ud83d"}, "data[0]: there is half a character"),
-    ],
-)
-def test_a_broken_coqa_dialogue_is_told(change: dict[str, Any], says: str, tmp_path: Path) -> None:
-    assert says in refusal("coqa", coqa(tmp_path, DIALOGUE | change))
+        told = refusal(task, write(tmp_path, task, row))
+        assert re.search(r"(line 1|data\[0\]): the column '.+' is missing; .+ needs .+", told)
 
 
 def test_a_broken_coqa_file_is_told(tmp_path: Path) -> None:
@@ -307,8 +295,8 @@ HUB: dict[str, tuple[list[dict[str, Any]], dict[str, list[str]]]] = {
     "coqa": (
         [
             {
-                "id": "abc",
-                "story": DIALOGUE["story"],
+                "id": "3",
+                "story": ROWS["coqa"]["story"],
                 "questions": ["Who?", "What color?"],
                 "answers": {"input_text": ["Cotton", "white"], "answer_start": [0, 0], "answer_end": [1, 1]},
             }
@@ -334,12 +322,10 @@ def test_a_hub_data_set_gives_the_same_examples(task: str, tmp_path: Path, monke
     monkeypatch.setattr(datasets, "load_dataset", load)
     examples = get_task(task).read("hub:aps/super_glue:config", "validation")
     assert asked == [("aps/super_glue", "config", "validation")]
-    official = read(task, tmp_path, DIALOGUE if task == "coqa" else ROWS[task])
+    official = read(task, tmp_path, ROWS[task])
     if task == "coqa":  # the hub has no additional answers
         official = [Example(one.id, one.content, one.golds[:1]) for one in official]
-    assert [(one.id, one.content, one.golds, one.group) for one in examples] == [
-        (one.id, one.content, one.golds, one.group) for one in official
-    ]
+    assert examples == official
 
 
 def test_a_hub_data_set_that_cannot_be_had_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from fedsea.checkpoints.base import Checkpoint
+from fedsea.checkpoints import Checkpoint
 from fedsea.errors import ModelNotFoundError
 from fedsea.partition import Partition, require_layers
 from fedsea.parts.cache import RowCache, cache_argument

@@ -21,7 +21,7 @@ class Template:
         Stands before each answer where there is no chat template ("Answer:").
     """
 
-    def __init__(self, tokenizer: Any, cue: str = "Answer:") -> None:
+    def __init__(self, tokenizer: Any, cue: str) -> None:
         self.tokenizer, self._cue = tokenizer, cue
         self.is_chat = has_chat_template(tokenizer)
 

@@ -6,7 +6,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from fedsea.checkpoints.fingerprint import Fingerprint
+from fedsea.checkpoints import Fingerprint
 from fedsea.fields import Fields
 from fedsea.partition import Partition
 from fedsea.wire.tensors import WIRE_DTYPES

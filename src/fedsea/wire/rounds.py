@@ -14,7 +14,7 @@ import secrets
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast, get_args
 
-from fedsea.checkpoints.fingerprint import Fingerprint
+from fedsea.checkpoints import Fingerprint
 from fedsea.errors import ProtocolError, UsageError
 from fedsea.fields import Fields
 from fedsea.flags import STRATEGIES, Strategy

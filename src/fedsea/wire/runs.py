@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from fedsea.checkpoints.fingerprint import Fingerprint
+from fedsea.checkpoints import Fingerprint
 from fedsea.errors import UsageError
 from fedsea.fields import Fields
 from fedsea.partition import Partition

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from fedsea.errors import UsageError
-from fedsea.tasks.base import Example, LabelTask, Split, Task
+from fedsea.tasks import Example, LabelTask, Split, Task
 from fedsea.tasks.reading import read_rows
 
 Scheme = Literal["iid", "dirichlet", "source", "folders"]
