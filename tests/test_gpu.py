@@ -10,7 +10,8 @@ from fedsea.checkpoints import load_whole_model
 from fedsea.privacy import GaussianNoise, relative_clipped_gaussian
 from fedsea.wire.frames import Forward
 from tests.conftest import RunningServer, StartServer, connect
-from tests.support.split_training import Batch, adamw, adapted, assert_same_adapters, batch, train, trained, twins
+from tests.support.comparing import assert_same_adapters
+from tests.support.split_training import Batch, adamw, adapted, batch, train, trained, twins
 
 DEVICE = "cuda"
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")]

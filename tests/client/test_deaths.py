@@ -22,11 +22,12 @@ from fedsea.wire.codec import encode
 from fedsea.wire.frames import Kind, Message
 from tests.client.conftest import BACK, LOST, Child
 from tests.conftest import RunningServer, StartServer, connect
+from tests.support.comparing import snapshot
 from tests.support.link import Link
 from tests.support.ports import held_address
 from tests.support.raw_stream import RawStream, assert_same_tokens, eventually, prompt, step
 from tests.support.refused import refused
-from tests.support.split_training import adapted, batches, snapshot, train
+from tests.support.split_training import adapted, batches, train
 
 
 @pytest.fixture

@@ -18,8 +18,9 @@ from fedsea.parts.adapters import AdapterSpec
 from fedsea.wire.frames import Frame, Tensors
 from fedsea.wire.rounds import RoundStatus
 from tests.conftest import RunningServer, StartServer
+from tests.support.comparing import assert_same_state
 from tests.support.rounds import invite, seated
-from tests.support.split_training import adamw, adapted, assert_same_state, batch, lora, train
+from tests.support.split_training import adamw, adapted, batch, lora, train
 
 Change = Callable[[Tensors, str], Tensors]
 OWN = "model.layers.0.self_attn.q_proj.lora_B.weight"  # of the client's input blocks, `[64, 4]`

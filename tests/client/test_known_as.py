@@ -15,7 +15,8 @@ from fedsea.errors import UsageError
 from tests.client.conftest import Worded
 from tests.client.test_trainers import logged, trainer, wrapped
 from tests.conftest import RunningServer, connect
-from tests.support.split_training import adapted, assert_same_losses, lora, whole_twin
+from tests.support.comparing import assert_same_losses
+from tests.support.split_training import adapted, lora, whole_twin
 
 SMOOTHED, COMPILED = {"label_smoothing_factor": 0.1}, {"torch_compile": True}
 

@@ -15,9 +15,10 @@ from fedsea.errors import FedSEAError, ModelMismatchError, UsageError
 from fedsea.parts.adapter_files import read_adapter
 from fedsea.training.export import export_adapter
 from tests.conftest import RunningServer, connect
+from tests.support.comparing import assert_same_state, snapshot
 from tests.support.raw_stream import prompt
 from tests.support.refused import refused
-from tests.support.split_training import adapted, assert_same_state, batch, lora, snapshot
+from tests.support.split_training import adapted, batch, lora
 
 
 def assert_refused(action: Callable[[], object], says: str, kind: type[FedSEAError] = UsageError) -> None:

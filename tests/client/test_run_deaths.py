@@ -14,20 +14,11 @@ from fedsea.wire.frames import Forward, Frame, Operation
 from fedsea.wire.tensors import tensor_bytes
 from tests.client.conftest import BACK, LOST, STOPPING
 from tests.conftest import RunningServer, StartServer
+from tests.support.comparing import assert_same_state, snapshot
 from tests.support.link import Link
 from tests.support.raw_stream import eventually, prompt
 from tests.support.refused import refused
-from tests.support.split_training import (
-    adamw,
-    adapted,
-    assert_same_state,
-    batch,
-    batches,
-    lora,
-    snapshot,
-    train,
-    trained,
-)
+from tests.support.split_training import adamw, adapted, batch, batches, lora, train, trained
 
 DROPPING = lora(lora_dropout=0.2)
 

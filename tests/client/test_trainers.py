@@ -12,17 +12,9 @@ from fedsea import Partition, SplitModelForCausalLM, load_tokenizer
 from fedsea.checkpoints import load_whole_model
 from fedsea.parts.adapter_files import read_adapter
 from tests.conftest import RunningServer, StartServer, connect
+from tests.support.comparing import assert_same_losses, assert_same_state, snapshot
 from tests.support.raw_stream import prompt
-from tests.support.split_training import (
-    Twins,
-    adapted,
-    assert_same_losses,
-    assert_same_state,
-    lora,
-    snapshot,
-    trl_settings,
-    twins,
-)
+from tests.support.split_training import Twins, adapted, lora, trl_settings, twins
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 

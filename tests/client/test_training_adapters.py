@@ -14,23 +14,10 @@ from fedsea.checkpoints import load_whole_model
 from fedsea.errors import ModelMismatchError, ProtocolError, UsageError
 from fedsea.parts.adapter_files import WEIGHTS
 from tests.conftest import RunningServer, connect
+from tests.support.comparing import assert_same_adapters, assert_same_losses, assert_same_state, snapshot, unchanged
 from tests.support.raw_stream import prompt
 from tests.support.refused import refused
-from tests.support.split_training import (
-    adamw,
-    adapted,
-    assert_same_adapters,
-    assert_same_losses,
-    assert_same_state,
-    batch,
-    batches,
-    lora,
-    snapshot,
-    train,
-    trained,
-    twins,
-    unchanged,
-)
+from tests.support.split_training import adamw, adapted, batch, batches, lora, train, trained, twins
 
 
 def test_the_trained_adapter_is_an_ordinary_peft_adapter_and_fits_other_partitions(

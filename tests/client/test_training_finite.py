@@ -9,8 +9,9 @@ import torch
 from fedsea import SplitModelForCausalLM
 from fedsea.errors import NonFiniteError
 from tests.conftest import RunningServer
+from tests.support.comparing import snapshot, unchanged
 from tests.support.refused import refused
-from tests.support.split_training import adamw, adapted, batch, batches, snapshot, train, unchanged
+from tests.support.split_training import adamw, adapted, batch, batches, train
 
 ADVICE = r".*\. No weight was changed\. .*dtype: float32.*smaller noise level"
 

@@ -16,22 +16,9 @@ from fedsea.client import connection
 from fedsea.errors import LimitExceededError, UsageError
 from fedsea.server import Limits
 from tests.conftest import RunningServer, StartServer, connect
+from tests.support.comparing import assert_same_adapters, assert_same_losses, assert_trains_as_whole, unchanged
 from tests.support.raw_stream import eventually
-from tests.support.split_training import (
-    adamw,
-    adapted,
-    assert_same_adapters,
-    assert_same_losses,
-    assert_trains_as_whole,
-    batch,
-    batches,
-    lora,
-    train,
-    trained,
-    twins,
-    unchanged,
-    whole_twin,
-)
+from tests.support.split_training import adamw, adapted, batch, batches, lora, train, trained, twins, whole_twin
 
 # Several clients
 

@@ -13,8 +13,9 @@ from fedsea import SplitModelForCausalLM, load_tokenizer
 from fedsea.checkpoints import load_whole_model
 from fedsea.errors import UsageError
 from tests.conftest import connect
+from tests.support.comparing import assert_same_losses
 from tests.support.refused import refused
-from tests.support.split_training import assert_same_losses, lora, trl_settings, twins
+from tests.support.split_training import lora, trl_settings, twins
 
 trl = pytest.importorskip("trl")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")

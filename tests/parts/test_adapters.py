@@ -17,8 +17,9 @@ from fedsea.parts import MiddleBlocks
 from fedsea.parts.adapter_files import CONFIG, WEIGHTS, read_adapter, save_adapter
 from fedsea.parts.adapters import MAX_RANK, AdapterSpec, adapter_parameters
 from tests.parts.conftest import parts
+from tests.support.comparing import assert_same_state, whole_adapter
 from tests.support.refused import refused
-from tests.support.split_training import assert_same_state, lora, whole_adapter
+from tests.support.split_training import lora
 
 NAME = "random:tiny"
 CHECKPOINT = open_checkpoint(NAME)

@@ -36,19 +36,11 @@ from fedsea.tasks.base import Question
 from fedsea.wire.frames import Forward, Operation
 from fedsea.wire.tensors import tensor_bytes
 from tests.conftest import RunningServer, connect
+from tests.support.comparing import assert_same_adapters, assert_same_losses
 from tests.support.link import Link
 from tests.support.raw_stream import assert_same_tokens, prompt
 from tests.support.sent_states import assert_all_noise, by_position, capture
-from tests.support.split_training import (
-    adapted,
-    assert_same_adapters,
-    assert_same_losses,
-    batch,
-    batches,
-    lora,
-    train,
-    whole_twin,
-)
+from tests.support.split_training import adapted, batch, batches, lora, train, whole_twin
 
 CLIP, STD = 4.0, 0.7
 NOISY = [GaussianNoise(STD), clipped_gaussian(CLIP, STD)]

@@ -33,8 +33,9 @@ from fedsea.server import Limits
 from fedsea.wire.credentials import Credentials
 from fedsea.wire.rounds import MemberStatus, Ticket
 from tests.conftest import RunningServer, StartServer, connect
+from tests.support.comparing import whole_adapter
 from tests.support.rounds import Weights, invite, seated, sgd, take_part, together
-from tests.support.split_training import Batch, adamw, batch, lora, train, trained, whole_adapter
+from tests.support.split_training import Batch, adamw, batch, lora, train, trained
 
 PARTITIONS = (Partition(1, 1), Partition(0, 1), Partition(1, 0), Partition(0, 0))
 

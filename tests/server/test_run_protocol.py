@@ -26,9 +26,10 @@ from fedsea.wire.codec import encode
 from fedsea.wire.credentials import Credentials
 from fedsea.wire.frames import Command, Kind, Message, Outcome, States
 from tests.conftest import RunningServer, StartServer, connect
+from tests.support.comparing import assert_same_losses
 from tests.support.raw_stream import HIDDEN, RawStream, eventually, is_serving, open_body, send_nonsense, step
 from tests.support.server_runs import ROWS, SPEC, RawRun, attach, backward, forward, states, update
-from tests.support.split_training import adamw, adapted, assert_same_losses, batch, lora, train, trained, whole_twin
+from tests.support.split_training import adamw, adapted, batch, lora, train, trained, whole_twin
 
 FRAME_BYTES = 1 << 17
 

@@ -1,6 +1,6 @@
 """Training a split model and the whole one side by side, from one adapter: what the tests of training share."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ from tests.conftest import Place, connect
 
 LENGTHS = (12, 9, 4, 7)
 Batch = dict[str, torch.Tensor]
-State = Mapping[str, torch.Tensor]
 Twins = tuple[SplitModelForCausalLM, Any]
 """A split model and PEFT's whole one, from one adapter, in training mode."""
 
@@ -72,23 +71,6 @@ def trained(model: Any) -> list[torch.nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def snapshot(model: SplitModelForCausalLM) -> dict[str, torch.Tensor]:
-    """The whole adapter as it is now."""
-    return {name: weight.clone() for name, weight in model.adapter_state().items()}
-
-
-def assert_same_state(found: State, expected: State) -> None:
-    assert_close_states(found, expected, atol=0)
-
-
-@contextmanager
-def unchanged(model: SplitModelForCausalLM) -> Iterator[None]:
-    """What happens within the block leaves the whole adapter as it is."""
-    before = snapshot(model)
-    yield
-    assert_same_state(snapshot(model), before)
-
-
 # Adam divides a gradient by its own size, so one that is nothing but rounding moves a weight as far as any other. What
 # is added to the size bounds that: gradients that are 1e-7 apart move weights by 5e-3 * 1e-7 / 1e-4 = 5e-6 apart.
 EPS = 1e-4
@@ -125,36 +107,6 @@ def train(
                 rate.step()
             optimizer.zero_grad(set_to_none=set_to_none)
     return seen
-
-
-def assert_same_losses(split: list[float], whole: list[float], rtol: float = 1e-5) -> None:
-    torch.testing.assert_close(torch.tensor(split), torch.tensor(whole), rtol=rtol, atol=0)
-
-
-def whole_adapter(whole: Any) -> dict[str, torch.Tensor]:
-    """The adapter of PEFT's model, named as a split model's `adapter_state` names it."""
-    return {
-        name.removeprefix("base_model.model.").replace(".default.", "."): parameter.detach()
-        for name, parameter in whole.named_parameters()
-        if ".lora_" in name
-    }
-
-
-def assert_same_adapters(split: SplitModelForCausalLM, whole: Any, atol: float = 1e-4) -> None:
-    assert_close_states(split.adapter_state(), whole_adapter(whole), atol)
-
-
-def assert_close_states(found: State, expected: State, atol: float = 1e-4) -> None:
-    torch.testing.assert_close(dict(found), dict(expected), rtol=0, atol=atol)
-
-
-def assert_trains_as_whole(
-    models: Twins, data: list[Batch] | None = None, rtol: float = 1e-5, atol: float = 1e-4, **how: Any
-) -> None:
-    """Both models train on the data, four batches by default; arguments as `train` has them."""
-    texts = batches(4) if data is None else data
-    assert_same_losses(*(train(one, texts, **how) for one in models), rtol)
-    assert_same_adapters(*models, atol)
 
 
 def trl_settings(folder: Path, **more: Any) -> dict[str, Any]:

@@ -28,8 +28,8 @@ from fedsea.training.loop import FineTuning
 from fedsea.training.recipe import Recipe
 from tests.conftest import connect
 from tests.support import fine_tuning as support
+from tests.support.comparing import assert_same_state
 from tests.support.fine_tuning import Tuning, examples, losses, nothing, stop_after
-from tests.support.split_training import assert_same_state
 
 RECIPE = Recipe(steps=6, batch_size=3, accumulation=2, lr=1e-2, warmup=1, save_every=2)
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], lora_dropout=0.1)

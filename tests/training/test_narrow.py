@@ -24,25 +24,12 @@ from fedsea.wire.rounds import Ticket
 from fedsea.wire.tensors import tensor_bytes
 from tests.conftest import RunningServer, StartServer, connect
 from tests.support import fine_tuning as support
+from tests.support.comparing import assert_close_states, assert_same_losses, assert_same_state, snapshot, whole_adapter
 from tests.support.link import Link
 from tests.support.raw_stream import assert_same_tokens, prompt
 from tests.support.refused import refused
 from tests.support.sent_states import assert_all_noise, by_position, capture
-from tests.support.split_training import (
-    adamw,
-    adapted,
-    assert_close_states,
-    assert_same_losses,
-    assert_same_state,
-    batch,
-    batches,
-    lora,
-    snapshot,
-    train,
-    trained,
-    whole_adapter,
-    whole_twin,
-)
+from tests.support.split_training import adamw, adapted, batch, batches, lora, train, trained, whole_twin
 
 HIDDEN, RANK = 64, 16
 CUT = NarrowCut(RANK)

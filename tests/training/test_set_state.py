@@ -19,19 +19,10 @@ from fedsea.training.recipe import Recipe
 from fedsea.wire.frames import Operation
 from tests.client.test_trainers import logged, trainer
 from tests.conftest import RunningServer, StartServer, connect
+from tests.support.comparing import assert_same_state, snapshot
 from tests.support.fine_tuning import losses, nothing
 from tests.support.rounds import invite, seated, take_part
-from tests.support.split_training import (
-    adamw,
-    adapted,
-    assert_same_state,
-    batch,
-    batches,
-    lora,
-    snapshot,
-    train,
-    trained,
-)
+from tests.support.split_training import adamw, adapted, batch, batches, lora, train, trained
 from tests.training.test_loop import adapter, tuning
 
 # Steps 1 and 2 go back to the checkpoint of step 0, which holds no state of the optimizer at all.

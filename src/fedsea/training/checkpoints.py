@@ -61,10 +61,7 @@ class CheckpointFolder:
     def save(self, checkpoint: TrainingState, lora: LoraConfig, base_model: str | None) -> Path:
         """Write a checkpoint; older ones but the last are removed afterwards.
 
-        Raises
-        ------
-        UsageError
-            If it cannot be written (the disk is full, say). Those before it are untouched.
+        A UsageError if it cannot be written (the disk is full, say); those before it are untouched.
         """
         final = self._folder(checkpoint.step)
         partial = self.path / f".partial-{checkpoint.step:08d}-{os.getpid()}"

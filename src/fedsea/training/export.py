@@ -52,10 +52,8 @@ def export_adapter(source: Path, out: Path, ends: Mapping[str, Tensor] | None = 
 
     Raises
     ------
-    UsageError
-        If there is no adapter, or `out` cannot be written or is taken.
-    ModelMismatchError
-        If the adapter has no such weights.
+    UsageError, ModelMismatchError
+        If there is no adapter, it has no such weights, or `out` cannot be written or is taken.
     """
     adapter = find_adapter(source)
     lora, weights = read_adapter(adapter)  # a damaged one is not passed on
@@ -82,10 +80,9 @@ def merge_adapter(source: Path, model: str, out: Path, *, dtype: torch.dtype, de
 
     Raises
     ------
-    ModelMismatchError
-        If the adapter is not one of this model.
-    UsageError, ModelNotFoundError
-        If there is no adapter, it has a narrow cut, the model has no weights, or `out` cannot be written or is taken.
+    ModelMismatchError, UsageError, ModelNotFoundError
+        If the adapter is of another model, there is none, or it has a narrow cut; if the model has no weights; if `out`
+        cannot be written or is taken.
     """
     adapter = find_adapter(source)
     read_adapter(adapter)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsea.errors import UsageError
-from fedsea.files import append_json, parse_json, read_lines, write_json, write_lines
+from fedsea.files import append_json, read_lines, read_object, write_json, write_lines
 from fedsea.privacy import parse_mechanism
 from fedsea.training.checkpoints import CheckpointFolder
 
@@ -35,10 +35,7 @@ class RunFolder:
     def begin(self, settings: dict[str, Any]) -> str:
         """Make the folder for a new training; returns the name of its run at the server.
 
-        Raises
-        ------
-        UsageError
-            If it holds a training already, or cannot be written.
+        A UsageError if the folder holds a training already, or cannot be written.
         """
         if (self.path / RUN).exists():
             held = self.read()
@@ -57,13 +54,7 @@ class RunFolder:
         return name
 
     def resume(self, settings: dict[str, Any]) -> str:
-        """Check that the folder holds this training; returns the name of its run at the server.
-
-        Raises
-        ------
-        UsageError
-            If it holds none, or one with other settings; the message names them.
-        """
+        """The name of this training's run at the server; a UsageError if the folder holds none, or another training."""
         held = self.read()
         different = [
             f"{name} was {held['settings'].get(name)!r} and is {settings.get(name)!r} now"
@@ -76,21 +67,13 @@ class RunFolder:
         return name
 
     def read(self) -> dict[str, Any]:
-        """The folder's `run.json`.
-
-        Raises
-        ------
-        UsageError
-            If there is none.
-        """
+        """The folder's `run.json`; a UsageError if there is none, or it is damaged."""
+        held = read_object(self.path / RUN, f"{self.path} holds no training: {RUN} is missing")
         try:
-            held: dict[str, Any] = parse_json((self.path / RUN).read_bytes())
             if isinstance(held["run"], str) and isinstance(held["settings"], dict):
                 _name_noise(held["settings"])
                 return held
-        except FileNotFoundError:
-            raise UsageError(f"{self.path} holds no training: {RUN} is missing") from None
-        except (OSError, ValueError, KeyError, TypeError):
+        except (KeyError, TypeError, ValueError):
             pass
         raise UsageError(f"{self.path / RUN} is damaged")
 

@@ -88,12 +88,8 @@ class FineTuning:
 
         Raises
         ------
-        ModelMismatchError
-            If it is of another adapter.
-        PartitionError
-            If its narrow cut is after another layer.
-        UsageError
-            If the callback cannot go on from it.
+        ModelMismatchError, PartitionError, UsageError
+            If it is of another adapter, its cut is after another layer, or the callback cannot go on from it.
         """
         checkpoint = self.folder.checkpoints.load()
         if checkpoint is None:
