@@ -2,18 +2,21 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedsea.errors import UsageError
-from fedsea.federation.owner.shards import Sharding, read_shard, shard
+from fedsea.federation import Sharding, read_shard
 from fedsea.tasks import get_task, task_names
 from fedsea.tasks.base import Example, Question
 
 LABELS = ("entailment", "contradiction", "neutral")
+CB = get_task("cb")
 
 
 def made(labels: list[str], groups: list[str] | None = None) -> list[Example]:
@@ -23,12 +26,15 @@ def made(labels: list[str], groups: list[str] | None = None) -> list[Example]:
     ]
 
 
-SETS = st.lists(st.sampled_from(LABELS), min_size=1, max_size=60)
+def cut(examples: list[Example], scheme: Any, count: int, sources: list[str] | None = None, **how: Any) -> list[Any]:
+    """All shards."""
+    first = Sharding(scheme, 0, count, **how)
+    return [replace(first, index=index).cut(examples, sources or ()) for index in range(count)]
 
 
 @settings(max_examples=200, deadline=None)
 @given(
-    labels=SETS,
+    labels=st.lists(st.sampled_from(LABELS), min_size=1, max_size=60),
     scheme=st.sampled_from(["iid", "dirichlet"]),
     count=st.integers(1, 8),
     seed=st.integers(0, 2**40),
@@ -40,14 +46,13 @@ def test_shards_are_disjoint_complete_not_empty_and_the_same_again(
     examples = made(labels)
     if len(examples) < count:
         with pytest.raises(UsageError, match="cannot be cut into"):
-            shard(examples, scheme, 0, count, seed, alpha=alpha)  # type: ignore[arg-type]
+            cut(examples, scheme, count, seed=seed, alpha=alpha)
         return
-    shards = [shard(examples, scheme, index, count, seed, alpha=alpha) for index in range(count)]  # type: ignore[arg-type]
+    shards = cut(examples, scheme, count, seed=seed, alpha=alpha)
     assert all(shards)
     assert sorted(int(one.id) for part in shards for one in part) == list(range(len(examples)))
-    for part in shards:
-        assert part == sorted(part, key=lambda one: int(one.id))
-    assert shards[-1] == shard(examples, scheme, count - 1, count, seed, alpha=alpha)  # type: ignore[arg-type]
+    assert all(part == sorted(part, key=lambda one: int(one.id)) for part in shards)
+    assert shards == cut(examples, scheme, count, seed=seed, alpha=alpha)
 
 
 @settings(max_examples=100, deadline=None)
@@ -56,17 +61,13 @@ def test_a_source_is_one_clients_whole(sources: list[str], count: int) -> None:
     examples = made(["neutral"] * len(sources))
     if len(set(sources)) < count:
         with pytest.raises(UsageError, match="one would have none"):
-            shard(examples, "source", 0, count, sources=sources)
+            cut(examples, "source", count, sources)
         return
-    owners: dict[str, int] = {}
-    seen = 0
-    for index in range(count):
-        part = shard(examples, "source", index, count, sources=sources)
-        assert part
-        seen += len(part)
-        for one in part:
-            assert owners.setdefault(sources[int(one.id)], index) == index
-    assert seen == len(examples)
+    shards = cut(examples, "source", count, sources)
+    assert all(shards)
+    assert sum(map(len, shards)) == len(examples)
+    owners = {(sources[int(one.id)], index) for index, part in enumerate(shards) for one in part}
+    assert len(owners) == len(set(sources))
 
 
 @settings(max_examples=50, deadline=None)
@@ -79,25 +80,25 @@ def test_what_belongs_together_stays_together(groups: list[str], scheme: str, se
     examples = made(["neutral"] * len(groups), groups)
     if len({group or at for at, group in enumerate(groups)}) < 2:
         return
-    parts = [shard(examples, scheme, index, 2, seed) for index in range(2)]  # type: ignore[arg-type]
-    for group in {"a", "b", "c", "d"}:
+    parts = cut(examples, scheme, 2, seed=seed)
+    for group in "abcd":
         assert sum(any(one.group == group for one in part) for part in parts) <= 1
     assert sum(map(len, parts)) == len(examples)
 
 
 def test_the_cut_does_not_change_between_versions() -> None:
     examples = made(["entailment", "contradiction"] * 6)
-    assert [one.id for one in shard(examples, "iid", 0, 3, 7)] == ["1", "4", "8", "9"]
-    assert [one.id for one in shard(examples, "dirichlet", 0, 3, 7, alpha=0.5)] == ["4", "11"]
+    assert [one.id for one in cut(examples, "iid", 3, seed=7)[0]] == ["1", "4", "8", "9"]
+    assert [one.id for one in cut(examples, "dirichlet", 3, seed=7)[0]] == ["4", "11"]
 
 
 def test_iid_shards_are_equally_large_and_dirichlet_ones_differ_the_more_the_smaller_alpha() -> None:
     examples = made(list(LABELS) * 100)
-    assert {len(shard(examples, "iid", index, 4, 1)) for index in range(4)} == {75}
+    assert {len(part) for part in cut(examples, "iid", 4, seed=1)} == {75}
 
     def skew(alpha: float) -> float:
         """Mean share of a client's most frequent label, over clients and seeds."""
-        parts = [shard(examples, "dirichlet", index, 4, seed, alpha=alpha) for seed in range(8) for index in range(4)]
+        parts = [part for seed in range(8) for part in cut(examples, "dirichlet", 4, seed=seed, alpha=alpha)]
         return sum(max(Counter(one.golds[0] for one in part).values()) / len(part) for part in parts) / len(parts)
 
     assert skew(100.0) < 0.42 < skew(0.5) < skew(0.02)
@@ -115,24 +116,22 @@ def cb_row(number: int, **more: object) -> dict[str, object]:
 
 def test_a_tasks_file_is_cut_by_a_column(tmp_path: Path) -> None:
     write_rows(tmp_path / "train.jsonl", [cb_row(at, hospital=f"h{at % 4}") for at in range(12)])
-    parts = [
-        read_shard(get_task("cb"), str(tmp_path), Sharding.parse(f"source=hospital:{index}/2")) for index in range(2)
-    ]
+    parts = [read_shard(CB, str(tmp_path), Sharding.parse(f"source=hospital:{index}/2")) for index in range(2)]
     assert [{int(one.id) % 4 for one in part} for part in parts] == [{0, 2}, {1, 3}]
     with pytest.raises(UsageError, match=r"train.jsonl line 1: the column 'ward' is missing"):
-        read_shard(get_task("cb"), str(tmp_path), Sharding.parse("source=ward:0/2"))
+        read_shard(CB, str(tmp_path), Sharding.parse("source=ward:0/2"))
 
 
 def test_every_client_has_its_folder(tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        write_rows(tmp_path / name / "train.jsonl", [cb_row(at) for at in range(3 if name == "a" else 5)])
+    for name, count in (("a", 3), ("b", 5)):
+        write_rows(tmp_path / name / "train.jsonl", [cb_row(at) for at in range(count)])
     folders = Sharding.parse("folders")
-    assert len(read_shard(get_task("cb"), str(tmp_path), folders, "b")) == 5
+    assert len(read_shard(CB, str(tmp_path), folders, "b")) == 5
     for stranger in ("c", "../a", "", "."):
         with pytest.raises(UsageError, match="it has a, b"):
-            read_shard(get_task("cb"), str(tmp_path), folders, stranger)
+            read_shard(CB, str(tmp_path), folders, stranger)
     with pytest.raises(UsageError, match="there is no folder"):
-        read_shard(get_task("cb"), str(tmp_path / "none"), folders, "a")
+        read_shard(CB, str(tmp_path / "none"), folders, "a")
 
 
 def test_tasks_without_labels_are_not_cut_by_label(tmp_path: Path) -> None:
@@ -140,8 +139,8 @@ def test_tasks_without_labels_are_not_cut_by_label(tmp_path: Path) -> None:
     for name in sorted(set(task_names()) & {"text", "chat", "coqa", "xsum", "record"}):
         with pytest.raises(UsageError, match="no labels"):
             read_shard(get_task(name), str(tmp_path), Sharding.parse("dirichlet:0/2"))
-    assert len(read_shard(get_task("text"), str(tmp_path), Sharding.parse("iid:0/2"))) == 1
-    assert len(read_shard(get_task("text"), str(tmp_path), None)) == 2
+    for sharding, count in ((Sharding.parse("iid:0/2"), 1), (None, 2)):
+        assert len(read_shard(get_task("text"), str(tmp_path), sharding)) == count
 
 
 @pytest.mark.parametrize(
@@ -159,13 +158,11 @@ def test_shardings_are_read_as_people_write_them(text: str, sharding: Sharding) 
     assert Sharding.parse(text, seed=3) == sharding
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        *("", "iid", "iid:", "iid:4/4", "iid:-1/4", "iid:0/0", "iid=2:0/4", "iid:0/4/2", "random:0/2", "folders:0/2"),
-        *("dirichlet=x:0/2", "dirichlet=0:0/2", "dirichlet=-1:0/2", "dirichlet=nan:0/2", "iid:0/99999999"),
-    ],
-)
+OTHERS = """ iid iid: iid:4/4 iid:-1/4 iid:0/0 iid=2:0/4 iid:0/4/2 random:0/2 folders:0/2 dirichlet=x:0/2 dirichlet=0:0/2
+dirichlet=-1:0/2 dirichlet=nan:0/2 iid:0/99999999"""
+
+
+@pytest.mark.parametrize("text", ["", *OTHERS.split()])
 def test_other_shardings_are_refused(text: str) -> None:
     with pytest.raises(UsageError):
         Sharding.parse(text)

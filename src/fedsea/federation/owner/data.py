@@ -21,15 +21,12 @@ class ByteTokenizer:
     is_fast = False
 
     def __call__(self, text: str, **_options: Any) -> dict[str, list[int]]:
-        """Token ids, under `input_ids`."""
         return {"input_ids": list(text.encode())}
 
     def decode(self, tokens: Sequence[int], **_options: Any) -> str:
-        """The text again."""
         return bytes(token for token in tokens if token < 256).decode(errors="replace")
 
     def batch_decode(self, rows: Sequence[Sequence[int]], **options: Any) -> list[str]:
-        """The texts again."""
         return [self.decode(row, **options) for row in rows]
 
 

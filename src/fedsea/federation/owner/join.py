@@ -8,6 +8,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -34,6 +35,14 @@ OWN_ENDS = "own-ends.safetensors"
 LOOKS = "looks.db"
 GOODBYE_SECONDS = 10.0  # a message takes Flower up to six
 NOT_LET_IN = "[code: 2004] "
+FIGURES = {
+    "train-loss": "loss {:.4f}",
+    "steps": "{} steps",
+    "bytes-up": "{:.2f} MB up",
+    "bytes-down": "{:.2f} MB down",
+    "accuracy": "accuracy {:.3f}",
+    "answer_loss": "answer loss {:.4f}",
+}
 
 
 class OwnerProcess:
@@ -116,17 +125,9 @@ class OwnerProcess:
         return credentials.name
 
     def start(self) -> dict[str, Any]:
-        """Start the worker and wait until it has read its data, then the SuperNode.
+        """Start the worker, wait until it has read its data, then start the SuperNode.
 
-        Returns
-        -------
-        dict
-            What the worker brings, as `Participant.describe` says it.
-
-        Raises
-        ------
-        FedSEAError
-            If the worker cannot work: the model, the task, the data.
+        Returns what `Participant.describe` says; FedSEAError if the worker cannot work: the model, the task, the data.
         """
         self._worker = Supervised("worker", self._start_worker, self._tell, YOUNG_SECONDS)
         said = self._worker.child.says(READY_SECONDS) or {}
@@ -140,15 +141,12 @@ class OwnerProcess:
     def watch(self, seconds: float | None = None) -> None:
         """Tell of each round; start again what dies; until the federation is over, an exception, or for some seconds.
 
-        Raises
-        ------
-        FedSEAError
-            If a process dies again and again, or the coordinator does not let this data owner in.
+        FedSEAError if a process dies again and again, or the coordinator does not let this data owner in.
         """
         end = None if seconds is None else time.monotonic() + seconds
+        assert self._worker is not None
+        assert self._node is not None
         while self.adapter is None and (end is None or time.monotonic() < end):
-            assert self._worker is not None
-            assert self._node is not None
             while (said := self._worker.child.says(0.05)) is not None:
                 self._hear_worker(said)
             while (said := self._node.child.says(0.05)) is not None:
@@ -256,31 +254,22 @@ class OwnerProcess:
 def kept_running(owners: Sequence[OwnerProcess]) -> Iterator[None]:
     """Watch started data owners, each in a thread, as `fedsea federation join` does in a process.
 
-    Raises
-    ------
-    FedSEAError
-        At the end: what has ended one of them.
+    At the end it raises the FedSEAError that has ended one of them.
     """
-    over, ended = threading.Event(), list[BaseException]()
+    over = threading.Event()
 
     def watch(owner: OwnerProcess) -> None:
-        try:
-            while not over.is_set() and owner.adapter is None:
-                owner.watch(POLL_SECONDS)
-        except FedSEAError as error:
-            ended.append(error)
+        while not over.is_set() and owner.adapter is None:
+            owner.watch(POLL_SECONDS)
 
-    threads = [threading.Thread(target=watch, args=(owner,), daemon=True) for owner in owners]
-    for thread in threads:
-        thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        for thread in threads:
-            thread.join()
-    if ended:
-        raise ended[0]
+    with ThreadPoolExecutor(len(owners)) as pool:
+        watches = [pool.submit(watch, owner) for owner in owners]
+        try:
+            yield
+        finally:
+            over.set()
+    for one in watches:
+        one.result()
 
 
 def why_no_connection(superlink: str, folder: Path) -> str:
@@ -302,12 +291,5 @@ def why_no_connection(superlink: str, folder: Path) -> str:
 
 
 def _figures(metrics: dict[str, Any]) -> str:
-    known: dict[str, Callable[[Any], str]] = {
-        "train-loss": lambda value: f"loss {value:.4f}",
-        "steps": lambda value: f"{value} steps",
-        "bytes-up": lambda value: f"{value / 1e6:.2f} MB up",
-        "bytes-down": lambda value: f"{value / 1e6:.2f} MB down",
-        "accuracy": lambda value: f"accuracy {value:.3f}",
-        "answer_loss": lambda value: f"answer loss {value:.4f}",
-    }
-    return "".join(f"{word(metrics[name])}, " for name, word in known.items() if name in metrics)
+    shown = dict(metrics) | {key: metrics[key] / 1e6 for key in ("bytes-up", "bytes-down") if key in metrics}
+    return "".join(f"{words.format(shown[name])}, " for name, words in FIGURES.items() if name in shown)

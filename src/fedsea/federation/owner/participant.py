@@ -39,11 +39,6 @@ class Participant:
 
     Whatever a request holds is a coordinator's word, and checked. `on_step` gets each optimizer step's number in the
     round, from 1, and its loss; what it raises ends the round's training. Simulated clients share prepared `models`.
-
-    Raises
-    ------
-    FedSEAError
-        If the data, the task or the model's files are not what they should be.
     """
 
     on_step: Callable[[int, float], None] | None = None
@@ -78,7 +73,7 @@ class Participant:
         }
 
     def train(self, body: Mapping[str, Any], weights: Arrays) -> tuple[dict[str, Any], Arrays]:
-        """Take part in a round.
+        """Take part in a round; at an error the seat is given up.
 
         Parameters
         ----------
@@ -95,13 +90,6 @@ class Participant:
             `bytes-up`, `bytes-down`, `seconds`, `next-batch`.
         weights
             A's and C's adapter, trained: float32. None of it where it stays with its owner.
-
-        Raises
-        ------
-        NonFiniteError
-            If weights, a loss or a gradient is not finite.
-        FedSEAError
-            What the block server refuses, or what is wrong with the request. The seat is given up.
         """
         with self._lock:
             recipe = LocalRecipe.from_body(body.get("recipe"), body.get("proximal-mu", 0.0))
@@ -115,8 +103,7 @@ class Participant:
                 figures = self._steps(model, recipe, first)
                 model.adapter.finish_round()
                 trained = model.adapter.local_state()
-            if not all(bool(torch.isfinite(weight).all()) for weight in trained.values()):
-                raise NonFiniteError("the adapter is not finite after the round; a lower learning rate may help")
+            _check_finite(trained, "the adapter is not finite after the round; a lower learning rate may help")
             if own is not None:
                 own.save(trained)
                 trained = {}
@@ -163,14 +150,7 @@ class Participant:
         """The federation is over: keep its adapter, with the ends that this client has kept to itself, as PEFT's.
 
         `body` has `lora`, and `private-ends` as for `train`; `weights` is the whole adapter. Returns nothing: where it
-        is kept is its owner's matter.
-
-        Raises
-        ------
-        ModelMismatchError, NonFiniteError
-            If it is not this model's adapter, or not finite. Nothing is written then.
-        UsageError
-            If it cannot be written.
+        is kept is its owner's matter. What is not this model's adapter, or not finite, is not written.
         """
         with self._lock:
             if not self.options.output:

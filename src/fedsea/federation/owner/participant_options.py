@@ -9,7 +9,7 @@ from fedsea.errors import UsageError
 from fedsea.flags import DATA, ComputeDtype, Device, Flag, Noise, Threads, WireDtype
 from fedsea.partition import Partition
 
-MAX_LOOKS = 64  # the noise of 64 looks at one state is worth an eighth; a federation rarely evaluates more often
+MAX_LOOKS = 64  # the noise of a state that was sent 64 times is worth an eighth; few federations send one so often
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,9 @@ class ParticipantOptions:
         int,
         Flag("With noise: how often each text may be sent, each time with fresh noise. 0 for no limit.", min=0),
     ] = MAX_LOOKS
-    looks: Annotated[str, Flag("The file in which this is counted.", metavar="FILE", default="looks.db in FOLDER")] = ""
+    looks: Annotated[
+        str, Flag("The file that counts how often each text was sent.", metavar="FILE", default="looks.db in FOLDER")
+    ] = ""
     output: str = ""
 
     def to_body(self) -> dict[str, Any]:

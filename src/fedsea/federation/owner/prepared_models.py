@@ -2,14 +2,13 @@
 
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from fedsea.client import SplitModelForCausalLM
 from fedsea.federation.owner.participant_options import ParticipantOptions
 from fedsea.privacy import parse_mechanism
 
-_SAME = ("model", "partition", "credentials", "insecure", "noise", "dtype", "wire_dtype", "device")
+_SAME = ("partition", "credentials", "insecure", "dtype", "wire_dtype", "device")
 NO_NOISE = "0"
 PREPARED_MODELS = 2  # in one process; simulated clients that differ in partition or noise share a process
 
@@ -32,11 +31,18 @@ class PreparedModels:
 
     def get(self, options: ParticipantOptions, server: str, lora: Mapping[str, Any]) -> SplitModelForCausalLM:
         """The model of these options, which may be used with another block server than before."""
-        key = (*(getattr(options, name) for name in _SAME), repr(sorted(lora.items())))
+        same = {name: getattr(options, name) for name in _SAME}
+        key = (options.model, options.noise, *same.values(), repr(sorted(lora.items())))
         if key not in self._models:
             while len(self._models) >= self._size:
                 self._models.popitem(last=False)[1].close()
-            self._models[key] = _load(options, server)
+            self._models[key] = SplitModelForCausalLM.from_pretrained(
+                options.model,
+                server=server,
+                noise=parse_mechanism(options.noise or NO_NOISE),
+                reconnect_seconds=options.reconnect_seconds,
+                **same,
+            )
         self._models.move_to_end(key)
         return self._models[key]
 
@@ -50,18 +56,3 @@ class PreparedModels:
         """Give up all."""
         while self._models:
             self._models.popitem()[1].close()
-
-
-def _load(options: ParticipantOptions, server: str) -> SplitModelForCausalLM:
-    return SplitModelForCausalLM.from_pretrained(
-        options.model,
-        server=server,
-        credentials=Path(options.credentials) if options.credentials else None,
-        insecure=options.insecure,
-        partition=options.partition,
-        noise=parse_mechanism(options.noise or NO_NOISE),
-        dtype=options.dtype,
-        wire_dtype=options.wire_dtype,
-        device=options.device,
-        reconnect_seconds=options.reconnect_seconds,
-    )

@@ -26,13 +26,7 @@ class PrivateAdapter:
         self.path, self._federation = path, federation
 
     def load(self) -> dict[str, Tensor] | None:
-        """The weights by names of the whole model; None if there is no file yet.
-
-        Raises
-        ------
-        UsageError
-            If the file is of another federation, or cannot be read.
-        """
+        """The weights by names of the whole model, None if there is no file yet; UsageError if they are another's."""
         if not self.path.is_file():
             return None
         weights, federation = read_private_adapter(self.path)

@@ -10,15 +10,14 @@ from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 from fedsea.errors import UsageError
 from fedsea.tasks import Example, LabelTask, Split, Task
 from fedsea.tasks.reading import read_rows
 
 Scheme = Literal["iid", "dirichlet", "source", "folders"]
-SCHEMES: tuple[Scheme, ...] = ("iid", "dirichlet", "source", "folders")
-
+SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
 _PLACE = re.compile(r"(\d{1,6})/(\d{1,6})")
 
 
@@ -37,10 +36,8 @@ class Sharding:
         This client's shard, from 0, and how many there are. Without meaning for `folders`.
     seed
         The same for all clients.
-    alpha
-        Of `dirichlet`.
-    field
-        Of `source`: the column.
+    alpha, field
+        Of `dirichlet`; of `source`, the column.
     """
 
     scheme: Scheme
@@ -60,10 +57,7 @@ class Sharding:
 
     @classmethod
     def parse(cls, text: str, seed: int = 0) -> "Sharding":
-        """Read what a person writes: `iid:0/4`, `dirichlet:0/4`, `dirichlet=0.1:0/4`, `source=domain:0/4`, `folders`.
-
-        UsageError if it is none of these.
-        """
+        """Read `iid:0/4`, `dirichlet:0/4`, `dirichlet=0.1:0/4`, `source=domain:0/4` or `folders`; else UsageError."""
         how, _, place = text.partition(":")
         scheme, _, value = how.partition("=")
         if scheme not in SCHEMES:
@@ -86,6 +80,27 @@ class Sharding:
         elif value or "=" in how:
             raise UsageError(f"what stands after = in {text!r} means nothing; write {scheme}:{place}")
         return cls(cast(Scheme, scheme), int(match[1]), int(match[2]), seed, **given)
+
+    def cut(self, examples: Sequence[Example], sources: Sequence[Hashable] = ()) -> list[Example]:
+        """This client's shard. All shards are disjoint and together complete, none empty; examples keep their order.
+
+        Examples of one group (`Example.group`) stay together; `sources` has one value for each example, to cut by
+        source. UsageError if there are fewer groups, examples or sources than shards, or labels are missing.
+        """
+        if self.scheme == "source":
+            places = _by_source(sources, self.count)
+            return [example for example, place in zip(examples, places, strict=True) if place == self.index]
+        units = _units(examples)
+        if len(units) < self.count:
+            raise UsageError(f"{len(units)} examples cannot be cut into {self.count} shards: none may be empty")
+        if self.scheme == "iid":
+            places = _dealt(len(units), self.count, self.seed)
+        elif all(example.golds for example in examples):
+            places = _by_label([examples[unit[0]].golds[0] for unit in units], self.count, self.alpha, self.seed)
+        else:
+            raise UsageError("these examples have no labels to cut by; use iid, source or folders")
+        mine = sorted(at for unit, place in zip(units, places, strict=True) if place == self.index for at in unit)
+        return [examples[at] for at in mine]
 
 
 def read_shard(
@@ -110,17 +125,24 @@ def read_shard(
     if sharding is None:
         return task.read(path, split)
     if sharding.scheme == "folders":
-        return task.read(str(client_folder(path, client)), split)
-    if sharding.scheme == "source":
-        return _by_source(task, path, sharding, split)
+        return task.read(str(_client_folder(path, client)), split)
     if sharding.scheme == "dirichlet" and not isinstance(task, LabelTask):
         raise UsageError(f"{task.title} has no labels to cut by; use iid, source or folders")
-    examples = task.read(path, split)
-    return shard(examples, sharding.scheme, sharding.index, sharding.count, sharding.seed, alpha=sharding.alpha)
+    if sharding.scheme != "source":
+        return sharding.cut(task.read(path, split))
+    examples: list[Example] = []
+    sources: list[Hashable] = []
+    for row in read_rows(path, split, task.files[split], f"{task.title} needs {task.needs}"):
+        value = row.value(sharding.field)
+        if not isinstance(value, str | int):
+            raise row.wrong(f"the column '{sharding.field}' is no text or number to cut by")
+        found = list(task.examples(row))
+        examples += found
+        sources += [str(value)] * len(found)
+    return sharding.cut(examples, sources)
 
 
-def client_folder(path: str, client: str) -> Path:
-    """The folder of one client among the clients' folders; UsageError if there is none."""
+def _client_folder(path: str, client: str) -> Path:
     folder = Path(path).expanduser()
     if not folder.is_dir():
         raise UsageError(f"there is no folder {folder} with a folder for each client")
@@ -130,42 +152,16 @@ def client_folder(path: str, client: str) -> Path:
     return folder / client
 
 
-def shard(
-    examples: Sequence[Example],
-    scheme: Literal["iid", "dirichlet", "source"],
-    index: int,
-    count: int,
-    seed: int = 0,
-    *,
-    alpha: float = 0.5,
-    sources: Sequence[Hashable] | None = None,
-) -> list[Example]:
-    """One of `count` shards, disjoint and together complete, none empty. Examples keep their order.
-
-    Examples of one group (`Example.group`) stay together; `sources` has one value for each example. UsageError if there
-    are fewer groups, examples or sources than shards, or examples have no labels for `dirichlet`.
-    """
-    Sharding(scheme, index, count, seed, alpha)
-    if scheme == "source":
-        if sources is None or len(sources) != len(examples):
-            raise UsageError("to cut by source, each example needs one")
-        places = by_key(sources, count)
-        return [example for example, place in zip(examples, places, strict=True) if place == index]
-    units = _units(examples)
-    if len(units) < count:
-        raise UsageError(f"{len(units)} examples cannot be cut into {count} shards: none may be empty")
-    if scheme == "iid":
-        places = deal(len(units), count, seed)
-    else:
-        if not all(example.golds for example in examples):
-            raise UsageError("these examples have no labels to cut by; use iid, source or folders")
-        places = by_label([examples[unit[0]].golds[0] for unit in units], count, alpha, seed)
-    mine = sorted(at for unit, place in zip(units, places, strict=True) if place == index for at in unit)
-    return [examples[at] for at in mine]
+def _units(examples: Sequence[Example]) -> list[list[int]]:
+    """Positions of the examples, those of one group together, in order of the first."""
+    units: dict[Hashable, list[int]] = {}
+    for at, example in enumerate(examples):
+        units.setdefault(example.group or at, []).append(at)
+    return list(units.values())
 
 
-def deal(items: int, count: int, seed: int) -> list[int]:
-    """Shuffle and deal out: for each item the shard it is in. Shards differ by one item at most."""
+def _dealt(items: int, count: int, seed: int) -> list[int]:
+    """For each item its shard, of which each has as many as another, or one less."""
     order = list(range(items))
     random.Random(f"iid {seed}").shuffle(order)
     places = [0] * items
@@ -174,11 +170,8 @@ def deal(items: int, count: int, seed: int) -> list[int]:
     return places
 
 
-def by_label(labels: Sequence[str], count: int, alpha: float, seed: int) -> list[int]:
-    """Divide each label's items in proportions drawn from a Dirichlet distribution: for each item its shard.
-
-    A shard that has got nothing is given an item of the largest one.
-    """
+def _by_label(labels: Sequence[str], count: int, alpha: float, seed: int) -> list[int]:
+    """For each item its shard, by proportions drawn for each label; an empty shard gets an item of the largest one."""
     draw = random.Random(f"dirichlet {seed}")
     places = [0] * len(labels)
     for label in sorted(set(labels)):
@@ -207,35 +200,14 @@ def _dirichlet(draw: random.Random, alpha: float, count: int) -> list[float]:
     return [share / total for share in shares]
 
 
-def by_key(keys: Sequence[Hashable], count: int) -> list[int]:
-    """Give each key's items to one shard whole, so that the shards are about equally large: for each item its shard."""
-    sizes = Counter(keys)
+def _by_source(sources: Sequence[Hashable], count: int) -> list[int]:
+    """For each item its shard: all items of a source in one, the shards about equally large."""
+    sizes = Counter(sources)
     if len(sizes) < count:
         raise UsageError(f"{len(sizes)} sources cannot be given to {count} clients: one would have none")
     loads = [0] * count
     owner: dict[Hashable, int] = {}
-    for key in sorted(sizes, key=lambda one: (-sizes[one], str(one))):
-        owner[key] = loads.index(min(loads))
-        loads[owner[key]] += sizes[key]
-    return [owner[key] for key in keys]
-
-
-def _units(examples: Sequence[Example]) -> list[list[int]]:
-    """Positions of the examples, those of one group together, in order of the first."""
-    units: dict[Hashable, list[int]] = {}
-    for at, example in enumerate(examples):
-        units.setdefault(example.group or at, []).append(at)
-    return list(units.values())
-
-
-def _by_source(task: Task, path: str, sharding: Sharding, split: Split) -> list[Example]:
-    examples: list[Example] = []
-    sources: list[Hashable] = []
-    for row in read_rows(path, split, task.files[split], f"{task.title} needs {task.needs}"):
-        value = row.value(sharding.field)
-        if not isinstance(value, str | int):
-            raise row.wrong(f"the column '{sharding.field}' is no text or number to cut by")
-        found = list(task.examples(row))
-        examples += found
-        sources += [str(value)] * len(found)
-    return shard(examples, "source", sharding.index, sharding.count, sharding.seed, sources=sources)
+    for source in sorted(sizes, key=lambda one: (-sizes[one], str(one))):
+        owner[source] = loads.index(min(loads))
+        loads[owner[source]] += sizes[source]
+    return [owner[source] for source in sources]

@@ -31,12 +31,8 @@ from fedsea.text import one_line
 if TYPE_CHECKING:  # a refused request needs no arrays
     from fedsea.federation.arrays import Arrays
 
-WORKER = "FEDSEA_WORKER"
-"""The environment variable that names the worker's socket."""
-
-FINISH = "finish"
-"""The request, and the query to a ClientApp, that ends the federation."""
-
+WORKER = "FEDSEA_WORKER"  # the environment variable that names the worker's socket
+FINISH = "finish"  # the request, and the query to a ClientApp, that ends the federation
 MAX_TEXT, MAX_TENSORS = 16 << 20, 8 << 30  # bytes
 CONNECT_SECONDS = 60.0  # a worker that died is started again meanwhile
 
@@ -44,17 +40,10 @@ CONNECT_SECONDS = 60.0  # a worker that died is started again meanwhile
 class Worker(Protocol):
     """A data owner's part in a federation: `Participant`, or `WorkerClient` for one in another process."""
 
-    def describe(self) -> dict[str, Any]:
-        """What this data owner brings; see `Participant.describe`."""
-
-    def train(self, body: dict[str, Any], weights: "Arrays") -> "tuple[dict[str, Any], Arrays]":
-        """Take part in a round; see `Participant.train`."""
-
-    def evaluate(self, body: dict[str, Any], weights: "Arrays") -> dict[str, Any]:
-        """Evaluate an adapter; see `Participant.evaluate`."""
-
-    def finish(self, body: dict[str, Any], weights: "Arrays") -> dict[str, Any]:
-        """Keep the federation's adapter; see `Participant.finish`."""
+    def describe(self) -> dict[str, Any]: ...
+    def train(self, body: dict[str, Any], weights: "Arrays") -> "tuple[dict[str, Any], Arrays]": ...
+    def evaluate(self, body: dict[str, Any], weights: "Arrays") -> dict[str, Any]: ...
+    def finish(self, body: dict[str, Any], weights: "Arrays") -> dict[str, Any]: ...
 
 
 class WorkerClient:
@@ -78,22 +67,18 @@ class WorkerClient:
         return self.request("ping")[0]
 
     def describe(self) -> dict[str, Any]:
-        """See `Worker`."""
         return self.request("describe")[0]
 
     def train(self, body: dict[str, Any], weights: "Arrays") -> "tuple[dict[str, Any], Arrays]":
-        """See `Worker`."""
         from safetensors.numpy import load
 
         metrics, tensors = self.request("train", body, weights)
         return metrics, load(tensors)
 
     def evaluate(self, body: dict[str, Any], weights: "Arrays") -> dict[str, Any]:
-        """See `Worker`."""
         return self.request("evaluate", body, weights)[0]
 
     def finish(self, body: dict[str, Any], weights: "Arrays") -> dict[str, Any]:
-        """See `Worker`."""
         return self.request(FINISH, body, weights)[0]
 
     def request(
@@ -136,14 +121,9 @@ def send(connection: Connection, body: Mapping[str, Any], tensors: bytes = b"") 
 
 
 def receive(connection: Connection) -> tuple[dict[str, Any], bytes]:
-    """Receive what `send` sent.
+    """Receive what `send` sent; ProtocolError if it is anything else.
 
-    Raises
-    ------
-    ProtocolError
-        If it is anything else.
-    OSError, EOFError
-        If the other side is gone, or sends more than `MAX_TEXT` or `MAX_TENSORS`.
+    OSError or EOFError if the other side is gone, or sends more than `MAX_TEXT` or `MAX_TENSORS`.
     """
     text, tensors = connection.recv_bytes(MAX_TEXT), connection.recv_bytes(MAX_TENSORS)
     try:
@@ -162,14 +142,13 @@ def write_error(error: Exception, *, to_owner: bool = False) -> dict[str, str]:
     owner's files, data or options may quote them, and an unexpected error may quote anything: of these it reads the
     kind only, and their data owner (`to_owner`) reads all.
     """
-    expected = isinstance(error, FedSEAError)
+    expected, name = isinstance(error, FedSEAError), type(error).__name__
     code = error.code if isinstance(error, FedSEAError) else FedSEAError.code
-    public = expected and (isinstance(error, TermsError) or not isinstance(error, _PRIVATE))
-    if public or (to_owner and expected):
+    if expected and (to_owner or isinstance(error, TermsError) or not isinstance(error, _PRIVATE)):
         return {"code": code, "message": str(error)}
     if to_owner:
-        return {"code": code, "message": f"unexpected {type(error).__name__}: {' '.join(str(error).split())}"}
-    return {"code": code, "message": f"the client failed with {type(error).__name__}; its log says why"}
+        return {"code": code, "message": f"unexpected {name}: {' '.join(str(error).split())}"}
+    return {"code": code, "message": f"the client failed with {name}; its log says why"}
 
 
 _PRIVATE = (UsageError, ModelNotFoundError, CredentialsError)

@@ -40,8 +40,7 @@ class LocalWorker(Worker, Protocol):
 
     on_step: Callable[[int, float], None] | None
 
-    def close(self) -> None:
-        """Leave the block server."""
+    def close(self) -> None: ...
 
 
 class AbandonedError(FedSEAError):
