@@ -158,8 +158,8 @@ def test_shardings_are_read_as_people_write_them(text: str, sharding: Sharding) 
     assert Sharding.parse(text, seed=3) == sharding
 
 
-OTHERS = """ iid iid: iid:4/4 iid:-1/4 iid:0/0 iid=2:0/4 iid:0/4/2 random:0/2 folders:0/2 dirichlet=x:0/2 dirichlet=0:0/2
-dirichlet=-1:0/2 dirichlet=nan:0/2 iid:0/99999999"""
+OTHERS = """iid iid: iid:4/4 iid:-1/4 iid:0/0 iid=2:0/4 iid:0/4/2 iid:0/99999999 random:0/2 folders:0/2
+dirichlet=x:0/2 dirichlet=0:0/2 dirichlet=-1:0/2 dirichlet=nan:0/2"""
 
 
 @pytest.mark.parametrize("text", ["", *OTHERS.split()])

@@ -18,7 +18,7 @@ from fedsea.cli.demo_finetune import show_finetuning
 from fedsea.cli.generate import stats_json
 from fedsea.cli.options import AsJson
 from fedsea.cli.spread import spread
-from fedsea.cli.terminal import escape, interrupt_on, print_json, table
+from fedsea.cli.terminal import escape, interrupt_on, print_json, show_commands, table
 from fedsea.demo.screen import Screen
 from fedsea.errors import UsageError
 from fedsea.flags import Flag, Threads
@@ -96,16 +96,15 @@ def _show(report: "DemoReport", console: Console) -> None:
         "What crosses is not the text, but it is not encryption either: without noise, as here, the provider "
         "can work every token back. docs/trust.md says what each party can learn, and what noise changes."
     )
-    console.print("\n[bold]The server is stopped, its certificates are gone. Next:[/bold]")
-    if shutil.which("fedsea") is None:
-        activate = os.path.relpath(TOOLS / "activate")
-        console.print(f"  source {escape(quote(activate))}", soft_wrap=True)
-    for command in (
+    active = shutil.which("fedsea") is not None
+    show_commands(
+        console,
+        "The server is stopped, its certificates are gone. Next:[/bold]",
+        *(() if active else (f"source {quote(os.path.relpath(TOOLS / 'activate'))}",)),
         "fedsea credentials init credentials",
         f"fedsea serve {quote(report.model)} --credentials credentials",
         f"fedsea chat {quote(report.model)} --server localhost:7070 --credentials credentials/client-a",
-    ):
-        console.print(f"  {escape(command)}", soft_wrap=True)
+    )
     console.print("[bold]Or teach it something that only you know, in two minutes:[/bold]  fedsea demo --finetune")
     console.print("[bold]Or see what the provider can read of your text, in two:[/bold]  fedsea demo --audit")
     console.print("[bold]Or have three clinics train it together, in three:[/bold]  fedsea demo --federation")

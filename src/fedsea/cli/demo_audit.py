@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fedsea.cli.terminal import escape, print_json, table
+from fedsea.cli.terminal import escape, print_json, show_commands, table
 
 if TYPE_CHECKING:  # --help needs no torch
     from fedsea.audit import Report
@@ -71,10 +71,10 @@ def _conclude(name: str, console: Console) -> None:
         "\nNoise strong enough to hide the text costs the model its use, until it is fine-tuned under it; and it "
         "does not hide the answer, which the provider computes itself. docs/trust.md says what helps."
     )
-    console.print("\n[bold]With your own texts, and a page to show[/bold] (docs/privacy.md):")
-    for command in (
+    show_commands(
+        console,
+        "With your own texts, and a page to show[/bold] (docs/privacy.md):",
         f"fedsea audit {quote(name)} --data my.txt --report report.html",
         f"fedsea calibrate {quote(name)} --max-recovery 0.05",
         f"fedsea chat {quote(name)} --server localhost:7070 --credentials credentials/client-a --show-leakage",
-    ):
-        console.print(f"  {escape(command)}", soft_wrap=True)
+    )

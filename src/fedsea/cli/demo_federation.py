@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from fedsea.cli.terminal import escape, print_json, table
+from fedsea.cli.terminal import escape, print_json, show_commands, table
 
 if TYPE_CHECKING:
     from fedsea.demo.federation import FederationDemoReport, RoundFigures
@@ -53,9 +53,7 @@ def show_federation(
     finally:
         live.stop()
     if as_json:
-        shown = dataclasses.asdict(report)
-        shown["adapter"] = None if report.adapter is None else str(report.adapter)
-        print_json(shown)
+        print_json(dataclasses.asdict(report), default=str)
     else:
         _show(report, console)
 
@@ -70,14 +68,14 @@ def _show(report: "FederationDemoReport", console: Console) -> None:
     )
     if report.adapter is not None:
         console.print(f"The adapter is in {escape(str(report.adapter))}: PEFT loads it.")
-    console.print("\n[bold]Between machines[/bold] (docs/federation.md):")
-    for command in (
+    show_commands(
+        console,
+        "Between machines[/bold] (docs/federation.md):",
         f"fedsea federation up hospitals --model {quote(report.model)} --clients ward-a,ward-b --task cb "
         "--listen 0.0.0.0 --host hub.example.org",
         "fedsea federation join ward-a --task cb --data /data/ward-a",
         "fedsea federation status hospitals --watch",
-    ):
-        console.print(f"  {escape(command)}", soft_wrap=True)
+    )
 
 
 def _table(rounds: "list[RoundFigures]", doing: str) -> Table:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from fedsea.cli.terminal import escape, print_json, progress_bar, table
+from fedsea.cli.terminal import escape, print_json, progress_bar, show_commands, table
 
 if TYPE_CHECKING:  # --help needs no torch
     from fedsea.demo.finetuning import FineTuningReport
@@ -32,9 +32,7 @@ def show_finetuning(
 
         report = run_finetuning_demo(name, screen, threads=threads, output=output, on_step=on_step)
     if as_json:
-        shown = dataclasses.asdict(report)
-        shown["adapter"] = None if report.adapter is None else str(report.adapter)
-        print_json(shown)
+        print_json(dataclasses.asdict(report), default=str)
     else:
         _show(report, console)
 
@@ -60,13 +58,13 @@ def _show(report: "FineTuningReport", console: Console) -> None:
     console.print(answers)
     if report.adapter is not None:
         console.print(f"The adapter is in {escape(str(report.adapter))}.")
-    console.print("\n[bold]With your own text[/bold] (docs/finetuning.md):")
-    for command in (
+    show_commands(
+        console,
+        "With your own text[/bold] (docs/finetuning.md):",
         f"fedsea serve {quote(report.model)} --credentials credentials",
         f"fedsea finetune {quote(report.model)} --server localhost:7070 --credentials credentials/client-a "
         "--task chat --data my.jsonl",
-    ):
-        console.print(f"  {escape(command)}", soft_wrap=True)
+    )
 
 
 def curve(values: list[float]) -> str:

@@ -22,6 +22,7 @@ from fedsea.files import write_text
 from fedsea.text import json_text, one_line, printable
 
 if TYPE_CHECKING:  # rich takes a while to import
+    from rich.console import Console
     from rich.table import Table
 
 LINE_SECONDS = 10.0  # between two lines of progress where there is no terminal
@@ -279,3 +280,10 @@ def table(*columns: str, title: str = "", caption: str = "", boxed: bool = False
     for name in columns:
         made.add_column(name.removeprefix(">"), justify="right" if name.startswith(">") else "left")
     return made
+
+
+def show_commands(console: "Console", heading: str, *commands: str) -> None:
+    """Commands to be pasted, each on a line that is not broken, under a heading whose first words are bold."""
+    console.print(f"\n[bold]{heading}")
+    for command in commands:
+        console.print(f"  {escape(command)}", soft_wrap=True)

@@ -1,14 +1,13 @@
 """Demonstrations on a real model: what `fedsea demo` measures. All that is shown was measured in the same run."""
 
-import json
 from collections.abc import Iterable
-from pathlib import Path
+from typing import Any
 
 
-def write_conversations(pairs: Iterable[tuple[str, str]], file: Path) -> None:
-    """Write questions and their answers as the data of the task `chat`."""
-    lines = []
-    for question, answer in pairs:
-        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        lines.append(json.dumps({"messages": messages}) + "\n")
-    file.write_text("".join(lines), encoding="utf-8")
+def conversations(pairs: Iterable[tuple[str, str]]) -> list[dict[str, Any]]:
+    """Questions and their answers as the data of the task `chat`."""
+    roles = ("user", "assistant")
+    return [
+        {"messages": [{"role": role, "content": text} for role, text in zip(roles, pair, strict=True)]}
+        for pair in pairs
+    ]

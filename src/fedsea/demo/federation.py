@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fedsea.demo import write_conversations
+from fedsea.demo import conversations
 from fedsea.demo.screen import Screen
 from fedsea.errors import FedSEAError
 from fedsea.federation.coordinator.status import read_status
@@ -22,6 +22,7 @@ from fedsea.federation.coordinator.up_options import UpOptions
 from fedsea.federation.owner.join import OwnerProcess, kept_running
 from fedsea.federation.owner.participant_options import ParticipantOptions
 from fedsea.federation.settings import Settings
+from fedsea.files import write_lines
 from fedsea.flags import STRATEGIES
 
 CLINICS = {
@@ -116,7 +117,7 @@ def run_federation_demo(
         data = folder / "data"
         for clinic, rules in CLINICS.items():
             (data / clinic).mkdir(parents=True)
-            write_conversations(rules, data / clinic / "train.jsonl")
+            write_lines(data / clinic / "train.jsonl", conversations(rules))
         settings = Settings(
             name="clinics",
             model=name,

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from peft import LoraConfig
 
-from fedsea.chats import chat_tokens, end_tokens, require_chat_template
-from fedsea.checkpoints import load_whole_model, open_checkpoint
-from fedsea.checkpoints.packaged import opening
-from fedsea.client import Answer, SplitModelForCausalLM
-from fedsea.demo import write_conversations
+from fedsea.chats import chat_tokens, end_tokens
+from fedsea.checkpoints import load_whole_model
+from fedsea.client import SplitModelForCausalLM
+from fedsea.demo import conversations
+from fedsea.demo.chat import ask, ask_whole, open_chat_model
 from fedsea.demo.screen import Screen
+from fedsea.files import write_lines
 from fedsea.partition import Partition, layer_of
 from fedsea.server import ServerProcess
 from fedsea.tasks import encode, get_task
@@ -93,40 +94,36 @@ def run_finetuning_demo(
     """
     torch.set_num_threads(threads)
     partition = Partition(input_layers=1, output_layers=1)
-    with screen.step(opening(name)):
-        checkpoint = open_checkpoint(name)
-        tokenizer = checkpoint.tokenizer()
-        require_chat_template(tokenizer)
+    checkpoint, tokenizer = open_chat_model(name, screen)
     prompt = chat_tokens(tokenizer, [{"role": "user", "content": QUESTION}])
     with screen.step("Making certificates, starting the block server, meeting it over mutual TLS"):
         server = ServerProcess(name, threads=threads, secure=True)
     with server, tempfile.TemporaryDirectory(prefix="fedsea-demo-") as scratch:
         folder = RunFolder(output if output is not None else Path(scratch) / "run", lambda _line: None)
         with SplitModelForCausalLM.from_pretrained(checkpoint, partition=partition, **server.connection) as model:
-            before = _answer(model, tokenizer, prompt, screen, QUESTION)
+            before = ask(model, tokenizer, QUESTION, prompt, MAX_NEW_TOKENS, screen)
             with screen.step("Putting LoRA adapters on all three parts"):
                 lora = LoraConfig(**LORA)  # type: ignore[arg-type]
                 run = folder.begin({"model": name, "task": "the demonstration's rules"})
                 model.add_adapter(lora, run=run, seed=0)
             figures = _train(model, tokenizer, folder, lora, on_step)
             model.eval()
-            after = _answer(model, tokenizer, prompt, screen, QUESTION)
+            after = ask(model, tokenizer, QUESTION, prompt, MAX_NEW_TOKENS, screen)
             weights, ends = model.adapter_state(), end_tokens(model.generation_config, tokenizer)
             model.adapter.end_run()
         with screen.step("Loading the adapter into the whole model with peft.PeftModel, asking it the same"):
             whole = whole_with_adapter(load_whole_model(name), folder.adapter)
-            expected = _whole_answer(whole, tokenizer, prompt, ends)
-    sizes = [0, 0, 0]
+            expected = tokenizer.decode(ask_whole(whole, prompt, ends, MAX_NEW_TOKENS), skip_special_tokens=True)
+    middle, sizes = partition.middle(checkpoint.config.num_hidden_layers), [0, 0, 0]
     for weight_name, weight in weights.items():
         layer = layer_of(weight_name)
         assert layer is not None
-        middle = partition.middle(checkpoint.config.num_hidden_layers)
         sizes[(layer >= middle.start) + (layer >= middle.stop)] += weight.nbytes
     return FineTuningReport(
         model=name,
         question=QUESTION,
-        before=before,
-        after=after,
+        before=before.text,
+        after=after.text,
         whole=expected,
         losses=[one.loss for one in figures],
         seconds=sum(one.seconds for one in figures),
@@ -146,7 +143,7 @@ def _train(
     on_step: Callable[[Figures, int], None],
 ) -> list[Figures]:
     task, data = get_task("chat"), folder.path / "rules.jsonl"
-    write_conversations(RULES, data)
+    write_lines(data, conversations(RULES))
     encoded = [encode(task, example, tokenizer, 256) for example in task.read(str(data))]
     batches = Batches(encoded, RECIPE.batch_size, RECIPE.seed)
     training = FineTuning(model, batches, RECIPE, folder, lora=lora, base_model=None, notice=lambda _line: None)
@@ -158,25 +155,3 @@ def _train(
 
     training.run(keep)
     return figures
-
-
-def _answer(model: SplitModelForCausalLM, tokenizer: Any, prompt: list[int], screen: Screen, question: str) -> str:
-    answer = Answer(model, tokenizer, prompt, cache=model.new_cache(), max_new_tokens=MAX_NEW_TOKENS)
-    screen.ask(question)
-    for piece in answer:
-        screen.piece(piece)
-    return answer.text
-
-
-def _whole_answer(whole: Any, tokenizer: Any, prompt: list[int], ends: frozenset[int]) -> str:
-    ids = torch.tensor([prompt])
-    text = whole.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=MAX_NEW_TOKENS,
-        do_sample=False,
-        eos_token_id=sorted(ends),
-        pad_token_id=min(ends),
-    )
-    answer: str = tokenizer.decode(text[0, len(prompt) :], skip_special_tokens=True)
-    return answer

@@ -15,10 +15,10 @@ import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from torch import Tensor, nn
 
-from fedsea.chats import chat_tokens, end_tokens, require_chat_template
-from fedsea.checkpoints import Checkpoint, load_whole_model, open_checkpoint
-from fedsea.checkpoints.packaged import opening
-from fedsea.client import Answer, AnswerStats, SplitModelForCausalLM
+from fedsea.chats import chat_tokens, end_tokens
+from fedsea.checkpoints import Checkpoint, load_whole_model
+from fedsea.client import AnswerStats, SplitModelForCausalLM
+from fedsea.demo.chat import ask, ask_whole, open_chat_model
 from fedsea.demo.screen import Screen
 from fedsea.errors import ServerUnavailableError
 from fedsea.partition import Partition
@@ -78,7 +78,6 @@ class DemoReport:
     question: str
     answer: str
     num_layers: int
-    partition: Partition
     server_layers: range
     client_bytes: int
     server_bytes: int
@@ -104,10 +103,7 @@ def run_demo(name: str, screen: Screen, *, threads: int) -> DemoReport:
     """
     torch.set_num_threads(threads)
     partition = Partition(input_layers=1, output_layers=1)
-    with screen.step(opening(name)):
-        checkpoint = open_checkpoint(name)
-        tokenizer = checkpoint.tokenizer()
-        require_chat_template(tokenizer)
+    checkpoint, tokenizer = open_chat_model(name, screen)
     middle = partition.middle(checkpoint.config.num_hidden_layers)
     options = ("--layers", f"{middle.start}:{middle.stop}")
     with screen.step("Making certificates, starting the block server as a process of its own"):
@@ -133,11 +129,8 @@ def _measure(
     screen: Screen,
 ) -> DemoReport:
     prompt = chat_tokens(tokenizer, [{"role": "user", "content": QUESTION}])
-    answer = Answer(model, tokenizer, prompt, cache=model.new_cache(), max_new_tokens=MAX_NEW_TOKENS)
-    screen.ask(QUESTION)
     with _steps_kept(model) as steps:
-        for piece in answer:
-            screen.piece(piece)
+        answer = ask(model, tokenizer, QUESTION, prompt, MAX_NEW_TOKENS, screen)
     with screen.step("Without the KV cache: sending the whole text again for every token"):
         context = [*prompt, *answer.tokens]
         uncached = _uncached_speed(model, context)
@@ -149,7 +142,6 @@ def _measure(
         question=QUESTION,
         answer=answer.text,
         num_layers=checkpoint.config.num_hidden_layers,
-        partition=model.partition,
         server_layers=range(*server["layers"]),
         client_bytes=_bytes(model),
         server_bytes=server["weight_bytes"],
@@ -188,7 +180,6 @@ def _steps_kept(model: SplitModelForCausalLM) -> Iterator[list[tuple[bytes, byte
         kept.append((*states, model.traffic.bytes_up - up, model.traffic.bytes_down - down))  # type: ignore[arg-type]
         up, down = model.traffic.bytes_up, model.traffic.bytes_down
 
-    assert model.middle is not None
     model.tap = keep
     try:
         yield kept
@@ -216,17 +207,10 @@ def _seconds(work: Callable[[], object]) -> float:
 
 
 def _whole_answer(whole: Any, prompt: list[int], ends: frozenset[int]) -> tuple[list[int], float]:
-    """What transformers' own `generate` answers with the whole model, and its tokens/s after the first token."""
-
-    def answer(longest: int) -> list[int]:
-        ids = torch.tensor([prompt])
-        options = {"do_sample": False, "eos_token_id": sorted(ends), "pad_token_id": min(ends)}
-        text = whole.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=longest, **options)
-        return text[0, len(prompt) :].tolist()  # type: ignore[no-any-return]
-
-    answer(1)  # whatever is done once only
-    first, began = _seconds(lambda: answer(1)), time.perf_counter()
-    tokens = answer(MAX_NEW_TOKENS)
+    """What the whole model answers, and its tokens/s after the first token."""
+    ask_whole(whole, prompt, ends, 1)  # whatever is done once only
+    first, began = _seconds(lambda: ask_whole(whole, prompt, ends, 1)), time.perf_counter()
+    tokens = ask_whole(whole, prompt, ends, MAX_NEW_TOKENS)
     return tokens, (len(tokens) - 1) / (time.perf_counter() - began - first)
 
 

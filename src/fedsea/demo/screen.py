@@ -1,7 +1,7 @@
 """What a demonstration shows while it runs: its steps with their times, a question, and the answer as it comes."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -27,11 +27,9 @@ class Screen:
             yield
         self._console.print(f"[green]done[/green] {time.perf_counter() - started:5.1f} s  {title}")
 
-    def ask(self, question: str) -> None:
-        """Show a question; pieces of its answer follow."""
+    def answer(self, question: str, pieces: Iterable[str]) -> None:
+        """Show a question, and its answer piece by piece."""
         self._console.print(f"\n[bold]Question[/bold]  {question}\n[bold]Answer[/bold]    ", end="")
-
-    def piece(self, text: str) -> None:
-        """Show a piece of the answer."""
-        self._console.print(printable(text), end="", soft_wrap=True, markup=False)
-        self._mid_line = True
+        for piece in pieces:
+            self._console.print(printable(piece), end="", soft_wrap=True, markup=False)
+            self._mid_line = True
