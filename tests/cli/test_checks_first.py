@@ -87,6 +87,7 @@ WRONG: list[tuple[Sequence[str], int, str]] = [
     (["evaluate", "no-such-model", "--whole", "--task", "text", "--data", "DATA"], 1, "no model 'no-such-model'"),
     ([*ONES["evaluate"], "--whole", "--adapter", "nowhere"], 1, "nowhere is no PEFT adapter"),
     ([*ONES["generate"], *NEAR, "--adapter", "TRAINING"], 1, "which is its adapter"),
+    (["audit", "random:tiny", "--adapter", "TRAINING"], 1, "which is its adapter"),
     (["audit", "no-such-model"], 1, "no model 'no-such-model'"),
     (["audit", "random:tiny", "--data", "nowhere.txt"], 2, "cannot read nowhere.txt"),
     (["audit", "random:tiny", "--noise", "-1"], 2, "must be a number, 0 or more"),

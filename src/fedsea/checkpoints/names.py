@@ -69,8 +69,10 @@ def layer_count(name: str) -> int | None:
         return None  # opening it says what is wrong
 
 
-def check_adapter(folder: str | os.PathLike[str]) -> None:
-    """Raise a ModelNotFoundError if a folder lacks a file of a PEFT adapter; the files are not read."""
+def check_adapter(folder: str | os.PathLike[str] | None) -> None:
+    """Raise a ModelNotFoundError if a folder, where one is given, lacks a file of a PEFT adapter; none is read."""
+    if folder is None:
+        return
     path = Path(folder)
     for name in ADAPTER_FILES:
         if not (path / name).is_file():

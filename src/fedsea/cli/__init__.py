@@ -32,18 +32,10 @@ def main() -> int:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run one command.
+    """Run the command of these words after `fedsea`; returns its exit code.
 
-    Parameters
-    ----------
-    arguments
-        What stands after `fedsea` on the command line.
-
-    Returns
-    -------
-    int
-        Exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted. An error is one line on standard error; the
-        environment variable FEDSEA_DEBUG adds its traceback.
+    0 is done, 1 failed, 2 wrong usage, 130 interrupted. An error is one line on standard error; the environment
+    variable FEDSEA_DEBUG adds its traceback.
     """
     import click
 

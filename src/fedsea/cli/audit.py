@@ -45,7 +45,7 @@ def _looks(given: object) -> int:
             raise UsageError(f"--looks is a number, or the file of another command's --looks; got {text!r}")
         return max(1, LookLedger(text, 0).most_seen())
     if int(text) < 1:
-        raise UsageError("looks must be 1 or more; got 0")
+        raise UsageError("--looks must be 1 or more; got 0")
     return int(text)
 
 
@@ -55,8 +55,8 @@ Looks = Annotated[
     typer.Option(
         parser=_looks,
         metavar="N|FILE",
-        help="How often each text is sent, each time with fresh noise: a number, or the file of another command's "
-        "--looks.",
+        help="Observations of each text: how often it is sent, each time with fresh noise. A number, or the file of "
+        "another command's --looks.",
     ),
 ]
 
@@ -115,12 +115,13 @@ def audit(
 
     --noise may be given several times: then the mechanisms are compared.
     """
-    from fedsea.checkpoints.names import check_model
+    from fedsea.checkpoints.names import check_adapter, check_model
     from fedsea.tasks.metrics import require_rouge
 
     if task is not None and data is None:
         raise UsageError("--task says how --data is read; give --data PATH as well")
     check_model(model)
+    check_adapter(plan.adapter)
     require_folders(json_file, report_file)
     require_rouge()
     attacked = SAMPLES if data is None else read_texts(data) if task is None else read_task(task, str(data))
@@ -155,13 +156,7 @@ def audit(
 
 
 def _noises(texts: Sequence[str] | None, levels: str | None) -> "list[Noise]":
-    """The mechanisms that are compared, or the only one.
-
-    Raises
-    ------
-    UsageError
-        If one cannot be used, or `levels` are no numbers, 0 or more.
-    """
+    """The mechanisms that are compared, or the only one."""
     if levels is None:
         return [parse_noise(text) for text in texts or [""]]
     try:
@@ -206,12 +201,7 @@ def show_report(report: "Report") -> None:
 def print_columns(console: "Console", first: tuple[str, list[str]], columns: list[tuple[str, list[str]]]) -> list[str]:
     """Print a table with as many columns as there is room for, in their order; returns the names of the others.
 
-    Parameters
-    ----------
-    first
-        Name and cells of the column that names the rows.
-    columns
-        The others, right-aligned, the most important first.
+    `first` has name and cells of the column that names the rows.
     """
     from rich.cells import cell_len
     from rich.table import Table

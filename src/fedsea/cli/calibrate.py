@@ -40,26 +40,14 @@ class CostOptions:
     limit: Annotated[int, Flag("Use the first N examples of the validation split only.", min=1, metavar="N")] = 64
 
     def check(self) -> None:
-        """Check the task and what its score needs.
-
-        Raises
-        ------
-        UsageError
-            If there is no such task, data are missing, or a package is.
-        """
+        """Check that the task has data, and what its score needs."""
         if (self.task is None) != (self.data is None):
             raise UsageError("give --task TASK and --data PATH, both or neither")
         if self.task is not None:
             get_task(self.task).check_packages()
 
     def read(self, model: str) -> "TaskData | None":
-        """The task's examples; None if there is no task.
-
-        Raises
-        ------
-        FedSEAError
-            If a task's data cannot be read.
-        """
+        """The task's examples; None if there is no task."""
         if self.task is None or self.data is None:
             return None
         from fedsea.audit import TaskData
@@ -105,10 +93,11 @@ def calibrate(
 
     Attackers do not have the adapter.
     """
-    from fedsea.checkpoints.names import check_model
+    from fedsea.checkpoints.names import check_adapter, check_model
     from fedsea.tasks.metrics import require_rouge
 
     check_model(model)
+    check_adapter(plan.adapter)
     require_rouge()
     attacked = SAMPLES if audit_data is None else read_texts(audit_data)
     costs.check()

@@ -133,7 +133,7 @@ def _wire(report: "DemoReport") -> Table:
         "the whole answer",
         f"{stats.bytes_up + stats.bytes_down:,}",
         f"{stats.bytes_up:,} up, {stats.bytes_down:,} down, {stats.round_trips} round trips for "
-        f"{stats.prompt_tokens} tokens asked and {stats.tokens} answered, as 16-bit numbers",
+        f"{stats.prompt_tokens} tokens of the question and {stats.tokens} of the answer, as 16-bit numbers",
     )
     return shown
 

@@ -50,8 +50,7 @@ class EvaluatedModel(AdaptedClientOptions):
         if needless:
             raise UsageError(f"--{needless[0].replace('_', '-')} is for --server; --whole needs none")
         check_model(self.model)
-        if self.adapter is not None:
-            check_adapter(self.adapter)
+        check_adapter(self.adapter)
 
     def open(self) -> AbstractContextManager[Any]:
         """Load the model with its adapter; a context manager that closes what it has opened."""

@@ -188,12 +188,9 @@ def _assignment(text: str) -> tuple[str, Any]:
 def _invite(running: "Federation", *, as_json: bool) -> None:
     commands = running.commands()
     if as_json:
-        clients = {
-            name: {"folder": str(running.deployment.client(name)), "command": command}
-            for name, command in commands.items()
-        }
-        body = {"superlink": running.superlink, "servers": list(running.settings.addresses), "clients": clients}
-        print_json(body)
+        folder = running.deployment.client
+        clients = {name: {"folder": str(folder(name)), "command": command} for name, command in commands.items()}
+        print_json({"superlink": running.superlink, "servers": list(running.settings.addresses), "clients": clients})
         return
     print(f"The federation {running.settings.name} is up: block server {running.settings.servers}, ", end="")
     print(f"Flower's SuperLink {running.superlink}.")
@@ -212,7 +209,7 @@ def _progress(directory: Path, *, quiet: bool) -> Iterator[Callable[[], None]]:
     from rich.console import Console
     from rich.live import Live
 
-    from fedsea.cli.federation_view import evaluation_line, round_line, tables
+    from fedsea.cli.federation_view import round_lines, tables
     from fedsea.federation.coordinator.status import read_status
 
     console = Console(stderr=True, highlight=False)
@@ -221,25 +218,15 @@ def _progress(directory: Path, *, quiet: bool) -> Iterator[Callable[[], None]]:
             yield lambda: live.update(tables(read_status(directory)), refresh=True)
             live.update(tables(read_status(directory)), refresh=True)
         return
-    reported: set[tuple[Any, str]] = {
-        (report["round"], kind) for report in read_status(directory).reports for kind in _kinds(report)
-    }
+    told = set(round_lines(read_status(directory)))
 
     def lines() -> None:
         status = read_status(directory)
-        for report in status.reports:
-            for kind in _kinds(report):
-                if (report["round"], kind) not in reported:
-                    reported.add((report["round"], kind))
-                    tell(round_line(report) if kind == "trained" else evaluation_line(report))
-        for name, client in status.clients.items():
-            if client.state == "refused" and (name, client.note) not in reported:
-                reported.add((name, client.note))
-                tell(f"{name} is refused: {client.note}")
+        refused = [f"{name} is refused: {one.note}" for name, one in status.clients.items() if one.state == "refused"]
+        for line in (*round_lines(status), *refused):
+            if line not in told:
+                told.add(line)
+                tell(line)
 
     yield lines
     lines()
-
-
-def _kinds(report: Mapping[str, Any]) -> tuple[str, ...]:
-    return ("trained", "evaluated") if "evaluation" in report else ("trained",)

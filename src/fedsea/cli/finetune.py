@@ -38,25 +38,12 @@ class DataOptions:
     limit: Limit = None
 
     def examples(self) -> "list[Example]":
-        """Read the examples.
-
-        Raises
-        ------
-        FedSEAError
-            Whatever is wrong with the task or its files.
-        """
         if not self.task or not self.data:
             raise UsageError("give --task TASK and --data PATH (see: fedsea finetune --help)")
         return get_task(self.task).read(self.data, "train")[: self.limit]
 
     def encode(self, model: str, examples: "list[Example]") -> "list[Encoded]":
-        """Tokenise the examples, and say how many had to be cut.
-
-        Raises
-        ------
-        FedSEAError
-            Whatever is wrong with the model's tokenizer, or an example.
-        """
+        """Tokenise the examples, and say how many had to be cut."""
         from fedsea.checkpoints import load_tokenizer
         from fedsea.tasks import encode
 
@@ -84,7 +71,7 @@ def finetune(
     resume: Annotated[bool, Flag("Continue the training in --output.")] = False,
     micro_batches: Annotated[
         int | None,
-        Flag("Parts of a batch that are under way at the same time.", min=1, default="4, or 1 on one machine"),
+        Flag("Parts of a batch that are computed at the same time.", min=1, default="4, or 1 on one machine"),
     ] = None,
     recompute: Annotated[bool, Flag("Keep no activations, here and at the server: slower, with less memory.")] = False,
     as_json: AsJson = False,

@@ -77,13 +77,7 @@ def generate(
 
 
 def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
-    """The prompt, from wherever it was given.
-
-    Raises
-    ------
-    UsageError
-        If it is given twice, not at all, empty, no text, or its file cannot be read.
-    """
+    """The prompt, whichever way it was given; UsageError if that is none, both, empty or no text."""
     if prompt is not None and prompt_file is None:
         text = require_whole(prompt, "--prompt")
     elif prompt_file is not None and prompt is None:

@@ -17,10 +17,7 @@ NOISE: dict[str, Callable[[str], str]] = {
 def rewritten(arguments: Sequence[str]) -> list[str]:
     """A command line with `--noise` in place of the three flags that named the noise before.
 
-    Raises
-    ------
-    UsageError
-        If the noise is given twice, and the command does not compare mechanisms.
+    UsageError if the noise is given twice, and the command does not compare mechanisms.
     """
     if not arguments or arguments[0] not in COMMANDS:
         return [*arguments]

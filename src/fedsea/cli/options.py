@@ -79,8 +79,7 @@ class ClientOptions:
         own = None if self.credentials is None else LoadedCredentials.load(self.credentials, role="client")
         check_noise(self.noise)
         check_model(self.model)
-        if self.adapter is not None:
-            check_adapter(self.adapter)
+        check_adapter(self.adapter)
         layers = layer_count(self.model)
         if layers is None or self.partition.middle(layers):  # without a middle no server is needed
             check_reachable(self.server, own)

@@ -106,13 +106,7 @@ def _ready_line(server: "BlockServer", model: str, address: str, *, as_json: boo
 
 
 def parse_layers(text: str) -> range:
-    """`LO:HI` as a range.
-
-    Raises
-    ------
-    UsageError
-        If the text is no range of at least one layer.
-    """
+    """`LO:HI` as a range of at least one layer."""
     match = re.fullmatch(r"(\d+):(\d+)", text.strip())
     if match is None or int(match[1]) >= int(match[2]):
         raise UsageError(f"--layers is LO:HI, the first layer and the one after the last, such as 1:29; got {text!r}")
@@ -125,7 +119,6 @@ class _KeyValues(logging.Formatter):
     converter = staticmethod(time.gmtime)
 
     def format(self, record: logging.LogRecord) -> str:
-        """The record's line, with a traceback below if it has one."""
         event, *pairs = re.split(r" (?=\w+=)", one_line(record.getMessage()), maxsplit=1)
         time_text = self.formatTime(record, self.datefmt)
         line = " ".join([f'time={time_text} level={record.levelname.lower()} event="{event}"', *pairs])

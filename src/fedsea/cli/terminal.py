@@ -95,13 +95,7 @@ def print_json(value: Any, default: Callable[[Any], Any] | None = None) -> None:
 
 
 def write_json(value: Any, file: Path) -> None:
-    """Write a JSON file, or into a pipe.
-
-    Raises
-    ------
-    UsageError
-        If it cannot be written.
-    """
+    """Write a JSON file, or into a pipe; UsageError if it cannot be written."""
     write_text(file, json_text(value, indent=2) + "\n")
 
 

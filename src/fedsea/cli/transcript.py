@@ -13,19 +13,7 @@ ROLES = {role: role for role in ("system", "user", "assistant")}
 def write_transcript(messages: Sequence[Mapping[str, str]], file: Path, *, new: bool = False) -> None:
     """Write a conversation, for its owner's eyes only; a file that is there stays whole until the new one is written.
 
-    Parameters
-    ----------
-    messages
-        Its turns.
-    file
-        Where to.
-    new
-        Whether to leave a file alone that is there already.
-
-    Raises
-    ------
-    UsageError
-        If it cannot be written, or is there already and has to be new.
+    UsageError if it cannot be written, or is there already and has to be `new`.
     """
     if new and file.exists():
         raise UsageError(f"{file} is there already; take another name")
@@ -33,13 +21,7 @@ def write_transcript(messages: Sequence[Mapping[str, str]], file: Path, *, new: 
 
 
 def read_transcript(file: Path) -> list[dict[str, str]]:
-    """The turns of the one conversation in a file, as they were.
-
-    Raises
-    ------
-    UsageError
-        If it cannot be read or holds anything else.
-    """
+    """The turns of the one conversation in a file, as they were; UsageError if it holds anything else."""
     from fedsea.tasks.reading import read_rows
 
     if not file.is_file():
