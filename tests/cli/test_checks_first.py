@@ -82,7 +82,21 @@ WRONG: list[tuple[Sequence[str], int, str]] = [
     (["finetune", "random:tiny", *NEAR, "--task", "text", "--data", "nowhere"], 2, "no file or folder nowhere"),
     (["finetune", "random:tiny", *NEAR, "--task", "text", "--data", "BROKEN"], 2, "line 1: broken JSON"),
     (["finetune", "random:tiny", *NEAR], 2, "give --task TASK and --data PATH"),
-    (["evaluate", "random:tiny", "--whole", "--task", "squad", "--data", "DATA"], 2, "there is no task 'squad'"),
+    (
+        ["evaluate", "random:tiny", "--whole", "--task", "squad", "--data", "DATA"],
+        2,
+        "no task 'squad'; there are boolq, cb",
+    ),
+    (ONES["evaluate"], 2, "give either --server HOST:PORT or --whole"),
+    ([*ONES["evaluate"], "--whole", *NEAR], 2, "give either --server HOST:PORT or --whole"),
+    ([*ONES["evaluate"], "--whole", "--noise", "1"], 2, "--noise is for --server; --whole needs none"),
+    ([*ONES["evaluate"], "--whole", "--insecure"], 2, "--insecure is for --server"),
+    ([*ONES["evaluate"], "--whole", "--predictions", "no/folder/x"], 2, "no folder no/folder to write x into"),
+    (
+        ["evaluate", "no-such-model", "--whole", "--task", "cb", "--data", "LACKING"],
+        2,
+        "line 2: the column 'hypothesis' is",
+    ),
     (["evaluate", "random:tiny", "--whole", "--task", "text", "--data", "nowhere"], 2, "no file or folder nowhere"),
     (["evaluate", "no-such-model", "--whole", "--task", "text", "--data", "DATA"], 1, "no model 'no-such-model'"),
     ([*ONES["evaluate"], "--whole", "--adapter", "nowhere"], 1, "nowhere is no PEFT adapter"),
@@ -119,11 +133,14 @@ WRONG: list[tuple[Sequence[str], int, str]] = [
 def outcomes(commands: Sequence[Sequence[str]], folder: Path, absent: Sequence[str] = ()) -> list[tuple[int, str]]:
     (folder / "data.jsonl").write_text('{"text": "a"}\n')
     (folder / "broken.jsonl").write_text("{\n")
+    row = {"premise": "a", "hypothesis": "b", "label": "neutral"}
+    (folder / "lacking.jsonl").write_text(f"{json.dumps(row)}\n{json.dumps({'premise': 'a', 'label': 'neutral'})}\n")
     (folder / "training" / "adapter").mkdir(parents=True, exist_ok=True)
     (folder / "training" / "adapter" / "adapter_config.json").write_text("{}")
     (folder / "model").mkdir(exist_ok=True)
     (folder / "model" / "config.json").write_text('{"num_hidden_layers": 7}')
-    files = {"DATA": "data.jsonl", "BROKEN": "broken.jsonl", "TRAINING": "training", "FOLDER": "model"}
+    files = {"DATA": "data.jsonl", "BROKEN": "broken.jsonl", "LACKING": "lacking.jsonl"}
+    files |= {"TRAINING": "training", "FOLDER": "model"}
     with socket.create_server(("127.0.0.1", 0)) as taken:
         words = {word: str(folder / name) for word, name in files.items()}
         words["TAKEN"] = format_address(*taken.getsockname())

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,14 +13,13 @@ from safetensors.torch import load_file, save_file
 from fedsea.checkpoints import load_whole_model
 from fedsea.cli import run
 from tests.conftest import RunningServer
-from tests.support.ports import NOWHERE
 
-NAME = "smollm2-135m"
 ROWS = [
     {"premise": "It rains. I think so.", "hypothesis": "it rains", "label": "neutral", "idx": 0},
     {"premise": "She knows that it rains.", "hypothesis": "it rains", "label": "entailment", "idx": 1},
     {"premise": "He hopes it will snow.", "hypothesis": "it snows", "label": "neutral", "idx": 2},
 ]
+Evaluate = Callable[..., Any]
 
 
 @pytest.fixture(scope="module")
@@ -30,125 +30,103 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A LoRA adapter of the default model that is not nothing."""
-    folder = tmp_path_factory.mktemp("adapter")
+def save_adapter(model: str, folder: Path) -> Path:
+    """A LoRA adapter that is not nothing."""
     torch.manual_seed(0)
-    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
-    get_peft_model(load_whole_model(NAME), config).save_pretrained(folder)
+    targets = ["q_proj", "v_proj"]
+    config = LoraConfig(r=2, lora_alpha=200, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM")
+    get_peft_model(load_whole_model(model), config).save_pretrained(folder)
     return folder
 
 
-def command(data: Path, *options: str) -> list[str]:
-    return ["evaluate", NAME, "--task", "cb", "--data", str(data), "--threads", "2", *options]
+@pytest.fixture
+def command(small: str, data: Path) -> Callable[..., list[str]]:
+    return lambda *options: ["evaluate", small, "--task", "cb", "--data", str(data), "--threads", "1", *options]
 
 
-def test_whole_prints_json_and_writes_predictions(
-    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def evaluate(command: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]) -> Evaluate:
+    """What the command prints as JSON, and nothing else."""
+
+    def result(*options: str) -> Any:
+        capsys.readouterr()
+        assert run(command("--json", "--answer-loss", *options)) == 0
+        printed = capsys.readouterr()
+        assert printed.err == ""
+        return json.loads(printed.out)
+
+    return result
+
+
+def test_whole_prints_json_and_writes_predictions(evaluate: Evaluate, small: str, tmp_path: Path) -> None:
     file = tmp_path / "predictions.jsonl"
-    assert run(command(data, "--whole", "--json", "--answer-loss", "--predictions", str(file))) == 0
-    printed = capsys.readouterr()
-    result = json.loads(printed.out)
-    assert printed.err == ""
-    assert result["model"] == NAME
-    assert result["task"] == "cb"
-    assert result["count"] == 3
+    result = evaluate("--whole", "--predictions", str(file))
+    assert (result["model"], result["task"], result["count"]) == (small, "cb", 3)
     assert result["unparsed"] == result["cut"] == 0
     assert list(result["metrics"]) == ["accuracy", "macro_f1", "perplexity", "answer_loss"]
     assert result["majority"]["label"] == "neutral"
     assert result["majority"]["metrics"]["accuracy"] == pytest.approx(2 / 3)
     lines = [json.loads(line) for line in file.read_text().splitlines()]
-    assert [(line["id"], line["golds"]) for line in lines] == [
-        ("0", ["neutral"]),
-        ("1", ["entailment"]),
-        ("2", ["neutral"]),
-    ]
+    assert [(line["id"], line["golds"]) for line in lines] == [(str(row["idx"]), [row["label"]]) for row in ROWS]
     right = [line["prediction"] in line["golds"] for line in lines]
     assert result["metrics"]["accuracy"] == pytest.approx(sum(right) / 3)
 
 
-def test_a_person_gets_a_table(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(command(data, "--whole", "--split", "train", "--max-tokens", "90")) == 0
+def test_a_person_gets_a_table(command: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(command("--whole", "--split", "train", "--max-tokens", "90")) == 0
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].split() == ["CB", "model", "always", "neutral"]
-    assert printed[1].split()[0] == "accuracy"
-    assert printed[2].split()[0] == "macro_f1"
+    assert [line.split()[0] for line in printed[1:3]] == ["accuracy", "macro_f1"]
     assert printed[-1] == "1 examples, 0 answers not readable, 0 contexts cut"
 
 
 def test_split_gives_what_whole_gives_with_and_without_an_adapter(
-    data: Path, adapter: Path, start_server: Callable[..., RunningServer], capsys: pytest.CaptureFixture[str]
+    evaluate: Evaluate, small: str, start_server: Callable[..., RunningServer], tmp_path: Path
 ) -> None:
-    server = start_server(NAME)
-    options = ("--json", "--answer-loss", "--limit", "2", "--batch-size", "2")
-    assert run(command(data, "--server", server.address, "--insecure", "--wire-dtype", "float32", *options)) == 0
-    split = json.loads(capsys.readouterr().out)
-    adapted = ("--adapter", str(adapter))
-    near = ("--server", server.address, "--insecure", "--wire-dtype", "float32")
-    assert run(command(data, *near, *options, *adapted)) == 0
-    split_adapted = json.loads(capsys.readouterr().out)
+    server = start_server(small)
+    there = ("--server", server.address, "--insecure", "--wire-dtype", "float32")
+    some, adapted = ("--limit", "2", "--batch-size", "2"), ("--adapter", str(save_adapter(small, tmp_path)))
+    split = [evaluate(*there, *some, *more)["metrics"] for more in ((), adapted)]
     assert len(server.server.runs) == 0
     server.stop()
-    assert run(command(data, "--whole", *options)) == 0
-    whole = json.loads(capsys.readouterr().out)
-    assert run(command(data, "--whole", *options, *adapted)) == 0
-    whole_adapted = json.loads(capsys.readouterr().out)
-    assert split["count"] == whole["count"] == 2
-    assert split["metrics"] == pytest.approx(whole["metrics"], rel=1e-4)
-    assert split_adapted["metrics"] == pytest.approx(whole_adapted["metrics"], rel=1e-4)
-    assert abs(whole["metrics"]["answer_loss"] - whole_adapted["metrics"]["answer_loss"]) > 1e-3
+    whole = [evaluate("--whole", *some, *more)["metrics"] for more in ((), adapted)]
+    assert split[0] == pytest.approx(whole[0], rel=1e-4)
+    assert split[1] == pytest.approx(whole[1], rel=1e-4)
+    assert abs(whole[0]["answer_loss"] - whole[1]["answer_loss"]) > 1e-2
 
 
 @pytest.mark.parametrize(
-    ("options", "code", "says"),
+    ("options", "says"),
     [
-        ([], 2, "give either --server HOST:PORT or --whole"),
-        (["--whole", "--server", NOWHERE], 2, "give either --server HOST:PORT or --whole"),
-        (["--whole", "--noise", "1"], 2, "--noise is for --server; --whole needs none"),
-        (["--whole", "--insecure"], 2, "--insecure is for --server"),
-        (["--server", NOWHERE, "--insecure"], 1, "no block server at 127.0.0.1:"),
-        (["--whole", "--task", "squad"], 2, "there is no task 'squad'; there are boolq, cb, chat"),
-        (["--whole", "--predictions", "no/folder/x"], 2, "there is no folder no/folder to write x into"),
-        (["--whole", "--limit", "0"], 2, "--limit"),
-        (["--whole", "--split", "test"], 2, "--split"),
-        (["--whole", "--max-tokens", "5"], 2, "example 0 of CB: question and answer alone take"),
+        (["--whole", "--limit", "0"], "--limit"),
+        (["--whole", "--split", "test"], "--split"),
+        (["--whole", "--max-tokens", "5"], "example 0 of CB: question and answer alone take"),
     ],
 )
 def test_an_error_is_one_line(
-    options: list[str], code: int, says: str, data: Path, capsys: pytest.CaptureFixture[str]
+    options: list[str], says: str, command: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(command(data, *options)) == code
-    last = capsys.readouterr().err.splitlines()
-    assert last[0].startswith("fedsea: error: ")
-    assert says in last[0]
-    assert len(last) == 1
-
-
-def test_a_broken_line_is_told_before_the_model_is_looked_at(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = tmp_path / "cb.jsonl"
-    file.write_text(json.dumps(ROWS[0]) + "\n" + json.dumps({"premise": "x", "label": "neutral"}) + "\n")
-    assert run(["evaluate", "no-such-model", "--whole", "--task", "cb", "--data", str(file)]) == 2
-    assert f"{file} line 2: the column 'hypothesis' is missing; CB needs premise" in capsys.readouterr().err
+    assert run(command(*options)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("fedsea: error: ")
+    assert says in line
 
 
 @pytest.mark.parametrize("lacking", [False, True], ids=["of another model", "without a weight"])
 def test_an_adapter_that_does_not_fit_is_one_line(
-    lacking: bool, data: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    lacking: bool,
+    command: Callable[..., list[str]],
+    small: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    save_adapter(small if lacking else "random:tiny", tmp_path)
     if lacking:
-        (tmp_path / "adapter_config.json").write_text((adapter / "adapter_config.json").read_text())
-        weights = load_file(adapter / "adapter_model.safetensors")
+        weights = load_file(tmp_path / "adapter_model.safetensors")
         weights.pop(min(weights))
         save_file(weights, tmp_path / "adapter_model.safetensors")
-    else:
-        config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
-        get_peft_model(load_whole_model("random:tiny"), config).save_pretrained(tmp_path)
     capsys.readouterr()
-    assert run(command(data, "--whole", "--adapter", str(tmp_path))) == 1
+    assert run(command("--whole", "--adapter", str(tmp_path))) == 1
     [line] = capsys.readouterr().err.splitlines()
-    assert f"the adapter in {tmp_path} does not fit {NAME}: " in line
+    assert f"the adapter in {tmp_path} does not fit {small}: " in line
     assert ("1 weights are only in one of them, such as base_model.model.model.layers" in line) is lacking

@@ -68,11 +68,7 @@ def test_an_error_is_one_line_that_says_what_is_wrong(tmp_path: Path, capsys: py
             ([*up, "--set", "lr=fast"], 2, "lr must be a number; got 'fast'"),
             ([*up, "--set", "lr=-1"], 2, "lr must be above 0"),
             ([*up, "--listen", "0.0.0.0"], 2, "give --host NAME"),
-            (
-                [*up[:5], port, *up[6:]],
-                2,
-                f"port {port} is taken; choose another with --port",
-            ),
+            ([*up[:5], port, *up[6:]], 2, f"port {port} is taken; choose another with --port"),
             ([*up[:7], port], 2, "choose another with --superlink-port"),
             ([*up, "--server", "nowhere"], 2, "HOST:PORT"),
             (["up", str(tmp_path / "full"), "--clients", "a"], 2, "is not empty and holds no federation"),

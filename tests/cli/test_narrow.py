@@ -88,11 +88,7 @@ def test_an_evaluation_through_the_split_is_that_of_the_whole_model_with_the_cut
 
 
 def test_what_cannot_be_is_one_line(
-    small: str,
-    server: RunningServer,
-    tuned: tuple[Path, list[str]],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    small: str, server: RunningServer, tuned: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, command = tuned
     adapter, here = str(folder / "run" / "adapter"), ["--server", server.address, "--insecure"]

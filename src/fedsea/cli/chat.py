@@ -36,8 +36,7 @@ def chat(
     answers: AnswerOptions,
     system: Annotated[str | None, Flag("The system message.", metavar="TEXT")] = None,
     conversation: Annotated[
-        Path | None,
-        Flag("Keep the conversation in this file, and continue it if the file exists.", metavar="FILE"),
+        Path | None, Flag("Keep the conversation in this file, and continue it if the file exists.", metavar="FILE")
     ] = None,
     piped: Annotated[
         Literal["lines", "whole"],

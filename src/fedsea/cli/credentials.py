@@ -29,12 +29,10 @@ def _group() -> None:
 def init(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to create or complete.")],
     host: Annotated[
-        list[str] | None,
-        Flag("A name or IP address by which clients reach the server; may be given several times."),
+        list[str] | None, Flag("A name or IP address by which clients reach the server; may be given several times.")
     ] = None,
     client: Annotated[
-        list[str] | None,
-        Flag("A client's name; may be given several times.", default="those in DIR, else client-a"),
+        list[str] | None, Flag("A client's name; may be given several times.", default="those in DIR, else client-a")
     ] = None,
     as_json: AsJson = False,
 ) -> None:

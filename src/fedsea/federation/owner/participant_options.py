@@ -54,12 +54,10 @@ class ParticipantOptions:
     reconnect_seconds: float = 30.0
     private_ends: str = ""
     insist_private: Annotated[
-        bool,
-        Flag("Take part only if the adapter of your input and output blocks stays here.", "--private-ends"),
+        bool, Flag("Take part only if the adapter of your input and output blocks stays here.", "--private-ends")
     ] = False
     max_looks: Annotated[
-        int,
-        Flag("With noise: how often each text may be sent, each time with fresh noise. 0 for no limit.", min=0),
+        int, Flag("With noise: how often each text may be sent, each time with fresh noise. 0 for no limit.", min=0)
     ] = MAX_LOOKS
     looks: Annotated[
         str, Flag("The file that counts how often each text was sent.", metavar="FILE", default="looks.db in FOLDER")
