@@ -1,10 +1,7 @@
 """`fedsea finetune` and `fedsea export-adapter`: what they write and say, and that every failure is one line."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,11 +10,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from fedsea.checkpoints import load_whole_model
-from fedsea.cli import run
+from fedsea.cli import finetune, run
 from fedsea.cli.finetune import MANY, DataOptions
 from fedsea.server import ServerProcess
 from fedsea.training.export import whole_with_adapter
-from tests.support.ports import NOWHERE
+from fedsea.training.loop import Figures
+from tests.support.federation_commands import until
 
 
 @pytest.fixture(scope="module")
@@ -81,48 +79,38 @@ def test_preparing_many_examples_is_shown(small: str, tmp_path: Path, capsys: py
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(
-    command: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: Callable[..., list[str]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    def figures(line: Figures) -> str:
+        if line.step == 2:
+            signal.raise_signal(signal.SIGINT)
+        return "figures"
+
+    monkeypatch.setattr(finetune, "_words", figures)
     arguments = command("--steps", "400", "--save-every", "1000")
-    with subprocess.Popen(
-        [sys.executable, "-m", "fedsea", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    ) as process:
-        assert process.stderr is not None
-        while "… training: " not in process.stderr.readline():
-            assert process.poll() is None
-        process.send_signal(signal.SIGINT)
-        said = process.stderr.read()
-    assert process.returncode == 130
-    assert "finishing this step, then saving" in said
-    assert "and saved; go on with: fedsea finetune " in said
+    assert run(arguments) == 130
+    said = capsys.readouterr().err
+    until(lambda: "finishing this step, then saving" in said + capsys.readouterr().err)  # a thread says it
+    assert "stopped after step 2, and saved; go on with: fedsea finetune " in said
     assert "--resume" in said
-    steps = len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
     assert run([*arguments, "--resume", "--steps", "401"]) == 2
     assert "holds another training: steps was 400 and is 401 now" in capsys.readouterr().err
-    again = ["--steps", "400", "--save-every", "1000"]
-    with subprocess.Popen(
-        [sys.executable, "-m", "fedsea", *command(*again), "--resume"],
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    ) as process:
-        assert process.stderr is not None
-        assert process.stderr.readline() == f"fedsea: going on from the checkpoint of step {steps}\n"
-        process.kill()
+    monkeypatch.setattr("fedsea.training.loop.FineTuning.run", lambda *_what: False)
+    assert run([*arguments, "--resume"]) == 130
+    assert "fedsea: going on from the checkpoint of step 2\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("options", "code", "says"),
+    ("options", "says"),
     [
-        (["--lr", "0"], 2, "lr must be a number above 0"),
-        (["--lora-targets", "lm_head"], 2, "leave out lm_head"),
-        (["--lora-targets", "w_proj"], 2, "PEFT refuses the adapter's configuration"),
-        (["--resume"], 2, "holds no training: run.json is missing"),
-        (["--server", NOWHERE], 1, "no block server at 127.0.0.1:"),
+        (["--lr", "0"], "lr must be a number above 0"),
+        (["--lora-targets", "lm_head"], "leave out lm_head"),
+        (["--lora-targets", "w_proj"], "PEFT refuses the adapter's configuration"),
+        (["--resume"], "holds no training: run.json is missing"),
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_nothing_behind(
@@ -130,10 +118,9 @@ def test_a_mistake_is_one_line_and_leaves_nothing_behind(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     options: list[str],
-    code: int,
     says: str,
 ) -> None:
-    assert run(command(*options)) == code
+    assert run(command(*options)) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
     assert len(printed.err.splitlines()) == 1
