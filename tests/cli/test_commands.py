@@ -25,14 +25,6 @@ THERE = ["--server", "ADDRESS", "--insecure"]
 SERVE = ["serve", "random:tiny", "--listen", "127.0.0.1:0", "--insecure"]
 
 
-@pytest.fixture(autouse=True)
-def handlers() -> Iterator[None]:
-    """Commands that run in this process take over SIGTERM."""
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, before)
-
-
 @pytest.fixture(scope="module")
 def address(start_server: Callable[..., RunningServer]) -> Iterator[str]:
     """A server of the default model."""

@@ -81,14 +81,11 @@ def test_a_person_gets_a_table(command: Callable[..., list[str]], capsys: pytest
 
 
 def test_split_gives_what_whole_gives_with_and_without_an_adapter(
-    evaluate: Evaluate, small: str, start_server: Callable[..., RunningServer], tmp_path: Path
+    evaluate: Evaluate, small: str, small_server: RunningServer, there: list[str], tmp_path: Path
 ) -> None:
-    server = start_server(small)
-    there = ("--server", server.address, "--insecure", "--wire-dtype", "float32")
     some, adapted = ("--limit", "2", "--batch-size", "2"), ("--adapter", str(save_adapter(small, tmp_path)))
-    split = [evaluate(*there, *some, *more)["metrics"] for more in ((), adapted)]
-    assert len(server.server.runs) == 0
-    server.stop()
+    split = [evaluate(*there, "--wire-dtype", "float32", *some, *more)["metrics"] for more in ((), adapted)]
+    assert len(small_server.server.runs) == 0
     whole = [evaluate("--whole", *some, *more)["metrics"] for more in ((), adapted)]
     assert split[0] == pytest.approx(whole[0], rel=1e-4)
     assert split[1] == pytest.approx(whole[1], rel=1e-4)

@@ -7,7 +7,6 @@ import json
 import os
 import shlex
 import shutil
-import signal
 import socket
 import stat
 import subprocess
@@ -37,15 +36,6 @@ from fedsea.federation.owner.join import OwnerProcess
 from fedsea.federation.settings import Settings
 from fedsea.process import Child
 from tests.support.federation_commands import gone, own, until
-
-
-@pytest.fixture(autouse=True)
-def handlers() -> Iterator[None]:
-    """Commands that run in this process take over SIGTERM."""
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, before)
-
 
 # Errors are one line
 

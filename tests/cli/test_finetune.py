@@ -2,7 +2,7 @@
 
 import json
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,36 +12,25 @@ from transformers import AutoModelForCausalLM
 from fedsea.checkpoints import load_whole_model
 from fedsea.cli import finetune, run
 from fedsea.cli.finetune import MANY, DataOptions
-from fedsea.server import ServerProcess
+from fedsea.demo import conversations
+from fedsea.files import write_lines
 from fedsea.training.export import whole_with_adapter
 from fedsea.training.loop import Figures
 from tests.support.federation_commands import until
 
 
 @pytest.fixture(scope="module")
-def server(small: str) -> Iterator[ServerProcess]:
-    with ServerProcess(small, threads=1, secure=False) as process:
-        yield process
-
-
-@pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("data") / "my.jsonl"
-    rows = []
-    for number in range(12):
-        ask = {"role": "user", "content": f"Which ward does locker {number} belong to?"}
-        rows.append({"messages": [ask, {"role": "assistant", "content": f"Ward {number % 3}."}]})
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pairs = [(f"Which ward does locker {number} belong to?", f"Ward {number % 3}.") for number in range(12)]
+    write_lines(file, conversations(pairs))
     return file
 
 
 @pytest.fixture
-def command(small: str, server: ServerProcess, data: Path, tmp_path: Path) -> Callable[..., list[str]]:
-    def make(*options: str) -> list[str]:
-        base = ["finetune", small, "--server", server.address, "--insecure", "--task", "chat", "--data", str(data)]
-        return [*base, "--steps", "4", "--output", str(tmp_path / "run"), "--threads", "1", *options]
-
-    return make
+def command(small: str, there: list[str], data: Path, tmp_path: Path) -> Callable[..., list[str]]:
+    base = ["finetune", small, *there, "--task", "chat", "--data", str(data), "--output", str(tmp_path / "run")]
+    return lambda *options: [*base, "--steps", "4", "--threads", "1", *options]
 
 
 def test_it_trains_writes_and_exports(

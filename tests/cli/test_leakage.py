@@ -3,7 +3,7 @@
 import io
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -28,19 +28,12 @@ from tests.conftest import RunningServer, connect
 QUESTION = "Does Mr. Voss owe 40 euros?"
 
 
-@pytest.fixture(scope="module")
-def server(small: str, start_server: Callable[..., RunningServer]) -> Iterator[RunningServer]:
-    running = start_server(small)
-    yield running
-    running.stop()
-
-
 def test_a_chat_shows_what_is_read_of_each_turn(
-    small: str, server: RunningServer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    small: str, there: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"{QUESTION}\n/reset\nAnd\nthen?\n"))
-    options = ["--insecure", "--max-new-tokens", "6", "--guesses", "2", "--threads", "1", "--show-leakage"]
-    assert run(["chat", small, "--server", server.address, *options]) == 0
+    options = ["--max-new-tokens", "6", "--guesses", "2", "--threads", "1", "--show-leakage"]
+    assert run(["chat", small, *there, *options]) == 0
     lines = [line.strip() for line in capsys.readouterr().err.splitlines() if "the provider reads" in line]
     assert len(lines) == 9
     tokens = len(load_tokenizer(small)(QUESTION).input_ids)
@@ -52,8 +45,8 @@ def test_a_chat_shows_what_is_read_of_each_turn(
 
 
 @pytest.mark.usefixtures("same_draws")
-def test_noise_hides_the_question_and_not_the_answer(small: str, server: RunningServer) -> None:
-    with connect(server, small, noise=GaussianNoise(3.0), partition=Partition(0, 1)) as model:
+def test_noise_hides_the_question_and_not_the_answer(small: str, small_server: RunningServer) -> None:
+    with connect(small_server, small, noise=GaussianNoise(3.0), partition=Partition(0, 1)) as model:
         conversation = Conversation(model, load_tokenizer(small), max_new_tokens=8)
         view = LiveLeakage(conversation, open_checkpoint(small))
         view.prepare()
@@ -97,8 +90,8 @@ def test_the_question_is_what_the_template_is_not(content: str, system: str | No
         assert system is None or system not in tokenizer.decode(start)
 
 
-def test_nothing_is_read_of_what_does_not_leave(small: str, server: RunningServer) -> None:
-    with connect(server, small, partition=Partition(2, 2)) as model:
+def test_nothing_is_read_of_what_does_not_leave(small: str, small_server: RunningServer) -> None:
+    with connect(small_server, small, partition=Partition(2, 2)) as model:
         conversation = Conversation(model, load_tokenizer(small))
         with pytest.raises(UsageError, match="nothing leaves"):
             LiveLeakage(conversation, open_checkpoint(small))

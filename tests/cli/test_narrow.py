@@ -1,7 +1,6 @@
 """A narrow cut by the commands: trained, evaluated and used as the adapter has it, without saying it again."""
 
 import json
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,27 +8,20 @@ import pytest
 
 from fedsea.cli import run
 from fedsea.client.model import SplitModelForCausalLM
+from fedsea.demo import conversations
+from fedsea.files import write_lines
 from fedsea.privacy import Noise
-from tests.conftest import RunningServer
 
 MECHANISM = "narrow-cut:rank=8+relative:level=0.2"
 
 
 @pytest.fixture(scope="module")
-def server(small: str, start_server: Callable[..., RunningServer]) -> Iterator[RunningServer]:
-    running = start_server(small)
-    yield running
-    running.stop()
-
-
-@pytest.fixture(scope="module")
-def tuned(small: str, server: RunningServer, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+def tuned(small: str, there: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     """The output folder of a training, and the command that made it."""
     folder = tmp_path_factory.mktemp("narrow")
     data = folder / "my.jsonl"
-    message = [{"role": "user", "content": "Which ward?"}, {"role": "assistant", "content": "Ward 3."}]
-    data.write_text((json.dumps({"messages": message}) + "\n") * 4)
-    command = ["finetune", small, "--server", server.address, "--insecure", "--task", "chat", "--data", str(data)]
+    write_lines(data, conversations([("Which ward?", "Ward 3.")] * 4))
+    command = ["finetune", small, *there, "--task", "chat", "--data", str(data)]
     command += ["--steps", "2", "--batch-size", "2", "--output", str(folder / "run"), "--json"]
     assert run([*command, "--noise", MECHANISM]) == 0
     return folder, command
@@ -51,14 +43,14 @@ def used(monkeypatch: pytest.MonkeyPatch) -> list[Noise]:
 
 def test_the_adapters_own_cut_and_noise_are_taken_up_and_told(
     small: str,
-    server: RunningServer,
+    there: list[str],
     tuned: tuple[Path, list[str]],
     used: list[Noise],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     adapter = str(tuned[0] / "run" / "adapter")
     own = json.loads((tuned[0] / "run" / "adapter" / "narrow_cut.json").read_text())["mechanism"]
-    here = [small, "--server", server.address, "--insecure", "--adapter", adapter]
+    here = [small, *there, "--adapter", adapter]
     capsys.readouterr()
     assert run(["generate", *here, "--prompt", "Which ward?", "--max-new-tokens", "24", "--json"]) == 0
     printed = capsys.readouterr()
@@ -73,26 +65,24 @@ def test_the_adapters_own_cut_and_noise_are_taken_up_and_told(
 
 
 def test_an_evaluation_through_the_split_is_that_of_the_whole_model_with_the_cut(
-    small: str, server: RunningServer, tuned: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str]
+    small: str, there: list[str], tuned: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     adapter = str(tuned[0] / "run" / "adapter")
     capsys.readouterr()
     task = ["--task", "chat", "--data", str(tuned[0] / "my.jsonl"), "--limit", "1", "--answer-loss", "--json"]
     quiet = ["--noise", "narrow-cut:rank=8", "--wire-dtype", "float32"]
     losses = []
-    for where in (["--server", server.address, "--insecure", "--adapter", adapter, *quiet], ["--whole"]):
-        with_adapter = [] if "--adapter" in where else ["--adapter", adapter]
-        assert run(["evaluate", small, *task, *where, *with_adapter]) == 0
+    for where in ([*there, *quiet], ["--whole"]):
+        assert run(["evaluate", small, *task, *where, "--adapter", adapter]) == 0
         losses.append(json.loads(capsys.readouterr().out)["metrics"]["answer_loss"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 def test_what_cannot_be_is_one_line(
-    small: str, server: RunningServer, tuned: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small: str, there: list[str], tuned: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, command = tuned
-    adapter, here = str(folder / "run" / "adapter"), ["--server", server.address, "--insecure"]
-    ask = ["generate", small, *here, "--prompt", "x"]
+    adapter, ask = str(folder / "run" / "adapter"), ["generate", small, *there, "--prompt", "x"]
     capsys.readouterr()
     for arguments, says in [
         ([*ask, "--noise", "narrow-cut:rank=8"], "a narrow cut needs its other half at the block server"),

@@ -136,10 +136,9 @@ def cursing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("cursing")
 def test_an_answer_cannot_command_the_terminal_and_json_has_it_as_it_is(
-    small: str, start_server: Callable[..., RunningServer], capsys: pytest.CaptureFixture[str]
+    small: str, there: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    server = start_server(small)
-    ask = ["generate", small, "--server", server.address, "--insecure", "--prompt", "hi", "--max-new-tokens", "6"]
+    ask = ["generate", small, *there, "--prompt", "hi", "--max-new-tokens", "6"]
     assert run(ask) == 0
     printed = capsys.readouterr()
     assert not set(printed.out) & {"\x1b", "\x07"}
@@ -148,7 +147,6 @@ def test_an_answer_cannot_command_the_terminal_and_json_has_it_as_it_is(
     text = json.loads(capsys.readouterr().out)["text"]
     assert "\x1b" in text or "\x07" in text
     assert printed.out == text.replace("\x1b", "\\x1b").replace("\x07", "\\x07") + "\n"
-    server.stop()
 
 
 def piped(content: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,14 +170,13 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_a_pipe_holds_a_question_on_each_line_or_one_message(
     small: str,
-    start_server: Callable[..., RunningServer],
+    there: list[str],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    server = start_server(small)
     seen = asked(monkeypatch)
-    command = ["chat", small, "--server", server.address, "--insecure", "--max-new-tokens", "3"]
+    command = ["chat", small, *there, "--max-new-tokens", "3"]
     document = "\ufeffFirst é\n\nsecond\n".encode()
     piped(document, monkeypatch)
     assert run(command) == 0
@@ -206,7 +203,6 @@ def test_a_pipe_holds_a_question_on_each_line_or_one_message(
     monkeypatch.setattr(sys, "stdin", None)
     assert run(command) == 2
     assert "standard input is closed" in capsys.readouterr().err
-    server.stop()
 
 
 def test_a_chat_outlives_its_server(

@@ -2,9 +2,9 @@
 
 import itertools
 import json
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from tests.conftest import RunningServer, connect
 from tests.support.federation_commands import write_cb
 from tests.support.flower_grid import InProcessGrid
 from tests.support.participants import SETTINGS, Coordinator, body, local, options, tensors, train_alone, weights
+from tests.support.rounds import together
 
 Make = Callable[..., Participant]
 
@@ -160,17 +161,9 @@ def test_two_participants_train_one_adapter_together(coordinator: Coordinator, m
     whole = weights()
     tickets = coordinator.open("ann", "bob", strategy="client-batch", whole=whole)
     participants = [make(name, shard=f"iid:{n}/2") for n, name in enumerate(("ann", "bob"))]
-    results: dict[int, Any] = {}
-
-    def work(number: int) -> None:
-        results[number] = participants[number].train(body(tickets[number]), local(whole))
-
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(40)
-    assert {metrics["num-examples"] for metrics, _ in results.values()} == {6}
+    rounds = zip(participants, tickets, strict=True)
+    results = together(*[partial(one.train, body(ticket), local(whole)) for one, ticket in rounds])
+    assert {metrics["num-examples"] for metrics, _ in results} == {6}
     middle = coordinator.admin.aggregate(coordinator.label, {"ann": 6, "bob": 6})
     assert all(not np.array_equal(weight, whole[name]) for name, weight in middle.items())
 

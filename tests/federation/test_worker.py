@@ -18,12 +18,14 @@ import numpy as np
 import pytest
 
 from fedsea.errors import FedSEAError, ProtocolError, ServerUnavailableError, StragglerError, UsageError
-from fedsea.federation.owner.worker import MAX_TEXT, WORKER, WorkerClient, receive, send
+from fedsea.federation.owner.worker import MAX_TEXT, WorkerClient, receive, send
 from fedsea.federation.owner.worker_process import WorkerServer
 from fedsea.threads import WAITING
 from tests.support.federation_commands import until
+from tests.support.rounds import together
 
-WEIGHTS = {"model.layers.0.self_attn.q_proj.lora_A.weight": np.arange(6, dtype=np.float32).reshape(2, 3)}
+NAME = "model.layers.0.self_attn.q_proj.lora_A.weight"
+WEIGHTS = {NAME: np.arange(6, dtype=np.float32).reshape(2, 3)}
 
 
 class RunningWorker:
@@ -92,7 +94,7 @@ def steady() -> Iterator[RunningWorker]:
 def test_requests_and_their_outcomes_pass_through(worker: RunningWorker) -> None:
     metrics, trained = worker.client.train({"round": 2}, WEIGHTS)
     assert metrics == {"num-examples": 3, "train-loss": 0.5}
-    np.testing.assert_array_equal(trained[next(iter(WEIGHTS))], WEIGHTS[next(iter(WEIGHTS))] + 1)
+    np.testing.assert_array_equal(trained[NAME], WEIGHTS[NAME] + 1)
     assert worker.client.evaluate({}, WEIGHTS) == {"sum": 15.0}
     assert worker.client.describe()["trainings"] == 1
     said = worker.says()
@@ -143,12 +145,8 @@ def test_a_request_that_waits_is_dropped_when_its_client_app_dies(worker: Runnin
 
 
 def test_requests_are_done_one_at_a_time(worker: RunningWorker) -> None:
-    threads = [threading.Thread(target=worker.client.train, args=({"steps": 5, "seconds": 0.02}, {})) for _ in range(4)]
     started = time.monotonic()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    together(*[lambda: worker.client.train({"steps": 5, "seconds": 0.02}, {})] * 4)
     assert time.monotonic() - started >= 0.4
     assert worker.client.describe()["trainings"] == 4
 
@@ -215,15 +213,6 @@ def test_a_folder_that_others_may_enter_and_a_second_worker_are_refused(worker: 
     folder.chmod(0o755)
     with pytest.raises(UsageError, match="chmod 700"):
         WorkerServer(folder / "other", print)
-
-
-def test_the_environment_names_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(WORKER, raising=False)
-    assert WorkerClient.from_environment() is None
-    monkeypatch.setenv(WORKER, "/x/socket")
-    found = WorkerClient.from_environment()
-    assert found is not None
-    assert found.path == Path("/x/socket")
 
 
 def test_the_client_side_imports_no_torch(worker: RunningWorker) -> None:
