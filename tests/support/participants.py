@@ -16,8 +16,9 @@ from fedsea.federation.recipe import lora_config
 from fedsea.partition import layer_of
 from fedsea.parts.adapters import AdapterSpec
 from fedsea.training.batches import Batch
-from fedsea.wire.rounds import RoundPlan, Ticket, new_seat
+from fedsea.wire.rounds import Ticket
 from tests.conftest import RunningServer
+from tests.support.rounds import invite
 
 SETTINGS = Settings(lora_rank=4, lora_targets="q_proj,v_proj", local_steps=3, batch_size=2, lr=1e-2)
 CONFIG = open_checkpoint("random:tiny").config
@@ -60,11 +61,9 @@ class Coordinator:
     def open(self, *clients: str, strategy: str = "server-hierarchical", whole: Arrays | None = None) -> list[Ticket]:
         self._rounds += 1
         self.label = f"test-{id(self)}.{self._rounds}"
-        pairs = [new_seat(self.address, self.label, client) for client in clients]
-        seats = tuple(seat for seat, _ in pairs)
-        plan = RoundPlan(self.label, strategy, SPEC, seats, 20, 20)  # type: ignore[arg-type]
-        self.admin.open_round(plan, tensors(whole if whole is not None else weights()))
-        return [ticket for _, ticket in pairs]
+        given = tensors(whole if whole is not None else weights())
+        tickets = invite(self.admin, SPEC, given, list(clients), strategy, label=self.label)
+        return [tickets[client] for client in clients]
 
     def train(self, participant: Participant, whole: Arrays | None = None, **more: Any) -> tuple[Any, Arrays]:
         """A round of one participant's training; `given` in place of the weights that it is sent."""

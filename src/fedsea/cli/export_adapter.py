@@ -49,7 +49,7 @@ def export_adapter(
 
     own = None
     if ends is not None:
-        from fedsea.federation.owner.private_adapter import read_private_adapter
+        from fedsea.federation import read_private_adapter
 
         own = read_private_adapter(ends)[0]
     if merge is None:

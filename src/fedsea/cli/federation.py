@@ -15,13 +15,11 @@ from fedsea.cli.options import AsJson, tell_notice
 from fedsea.cli.spread import Typed, spread
 from fedsea.cli.terminal import interrupt_on, print_json, tell
 from fedsea.errors import UsageError
-from fedsea.federation.coordinator.up_options import UpOptions
-from fedsea.federation.owner.participant_options import ParticipantOptions
-from fedsea.federation.settings import Settings
+from fedsea.federation import ParticipantOptions, Settings, UpOptions
 from fedsea.flags import ComputeDtype, Device, Flag, Threads
 
 if TYPE_CHECKING:  # --help needs neither torch nor Flower
-    from fedsea.federation.coordinator.up import Federation
+    from fedsea.federation import Federation
 
 app = typer.Typer(help="Train one adapter with several data owners, none of whom shows its text.", no_args_is_help=True)
 POLL_SECONDS = 0.5
@@ -64,7 +62,7 @@ def up(
 
     Given again, the command continues the federation in DIR, with the settings that it had.
     """
-    from fedsea.federation.coordinator.up import Federation
+    from fedsea.federation import Federation
 
     typed = {key.replace("_", "-"): value for key, value in settings.items()} | dict(map(_assignment, others or []))
     chosen, options = _settled(directory, typed, place)
@@ -94,7 +92,7 @@ def join(
 ) -> None:
     """Take part in a federation with your own text, until it is over or Ctrl-C. The text stays here."""
     from fedsea.client import IN_TRAINING, leak_notice
-    from fedsea.federation.owner.join import OwnerProcess
+    from fedsea.federation import OwnerProcess
 
     # The worker that reads them runs in another folder.
     data, looks = options.data, options.looks
@@ -138,7 +136,7 @@ def status(
     from rich.live import Live
 
     from fedsea.cli.federation_view import tables
-    from fedsea.federation.coordinator.status import read_status
+    from fedsea.federation import read_status
 
     found = read_status(directory)
     console = Console(highlight=False)
@@ -159,7 +157,7 @@ def status(
 
 def _settled(directory: Path, typed: Mapping[str, Any], place: Mapping[str, Any]) -> tuple[Settings, UpOptions]:
     """What was typed; what was not is as before in the folder, or the default."""
-    from fedsea.federation.coordinator.deployment import Deployment
+    from fedsea.federation import Deployment
     from fedsea.federation.invitation import federation_name
 
     before = Deployment(directory.expanduser()).before()
@@ -210,7 +208,7 @@ def _progress(directory: Path, *, quiet: bool) -> Iterator[Callable[[], None]]:
     from rich.live import Live
 
     from fedsea.cli.federation_view import round_lines, tables
-    from fedsea.federation.coordinator.status import read_status
+    from fedsea.federation import read_status
 
     console = Console(stderr=True, highlight=False)
     if console.is_terminal:

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedsea.cli.terminal import escape, table
-from fedsea.federation.coordinator.status import FederationStatus
+from fedsea.federation import FederationStatus
 from fedsea.text import printable
 
 LAST_ROUNDS = 8

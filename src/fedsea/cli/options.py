@@ -36,11 +36,9 @@ Model = Annotated[
 Credentials = Annotated[
     Path | None, Flag("Folder with this side's certificate, made by: fedsea credentials init.", metavar="DIR")
 ]
-Insecure = Annotated[bool, Flag("Connect without TLS. On this machine only.")]
+Insecure = Annotated[bool, Flag("Do without TLS. On this machine only.")]
 AsJson = Annotated[bool, Flag("Print one JSON object, for programs.", "--json")]
-TaskName = Annotated[
-    str, Flag(f"{', '.join(task_names())}; text and chat are for JSON lines of yours.", metavar="TASK")
-]
+TaskName = Annotated[str, Flag(f"{', '.join(task_names())}; text and chat read your own JSON lines.", metavar="TASK")]
 DataPath = Annotated[str, DATA]
 Limit = Annotated[int | None, Flag("Use the first N examples only.", min=1, metavar="N", default="all")]
 

@@ -268,8 +268,8 @@ def table(*columns: str, title: str = "", caption: str = "", boxed: bool = False
     from rich import box
     from rich.table import Table
 
-    look: dict[str, Any] = {"expand": True, "box": box.HEAVY_HEAD} if boxed else {"box": None, "pad_edge": False}
-    made = Table(title=title or None, caption=caption or None, show_header=any(columns), title_style="bold", **look)
+    style: dict[str, Any] = {"expand": True, "box": box.HEAVY_HEAD} if boxed else {"box": None, "pad_edge": False}
+    made = Table(title=title or None, caption=caption or None, show_header=any(columns), title_style="bold", **style)
     made.title_justify = made.caption_justify = "left"
     for name in columns:
         made.add_column(name.removeprefix(">"), justify="right" if name.startswith(">") else "left")

@@ -16,12 +16,15 @@ from pathlib import Path
 from fedsea.demo import conversations
 from fedsea.demo.screen import Screen
 from fedsea.errors import FedSEAError
-from fedsea.federation.coordinator.status import read_status
-from fedsea.federation.coordinator.up import Federation
-from fedsea.federation.coordinator.up_options import UpOptions
-from fedsea.federation.owner.join import OwnerProcess, kept_running
-from fedsea.federation.owner.participant_options import ParticipantOptions
-from fedsea.federation.settings import Settings
+from fedsea.federation import (
+    Federation,
+    OwnerProcess,
+    ParticipantOptions,
+    Settings,
+    UpOptions,
+    kept_running,
+    read_status,
+)
 from fedsea.files import write_lines
 from fedsea.flags import STRATEGIES
 
