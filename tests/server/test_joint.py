@@ -41,8 +41,6 @@ from tests.support.split_training import lora
 DROPS = {"spec": spec_of(lora_dropout=0.3, target_modules="all-linear")}
 DORA = {"spec": spec_of(use_dora=True)}
 CASES: dict[str, list[dict[str, Any]]] = {
-    "two": [{}] * 2,
-    "three": [{}] * 3,
     "eight": [{}] * 8,
     "ragged": [{"counts": (count, 3)} for count in (5, 9, 1)],
     "as long": [{"counts": (4, 4)}] * 3,

@@ -1,6 +1,9 @@
 """Addresses on this machine that no other program takes while the tests run."""
 
+import contextlib
 import socket
+import threading
+from collections.abc import Callable, Iterator
 
 from fedsea.wire.address import format_address
 
@@ -18,6 +21,26 @@ def held_address(host: str = "127.0.0.1") -> str:
     held.bind((host, 0))
     _HELD.append(held)
     return format_address(host, held.getsockname()[1])
+
+
+@contextlib.contextmanager
+def listening(handle: Callable[[socket.socket], object]) -> Iterator[str]:
+    """A plain TCP server that hands each connection to a function; its address."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def serve() -> None:
+        with contextlib.suppress(OSError):  # it was closed
+            while True:
+                with listener.accept()[0] as connection, contextlib.suppress(OSError):
+                    connection.settimeout(5)
+                    handle(connection)
+
+    threading.Thread(target=serve, daemon=True).start()
+    try:
+        yield format_address(*listener.getsockname())
+    finally:
+        listener.shutdown(socket.SHUT_RDWR)
+        listener.close()
 
 
 NOWHERE = held_address()  # nobody listens here

@@ -1,9 +1,9 @@
 """Each cause of an unreachable server gets its own error, found against real servers."""
 
+import contextlib
 import datetime
 import socket
 import ssl
-import threading
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from dataclasses import replace
@@ -17,6 +17,7 @@ from fedsea.wire import certificates, diagnose
 from fedsea.wire.credentials import Credentials, channel_credentials, server_credentials
 from fedsea.wire.diagnose import explain_unreachable
 from tests.support.certificates import issued
+from tests.support.ports import NOWHERE, listening
 
 EXPIRED = datetime.timedelta(minutes=-1)
 
@@ -55,34 +56,10 @@ def serve() -> Iterator[Callable[[grpc.ServerCredentials | None], str]]:
 
 
 @pytest.fixture
-def answer() -> Iterator[Callable[[Callable[[socket.socket], None]], str]]:
+def answer() -> Iterator[Callable[[Callable[[socket.socket], object]], str]]:
     """Start plain TCP servers that hand each connection to a function."""
-    listeners: list[socket.socket] = []
-
-    def start(handle: Callable[[socket.socket], None]) -> str:
-        listener = socket.create_server(("127.0.0.1", 0))
-        listeners.append(listener)
-
-        def run() -> None:
-            while True:
-                try:
-                    connection = listener.accept()[0]
-                except OSError:
-                    return
-                with connection:
-                    try:
-                        connection.settimeout(5)
-                        handle(connection)
-                    except OSError:
-                        continue
-
-        threading.Thread(target=run, daemon=True).start()
-        return f"127.0.0.1:{listener.getsockname()[1]}"
-
-    yield start
-    for listener in listeners:
-        listener.shutdown(socket.SHUT_RDWR)
-        listener.close()
+    with contextlib.ExitStack() as servers:
+        yield lambda handle: servers.enter_context(listening(handle))
 
 
 def issue(made: Path, **changes: object) -> Credentials:
@@ -99,11 +76,9 @@ def check(error: FedSEAError, kind: type[FedSEAError], *words: str) -> None:
 
 
 def test_nothing_listens(client: Credentials) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        address = f"127.0.0.1:{listener.getsockname()[1]}"
     for credentials in (None, client):
-        error = explain_unreachable(address, credentials)
-        check(error, ServerUnavailableError, f"no block server at {address}", "`fedsea serve")
+        error = explain_unreachable(NOWHERE, credentials)
+        check(error, ServerUnavailableError, f"no block server at {NOWHERE}", "`fedsea serve")
 
 
 def test_the_name_is_unknown() -> None:

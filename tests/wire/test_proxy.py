@@ -1,7 +1,6 @@
 """A proxy that the environment names: never between processes of one machine, never for plaintext."""
 
 import socket
-import threading
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -15,7 +14,7 @@ from fedsea.process import child_environment
 from fedsea.wire.credentials import Credentials, open_channel
 from fedsea.wire.diagnose import explain_unreachable
 from tests.conftest import StartServer, connect
-from tests.support.ports import NOWHERE
+from tests.support.ports import NOWHERE, listening
 
 VARIABLES = ("http_proxy", "https_proxy", "grpc_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
 
@@ -24,26 +23,17 @@ VARIABLES = ("http_proxy", "https_proxy", "grpc_proxy", "all_proxy", "HTTP_PROXY
 def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bytes]]:
     """A proxy in the environment, that refuses everything; what it is asked."""
     questions: list[bytes] = []
-    listener = socket.create_server(("127.0.0.1", 0))
 
-    def refuse() -> None:
-        while True:
-            try:
-                connection = listener.accept()[0]
-            except OSError:
-                return
-            with connection:
-                questions.append(connection.recv(4096))
-                connection.sendall(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n")
+    def refuse(connection: socket.socket) -> None:
+        questions.append(connection.recv(4096))
+        connection.sendall(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n")
 
-    threading.Thread(target=refuse, daemon=True).start()
-    for name in VARIABLES:
-        monkeypatch.setenv(name, f"http://127.0.0.1:{listener.getsockname()[1]}")
-    for name in ("no_proxy", "NO_PROXY"):
-        monkeypatch.setenv(name, "intranet.example.org")
-    yield questions
-    listener.shutdown(socket.SHUT_RDWR)
-    listener.close()
+    with listening(refuse) as address:
+        for name in VARIABLES:
+            monkeypatch.setenv(name, f"http://{address}")
+        for name in ("no_proxy", "NO_PROXY"):
+            monkeypatch.setenv(name, "intranet.example.org")
+        yield questions
 
 
 @pytest.mark.parametrize("secure", [False, True])
@@ -83,10 +73,8 @@ def test_no_proxy_stands_between_the_processes_of_a_federation(made: Path, asked
 
 def test_diagnosis_leaves_no_key_on_the_disk(made: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "missing"))
-    server = socket.create_server(("127.0.0.1", 0))
-    with server:
-        address = f"127.0.0.1:{server.getsockname()[1]}"
-        monkeypatch.setattr("fedsea.wire.diagnose._ANSWER_SECONDS", 0.1)
+    monkeypatch.setattr("fedsea.wire.diagnose._ANSWER_SECONDS", 0.1)
+    with listening(lambda connection: connection.recv(1 << 20) and connection.recv(1)) as address:
         error = explain_unreachable(address, Credentials.load(made / "client-a", "client"))
     assert "takes connections but does not answer" in str(error)
     assert not isinstance(error, CredentialsError)
