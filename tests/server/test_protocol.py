@@ -2,7 +2,6 @@
 
 import random
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grpc
@@ -22,6 +21,7 @@ from fedsea.server import Limits
 from fedsea.wire.codec import encode
 from fedsea.wire.frames import Command, Kind, Message, Result
 from tests.conftest import RunningServer, StartServer, connect
+from tests.support.ports import grpc_serving
 from tests.support.raw_stream import (
     HIDDEN,
     RawStream,
@@ -150,12 +150,8 @@ def test_a_client_with_another_model_is_told_what_differs(server: RunningServer)
 
 
 def test_a_server_that_speaks_grpc_but_is_no_block_server_is_recognised() -> None:
-    other = grpc.server(ThreadPoolExecutor(1))
-    port = other.add_insecure_port("127.0.0.1:0")
-    other.start()
-    with pytest.raises(ServerUnavailableError, match="not a FedSEA block server"):
-        SplitModelForCausalLM.from_pretrained("random:tiny", server=f"127.0.0.1:{port}", insecure=True)
-    other.stop(None)
+    with grpc_serving() as address, pytest.raises(ServerUnavailableError, match="not a FedSEA block server"):
+        SplitModelForCausalLM.from_pretrained("random:tiny", server=address, insecure=True)
 
 
 def test_a_client_fits_its_frames_to_the_servers_limit(start_server: StartServer, whole_tiny: Any) -> None:

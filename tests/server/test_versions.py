@@ -4,7 +4,6 @@ The bytes and the refusal are recorded from FedSEA 0.2.0.
 """
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grpc
@@ -14,6 +13,7 @@ from fedsea import SplitModelForCausalLM
 from fedsea.errors import ProtocolError
 from fedsea.wire import contract
 from tests.conftest import RunningServer
+from tests.support.ports import grpc_serving
 from tests.support.raw_stream import RawStream
 
 SAYS = (
@@ -72,10 +72,6 @@ def answers(_context: Any) -> Iterator[bytes]:
 
 @pytest.mark.parametrize("does", [refuses, answers])
 def test_a_server_of_version_1_is_named_to_the_client(does: Callable[[Any], Iterator[bytes]]) -> None:
-    old = grpc.server(ThreadPoolExecutor(1), handlers=[OldServer(does)])
-    port = old.add_insecure_port("127.0.0.1:0")
-    old.start()
-    with pytest.raises(ProtocolError) as refused:
-        SplitModelForCausalLM.from_pretrained("random:tiny", server=f"127.0.0.1:{port}", insecure=True)
+    with grpc_serving(OldServer(does)) as address, pytest.raises(ProtocolError) as refused:
+        SplitModelForCausalLM.from_pretrained("random:tiny", server=address, insecure=True)
     assert str(refused.value) == SAYS
-    old.stop(None)

@@ -4,6 +4,9 @@ import contextlib
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
 
 from fedsea.wire.address import format_address
 
@@ -41,6 +44,16 @@ def listening(handle: Callable[[socket.socket], object]) -> Iterator[str]:
     finally:
         listener.shutdown(socket.SHUT_RDWR)
         listener.close()
+
+
+@contextlib.contextmanager
+def grpc_serving(*handlers: grpc.GenericRpcHandler, credentials: grpc.ServerCredentials | None = None) -> Iterator[str]:
+    """A gRPC server of a test's own; its address."""
+    server, listen = grpc.server(ThreadPoolExecutor(1), handlers=handlers), "127.0.0.1:0"
+    port = server.add_insecure_port(listen) if credentials is None else server.add_secure_port(listen, credentials)
+    server.start()
+    yield f"127.0.0.1:{port}"
+    server.stop(None)
 
 
 NOWHERE = held_address()  # nobody listens here

@@ -8,7 +8,6 @@ import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from concurrent import futures
 from pathlib import Path
 
 import grpc
@@ -25,6 +24,7 @@ from fedsea.wire.credential_files import create_credentials
 from fedsea.wire.credentials import Credentials, channel_credentials, server_credentials
 from fedsea.wire.roles import COORDINATOR_URI, Role, is_coordinator
 from tests.support.certificates import authority_of
+from tests.support.ports import grpc_serving
 
 DAY = datetime.timedelta(days=1)
 EXPIRED = datetime.timedelta(minutes=-1)
@@ -248,13 +248,10 @@ def echo(made: Path) -> Iterator[str]:
         peer = context.auth_context()
         return peer["x509_common_name"][0] + (b"!" if is_coordinator(peer) else b"")
 
-    server = grpc.server(futures.ThreadPoolExecutor(1))
     handlers = {"Name": grpc.unary_unary_rpc_method_handler(name)}
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("test.Test", handlers),))
-    port = server.add_secure_port("127.0.0.1:0", server_credentials(Credentials.load(made, "server")))
-    server.start()
-    yield f"localhost:{port}"
-    server.stop(None)
+    shown = server_credentials(Credentials.load(made, "server"))
+    with grpc_serving(grpc.method_handlers_generic_handler("test.Test", handlers), credentials=shown) as address:
+        yield address
 
 
 def name_at(address: str, credentials: grpc.ChannelCredentials) -> bytes:

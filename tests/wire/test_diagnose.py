@@ -5,7 +5,6 @@ import datetime
 import socket
 import ssl
 from collections.abc import Callable, Iterator
-from concurrent import futures
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from fedsea.wire import certificates, diagnose
 from fedsea.wire.credentials import Credentials, channel_credentials, server_credentials
 from fedsea.wire.diagnose import explain_unreachable
 from tests.support.certificates import issued
-from tests.support.ports import NOWHERE, listening
+from tests.support.ports import NOWHERE, grpc_serving, listening
 
 EXPIRED = datetime.timedelta(minutes=-1)
 
@@ -40,19 +39,8 @@ def other_client(other: Path) -> Credentials:
 @pytest.fixture
 def serve() -> Iterator[Callable[[grpc.ServerCredentials | None], str]]:
     """Start gRPC servers; each call returns the port's address."""
-    servers = []
-
-    def start(credentials: grpc.ServerCredentials | None) -> str:
-        server = grpc.server(futures.ThreadPoolExecutor(1))
-        servers.append(server)
-        listen = "127.0.0.1:0"
-        port = server.add_secure_port(listen, credentials) if credentials else server.add_insecure_port(listen)
-        server.start()
-        return f"127.0.0.1:{port}"
-
-    yield start
-    for server in servers:
-        server.stop(None)
+    with contextlib.ExitStack() as servers:
+        yield lambda credentials: servers.enter_context(grpc_serving(credentials=credentials))
 
 
 @pytest.fixture
