@@ -5,9 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fedsea.audit.plan import Plan
-from fedsea.audit.run import Auditor
-from fedsea.audit.samples import SAMPLES, read_texts
+from fedsea.audit import SAMPLES, Auditor, Plan, read_texts
 from fedsea.cli import run as command
 from fedsea.errors import UsageError
 from fedsea.partition import Partition

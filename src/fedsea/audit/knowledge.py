@@ -2,7 +2,7 @@
 
 import pydoc_data.topics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -51,6 +51,7 @@ class KnownAdapter:
         part.requires_grad_(False)
 
 
+@dataclass(eq=False)
 class SharedKnowledge:
     """What attackers know whatever the mechanism is: the public weights, and how the model is cut.
 
@@ -59,27 +60,21 @@ class SharedKnowledge:
     `[rank, hidden]`: it starts from public weights and is trained with its other half, which the provider has.
     """
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        partition: Partition,
-        tokenizer: Any = None,
-        *,
-        adapter: KnownAdapter | None = None,
-        projection: Tensor | None = None,
-    ) -> None:
-        self.checkpoint, self.partition, self.tokenizer = checkpoint, partition, tokenizer
-        self._adapter, self._projection = adapter, projection
-        self._candidates: tuple[Noise, Candidates] | None = None
-        self._predicted: dict[tuple[int, ...], tuple[Recovery, Tensor]] = {}
-        self._written: dict[tuple[int, ...], list[int]] = {}
+    checkpoint: Checkpoint
+    partition: Partition
+    tokenizer: Any = None
+    adapter: KnownAdapter | None = None
+    projection: Tensor | None = None
+    _candidates: tuple[Noise, Candidates] | None = field(default=None, init=False)
+    _predicted: dict[tuple[int, ...], tuple[Recovery, Tensor]] = field(default_factory=dict, init=False)
+    _written: dict[tuple[int, ...], list[int]] = field(default_factory=dict, init=False)
 
     @cached_property
     def input_blocks(self) -> InputBlocks:
         """A as far as it is known: its base weights, and the adapter if the attacker has it; float32."""
         blocks = self._known(InputBlocks)
-        if self._projection is not None:
-            blocks.narrow(self._projection)
+        if self.projection is not None:
+            blocks.narrow(self.projection)
         return blocks
 
     @cached_property
@@ -89,8 +84,8 @@ class SharedKnowledge:
 
     def _known(self, kind: type[Blocks]) -> Blocks:
         blocks = kind.from_checkpoint(self.checkpoint, self.partition, dtype=torch.float32)
-        if self._adapter is not None:
-            self._adapter.put_on(blocks)
+        if self.adapter is not None:
+            self.adapter.put_on(blocks)
         return blocks
 
     @cached_property

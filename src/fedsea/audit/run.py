@@ -18,7 +18,7 @@ from fedsea.audit.plan import Plan
 from fedsea.audit.report import Finding, Report, Scores
 from fedsea.audit.samples import encode, known_start
 from fedsea.audit.scores import label_scores, score
-from fedsea.audit.utility import adapted_model, protected_model, text_loss
+from fedsea.audit.utility import protected_model, text_loss
 from fedsea.checkpoints import Checkpoint, open_checkpoint
 from fedsea.client import wire_dtype_for
 from fedsea.errors import UsageError
@@ -72,17 +72,14 @@ class Auditor:
     @cached_property
     def shared(self) -> SharedKnowledge:
         """What attackers know whatever the mechanism."""
-        plan, adapter = self.plan, None
-        if plan.attacker_has_adapter and plan.adapter is not None:
-            adapter = KnownAdapter.read(plan.adapter, self.checkpoint.config)
-        cut = read_cut(plan.adapter) if plan.adapter is not None else None
-        return SharedKnowledge(
-            self.checkpoint,
-            plan.partition,
-            self.checkpoint.tokenizer(),
-            adapter=adapter,
-            projection=cut[1][PROJECT] if cut is not None else None,
-        )
+        plan = self.plan
+        shared = SharedKnowledge(self.checkpoint, plan.partition, self.checkpoint.tokenizer())
+        if plan.adapter is not None:
+            if plan.attacker_has_adapter:
+                shared.adapter = KnownAdapter.read(plan.adapter, self.checkpoint.config)
+            if (cut := read_cut(plan.adapter)) is not None:
+                shared.projection = cut[1][PROJECT]
+        return shared
 
     def report(self, noise: Noise = NOTHING) -> Report:
         """Audit a mechanism, which is not calibrated; FedSEAError for what is wrong with it or the texts."""
@@ -190,10 +187,7 @@ class Auditor:
     def _loss(self, observed: Observed) -> float | None:
         """The client's cross entropy of the texts without answers, nats a token: with its adapter, behind the cuts."""
         plan, noise = self.plan, observed.knowledge.noise
-        with (
-            adapted_model(self.shared.whole, plan.adapter) as model,
-            protected_model(model, plan.partition, noise, self.wire_dtype, plan.adapter) as behind,
-        ):
+        with protected_model(self.shared.whole, plan.partition, noise, self.wire_dtype, plan.adapter) as behind:
             return _mean([text_loss(behind, one.tokens[: one.prompt]) for one in observed.subjects])
 
     def _words(self, subjects: Sequence[Subject], findings: Sequence[Finding]) -> dict[int, str]:

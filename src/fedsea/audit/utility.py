@@ -24,29 +24,17 @@ def text_loss(model: Any, text: Sequence[int]) -> tuple[float, int]:
 
 
 @contextmanager
-def adapted_model(model: Any, adapter: Path | None) -> Iterator[Any]:
-    """Within the block, a whole model with a PEFT adapter on it; the model itself if there is none."""
-    if adapter is None:
-        yield model
-        return
-    adapted = whole_with_adapter(model, adapter)
-    try:
-        yield adapted
-    finally:
-        adapted.unload()
-
-
-@contextmanager
 def protected_model(
     model: Any, partition: Partition, noise: Noise, wire_dtype: torch.dtype, adapter: Path | None = None
 ) -> Iterator[Any]:
     """Within the block, a whole model computes as if its middle had been sent what the mechanism lets out.
 
     What a split model computes through a block server, without one: after the input blocks each token's state goes
-    through the mechanism (calibrated), with draws, and is rounded as on the wire; through the adapter's narrow cut, if
-    it has one.
+    through the mechanism (calibrated), with draws, and is rounded as on the wire. With a PEFT adapter the model has
+    that on it, and states go through its narrow cut, if it has one.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    adapted = model if adapter is None else whole_with_adapter(model, adapter, through_cut=False)
     layers = base.model.layers
     middle = partition.middle(len(layers))
     cut = read_cut(adapter) if adapter is not None else None
@@ -72,7 +60,9 @@ def protected_model(
             layers[middle.stop - 1].register_forward_hook(come_back),
         ]
     try:
-        yield model
+        yield adapted
     finally:
         for hook in hooks:
             hook.remove()
+        if adapter is not None:
+            adapted.unload()

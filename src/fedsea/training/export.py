@@ -98,8 +98,10 @@ def merge_adapter(source: Path, model: str, out: Path, *, dtype: torch.dtype, de
     open_checkpoint(model).tokenizer().save_pretrained(str(out))
 
 
-def whole_with_adapter(whole: Any, adapter: Path, name: str = "the model") -> Any:
+def whole_with_adapter(whole: Any, adapter: Path, name: str = "the model", *, through_cut: bool = True) -> Any:
     """A whole model with an adapter, as PEFT loads it, and its narrow cut if it has one, in evaluation mode.
+
+    Without `through_cut` only the adapter is on it, and `unload()` gives the model as it was.
 
     Raises
     ------
@@ -118,7 +120,8 @@ def whole_with_adapter(whole: Any, adapter: Path, name: str = "the model") -> An
         reason = one_line(str(error))
     else:
         if not different:
-            with_cut(whole, adapter)
+            if through_cut:
+                with_cut(whole, adapter)
             return adapted
         reason = f"{len(different)} weights are only in one of them, such as {min(different)}"
     shown = reason if len(reason) <= 200 else reason[:200] + " …"
