@@ -3,6 +3,7 @@
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +93,9 @@ class TrainedAdapter:
     def add(self, lora: LoraConfig, run: str | None, *, take_up: bool, seed: int | None) -> None:
         """Put a new one on all three parts, as `SplitModelForCausalLM.add_adapter` says."""
         drawn = int(torch.randint(1 << 62, ())) if seed is None else seed
-        spec = AdapterSpec.from_config(lora, self.config, drawn)
-        self._add(replace(spec, narrow=self._protection.noise.width or 0), lora, run, take_up=take_up)
+        spec = replace(AdapterSpec.from_config(lora, self.config, drawn), narrow=self._protection.noise.width or 0)
+        self._begin_run(spec, run, take_up=take_up)  # first: what the server refuses leaves the model as it was
+        self._put_on(spec, lora)
 
     def load(self, folder: str | Path, run: str | None, *, trainable: bool) -> None:
         """Take up a PEFT adapter, as `SplitModelForCausalLM.load_adapter` says."""
@@ -109,7 +111,8 @@ class TrainedAdapter:
             _check_finite(weights)
             if cut is not None and self._middle is not None:
                 self._middle.settings.notice(self._protection.take_up(*cut, folder))
-            self._add(spec, lora, run)
+            self._begin_run(spec, run)
+            self._put_on(spec, lora)
         elif (different := spec.difference(self.spec)) is not None:
             raise ModelMismatchError(f"the adapter in {folder} does not fit the model's: {different}")
         self.set_state(weights)
@@ -150,11 +153,6 @@ class TrainedAdapter:
             parameter.data = parameter.data.float()
         self._keep(spec, configs[NAME])
 
-    def _add(self, spec: AdapterSpec, lora: LoraConfig, run: str | None, *, take_up: bool = False) -> None:
-        # The server first: what it refuses leaves the model as it was.
-        self._begin_run(spec, run, take_up=take_up)
-        self._put_on(spec, lora)
-
     def _put_on(self, spec: AdapterSpec, lora: LoraConfig) -> None:
         self.spec = spec  # or else PEFT's own notice of what is put on would come here again
         spec.put_on(self._module, [*self._parts[0].layers, *self._parts[1].layers])
@@ -185,17 +183,17 @@ class TrainedAdapter:
     ) -> None:
         if self._middle is None:
             return
-        module, dtype, middle = self._module, self._module.dtype, self._middle_layers
-        is_new = self._middle.begin_run(
-            spec,
-            name,
-            module.get_parameter(HANDLE),
-            take_up=take_up,
-            token=token,
-            weights=lambda: {name: shape for name, shape in self._shapes(spec).items() if in_middle(name, middle)},
+        before, middle, dtype = self.run, self._middle_layers, self._module.dtype
+        scale = before.scale if before is not None else None
+        make = partial(
+            MiddleRun,
+            handle=self._module.get_parameter(HANDLE),
+            scale=LossScale() if scale is None and dtype is torch.float16 else scale,
             context=f"noise: {self._protection.noise!r}; dtype: {str(dtype).removeprefix('torch.')}",
-            scale=LossScale() if dtype is torch.float16 else None,
+            weights=lambda: {name: shape for name, shape in self._shapes(spec).items() if in_middle(name, middle)},
+            local=before.local if before is not None else {},
         )
+        is_new = self._middle.begin_run(spec, name, make, take_up=take_up, token=token)
         self._middle.use_adapter(self.on)
         if spec.narrow and is_new and self.run is not None:
             # Until it is trained, the lift undoes what it can of the projection, whose rows are orthonormal.

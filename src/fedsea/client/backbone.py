@@ -29,12 +29,7 @@ from fedsea.parts.cache import CACHE
 class SplitBackbone(nn.Module):
     """Embedding, decoder layers and final norm under transformers' names; the middle's layers are elsewhere.
 
-    Attributes
-    ----------
-    gradient_checkpointing
-        Whether the middle keeps no activations in training, as transformers sets it.
-    max_tokens
-        The longest text that the model and the server allow.
+    With `gradient_checkpointing`, which transformers sets, the middle keeps no activations in training.
     """
 
     def __init__(
@@ -134,8 +129,8 @@ class SplitBackbone(nn.Module):
         done = [piece.pack(output_blocks(piece.unpack(hidden), piece, None)) for piece, hidden in there_and_back]
         return torch.cat(done) if len(done) > 1 else done[0]
 
-    def step(self, ids: Tensor, layout: Layout, cache: SplitCache, logits_to_keep: int | Tensor) -> Tensor:
-        """Token ids `[rows, columns]` through A, the middle and C, from what the cache holds: the kept columns."""
+    def step(self, ids: Tensor, layout: Layout, cache: SplitCache) -> Tensor:
+        """Token ids `[rows, columns]` through A, the middle and C, from what the cache holds."""
         rows, plain = layout.rows, layout.mask is None and not layout.packed
         tokens = ids if plain else layout.take(ids)
         if max(rows.ends) > self.max_tokens:
@@ -144,7 +139,7 @@ class SplitBackbone(nn.Module):
         # Inference mode spares the many small operations of a decode step some of their cost.
         with torch.inference_mode():
             if self.middle is None:
-                hidden = first.follow(self)(tokens, rows, cache.input_cache)
+                hidden: Tensor = first.follow(self)(tokens, rows, cache.input_cache)
             else:
                 packed = self.middle.step(first.follow(self), self.protection, tokens, rows, cache)
                 hidden = rows.unpack(packed.to(last.lm_head.weight))  # its device and dtype
@@ -154,7 +149,7 @@ class SplitBackbone(nn.Module):
                 hidden = layout.carry_on(layout.place(rows.pack(hidden), ids.shape))
         cache.append(rows.ends, ids.shape[1], layout.mask)
         cache.offsets = list(layout.offsets)
-        return _kept(hidden, logits_to_keep)
+        return hidden
 
     def _step_unique(self, ids: Tensor, layout: Layout, cache: SplitCache, logits_to_keep: int | Tensor) -> Tensor:
         """Compute equal rows of a new batch once: beams and several samples of a prompt start as copies of one row."""
@@ -164,11 +159,11 @@ class SplitBackbone(nn.Module):
             if len(unique) < len(ids):
                 copies = inverse.tolist()
                 first = [copies.index(row) for row in range(len(unique))]
-                hidden = self.step(ids[first], layout.choose(first), cache, logits_to_keep)
+                hidden = _kept(self.step(ids[first], layout.choose(first), cache), logits_to_keep)
                 cache.select(copies)
                 cache.offsets = list(layout.offsets)
                 return hidden[copies]
-        return self.step(ids, layout, cache, logits_to_keep)
+        return _kept(self.step(ids, layout, cache), logits_to_keep)
 
     def _too_long(self, rows: Rows) -> LimitExceededError:
         return LimitExceededError(

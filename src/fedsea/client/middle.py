@@ -2,17 +2,16 @@
 
 import secrets
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedsea.client.cache import SplitCache
 from fedsea.client.channel import RunChannel
 from fedsea.client.connection import Endpoint
-from fedsea.client.loss_scale import LossScale
 from fedsea.client.protection import Protection
 from fedsea.client.run import MiddleRun
 from fedsea.client.session import Session
@@ -103,36 +102,18 @@ class RemoteMiddle:
         self,
         spec: AdapterSpec,
         name: str | None,
-        handle: nn.Parameter,
+        make: Callable[[RunChannel, int, StreamSettings], MiddleRun],
         *,
-        weights: Callable[[], Mapping[str, tuple[int, ...]]],
-        context: str,
-        scale: LossScale | None,
-        take_up: bool = False,
-        token: str | None = None,
+        take_up: bool,
+        token: str | None,
     ) -> bool:
-        """Have the middle trained with an adapter; returns whether it is a new run. A refusal changes nothing.
-
-        `weights`, `context` and `scale` are for `MiddleRun`; the scale of a run before goes on.
-        """
+        """Have the middle trained with an adapter; returns whether it is a new run. A refusal changes nothing."""
         self.keep_run = name is not None
         name = check_run_name(name) if name is not None else f"run-{secrets.token_hex(8)}"
-        before = self.run
         channel = RunChannel(self.endpoint, self.settings, spec, name, self.traffic)
         attached = channel.open(take_up=take_up, token=token)
-        settings = replace(self.settings, run=name, narrow=spec.narrow, changes=lambda: channel.changes)
-        self.run = MiddleRun(
-            channel,
-            handle,
-            attached.version,
-            settings,
-            scale=(before.scale if before is not None else None) or scale,
-            weights=weights,
-            context=context,
-        )
-        if before is not None:
-            self.run.local = before.local
-        self.settings = settings
+        self.settings = replace(self.settings, run=name, narrow=spec.narrow, changes=lambda: channel.changes)
+        self.run = make(channel, attached.version, self.settings)
         # A model that is not closed but forgotten: the server should hear of its end all the same.
         if self._finalizer is not None:
             self._finalizer.detach()

@@ -43,21 +43,20 @@ class SplitModelForCausalLM(SplitPreTrainedModel, GenerationMixin):
         position_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As transformers' causal language models; a batch may be padded at either side, given its `attention_mask`.
+        """As transformers' causal language models, of new tokens `input_ids` `[rows, tokens]`, int64.
 
-        Rows may be packed, several texts one after the other: without an `attention_mask` and a cache, a text begins
-        wherever `position_ids` do not count on, and sees nothing of the others.
+        A batch may be padded at either side, given its `attention_mask`; logits at padding mean nothing. Rows may be
+        packed, several texts one after the other: without an `attention_mask` and a cache, a text begins wherever
+        `position_ids` do not count on, and sees nothing of the others.
 
         Parameters
         ----------
-        input_ids
-            New tokens, `[rows, tokens]`, int64.
         attention_mask
             1 for tokens and 0 for padding, `[rows, cached + tokens]`; as before where the cache holds the text.
         past_key_values, cache
             A `SplitCache` to go on from; None for a new one. transformers uses the one name or the other, by release.
         use_cache
-            False to keep nothing after the call. No cache is kept while an adapter is trained (gradients enabled).
+            False to keep nothing. No cache is kept of packed rows, or while an adapter is trained (gradients enabled).
         num_items_in_batch
             Labels of the whole batch over which the loss is averaged, where this call is a part of it.
         position_ids
@@ -66,11 +65,6 @@ class SplitModelForCausalLM(SplitPreTrainedModel, GenerationMixin):
         kwargs
             `seq_idx`, `cu_seq_lens_q` and the like, with which collators describe packed rows, are compared with
             `position_ids`. Everything else is refused.
-
-        Returns
-        -------
-        CausalLMOutputWithPast
-            `logits` `[rows, columns, vocabulary]`; those at padding mean nothing. Of packed rows no cache is kept.
 
         Raises
         ------
@@ -123,8 +117,7 @@ class SplitModelForCausalLM(SplitPreTrainedModel, GenerationMixin):
         """
         with torch.no_grad():
             layout = read_layout(new, None, None, {}, cache, self.config)
-            logits = self._logits(self.model.step(new, layout, cache, 1))
-        return logits[:, -1].float()
+            return self._logits(self.model.step(new, layout, cache)[:, -1:])[:, -1].float()
 
     def answer_loss(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, items: int) -> Tensor:
         """The loss of `forward`, computed from the logits of the learnt tokens only, summed and divided by `items`.

@@ -32,7 +32,7 @@ class Places:
         """A session is about to open: make room for it."""
         with self._lock:
             self._guests.add(guest)
-            while sum(other.is_open for other in self._others(guest)) >= self._bound and self._park_one(guest):
+            while sum(other.is_open for other in self._guests - {guest}) >= self._bound and self._park_one(guest):
                 pass
 
     def give_way(self, guest: Guest) -> bool:
@@ -42,11 +42,8 @@ class Places:
             self._wait()
             return parked
 
-    def _others(self, guest: Guest) -> list[Guest]:
-        return [other for other in self._guests if other is not guest]
-
     def _park_one(self, guest: Guest) -> bool:
-        for other in sorted(self._others(guest), key=lambda one: one.last_used):
+        for other in sorted(self._guests - {guest}, key=lambda one: one.last_used):
             if (left := other.park()) is not None:
                 self._wait()
                 self._leaving = left

@@ -44,18 +44,8 @@ class SplitPreTrainedModel(PreTrainedModel):
     """Parts, middle, protection and adapter of a split model, and what transformers and PEFT do to a model's weights.
 
     Each of their methods does what its name says on all three parts, or refuses in one line before anything is touched.
-    Nothing that looks like a whole checkpoint is written by a part.
-
-    Attributes
-    ----------
-    model
-        The decoder: input blocks, middle and output blocks, up to the final norm.
-    middle
-        Stands for the middle blocks; None if there are none.
-    adapter
-        The adapter that is trained, on all parts.
-    lora_middle
-        The parameter that stands for the middle's adapter (`fedsea.client.run`).
+    Nothing that looks like a whole checkpoint is written by a part. `model` is the decoder, `middle` stands for the
+    middle blocks (None if there are none), and the parameter `lora_middle` for their adapter (`fedsea.client.run`).
     """
 
     main_input_name = "input_ids"
@@ -121,10 +111,9 @@ class SplitPreTrainedModel(PreTrainedModel):
         noise
             How to protect the hidden states that leave. One with a narrow cut is of use with an adapter only: the cut's
             weights are trained with it.
-        dtype
-            Compute dtype: float32, bfloat16 or float16.
-        wire_dtype
-            Dtype of hidden states on the wire. By default 16 bits: bfloat16 if computed in it, else float16.
+        dtype, wire_dtype
+            What is computed in, float32, bfloat16 or float16, and what crosses the wire. By default 16 bits do:
+            bfloat16 if computed in it, else float16.
         reconnect_seconds
             How long to try to reach the server again after a connection is lost.
         notice
@@ -396,8 +385,7 @@ class SplitPreTrainedModel(PreTrainedModel):
         Raises
         ------
         UsageError
-            If there is no adapter: the client holds a part of the model, and a part is no checkpoint. If an argument
-            is not supported, or the folder cannot be written.
+            If there is no adapter, an argument is not supported, or the folder cannot be written.
         ModelMismatchError
             If `state_dict`, named as the model's own, has not the adapter's weights.
         """

@@ -97,34 +97,31 @@ class Exchange:
             self.run.discard(self.micro)
 
 
+@dataclass(eq=False, repr=False)
 class MiddleRun:
     """A run as the client's model uses it.
 
     `handle` `[1]` stands for the middle's adapter, whose names and shapes are `weights`. `version` counts optimizer
-    steps, `trouble` says where something was not finite since the last one. `local` has the adapter's weights on this
-    side: of the output blocks, of the input blocks, in the order of a gradient's way.
+    steps, `trouble` says where something was not finite since the last one, `context` what errors tell of the model.
+    `local` has the adapter's weights on this side: of the output, then of the input blocks, as a gradient comes by.
     """
 
-    def __init__(
-        self,
-        channel: RunChannel,
-        handle: nn.Parameter,
-        version: int,
-        settings: StreamSettings,
-        *,
-        scale: LossScale | None,
-        context: str,
-        weights: Callable[[], Mapping[str, tuple[int, ...]]],
-    ) -> None:
-        self.channel, self.handle, self.version, self.settings = channel, handle, version, settings
-        self.scale, self._context, self._weights = scale, context, weights
-        self.trouble: str | None = None
-        self.local: dict[str, dict[str, nn.Parameter]] = {}
-        self._norm = 0.0
-        self._micro = 0
-        self._overflow = False
-        self._owner: weakref.ref[torch.optim.Optimizer] | None = None  # whose states the middle's optimizer has
-        self._abandoned: deque[int] = deque()  # without a lock: the collector may come in the middle of anything
+    channel: RunChannel
+    version: int
+    settings: StreamSettings
+    handle: nn.Parameter
+    scale: LossScale | None
+    context: str
+    weights: Callable[[], Mapping[str, tuple[int, ...]]]
+    local: dict[str, dict[str, nn.Parameter]]
+    trouble: str | None = None
+    _norm: float = 0.0
+    _micro: int = 0
+    _overflow: bool = False
+    _owner: weakref.ref[torch.optim.Optimizer] | None = None  # whose states the middle's optimizer has
+    _abandoned: deque[int] = field(default_factory=deque)  # no lock: the collector may come in the middle of anything
+
+    def __post_init__(self) -> None:
         register_handle(self)
 
     def forward(
@@ -314,7 +311,7 @@ class MiddleRun:
             trouble = reply.body.get("trouble") if isinstance(reply, Outcome) else None
         where = trouble or self._where_here()
         return (
-            f"{where}. No weight was changed. {self._context}; try a smaller noise level, a smaller learning rate, "
+            f"{where}. No weight was changed. {self.context}; try a smaller noise level, a smaller learning rate, "
             "or float32 or bfloat16 instead of float16"
         )
 
@@ -334,7 +331,7 @@ class MiddleRun:
 
     def export(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The middle's weights by name, and its optimizer states (`exp_avg/NAME`, ...), float32."""
-        shapes = self._weights()
+        shapes = self.weights()
         names = {f"{ADAPTER}/{name}": name for name in shapes}  # others than these, or fewer, are a ProtocolError
         found = read_pages(self.channel.call, {"do": "export"}, export_shapes(shapes), list(names))
         return {name: found.pop(full) for full, name in names.items()}, found
