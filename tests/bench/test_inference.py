@@ -29,8 +29,6 @@ from fedsea_bench.workbench import Workbench, endless
 from tests.bench.conftest import silent
 from tests.bench.memory_holder import hold
 
-FIELDS = ["name", "measured", "unit", "target", "holds", "samples", "conditions"]
-
 
 @pytest.mark.parametrize(
     ("measured", "target", "holds"),
@@ -55,21 +53,15 @@ def test_median_line_keeps_the_samples_in_order() -> None:
     assert line.spread == "1 … 3 (n = 3)"
 
 
-def test_skipped_line_holds_nothing_and_says_why() -> None:
-    line = Line.skipped("GPU", "x", target=">= 0.8", reason="no CUDA device here")
-    assert (line.measured, line.holds, line.verdict) == (None, None, "skipped")
-    assert "no CUDA device here" in line.conditions
-
-
 def test_json_is_a_list_of_lines_with_the_agreed_fields(tmp_path: Path) -> None:
     lines = [Line.of("a", 1.5, "x", target=">= 1", conditions="here"), Line.skipped("b", "s", reason="no")]
     write_json(lines, tmp_path / "lines.json")
-    written = json.loads((tmp_path / "lines.json").read_text())
-    assert [list(line) for line in written] == [FIELDS, FIELDS]
-    assert written[0]["samples"] == [1.5]
-    assert written[0]["holds"] is True
-    assert written[1]["measured"] is None
-    assert written[1]["holds"] is None
+    first = {"name": "a", "measured": 1.5, "unit": "x", "target": ">= 1", "holds": True}
+    second = {"name": "b", "measured": None, "unit": "s", "target": "", "holds": None}
+    assert json.loads((tmp_path / "lines.json").read_text()) == [
+        first | {"samples": [1.5], "conditions": "here"},
+        second | {"samples": [], "conditions": "skipped: no"},
+    ]
 
 
 def test_report_prints_each_line_as_it_comes_and_counts_verdicts() -> None:
@@ -77,9 +69,7 @@ def test_report_prints_each_line_as_it_comes_and_counts_verdicts() -> None:
     report = Report(console)
     report.add(Line.of("first", 1.0, "x", target=">= 2", conditions="why"))
     printed = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "FAILS" in printed
-    assert "first" in printed
-    assert "why" in printed
+    assert all(part in printed for part in ("FAILS", "first", "why"))
     report.add(Line.of("second [0]", 3.0, "x", target=">= 2", conditions="why"))
     report.add(Line.of("third", 3.0, "x", conditions="why"))
     assert report.failed

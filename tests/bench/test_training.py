@@ -120,7 +120,8 @@ def test_speed_lines_have_a_ratio_a_round_and_their_spread(bench: Workbench) -> 
 
 
 def test_link_lines_come_in_pairs_with_and_without_overlap(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedsea_bench.training_speed.QUICK_TOKENS", 8)
+    for name in ("TOKENS", "QUICK_TOKENS"):
+        monkeypatch.setattr(f"fedsea_bench.training_speed.{name}", 8)
     found = list(training_link(bench))
     assert [line.target for line in found] == ["<= 1.25", "", "", ""]
     assert ["no overlap" in line.name for line in found] == [False, True, False, True]

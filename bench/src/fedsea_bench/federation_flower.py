@@ -17,7 +17,7 @@ from fedsea.federation.owner.join import OwnerProcess, kept_running
 from fedsea.federation.owner.participant_options import ParticipantOptions
 from fedsea.federation.settings import Settings
 from fedsea.server import ServerProcess
-from fedsea_bench.flower_simulation import require_ray, simulate
+from fedsea_bench.flower_simulation import missing_ray, simulate
 from fedsea_bench.peak import MIB
 from fedsea_bench.processes import process_memory
 from fedsea_bench.results import Line
@@ -46,10 +46,8 @@ def federation_overhead(bench: Workbench) -> Iterator[Line]:
             "time less the longest training of a client, rounds after the first"
         )
         yield Line.median(DEPLOYED, _shares(reports), "s", target="<= 10", conditions=where)
-        try:
-            require_ray()
-        except UsageError as error:
-            yield Line.skipped(SIMULATED, "s", target="<= 1", reason=str(error))
+        if reason := missing_ray():
+            yield Line.skipped(SIMULATED, "s", target="<= 1", reason=reason)
             return
         with (
             bench.step(f"{rounds} rounds of {CLIENTS} clients, simulated with Ray, an actor each"),
@@ -65,10 +63,8 @@ def federation_scale(bench: Workbench) -> Iterator[Line]:
     many, rounds = (QUICK_MANY, QUICK_MANY_ROUNDS) if quick else (MANY, MANY_ROUNDS)
     chosen = max(1, many * AT_A_TIME // MANY)
     name = f"federation of {many} clients, {chosen} a round, {rounds} rounds: growth of the block server's memory"
-    try:
-        require_ray()
-    except UsageError as error:
-        yield Line.skipped(name, "%", target=GROWTH_TARGET, reason=str(error))
+    if reason := missing_ray():
+        yield Line.skipped(name, "%", target=GROWTH_TARGET, reason=reason)
         return
     how: dict[str, Any] = {"model": TINY, "task": "cb", "clients": many, "min_clients": chosen}
     how |= {"rounds": rounds, "fraction_train": chosen / many, "local_steps": 2, "batch_size": 2, "clients_at_once": 2}
@@ -92,9 +88,8 @@ def federation_scale(bench: Workbench) -> Iterator[Line]:
             f"{after_first / MIB:.0f} MiB; clients that trained, by round: {', '.join(map(str, trained))}; "
             f"{statistics.median(report['seconds'] for report in reports):.1f} s a round, {TINY}, two actors"
         )
-        yield Line.of(
-            name, 100 * (resident[max(resident)] / after_first - 1), "%", target=GROWTH_TARGET, conditions=note
-        )
+        growth = 100 * (resident[max(resident)] / after_first - 1)
+        yield Line.of(name, growth, "%", target=GROWTH_TARGET, conditions=note)
 
 
 def _deployed(folder: Path, data: Path, settings: Settings, threads: int) -> list[dict[str, Any]]:

@@ -23,7 +23,7 @@ from fedsea.federation.owner.shards import Sharding, read_shard
 from fedsea.server import ServerProcess
 from fedsea.tasks import Example, Task, get_task
 from fedsea.training.recipe import Recipe
-from fedsea_bench.flower_simulation import require_ray, simulate
+from fedsea_bench.flower_simulation import missing_ray, simulate
 from fedsea_bench.plots import drawing
 from fedsea_bench.results import Line
 from fedsea_bench.task_case import TaskCase
@@ -66,11 +66,7 @@ FULL, QUICK = Size(8, 8, 2, 56), Size(2, 2, 1, 16)
 def federation_quality(bench: Workbench) -> Iterator[Line]:
     """Federated, centralised and alone, on each task."""
     data, size = bench.settings.data, QUICK if bench.settings.quick else FULL
-    reason = "" if data is not None else "give --data, a folder with a folder for each task: CB, COPA"
-    try:
-        require_ray()
-    except UsageError as error:
-        reason = reason or str(error)
+    reason = missing_ray() if data is not None else "give --data, a folder with a folder for each task: CB, COPA"
     curves: dict[str, list[Curve]] = {}
     for name in TASKS:
         if reason or data is None:

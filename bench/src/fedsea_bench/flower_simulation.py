@@ -25,12 +25,13 @@ RAY_ATTEMPTS = 3
 RAY_DID_NOT_START = "in init_ray"  # in the traceback of a simulation that ends before it begins
 
 
-def require_ray() -> None:
-    """Check that clients can be simulated; raises UsageError if not."""
+def missing_ray() -> str:
+    """Why clients cannot be simulated here; empty if they can be."""
     try:
         import ray  # noqa: F401
     except ImportError:
-        raise UsageError("simulated clients need Ray: pip install 'fedsea[simulation]'") from None
+        return "simulated clients need Ray: pip install 'fedsea[simulation]'"
+    return ""
 
 
 def simulate(
@@ -53,7 +54,8 @@ class SimulationLink(AbstractContextManager["SimulationLink"]):
     """A SuperLink that simulates; a context manager. UsageError without Ray, FedSEAError if it does not start."""
 
     def __init__(self) -> None:
-        require_ray()
+        if why := missing_ray():
+            raise UsageError(why)
         self._folder = tempfile.TemporaryDirectory(prefix="fedsea-bench-")
         home = Path(self._folder.name)
         with socket.socket() as probe:

@@ -60,9 +60,8 @@ def client_memory(bench: Workbench) -> Iterator[Line]:
         f"{described(PARTITION)}, {context} tokens of prompt and {NEW_TOKENS} new; VmHWM of the client's process, "
         f"the server's apart, less the {found[0].idle / MIB:.0f} MiB that are resident once everything is imported"
     )
-    yield Line.median(
-        name, [(one.peak - one.idle) / MIB for one in found], "MiB", target=f"<= {allowed:.1f}", conditions=note
-    )
+    above = [(one.peak - one.idle) / MIB for one in found]
+    yield Line.median(name, above, "MiB", target=f"<= {allowed:.1f}", conditions=note)
 
 
 def gpu(bench: Workbench) -> Iterator[Line]:

@@ -28,15 +28,10 @@ def search_reads(bench: Workbench) -> Iterator[Line]:
             score = getattr(finding, part).get("tokens")
             if score is None:
                 continue
-            must = finding.attack == "search" and level <= PAPER_LEVEL
-            yield Line.of(
-                f"{finding.attack} at noise level {level:g}: share of tokens read {what}",
-                score.mean,
-                "",
-                target=">= 0.99" if must else "",
-                samples=known(score),
-                conditions=f"answers of 8 tokens, greedy; {case.words(bench)}",
-            )
+            target = ">= 0.99" if finding.attack == "search" and level <= PAPER_LEVEL else ""
+            name = f"{finding.attack} at noise level {level:g}: share of tokens read {what}"
+            note = f"answers of 8 tokens, greedy; {case.words(bench)}"
+            yield Line.of(name, score.mean, "", target=target, samples=known(score), conditions=note)
 
 
 def search_speed(bench: Workbench) -> Iterator[Line]:

@@ -1,5 +1,6 @@
 """How many bytes a decoded token and a training step cost on the link, and how many of them are not hidden states."""
 
+import operator
 import statistics
 import time
 from collections.abc import Iterator
@@ -44,13 +45,8 @@ def link_bytes(bench: Workbench) -> Iterator[Line]:
         f"down {statistics.median(downs):.0f}; the hidden states alone are {ideal}; "
         f"TCP payload of {long} tokens less that of {short}"
     )
-    yield Line.median(
-        "bytes a decode token, both ways on the TCP link",
-        [up + down for up, down in zip(ups, downs, strict=True)],
-        "bytes",
-        target=f"<= {round(DECODE_OVERHEAD * ideal)}",
-        conditions=note,
-    )
+    name, both = "bytes a decode token, both ways on the TCP link", list(map(operator.add, ups, downs))
+    yield Line.median(name, both, "bytes", target=f"<= {round(DECODE_OVERHEAD * ideal)}", conditions=note)
 
 
 def _counted(model: SplitModelForCausalLM, link: Link, prompt: Tensor, tokens: int) -> LinkCounters:
@@ -95,14 +91,8 @@ def row_entries(bench: Workbench) -> Iterator[Line]:
         f"header of {header:g} a frame, so a step of one row has {one:g} bytes up and {down:g} down that are no "
         f"hidden state; a prompt of {long} tokens has {prefill:g} up (a frame for each chunk of it)"
     )
-    yield Line.of(
-        "masks and positions: bytes a row and step",
-        max(entry, mapped),
-        "bytes",
-        target=f"<= {ROW_BYTES}",
-        samples=[entry, mapped],
-        conditions=note,
-    )
+    name = "masks and positions: bytes a row and step"
+    yield Line.largest(name, [entry, mapped], "bytes", target=f"<= {ROW_BYTES}", conditions=note)
 
 
 def _step_overhead(
@@ -155,10 +145,5 @@ def training_bytes(bench: Workbench) -> Iterator[Line]:
         f"down {statistics.mean(downs):,.0f} bytes a step on average, of which the hidden states and gradients "
         f"are {values:,.0f} in all; TCP payload, from the first forward pass to the end of the optimizer's step"
     )
-    yield Line.median(
-        f"bytes of a training step / ({STEP_OVERHEAD} x 4 hops x tokens x hidden x 2 + {STEP_ROW_BYTES} a row)",
-        shares,
-        "x",
-        target="<= 1",
-        conditions=note,
-    )
+    name = f"bytes of a training step / ({STEP_OVERHEAD} x 4 hops x tokens x hidden x 2 + {STEP_ROW_BYTES} a row)"
+    yield Line.median(name, shares, "x", target="<= 1", conditions=note)

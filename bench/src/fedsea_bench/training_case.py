@@ -136,13 +136,10 @@ def batch_loss(model: Any, batch: Batch) -> Tensor:
 
 def loss_row_by_row(model: Any, batch: Batch) -> Tensor:
     """The same loss, with each row passed through the model alone, without its padding."""
-    lengths = batch["attention_mask"].sum(1).tolist()
-    learnt = [length - 1 for length in lengths]  # all but the first token
-    total = torch.zeros(())
-    for row, (length, count) in enumerate(zip(lengths, learnt, strict=True)):
-        alone = {name: values[row : row + 1, :length] for name, values in batch.items()}
-        total = total + batch_loss(model, alone) * (count / sum(learnt))
-    return total
+    rows = rows_of(batch)
+    learnt = sum(len(row) - 1 for row in rows)  # all but the first token
+    losses = (batch_loss(model, padded([row])) * ((len(row) - 1) / learnt) for row in rows)
+    return sum(losses, torch.zeros(()))
 
 
 def train_step(

@@ -100,6 +100,5 @@ def server_runs(bench: Workbench) -> Iterator[Line]:
     )
     yield Line.of(RUN_NAME, slope / state, "x", target=RUN_TARGET, conditions=conditions)
     note = "1 would mean that each run holds the base weights once more; of the same runs"
-    yield Line.of(
-        "server's memory of an idle run / the base weights", slope / weights, "x", target="<= 0.5", conditions=note
-    )
+    name = "server's memory of an idle run / the base weights"
+    yield Line.of(name, slope / weights, "x", target="<= 0.5", conditions=note)

@@ -53,14 +53,10 @@ def training_speed(bench: Workbench) -> Iterator[Line]:
         f"AdamW, until the server's is done as well; in turns after {WARM_UP_STEPS} steps, the ratio of each round"
     )
     for count in (1, 2, MICRO_BATCHES):
-        yield Line.median(
-            f"step of training, split / PEFT on the whole model, {_micros(count)}",
-            ratios(seconds[f"split {count}"], seconds["whole"]),
-            "x",
-            # The default where client and server share a machine, as here.
-            target=STEP_TARGET if count == 1 else "",
-            conditions=conditions,
-        )
+        name = f"step of training, split / PEFT on the whole model, {_micros(count)}"
+        shares = ratios(seconds[f"split {count}"], seconds["whole"])
+        target = STEP_TARGET if count == 1 else ""  # the default where client and server share a machine, as here
+        yield Line.median(name, shares, "x", target=target, conditions=conditions)
     yield Line.median("step of training: PEFT on the whole model", seconds["whole"], "s", conditions=conditions)
 
 
@@ -135,13 +131,10 @@ def _over_link(
         medians = [milliseconds([statistics.median(one)]) for one in (far_seconds, near_seconds)]
         name = "a link as slow as computation" if matched else "slow link"
         note = f"{medians[0]} over the link, {medians[1]} on loopback, medians; {conditions}"
-        yield Line.median(
-            f"{name}: (training step - 2 RTT) / max(computation, bytes / bandwidth), {_micros(count)}",
-            [(far - 2 * RTT_SECONDS) / bound for far, bound in zip(far_seconds, least, strict=True)],
-            "x",
-            target=OVERLAP_TARGET if count > 1 and not matched else "",
-            conditions=note,
-        )
+        name = f"{name}: (training step - 2 RTT) / max(computation, bytes / bandwidth), {_micros(count)}"
+        shares = [(far - 2 * RTT_SECONDS) / bound for far, bound in zip(far_seconds, least, strict=True)]
+        target = OVERLAP_TARGET if count > 1 and not matched else ""
+        yield Line.median(name, shares, "x", target=target, conditions=note)
 
 
 def _step(model: object, batch: Batch) -> Callable[[], float]:
