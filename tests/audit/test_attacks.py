@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from fedsea import GaussianNoise, Partition, SplitModelForCausalLM
+from fedsea import GaussianNoise, Partition
 from fedsea.audit.attack import Attack
 from fedsea.audit.attacks import attack_names, get_attack
 from fedsea.audit.attacks.average import Average
@@ -19,6 +19,7 @@ from fedsea.checkpoints import open_checkpoint
 from fedsea.errors import UsageError
 from fedsea.parts import InputBlocks, Rows
 from fedsea.privacy import clipped_gaussian
+from tests.conftest import connect
 from tests.support.attacks import draw, knowledge_of, observe, right
 
 
@@ -55,7 +56,7 @@ def test_the_shortlist_finds_what_a_full_search_finds(small: str, level: float) 
     with torch.no_grad():
         magnitude = float(knowledge.candidates.typical.abs().mean())
     knowledge = dataclasses.replace(knowledge, noise=GaussianNoise(level * magnitude))
-    text = torch.randint(knowledge.vocabulary, (12,), generator=torch.Generator().manual_seed(0)).tolist()
+    text = torch.randint(knowledge.vocabulary, (8,), generator=torch.Generator().manual_seed(0)).tolist()
     seen = observe(knowledge, text)
     prefix, shift = knowledge.candidates.prefix(), None
     short, full = (Shortlist(knowledge.candidates, limit, knowledge.noise_variance) for limit in (2048, None))
@@ -106,16 +107,9 @@ def test_nearest_without_input_layers_is_search() -> None:
 def test_read_out_sees_what_the_client_sees(std: float) -> None:
     """Through a real session: without noise, it is the whole model's argmax at each position."""
     knowledge = knowledge_of(1, GaussianNoise(std))
+    text = torch.tensor([draw(25)])
     with CuriousProvider(knowledge.shared.checkpoint) as provider:
-        with SplitModelForCausalLM.from_pretrained(
-            knowledge.shared.checkpoint,
-            server=provider.address,
-            insecure=True,
-            partition=knowledge.shared.partition,
-            noise=knowledge.noise,
-            wire_dtype="float32",
-        ) as model:
-            text = torch.tensor([draw(25)])
+        with connect(provider, partition=knowledge.shared.partition, noise=knowledge.noise) as model:
             client = model(text).logits[0].argmax(-1).tolist()
         ((seen,),) = provider.sessions()
     (found,) = get_attack("read-out").run([[seen]], knowledge)

@@ -1,17 +1,17 @@
 """What a curious provider keeps: exactly what the client sent, what it got, and nothing that was rolled back."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
 
-from fedsea import GaussianNoise, Partition, SplitModelForCausalLM
+from fedsea import GaussianNoise, Partition
 from fedsea.audit.provider import CuriousProvider
 from fedsea.checkpoints import open_checkpoint
 from fedsea.errors import UsageError
 from fedsea.parts import InputBlocks, OutputBlocks, Rows
 from fedsea.server import BackgroundServer, ServerOptions
+from tests.conftest import connect
 from tests.support.attacks import draw
 from tests.support.sent_states import capture
 from tests.support.split_training import adamw, adapted, batch, trained
@@ -33,11 +33,6 @@ def _nothing_kept(provider: CuriousProvider) -> None:
 @pytest.fixture(scope="module")
 def blocks() -> InputBlocks:
     return InputBlocks.from_checkpoint(open_checkpoint("random:tiny"), PARTITION, dtype=torch.float32)
-
-
-def connect(provider: CuriousProvider, **options: Any) -> SplitModelForCausalLM:
-    options = {"wire_dtype": "float32", "partition": PARTITION, "insecure": True, **options}
-    return SplitModelForCausalLM.from_pretrained("random:tiny", server=provider.address, **options)
 
 
 def one(width: int) -> torch.Tensor:

@@ -140,9 +140,9 @@ class Auditor:
             return []
         plain = dataclasses.replace(plan, answer_tokens=0, observations=1)
         texts = [encode(text, self.shared.tokenizer, plan.tokens, answers=False)[0] for text in plan.colluder]
-        return observe_sessions(plain, self.checkpoint, noise, [list(one.input_ids) for one in texts], self._progress)[
-            0
-        ]
+        prompts = [list(one.input_ids) for one in texts]
+        subjects, _ = observe_sessions(plain, self.checkpoint, noise, prompts, self._progress)
+        return subjects
 
     def _report(self, observed: Observed, findings: tuple[Finding, ...]) -> Report:
         plan, subjects, knowledge = self.plan, observed.subjects, observed.knowledge
