@@ -13,10 +13,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedsea import SplitModelForCausalLM
 from fedsea.checkpoints import load_tokenizer, load_whole_model, open_checkpoint
-from fedsea.client.channel import RunChannel
+from fedsea.client.connection import Connection
 from fedsea.server import BackgroundServer, ServerOptions
 from fedsea.wire.credential_files import create_credentials
-from fedsea.wire.frames import Forward, Operation
+from fedsea.wire.frames import Forward, Frame
 from tests.support.ports import held_address
 
 # Several test processes share the cores, a thread each; a test that is run alone has two.
@@ -156,18 +156,31 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_small_model(tmp_path_factory.mktemp("small"))
 
 
+OnSend = Callable[[Any, Callable[[int, Any], object]], None]
+
+
 @pytest.fixture
-def forwards(monkeypatch: pytest.MonkeyPatch) -> list[Forward]:
-    """All forward passes that clients in training put on the wire, as often as they do."""
+def on_send(monkeypatch: pytest.MonkeyPatch) -> OnSend:
+    """From now on calls a function after each frame of a kind that clients send, with its number, from 1."""
+
+    def install(kind: Any, act: Callable[[int, Any], object]) -> None:
+        send, numbers = Connection.send, itertools.count(1)
+
+        def sending(self: Connection, frame: Frame) -> None:
+            send(self, frame)
+            if isinstance(frame, kind):
+                act(next(numbers), frame)
+
+        monkeypatch.setattr(Connection, "send", sending)
+
+    return install
+
+
+@pytest.fixture
+def forwards(on_send: OnSend) -> list[Forward]:
+    """All forward passes that clients in training send, as often as they do."""
     seen: list[Forward] = []
-    put = RunChannel._put
-
-    def keep(self: RunChannel, operation: Operation) -> None:
-        put(self, operation)
-        if isinstance(operation, Forward):
-            seen.append(operation)
-
-    monkeypatch.setattr(RunChannel, "_put", keep)
+    on_send(Forward, lambda _number, frame: seen.append(frame))
     return seen
 
 

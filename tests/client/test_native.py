@@ -1,6 +1,5 @@
 """What transformers, PEFT and TRL do to a whole model's adapters and files is done to all three parts, or to none."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,8 @@ from fedsea.training.export import export_adapter
 from tests.conftest import RunningServer, connect
 from tests.support.comparing import assert_same_state, snapshot
 from tests.support.raw_stream import prompt
-from tests.support.refused import refused
+from tests.support.refused import assert_refused, refused
 from tests.support.split_training import adapted, batch, lora
-
-
-def assert_refused(action: Callable[[], object], says: str, kind: type[FedSEAError] = UsageError) -> None:
-    with refused(kind, says):
-        action()
 
 
 def modules_of(model: SplitModelForCausalLM) -> dict[str, type]:

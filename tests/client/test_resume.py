@@ -16,7 +16,7 @@ from fedsea.server.ledger import Pool
 from fedsea.wire.frames import Frame, Result, Step
 from fedsea.wire.tensors import tensor_bytes
 from tests.client.conftest import BACK, LOST, STOPPING
-from tests.conftest import RunningServer, StartServer, connect
+from tests.conftest import OnSend, RunningServer, StartServer, connect
 from tests.support.link import Link
 from tests.support.raw_stream import RawStream, assert_same_tokens, eventually, prompt, step
 from tests.support.refused import refused
@@ -28,17 +28,11 @@ def server(serve: StartServer) -> RunningServer:
 
 
 @pytest.fixture
-def sent(monkeypatch: pytest.MonkeyPatch) -> list[Frame]:
-    """All frames that clients send."""
-    frames: list[Frame] = []
-    send = Connection.send
-
-    def recording(self: Connection, frame: Frame) -> None:
-        frames.append(frame)
-        send(self, frame)
-
-    monkeypatch.setattr(Connection, "send", recording)
-    return frames
+def sent(on_send: OnSend) -> list[Step]:
+    """All steps that clients send."""
+    steps: list[Step] = []
+    on_send(Step, lambda _number, step: steps.append(step))
+    return steps
 
 
 @pytest.fixture
@@ -52,8 +46,8 @@ def restart(server: RunningServer, serve: StartServer) -> Callable[[], None]:
     return stop_and_start
 
 
-def replays(frames: list[Frame]) -> list[Step]:
-    return [frame for frame in frames if isinstance(frame, Step) and not frame.want_result]
+def replays(steps: list[Step]) -> list[Step]:
+    return [step for step in steps if not step.want_result]
 
 
 RAGGED = {"attention_mask": torch.tensor([[0, 0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1, 1]])}
@@ -67,7 +61,7 @@ WAYS: dict[str, tuple[torch.Tensor, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_cut_link_costs_one_notice_and_no_replay(
-    server: RunningServer, link: Link, sent: list[Frame], whole_tiny: Any, way: str
+    server: RunningServer, link: Link, sent: list[Step], whole_tiny: Any, way: str
 ) -> None:
     ids, how = WAYS[way]
     notices: list[str] = []
@@ -80,49 +74,40 @@ def test_a_cut_link_costs_one_notice_and_no_replay(
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_restarted_server_is_sent_the_session_again_bit_for_bit_with_its_noise(
-    server: RunningServer, restart: Callable[[], None], sent: list[Frame], way: str
+    server: RunningServer, restart: Callable[[], None], sent: list[Step], way: str
 ) -> None:
     ids, how = WAYS[way]
     notices: list[str] = []
     with connect(server, noise=GaussianNoise(0.5), notice=notices.append) as model:
         assert_same_tokens(model, model, restart, ids, **how)
     assert notices == [STOPPING, BACK]
-    first = {tensor_bytes(h) for frame in sent if isinstance(frame, Step) and frame.want_result for h in frame.states}
-    replayed = [tensor_bytes(h) for frame in replays(sent) for h in frame.states]
+    first = {tensor_bytes(state) for step in sent if step.want_result for state in step.states}
+    replayed = [tensor_bytes(state) for step in replays(sent) for state in step.states]
     assert replayed
     assert set(replayed) <= first
 
 
-def cut_at(monkeypatch: pytest.MonkeyPatch, link: Link, numbers: list[int]) -> None:
-    """Cut the link right after the client has handed over its n-th steps."""
-    send, steps = Connection.send, [0]
-
-    def cutting(self: Connection, frame: Frame) -> None:
-        send(self, frame)
-        if isinstance(frame, Step):
-            steps[0] += 1
-            if steps[0] in numbers:
-                link.cut()
-
-    monkeypatch.setattr(Connection, "send", cutting)
-
-
 @pytest.mark.parametrize("at", [[1], [2], [5], [7], [2, 9, 11]])
 def test_a_cut_in_the_middle_of_a_long_prompt_is_made_good(
-    server: RunningServer, link: Link, whole_tiny: Any, monkeypatch: pytest.MonkeyPatch, at: list[int]
+    link: Link, whole_tiny: Any, on_send: OnSend, monkeypatch: pytest.MonkeyPatch, at: list[int]
 ) -> None:
     monkeypatch.setattr("fedsea.client.session.CHUNK_TOKENS", 16)
     ids = prompt(rows=2, tokens=60)
     mask = torch.ones_like(ids)
     mask[0, :25] = 0
     with connect(link) as model:
-        cut_at(monkeypatch, link, at)
+        on_send(Step, lambda number, _step: number in at and link.cut())
         assert_same_tokens(model, whole_tiny, lambda: None, ids, attention_mask=mask)
         assert model.traffic.reconnections >= 1
 
 
 def test_a_session_cut_in_a_later_turns_long_prompt_is_taken_up_again(
-    server: RunningServer, link: Link, sent: list[Frame], whole_tiny: Any, monkeypatch: pytest.MonkeyPatch
+    server: RunningServer,
+    link: Link,
+    sent: list[Step],
+    on_send: OnSend,
+    whole_tiny: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("fedsea.client.session.CHUNK_TOKENS", 16)
     ids = prompt(tokens=100)
@@ -130,7 +115,7 @@ def test_a_session_cut_in_a_later_turns_long_prompt_is_taken_up_again(
         cache = model.new_cache()
         model(ids[:, :9], past_key_values=cache)
         [session] = server.server.sessions
-        cut_at(monkeypatch, link, [3])
+        on_send(Step, lambda number, _step: number == 3 and link.cut())
         logits = model(ids[:, 9:], past_key_values=cache).logits
         assert list(server.server.sessions) == [session]
         assert replays(sent) == []

@@ -7,13 +7,12 @@ import pytest
 import torch
 
 from fedsea import GaussianNoise, SplitModelForCausalLM
-from fedsea.client.channel import RunChannel
 from fedsea.client.connection import Connection
 from fedsea.errors import ProtocolError, RunLostError, ServerUnavailableError, UsageError
 from fedsea.wire.frames import Forward, Frame, Operation
 from fedsea.wire.tensors import tensor_bytes
 from tests.client.conftest import BACK, LOST, STOPPING
-from tests.conftest import RunningServer, StartServer
+from tests.conftest import OnSend, RunningServer, StartServer
 from tests.support.comparing import assert_same_state, snapshot
 from tests.support.link import Link
 from tests.support.raw_stream import eventually, prompt
@@ -52,19 +51,17 @@ def assert_same(one: Learnt, other: Learnt) -> None:
 # Two steps of two batches in two micro-batches are 8 FORWARDs, 8 BACKWARDs and 2 updates; then comes an export.
 @pytest.mark.parametrize("at", [[1], [2], [4], [5], [8], [9], [10], [13], [18], [19], [2, 3, 4, 9, 9, 17]])
 def test_a_link_cut_after_any_operation_leaves_the_numbers_as_they_are(
-    link: Link, monkeypatch: pytest.MonkeyPatch, undisturbed: Learnt, at: list[int]
+    link: Link, on_send: OnSend, undisturbed: Learnt, at: list[int]
 ) -> None:
-    put, sent, left = RunChannel._put, [0], list(at)
+    left = list(at)
 
-    def cutting(self: RunChannel, operation: Operation) -> None:
-        put(self, operation)
-        sent[0] += 1
-        while left and sent[0] >= left[0]:
+    def cut(number: int, _operation: Operation) -> None:
+        while left and number >= left[0]:
             left.pop(0)
             link.cut()
 
     with adapted(link, DROPPING) as model:
-        monkeypatch.setattr(RunChannel, "_put", cutting)
+        on_send(Operation, cut)
         found = learn(model)
         assert model.traffic.reconnections >= 1
     assert left == []
@@ -122,19 +119,16 @@ def test_a_cut_says_one_line_and_another_when_it_is_over(link: Link) -> None:
         assert model.traffic.reconnections == 1
 
 
-def test_what_is_sent_again_is_sent_bit_for_bit_with_its_noise(link: Link, monkeypatch: pytest.MonkeyPatch) -> None:
-    put = RunChannel._put
+def test_what_is_sent_again_is_sent_bit_for_bit_with_its_noise(link: Link, on_send: OnSend) -> None:
     sent: list[tuple[int, bytes]] = []
 
-    def cutting(self: RunChannel, operation: Operation) -> None:
-        put(self, operation)
-        if isinstance(operation, Forward):
-            sent.append((operation.number, tensor_bytes(operation.states)))
-            if len(sent) == 1:
-                link.cut()
+    def cut(number: int, operation: Forward) -> None:
+        sent.append((operation.number, tensor_bytes(operation.states)))
+        if number == 1:
+            link.cut()
 
     with adapted(link, DROPPING, noise=GaussianNoise(0.5)) as model:
-        monkeypatch.setattr(RunChannel, "_put", cutting)
+        on_send(Forward, cut)
         model(**batch()).loss.backward()
     assert len(sent) > len(dict(sent))
     assert len(set(sent)) == len(dict(sent))

@@ -1,11 +1,11 @@
 """Errors as a user reads them: of one kind, and on one line."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
 
-from fedsea.errors import FedSEAError
+from fedsea.errors import FedSEAError, UsageError
 
 
 @contextmanager
@@ -14,3 +14,8 @@ def refused(kind: type[FedSEAError], says: str) -> Iterator[None]:
     with pytest.raises(kind, match=says) as raised:
         yield
     assert "\n" not in str(raised.value)
+
+
+def assert_refused(action: Callable[[], object], says: str, kind: type[FedSEAError] = UsageError) -> None:
+    with refused(kind, says):
+        action()

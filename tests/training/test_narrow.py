@@ -1,6 +1,5 @@
 """A narrow cut in training and afterwards: as the whole model with the two maps in it, and no wider than it says."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from tests.support import fine_tuning as support
 from tests.support.comparing import assert_close_states, assert_same_losses, assert_same_state, snapshot, whole_adapter
 from tests.support.link import Link
 from tests.support.raw_stream import assert_same_tokens, prompt
-from tests.support.refused import refused
+from tests.support.refused import assert_refused, refused
 from tests.support.sent_states import assert_all_noise, by_position, capture
 from tests.support.split_training import adamw, adapted, batch, batches, lora, train, trained, whole_twin
 
@@ -399,19 +398,14 @@ def test_what_cannot_be_is_said_in_one_line_before_anything_leaves(tiny_server: 
             (lambda: model.generate(prompt(), max_new_tokens=2, pad_token_id=0), "fine-tune with it first"),
             (lambda: model.adapter.join_round(ticket, lora()), "federated rounds train no narrow cuts"),
         ]:
-            sent = capture(model, lambda action=action, says=says: no_action(action, says))
+            sent = capture(model, lambda action=action, says=says: assert_refused(action, says))
             assert not sent
         early = model.new_cache()
         model.add_adapter(lora(), seed=1)
         with torch.no_grad():
-            no_action(lambda: model(prompt(), past_key_values=early), "begun before the model had its narrow cut")
+            assert_refused(lambda: model(prompt(), past_key_values=early), "begun before the model had its narrow cut")
         with pytest.raises(UsageError, match="PEFT keeps no narrow cut"):
             get_peft_model(connect(tiny_server, noise=CUT), lora())
-
-
-def no_action(action: Callable[[], object], says: str) -> None:
-    with refused(UsageError, says):
-        action()
 
 
 def test_a_session_that_is_cut_otherwise_than_its_run_is_one_clear_line(tiny_server: RunningServer) -> None:

@@ -74,7 +74,7 @@ def deviation(states: torch.Tensor) -> float:
 
 def precisions(forwards: list[Forward], std: float) -> list[float]:
     """Of what left in each training step: here a step has one forward pass, in one frame."""
-    return [(std / deviation(one.states)) ** 2 for one in {id(one): one for one in forwards}.values()]
+    return [(std / deviation(one.states)) ** 2 for one in forwards]
 
 
 def precision_now(model: SplitModelForCausalLM) -> float:

@@ -10,7 +10,6 @@ from peft import get_peft_model
 
 from fedsea import Partition
 from fedsea.checkpoints import open_checkpoint
-from fedsea.client.channel import RunChannel
 from fedsea.errors import ModelMismatchError
 from fedsea.federation.coordinator.block_server_admin import BlockServerAdmin
 from fedsea.parts.adapters import AdapterSpec
@@ -18,7 +17,7 @@ from fedsea.training.loop import Figures
 from fedsea.training.recipe import Recipe
 from fedsea.wire.frames import Operation
 from tests.client.test_trainers import logged, trainer
-from tests.conftest import RunningServer, StartServer, connect
+from tests.conftest import OnSend, RunningServer, StartServer, connect
 from tests.support.comparing import assert_same_state, snapshot
 from tests.support.fine_tuning import losses, nothing
 from tests.support.rounds import invite, seated, take_part
@@ -69,22 +68,21 @@ def assert_same(folder: Path, whole: Path) -> None:
 
 @pytest.mark.parametrize("at", range(1, OPERATIONS + 1))
 def test_a_server_killed_at_any_operation_changes_no_digit(
-    mortal: Mortal, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
+    mortal: Mortal, whole: Path, tmp_path: Path, on_send: OnSend, at: int
 ) -> None:
-    put, sent = RunChannel._put, [0]
+    sent: list[int] = []
 
-    def killing(self: RunChannel, operation: Operation) -> None:
-        put(self, operation)
-        sent[0] += 1
-        if sent[0] == at:
+    def kill(number: int, _operation: Operation) -> None:
+        sent.append(number)
+        if number == at:
             mortal.kill()
 
     torch.manual_seed(7)
     with connect(mortal) as model:
         training = tuning(model, tmp_path / "run", RECIPE)
-        monkeypatch.setattr(RunChannel, "_put", killing)
+        on_send(Operation, kill)
         assert training.run(nothing)
-    assert sent[0] >= max(at, OPERATIONS)
+    assert sent[-1] >= max(at, OPERATIONS)
     [line] = training.told
     assert line.startswith("the block server had lost the run; going on from the checkpoint of step ")
     assert_same(tmp_path / "run", whole)
