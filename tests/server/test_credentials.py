@@ -54,10 +54,6 @@ def test_a_session_is_not_resumed_by_another_clients_certificate(secure_server: 
         owner.receive()  # the owner's connection has not been taken from it
 
 
-def test_missing_credentials(secure_server: RunningServer, tmp_path: Path) -> None:
-    assert "there is no folder" in refusal(secure_server, credentials=tmp_path / "nowhere")
-
-
 def test_an_expired_certificate(
     secure_server: RunningServer, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -112,8 +112,8 @@ class Scheduler:
 def spare_the_collector() -> None:
     """Leave what is loaded by now out of Python's garbage collections, in a process that does nothing but serve.
 
-    They go through a million objects that never go, and hold up everybody for as long: 0.2 s and more, which a client
-    that begins runs can cause again and again.
+    They go through a million objects that stay, and every client waits for that: 0.2 s and more, which a client that
+    begins runs can cause again and again.
     """
     if threading.current_thread() is threading.main_thread():
         gc.collect()

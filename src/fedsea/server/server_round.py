@@ -66,7 +66,7 @@ class RoundMember:
 
     @property
     def state(self) -> MemberState:
-        """As the coordinator is told."""
+        """As the coordinator sees it."""
         if self.finished:
             return "finished"
         if self.ended or (self.run is None and self.straggled):

@@ -98,7 +98,7 @@ class BlockServer:
             *contract.channel_options(self.state.limits.frame_bytes + 4096),
             ("grpc.so_reuseport", 0),  # without this, a second server on the port would silently share it
             ("grpc.server_handshake_timeout_ms", HANDSHAKE_MS),
-            # Of one connection; more than a client may have, so that one that has too many is told, and does not wait.
+            # Of one connection; more than a client may have: one with too many gets an error, and does not wait.
             ("grpc.max_concurrent_streams", self._counter.allowed + 16),
         ]
         server = grpc.aio.server(options=settings)
@@ -153,7 +153,7 @@ class BlockServer:
                 log.warning(warning)
 
     async def _serve(self, kind: Serves, _requests: Any, context: Any) -> None:
-        """One call, whatever happens in it; its client is told why it is refused, if it is."""
+        """One call, whatever happens in it; where it is refused, its client gets the reason."""
         state, refusal = self.state, None
         stream = Stream(context, state.limits.frame_bytes, state.codec, self._tap() if self._tap is not None else None)
         served = kind(state, stream)
@@ -183,7 +183,7 @@ class BlockServer:
 
 
 def _refusal_for(error: Exception, stream: Stream) -> FedSEAError:
-    """What the client is told of a failure."""
+    """The error that the client gets for a failure."""
     if isinstance(error, FedSEAError):
         return error.with_traceback(None)
     if isinstance(error, torch.OutOfMemoryError):

@@ -1,6 +1,6 @@
 """Sessions: KV-cached conversations with the middle. Their life is a lease's (leases.py), with one more way to end:
 
-    ATTACHED --> idle_seconds pass between two steps: ENDED, and its connection is told
+    ATTACHED --> idle_seconds pass between two steps: ENDED, with the reason for its client
 
 All of it belongs to the thread of the event loop, except `SessionTable.do`, which computes in the worker's. One step
 of a session is under way at a time: `admit`, `do`, and only then the next.

@@ -168,7 +168,7 @@ class Trainer:
             gradient.packed = gradient.micro.rows.pack(gradient.at_input)
             gradient.nonfinite = not bool(torch.isfinite(gradient.packed).all())
         if gradient.nonfinite and self.adapter.shared:
-            return  # its client is told to begin again, and it could not be removed
+            return  # its client begins again, and it could not be removed
         # The exponent's part is taken off here, in float32: in between, float16 needs it.
         weight = gradient.operation.weight if self.weight is None else self.weight
         factor, share = 2.0**-gradient.exponent, Share(weight, self.layers, self.max_norm)
@@ -232,7 +232,7 @@ class Gradient:
     at_input: Tensor | None = None  # what came of it at `h_A`; None if the client does not want it
     at_weights: dict[str, Tensor] = field(default_factory=dict)  # and at the adapter's weights, by name
     packed: Tensor | None = None  # that at `h_A`, `[tokens, hidden]`
-    nonfinite: bool = False  # the client is told so
+    nonfinite: bool = False  # the answer says so
 
 
 class Dropout(nn.Module):

@@ -102,7 +102,7 @@ class _Layout:
         if len(came.data) < self.start:
             raise ProtocolError(f"a frame of {len(came.data)} bytes is shorter than its header of {self.start}")
         found: dict[str, Any] = {"number": came.number}
-        numbers = self.own.unpack_from(came.data, HEADER.size)
+        numbers = self.own.unpack_from(came.data, HEADER.size) if self.fields else ()
         for (name, _code, low, high), value in zip(self.fields, numbers, strict=True):
             if not low <= value <= high:
                 raise ProtocolError(f"the {name} of {Kind(came.kind).name} is out of its range: {value}")
@@ -131,7 +131,7 @@ def encode(frame: Frame) -> bytes:
 
 
 def decode(data: bytes, *, max_bytes: int | None = None, knows: Callable[[str], bool] = lambda _name: False) -> Frame:
-    """The frame in `data`, which may come from anybody.
+    """The frame in `data`, which is not trusted.
 
     `knows` says whether the reader has a tensor of a name; TENSORS with another are refused before any is made.
 
