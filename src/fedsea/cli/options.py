@@ -41,8 +41,6 @@ AsJson = Annotated[bool, Flag("Print one JSON object, for programs.", "--json")]
 TaskName = Annotated[str, Flag(f"{', '.join(task_names())}; text and chat read your own JSON lines.", metavar="TASK")]
 DataPath = Annotated[str, DATA]
 Limit = Annotated[int | None, Flag("Use the first N examples only.", min=1, metavar="N", default="all")]
-
-
 _CONNECTION = ("server", "credentials", "insecure", "partition", "dtype", "wire_dtype", "device", "reconnect_seconds")
 
 
@@ -118,8 +116,11 @@ def tell_notice(line: str, learnt: tuple[str, str] | None = None) -> None:
     if learnt is not None:
         line = line.replace(LEARNT, shlex.join(["--task", learnt[0], "--data", learnt[1]]))
     said, see, rest = line.partition(f"{SEE}: ")
+    if not see:
+        tell(line)
+        return
     command, _, after = rest.rpartition(" (")
-    tell(f"{said}{SEE}", command, f"({after}") if see else tell(line)
+    tell(f"{said}{SEE}", command, f"({after}")
 
 
 @dataclasses.dataclass(frozen=True)

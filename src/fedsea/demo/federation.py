@@ -57,18 +57,10 @@ def _quiet(_line: str) -> None:
 
 @dataclass(frozen=True)
 class RoundFigures:
-    """One round of one strategy.
+    """One round of one strategy: its clients' mean loss, and their bytes at the block server.
 
-    Attributes
-    ----------
-    loss
-        Mean over the clients.
-    bytes_up, bytes_down
-        Of all clients, at the block server.
-    seconds
-        The round, with what Flower takes.
-    trained
-        Of them, the longest that a client trained; of clients in turn, all together.
+    `seconds` is the round with what Flower takes, `trained` the longest time that a client trained in it; of clients in
+    turn, all together.
     """
 
     mode: str
@@ -83,15 +75,7 @@ class RoundFigures:
 
 @dataclass(frozen=True)
 class FederationDemoReport:
-    """What the demonstration has shown.
-
-    Attributes
-    ----------
-    seconds
-        By strategy: its two rounds, with all of Flower's work.
-    adapter
-        The last strategy's; None if nothing is kept.
-    """
+    """What the demonstration has shown; `seconds` by strategy, with all of Flower's work, `adapter` if it is kept."""
 
     model: str
     rounds: tuple[RoundFigures, ...]

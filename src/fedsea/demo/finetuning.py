@@ -55,14 +55,11 @@ class FineTuningReport:
 
     Attributes
     ----------
-    before, after
-        What the model answers to the question without and with the adapter, through the split.
-    whole
-        What the unsplit model answers once `peft.PeftModel` has loaded the saved adapter.
-    losses
-        Of each optimizer step.
-    seconds
-        Of training.
+    before, after, whole
+        Answers to the question without and with the adapter, through the split; and of the unsplit model, once
+        `peft.PeftModel` has loaded the saved adapter.
+    losses, seconds
+        Of each optimizer step; of the training.
     adapter_bytes
         Of the adapter's weights in the input blocks, at the server and in the output blocks.
     bytes_up, bytes_down, tokens

@@ -35,16 +35,10 @@ HEALTH_SECONDS = 30.0
 
 @dataclass(frozen=True)
 class WireToken:
-    """One token of the answer, and what crossed the wire for it.
+    """One token of the answer, whose text stays at the client, and what crossed the wire for it.
 
-    Attributes
-    ----------
-    text
-        The token's text, which stays at the client.
-    up, down
-        The hidden states that were sent and received, as bytes of 16-bit numbers.
-    up_bytes, down_bytes
-        Size of the frames that they were in.
+    `up` and `down` are the hidden states that were sent and received, as bytes of 16-bit numbers; the other two the
+    sizes of the frames that they were in.
     """
 
     text: str
