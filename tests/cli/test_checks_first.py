@@ -83,6 +83,7 @@ WRONG: list[tuple[str, int, str]] = [
     ("audit no-such-model", 1, "no model 'no-such-model'"),
     (f"audit {TINY} --adapter TRAINING", 1, "which is its adapter"),
     (f"audit {TINY} --data nowhere.txt", 2, "cannot read nowhere.txt"),
+    (f"audit {TINY} --attack guess", 2, "there is no attack 'guess'"),
     (f"audit {TINY} --noise -1", 2, "must be a number, 0 or more"),
     (f"audit {TINY} --levels 1,x", 2, "--levels takes numbers"),
     (f"audit {TINY} --json no/folder/x", 2, "there is no folder no/folder"),

@@ -125,7 +125,6 @@ def audit(
     require_folders(json_file, report_file)
     require_rouge()
     attacked = SAMPLES if data is None else read_texts(data) if task is None else read_task(task, str(data))
-    noises = _noises(noise, levels)
     plan = dataclasses.replace(
         plan,
         texts=attacked[:texts],
@@ -133,6 +132,7 @@ def audit(
         attacks=tuple(attack or ()),
         colluder=() if colluder is None else read_texts(colluder),
     )
+    noises = _noises(noise, levels)
     prepare_torch("cpu", threads)
     from fedsea.audit import Auditor, decide, write_page
 
