@@ -14,8 +14,13 @@ from fedsea.parts.adapter_files import read_adapter
 from tests.support.federation_commands import Command, gone, until, write_cb
 
 CLIENTS = ("alice", "bob")
-ROUNDS = 5  # one more than kinds of processes are killed
-VICTIMS = ("client app", "supernode and worker", "block server", "server app")
+VICTIMS = {  # which of bob's or the coordinator's processes die, by words of their command lines
+    "client app": ("bob", "flwr-clientapp"),
+    "supernode and worker": ("bob", "fedsea.federation.flower.supernode", "fedsea.federation.owner.worker_process"),
+    "block server": ("up", "fedsea.process fedsea serve"),
+    "server app": ("up", "flwr-serverapp"),
+}
+ROUNDS = len(VICTIMS) + 1
 pytestmark = pytest.mark.timeout(600)
 
 
@@ -34,28 +39,13 @@ def descendants(pids: set[int]) -> dict[int, str]:
     return {pid: lines[pid] for pid in found - pids}
 
 
-def kill(command: Command, *words: str) -> bool:
+def kill(command: Command, words: str) -> bool:
     """Kill -9 what a command has started that has these words in its command line; whether there was such a one."""
-    victims = [pid for pid, line in descendants({command.process.pid}).items() if all(word in line for word in words)]
+    victims = [pid for pid, line in descendants({command.process.pid}).items() if words in line]
     for pid in victims:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     return bool(victims)
-
-
-def strike(victim: str, up: Command, bob: Command) -> bool:
-    """Kill one kind of process; False if there is none now."""
-    match victim:
-        case "client app":
-            return kill(bob, "flwr-clientapp")
-        case "supernode and worker":
-            return kill(bob, "fedsea.federation.flower.supernode") and kill(
-                bob, "fedsea.federation.owner.worker_process"
-            )
-        case "block server":
-            return kill(up, "fedsea.process fedsea serve")
-        case _:
-            return kill(up, "flwr-serverapp")
 
 
 def status_of(folder: Path) -> FederationStatus | None:
@@ -90,8 +80,10 @@ def test_a_federation_outlives_every_death_and_leaves_nothing_running(
             if status is not None and status.doing == "training" and len(killed) < len(VICTIMS):
                 started.update(descendants({command.process.pid for command in (*ups, *joins)}))
                 busy = any(client.steps for client in status.clients.values())
-                victim = VICTIMS[len(killed)]
-                if busy and status.round not in killed.values() and strike(victim, ups[-1], joins[1]):
+                victim = list(VICTIMS)[len(killed)]
+                whose, *words = VICTIMS[victim]
+                command = ups[-1] if whose == "up" else joins[1]
+                if busy and status.round not in killed.values() and all(kill(command, one) for one in words):
                     killed[victim] = status.round
             return ups[-1].process.poll() is not None
 
@@ -111,17 +103,14 @@ def test_a_federation_outlives_every_death_and_leaves_nothing_running(
             assert set(report["clients"]).isdisjoint(report["dropped"]), report
             assert report["clients"] or report["dropped"], report
         by_round = {report["round"]: report["clients"] for report in status.reports}
-        assert by_round[killed["client app"]]
-        assert by_round[killed["supernode and worker"]]
+        assert all(by_round[killed[victim]] for victim in ("client app", "supernode and worker"))
         assert set(by_round[ROUNDS]) == set(CLIENTS)  # whoever was killed has been started again and has come back
         assert by_round[ROUNDS]["alice"]["num-examples"] == 12
         assert "answer_loss" in status.reports[-1]["evaluation"]["metrics"]
         _, weights = read_adapter(folder / "output" / "adapter")
         assert weights
         assert all(bool(weight.isfinite().all()) for weight in weights.values())
-        until(
-            lambda: all(command.process.poll() is not None for command in joins)
-        )  # the federation is over for them too
+        until(lambda: all(command.process.poll() is not None for command in joins))  # it is over for them too
         for name in CLIENTS:
             assert read_adapter(folder / "clients" / name / "adapter")[1].keys() == weights.keys()
     finally:
