@@ -56,7 +56,7 @@ def test_an_error_is_one_line_that_says_what_is_wrong(tmp_path: Path, capsys: py
             ([*up, "--set", "round=2"], 2, "did you mean rounds"),
             ([*up, "--set", "rounds"], 2, "--set takes KEY=VALUE"),
             ([*up, "--set", "lr=fast"], 2, "lr must be a number; got 'fast'"),
-            ([*up, "--set", "lr=-1"], 2, "lr must be above 0"),
+            ([*up, "--set", "lr=-1"], 2, "lr must be from 1e-08 to 10"),
             ([*up, "--listen", "0.0.0.0"], 2, "give --host NAME"),
             ([*up[:5], port, *up[6:]], 2, f"port {port} is taken; choose another with --port"),
             ([*up[:7], port], 2, "choose another with --superlink-port"),

@@ -156,12 +156,13 @@ START = {
 
 def part(model: Any, number: int, lr: float = STEP.lr, steps: int = 1) -> str:
     """A member's local steps; gives what it is refused for."""
-    try:
-        train(model, [batch(10 * number + step) for step in range(steps)], make=lambda some: adamw(some, lr))
-        model.adapter.finish_round()
-    except FedSEAError as error:
-        model.adapter.leave_round()
-        return str(error)
+    with model:
+        try:
+            train(model, [batch(10 * number + step) for step in range(steps)], make=lambda some: adamw(some, lr))
+            model.adapter.finish_round()
+        except FedSEAError as error:
+            model.adapter.leave_round()
+            return str(error)
     return ""
 
 
@@ -183,8 +184,6 @@ def test_a_seat_weighs_what_the_coordinator_says(server: RunningServer, admin: B
             run.send_gradient = lambda *given, send=send, claim=claim, **_weight: send(*given[:3], claim)
         assert together(*(partial(part, model, number) for number, model in enumerate(models))) == ["", ""]
         averages.append(admin.aggregate(label, {"a": 1.0, "b": 1.0}))
-        for model in models:
-            model.close()
     for name, weight in averages[0].items():
         torch.testing.assert_close(averages[1][name], weight, rtol=0, atol=1e-6)
 
@@ -195,26 +194,18 @@ def test_the_round_says_what_an_optimizer_step_is(
 ) -> None:
     """Of two members one asks for steps of its own: it is refused, whichever comes first, and the other goes on."""
     tickets = invite(admin, SPEC, START, ["a", "b", "c"], strategy, label=f"{strategy}.1", step=STEP)
-    models = [seated(server, tickets[name], START) for name in "abc"]
-    said = together(
-        partial(part, models[0], 1, lr=1e30),
-        partial(part, models[1], 2, lr=STEP.lr, steps=2),
-        partial(part, models[2], 3, lr=STEP.lr, steps=3),
-    )
+    one, two, three = (seated(server, tickets[name], START) for name in "abc")
+    said = together(partial(part, one, 1, lr=1e30), partial(part, two, 2, steps=2), partial(part, three, 3, steps=3))
     assert "other settings than those of the round" in said[0]
     assert said[1] == ""
     assert "has 2 optimizer steps; this would be step 3" in said[2]
-    for model in models:
-        model.close()
 
 
 def test_without_a_plan_a_tie_is_nobody_s(server: RunningServer, admin: BlockServerAdmin) -> None:
     tickets = invite(admin, SPEC, START, ["a", "b"], "client-batch", label="tie.1")
-    models = [seated(server, tickets[name], START) for name in "ab"]
-    said = together(partial(part, models[0], 1, lr=1e-3), partial(part, models[1], 2, lr=1e20))
+    one, two = (seated(server, tickets[name], START) for name in "ab")
+    said = together(partial(part, one, 1, lr=1e-3), partial(part, two, 2, lr=1e20))
     assert all("other settings" in one for one in said)
-    for model in models:
-        model.close()
 
 
 @pytest.mark.parametrize(

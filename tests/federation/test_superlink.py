@@ -8,12 +8,11 @@ import socket
 import ssl
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from fedsea.errors import FedSEAError
 from fedsea.federation.coordinator import control as control_module
 from fedsea.federation.coordinator.deployment import new_key
 from fedsea.federation.coordinator.up import Federation
@@ -34,43 +33,39 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def superlink(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
     """A coordinator without a block server of its own: Flower's SuperLink, and the folders of alice and bob."""
-    patch = pytest.MonkeyPatch()
-    for name, value in QUIET.items():
-        patch.setenv(name, value)
     options = UpOptions(("alice", "bob"), superlink_port=0, servers=("127.0.0.1:1",))
     settings = Settings(name="fed", model="random:tiny", task="cb", clients=1)
-    with Federation(tmp_path_factory.mktemp("up") / "fed", settings, options, print) as running:
-        running.start()
-        yield running
-    patch.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in QUIET.items():
+            patch.setenv(name, value)
+        with Federation(tmp_path_factory.mktemp("up") / "fed", settings, options, print) as running:
+            running.start()
+            yield running
+
+
+Begin = Callable[[Path], tuple[list[str], Future[None]]]
 
 
 @pytest.fixture
-def member(superlink: Federation, data: Path) -> Iterator[Callable[..., OwnerProcess]]:
-    """Members whose watch runs in a thread; what they tell is in `told`, what ends them in `error`."""
-    with contextlib.ExitStack() as stack:
+def begin(data: Path) -> Iterator[Begin]:
+    """Starts a data owner with this folder, and watches it in a thread: what it tells, and what ends it."""
+    with ThreadPoolExecutor() as pool, contextlib.ExitStack() as stack:
+        over = threading.Event()
 
-        def begin(folder: Path) -> OwnerProcess:
+        def watch(running: OwnerProcess) -> None:
+            while not over.is_set():
+                running.watch(0.2)
+
+        def start(folder: Path) -> tuple[list[str], Future[None]]:
             told: list[str] = []
-            running: Any = stack.enter_context(OwnerProcess(folder, own(data), told.append))
-            running.told, running.error, running.over = told, None, threading.Event()
+            running = stack.enter_context(OwnerProcess(folder, own(data), told.append))
             assert running.start()["examples"] == 24
+            watching = pool.submit(watch, running)
+            stack.callback(watching.exception)
+            stack.callback(over.set)
+            return told, watching
 
-            def watch() -> None:
-                try:
-                    while not running.over.is_set():
-                        running.watch(0.2)
-                except FedSEAError as error:
-                    running.error = error
-
-            thread = threading.Thread(target=watch)
-            thread.start()
-            stack.callback(thread.join)
-            stack.callback(running.over.set)
-            result: OwnerProcess = running
-            return result
-
-        yield begin
+        yield start
 
 
 def request(address: str, path: str, authority: Path, source: str) -> int:
@@ -104,16 +99,15 @@ def test_the_superlink_takes_orders_from_its_own_machine_only(superlink: Federat
 
 
 def test_an_unregistered_supernode_is_not_let_in(
-    superlink: Federation, member: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    superlink: Federation, begin: Begin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stranger = tmp_path / "bob"
     shutil.copytree(superlink.deployment.client("bob"), stranger)
     (stranger / SUPERNODE_KEY).write_bytes(new_key())
     monkeypatch.setattr(join_module, "LET_IN_SECONDS", 0.0)
     monkeypatch.setattr(join_module, "TRY_AGAIN_SECONDS", 0.1)
-    running = member(stranger)
-    until(lambda: running.error)
-    assert "does not let bob in" in str(running.error)
+    _told, watching = begin(stranger)
+    assert "does not let bob in" in str(watching.exception(60))
     assert superlink.online() == []
 
 
@@ -139,7 +133,7 @@ app = ClientApp()
 
 
 def test_a_data_owner_runs_nothing_that_the_coordinator_sends(
-    superlink: Federation, member: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    superlink: Federation, begin: Begin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from flwr.cli.build import build_fab_from_files
 
@@ -150,11 +144,11 @@ def test_a_data_owner_runs_nothing_that_the_coordinator_sends(
     files = {"serverapp": SERVER_CODE, "clientapp": CLIENT_CODE.format(trace=str(trace))}
     content = {f"evil/{name}.py": code.encode() for name, code in files.items()}
     evil = build_fab_from_files({"pyproject.toml": project.encode(), "evil/__init__.py": b"", **content})[0]
-    running = member(superlink.deployment.client("alice"))
+    told, _watching = begin(superlink.deployment.client("alice"))
     until(lambda: "alice" in superlink.online())
     monkeypatch.setattr(control_module, "bundle", lambda: evil)
     superlink.control.start({})
     assert "could not be verified" in until(lambda: answer.exists() and answer.read_text())
-    assert any("holds files of its own" in line for line in running.told)
+    assert any("holds files of its own" in line for line in told)
     assert not trace.exists()
     assert hashlib.sha256(evil).hexdigest() != hashlib.sha256(bundle()).hexdigest()

@@ -15,40 +15,22 @@ Handle = Callable[[Message, Context], Message | None]
 
 
 class InProcessGrid(Grid):  # type: ignore[misc]
-    """Nodes 1 to `count`, each with a context of its own.
+    """Nodes 1 to `count`, each with a context of its own; `at_once` messages are handled at a time, as Ray has actors.
 
-    Parameters
-    ----------
-    handle
-        Answers a message, a ClientApp usually; None is no answer, ever.
-    count
-        Nodes.
-    run_config
-        As `[tool.flwr.app.config]`.
-    at_once
-        Messages that are handled at a time, as Ray has actors.
+    `handle` answers a message, a ClientApp usually; None is no answer, ever.
     """
 
     def __init__(
         self, handle: Handle | ClientApp, count: int, run_config: dict[str, Any] | None = None, at_once: int = 64
     ) -> None:
-        self.handle, self.sent = handle, list[Message]()
+        self.handle = handle
         self.contexts: dict[int, Context] = {}
         self.replies: dict[str, Message] = {}
-        self._run_config, self._numbers = run_config or {}, itertools.count(1)
-        self._room = threading.Semaphore(at_once)
+        self._numbers, self._room = itertools.count(1), threading.Semaphore(at_once)
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1  # as Flower's own processes do
         for index in range(count):
-            self.join(index + 1, index, count)
-
-    def join(self, node: int, index: int = 0, count: int = 1) -> None:
-        """A node connects."""
-        place = {"partition-id": index, "num-partitions": count}
-        self.contexts[node] = Context(0, node, place, RecordDict(), dict(self._run_config))
-
-    def leave(self, node: int) -> None:
-        """A node disconnects."""
-        del self.contexts[node]
+            place = {"partition-id": index, "num-partitions": count}
+            self.contexts[index + 1] = Context(0, index + 1, place, RecordDict(), dict(run_config or {}))
 
     def set_run(self, run: Any) -> None: ...
 
@@ -66,16 +48,12 @@ class InProcessGrid(Grid):  # type: ignore[misc]
         pushed = []
         for message in messages:
             message.metadata.__dict__["_message_id"] = str(next(self._numbers))
-            self.sent.append(message)
             pushed.append(message.metadata.message_id)
             threading.Thread(target=self._answer, args=(message,), daemon=True).start()
         return pushed
 
     def _answer(self, message: Message) -> None:
-        context = self.contexts.get(message.metadata.dst_node_id)
-        if context is None:
-            self.replies[message.metadata.message_id] = Message(Error(5, "the node is gone"), reply_to=message)
-            return
+        context = self.contexts[message.metadata.dst_node_id]
         with self._room:
             try:
                 reply = self.handle(message, context)

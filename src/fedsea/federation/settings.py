@@ -14,14 +14,13 @@ from functools import cache
 from typing import Annotated, Any
 
 from fedsea.errors import UsageError
-from fedsea.federation.recipe import RECIPE_BOUNDS, bounds_problem
+from fedsea.federation.recipe import RECIPE_BOUNDS, LocalRecipe, bounds_problem
 from fedsea.flags import DTYPES, STRATEGIES, Flag, Strategy
 from fedsea.training.recipe import Lora
 
 LORA_KINDS = ("lora", "rslora", "dora")
-_POSITIVE = {"rounds", "clients", "min_clients", "lora_rank", "local_steps", "batch_size", "accumulation", "threads"}
-_POSITIVE |= {"eval_batch_size", "join_seconds", "straggler_seconds", "round_seconds", "lr", "max_grad_norm"}
-_POSITIVE |= {"fraction_train", "fraction_evaluate", "max_examples"}
+_POSITIVE = {"rounds", "clients", "min_clients", "lora_rank", "threads", "max_examples", "fraction_train"}
+_POSITIVE |= {"fraction_evaluate", "join_seconds", "straggler_seconds", "round_seconds"}
 NOISE_DEVIATIONS = 8.0  # farther than this a Gaussian does not go in practice
 _SHARES = ("fraction_train", "fraction_evaluate")
 _BELOW_ONE = ("lora_dropout", "dp_delta")
@@ -101,14 +100,15 @@ class Settings:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value, key = getattr(self, field.name), _key(field.name)
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                lowest = "above 0" if field.name in _POSITIVE else "0 or more"
-                if not (math.isfinite(value) and (value > 0 if field.name in _POSITIVE else value >= 0)):
-                    raise UsageError(f"{key} must be {lowest}; got {value}")
+            if field.name in RECIPE_BOUNDS:
+                if problem := bounds_problem(field.name, value):
+                    raise UsageError(f"{key} {problem}")
+            elif isinstance(value, int | float):
+                positive = field.name in _POSITIVE
+                if not math.isfinite(value) or value < 0 or (positive and value == 0):
+                    raise UsageError(f"{key} must be {'above 0' if positive else '0 or more'}; got {value}")
             if (field.name in _SHARES and value > 1) or (field.name in _BELOW_ONE and value >= 1):
                 raise UsageError(f"{key} must be {'at most' if field.name in _SHARES else 'below'} 1; got {value}")
-            if field.name in RECIPE_BOUNDS and (problem := bounds_problem(field.name, value)):
-                raise UsageError(f"{key} {problem}")
         for name, choices in (("mode", STRATEGIES), ("lora_kind", LORA_KINDS), ("dtype", DTYPES)):
             if getattr(self, name) not in choices:
                 raise UsageError(f"{_key(name)} must be one of {', '.join(choices)}; got {getattr(self, name)!r}")
@@ -195,8 +195,8 @@ class Settings:
 
     def recipe(self) -> dict[str, Any]:
         """What a client does in a round, as `fedsea.federation.recipe.LocalRecipe` takes it: JSON."""
-        names = ("local_steps", "batch_size", "accumulation", "lr", "weight_decay", "max_grad_norm", "seed")
-        return {name: getattr(self, name) for name in names}
+        names = {field.name for field in dataclasses.fields(LocalRecipe)} - {"proximal_mu"}
+        return {name: getattr(self, name) for name in sorted(names)}
 
     def evaluation(self) -> dict[str, Any]:
         """How a client evaluates: JSON."""

@@ -1,9 +1,9 @@
 """The coordinator's side of a block server: open a round, look at it, take its average, close it."""
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Self, TypeVar
+from typing import Self
 
 from torch import Tensor
 
@@ -16,8 +16,6 @@ from fedsea.wire.credentials import Credentials
 from fedsea.wire.frames import Command, Kind, Message, Operation, Outcome, Reply, Tensors
 from fedsea.wire.pages import read_pages, send_pages
 from fedsea.wire.rounds import RoundPlan, RoundStatus, ServerDescription
-
-T = TypeVar("T")
 
 
 class BlockServerAdmin:
@@ -70,7 +68,8 @@ class BlockServerAdmin:
 
     def describe(self) -> ServerDescription:
         """The model and the layers that the server holds."""
-        return self._do(lambda call: call.description)
+        with self._call() as call:
+            return call.description
 
     def open_round(self, plan: RoundPlan, weights: Mapping[str, Tensor]) -> None:
         """Open a round; one of the same label is given up.
@@ -78,21 +77,19 @@ class BlockServerAdmin:
         `weights` is the adapter at the start, by whole-model names, float32; the server is sent those of its layers.
         What is missing starts as the plan's adapter says.
         """
-
-        def work(call: "_Call") -> None:
+        with self._call() as call:
             held = call.description.layers
-            call.command({"do": "open", **plan.to_body()})
+            call.command("open", **plan.to_body())
             here = {name: weight for name, weight in weights.items() if layer_of(name) in held}
             send_pages(call.ask, here, call.frame_bytes // 2)
-            call.command({"do": "start"})
-            names = plan.adapter.weight_names(held)
-            self._shapes[plan.label] = {name: tuple(here[name].shape) if name in here else None for name in names}
-
-        self._do(work)
+            call.command("start")
+        names = plan.adapter.weight_names(held)
+        self._shapes[plan.label] = {name: tuple(here[name].shape) if name in here else None for name in names}
 
     def status(self, label: str) -> RoundStatus:
         """How a round stands."""
-        return self._do(lambda call: RoundStatus.from_body(call.command({"do": "status", "label": label})))
+        with self._call() as call:
+            return RoundStatus.from_body(call.command("status", label=label))
 
     def aggregate(self, label: str, weights: Mapping[str, float]) -> dict[str, Tensor]:
         """Take the average of the named clients' middle layers, weighted (above 0), and close the round.
@@ -100,28 +97,25 @@ class BlockServerAdmin:
         By whole-model names, float32: each layer averaged over those of the clients whose middle has it.
         NonFiniteError names clients whose weights are not finite; the round is still there.
         """
-        shapes = self._shapes.get(label, {})
-
-        def work(call: "_Call") -> dict[str, Tensor]:
-            call.command({"do": "aggregate", "label": label, "weights": dict(weights)})
-            average = read_pages(call.ask, {"do": "export", "label": label}, shapes)
+        with self._call() as call:
+            call.command("aggregate", label=label, weights=dict(weights))
+            average = read_pages(call.ask, {"do": "export", "label": label}, self._shapes.get(label, {}))
             with contextlib.suppress(ConnectionLost):
-                call.command({"do": "close", "label": label})
-            return average
-
-        average = self._do(work)
+                call.command("close", label=label)
         self._shapes.pop(label, None)
         return average
 
     def close_round(self, label: str) -> None:
         """Give a round up, if it is there; its clients' runs end."""
         self._shapes.pop(label, None)
-        self._do(lambda call: call.command({"do": "close", "label": label}))
+        with self._call() as call:
+            call.command("close", label=label)
 
-    def _do(self, work: "Callable[[_Call], T]") -> T:
+    @contextlib.contextmanager
+    def _call(self) -> "Iterator[_Call]":
         connection = self._endpoint.stream(self.traffic, contract.COORDINATE_PATH)
         try:
-            result = work(_Call(connection))
+            yield _Call(connection)
         except ConnectionLost as lost:
             self._endpoint.lost(connection)
             connection.close()
@@ -130,7 +124,6 @@ class BlockServerAdmin:
             connection.close()
             raise
         connection.close(Message(Kind.CLOSE, {}))
-        return result
 
 
 class _Call:
@@ -152,9 +145,9 @@ class _Call:
             raise ProtocolError("the block server sent something that is no answer")
         return frame
 
-    def command(self, body: dict[str, object]) -> dict[str, object]:
+    def command(self, do: str, **body: object) -> dict[str, object]:
         """Send a command; returns its outcome."""
-        reply = self.ask(lambda number: Command(number, body))
+        reply = self.ask(lambda number: Command(number, {"do": do, **body}))
         if not isinstance(reply, Outcome):
             raise ProtocolError("the block server sent something that is no outcome")
         return reply.body
