@@ -64,13 +64,7 @@ class AdapterSpec:
 
     @classmethod
     def from_body(cls, body: Any) -> "AdapterSpec":
-        """Check and read what `to_body` made; it may come from any peer.
-
-        Raises
-        ------
-        ProtocolError
-            If anything is not what it should be.
-        """
+        """Check and read what `to_body` made: a ProtocolError if anything is wrong, as it may come from any peer."""
         read, targets = Fields(body, "an adapter"), dict[str, tuple[int, float]]()
         for row in read.rows("targets", ("module", "rank", "alpha", "layers")):
             suffix, alpha = row.text("module", like=SUFFIXES), row.number("alpha", above=0, high=1e6)

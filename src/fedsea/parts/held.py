@@ -82,7 +82,7 @@ class Held:
 
 
 class OneConfig(dict[str, LoraConfig]):
-    """The adapter's configuration under its name, to read: PEFT begins to put on another adapter by writing here."""
+    """The adapter's configuration under its name, only to read: PEFT puts on another adapter by writing here first."""
 
     def _refuse(self, *_args: Any, **_kwargs: Any) -> NoReturn:
         raise UsageError(ANOTHER)

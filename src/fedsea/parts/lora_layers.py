@@ -26,12 +26,8 @@ _FIELDS |= {"inference_mode", "megatron_core", "runtime_config", "ensure_weight_
 def find_targets(lora: LoraConfig, config: PreTrainedConfig, *, fresh: bool) -> Targets:
     """What a `LoraConfig` means for a model: PEFT itself picks the targets, on a model without weights.
 
-    An adapter that is not `fresh` has weights already, and how they once began does not matter.
-
-    Raises
-    ------
-    UsageError
-        If the configuration asks for what cannot be trained through the split; it may come from a stranger's file.
+    An adapter that is not `fresh` has weights already, and how they once began does not matter. A UsageError if the
+    configuration, which may come from a stranger's file, asks for what cannot be trained through the split.
     """
     if not isinstance(lora, LoraConfig):
         raise UsageError(f"the adapter must be a peft.LoraConfig; got {type(lora).__name__}")

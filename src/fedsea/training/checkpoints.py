@@ -98,8 +98,7 @@ class CheckpointFolder:
 
     def load(self) -> TrainingState | None:
         """The last checkpoint that is whole; None if there is none."""
-        folder = self.latest()
-        if folder is None:
+        if (folder := self.latest()) is None:
             return None
         state = parse_json((folder / "state.json").read_bytes())
         optimizer, random = (load_file(folder / f"{name}.safetensors") for name in ("optimizer", "random"))

@@ -31,8 +31,7 @@ def find_adapter(source: Path) -> Path:
         folder = RunFolder(source, lambda _line: None)
         if (folder.adapter / WEIGHTS).is_file():
             return folder.adapter
-        last = folder.checkpoints.latest()
-        if last is not None:
+        if (last := folder.checkpoints.latest()) is not None:
             return last
         raise UsageError(f"the training in {source} has no checkpoint yet")
     if (source / CONFIG).is_file():
@@ -130,8 +129,7 @@ def whole_with_adapter(whole: Any, adapter: Path, name: str = "the model", *, th
 
 def with_cut(whole: Any, adapter: Path) -> None:
     """Have transformers' whole model go through the narrow cut beside an adapter, if there is one, without noise."""
-    found = read_cut(adapter)
-    if found is None:
+    if (found := read_cut(adapter)) is None:
         return
     cut, weights = found
 

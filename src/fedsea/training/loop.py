@@ -120,7 +120,7 @@ class FineTuning:
     def run(self, on_step: Callable[[Figures], None], stop: Callable[[], bool] = lambda: False) -> bool:
         """Train to the last step, or until `stop` says so after a step; returns whether it is done.
 
-        A server that was restarted and lost the run gets the last checkpoint, and the training goes on from there.
+        A server that has lost the run gets the last checkpoint, and the training goes on from there.
 
         Raises
         ------

@@ -110,8 +110,8 @@ class Recalibration(Callback):
     def before_step(self, step: int, epochs: range) -> bool:
         """Set the noise of a step, after deciding the updates of its epochs that are new.
 
-        Texts of two epochs may be in one step: they have the coarser noise of the two, so none is seen better than it
-        is to be. A step that is done again tells more of its texts, so it is no finer than the level.
+        Texts of two epochs in one step have the coarser noise of the two, so none is seen better than it is to be. A
+        step that is done again tells more of its texts, so it is no finer than the level.
         """
         new = len(self.updates) < epochs.stop
         while len(self.updates) < epochs.stop:
@@ -143,14 +143,7 @@ class Recalibration(Callback):
         return {"recalibration": {"updates": updates, "losses": losses, "begun": self.begun}}
 
     def load(self, state: Mapping[str, Any], step: int, recorded: int, epochs: int) -> str:
-        """Go on with what is left.
-
-        Raises
-        ------
-        UsageError
-            If the checkpoint does not say what was spent, says that it was more than there was, or does not know of all
-            epochs that were begun.
-        """
+        """Go on with what is left; a UsageError if the checkpoint does not say what was spent, or says too much."""
         try:
             held = state.get("recalibration") or state["looks"]  # as version 0.2.0 wrote it
             pairs = held["updates"] if "updates" in held else held["decided"]
