@@ -62,7 +62,7 @@ class Lease:
 class LeaseTable(Generic[L]):
     """All leases of a kind at the server of one model, and the limits on them, which must be settled here.
 
-    It belongs to the thread of the event loop.
+    It belongs to the thread of the event loop. `on_end` is called for each lease that ends.
     """
 
     kind: str  # what errors call one; with an "s" it is in the flags of `fedsea serve`
@@ -76,10 +76,12 @@ class LeaseTable(Generic[L]):
         dtype: torch.dtype,
         clock: Callable[[], float] = time.monotonic,
         ledger: Ledger | None = None,
+        on_end: Callable[[L], None] = lambda _lease: None,
     ) -> None:
         self.middle, self.limits, self.dtype, self.clock = middle, limits, dtype, clock
-        self.ledger = ledger or Ledger(limits)
+        self.ledger, self._on_end = ledger or Ledger(limits), on_end
         self.max_tokens: int = middle.config.max_position_embeddings
+        self.num_layers: int = middle.config.num_hidden_layers
         self.hidden_size: int = middle.config.hidden_size
         self.device = middle.device
         self._most, self._most_of_client, self._away_seconds = self.bounds()
@@ -161,6 +163,7 @@ class LeaseTable(Generic[L]):
         if self._leases.get((lease.client, lease.name)) is not lease:
             return False
         del self._leases[lease.client, lease.name]
+        self._on_end(lease)
         return True
 
     def expire(self) -> list[L]:

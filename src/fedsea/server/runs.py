@@ -11,23 +11,21 @@ All of it belongs to the thread of the event loop, except `RunTable.do`, `do_all
 """
 
 import math
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import nn
 
 from fedsea.errors import FedSEAError, LimitExceededError, ProtocolError, RunLostError, UsageError
 from fedsea.fields import Fields
-from fedsea.parts import MiddleBlocks
 from fedsea.parts.adapters import AdapterSpec
 from fedsea.server.joint import attempt, backward_together, forward_together
 from fedsea.server.leases import Lease, LeaseTable, State
-from fedsea.server.ledger import Kept, Ledger, Pool
-from fedsea.server.limits import MIB, Limits
+from fedsea.server.ledger import Kept, Pool
+from fedsea.server.limits import MIB
 from fedsea.server.scheduler import Owner
 from fedsea.server.trainer import Trainer
 from fedsea.wire.codec import encode
@@ -112,31 +110,18 @@ class Run(Lease):
 
 
 class RunTable(LeaseTable[Run]):
-    """All runs of a server, each of which `on_end` is called for."""
+    """All runs of a server."""
 
     kind, closed_by = "run", "model.close() or the program that has it"
 
-    def __init__(
-        self,
-        middle: MiddleBlocks,
-        limits: Limits,
-        *,
-        dtype: torch.dtype,
-        clock: Callable[[], float] = time.monotonic,
-        ledger: Ledger | None = None,
-        on_end: Callable[[Run], None] = lambda _run: None,
-    ) -> None:
-        super().__init__(middle, limits, dtype=dtype, clock=clock, ledger=ledger)
-        self._on_end = on_end
-        self.num_layers: int = middle.config.num_hidden_layers
-        self.modules = {
-            name: (module.out_features, module.in_features)
-            for name, module in middle.named_modules()
-            if isinstance(module, nn.Linear)
-        }
-
     def bounds(self) -> tuple[int, int, float]:
         return self.limits.runs, self.limits.client_runs, self.limits.run_seconds
+
+    @cached_property
+    def modules(self) -> dict[str, tuple[int, int]]:
+        """The model's linear modules by name: features out and in."""
+        modules = ((name, module) for name, module in self.middle.named_modules() if isinstance(module, nn.Linear))
+        return {name: (module.out_features, module.in_features) for name, module in modules}
 
     def _trainers(self, client: str | None = None) -> list[Trainer]:
         """Those that are built, of one client or of all."""
@@ -263,7 +248,6 @@ class RunTable(LeaseTable[Run]):
         """As every lease is closed; with it end the sessions through its adapter, and its seat in a round."""
         was_here = super().close(lease)
         if was_here:
-            self._on_end(lease)
             lease.on_end()
         return was_here
 
