@@ -108,12 +108,16 @@ class SplitPreTrainedModel(PreTrainedModel):
             The block server's `HOST:PORT`, and the client's folder of `fedsea credentials init`.
         insecure
             Connect without TLS. Only to a loopback address.
+        partition
+            How many of the first and last layers this client keeps.
         noise
-            How to protect the hidden states that leave. One with a narrow cut is of use with an adapter only: the cut's
-            weights are trained with it.
+            How to protect the hidden states that leave. A narrow cut is of use with an adapter only: its weights are
+            trained with the adapter.
         dtype, wire_dtype
-            What is computed in, float32, bfloat16 or float16, and what crosses the wire. By default 16 bits do:
-            bfloat16 if computed in it, else float16.
+            Dtype of computation (float32, bfloat16 or float16), and of hidden states on the wire. By default 16 bits
+            cross: bfloat16 if computed in it, else float16.
+        device
+            Where the client computes.
         reconnect_seconds
             How long to try to reach the server again after a connection is lost.
         notice
@@ -122,7 +126,7 @@ class SplitPreTrainedModel(PreTrainedModel):
         Raises
         ------
         FedSEAError
-            Whatever is wrong with the model, the partition, the credentials or the server, in one line.
+            If the model, the partition, the credentials or the server is wrong; one line that says what to do.
         """
         checkpoint = name if isinstance(name, Checkpoint) else open_checkpoint(name)
         config, computed, traffic = checkpoint.config, compute_dtype(dtype), Traffic()
