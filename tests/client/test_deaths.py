@@ -112,6 +112,7 @@ def test_a_killed_clients_cache_is_freed_and_its_run_is_taken_up_by_its_name(
         assert all(torch.equal(found[name], weight) for name, weight in left.items())
         assert any(bool(weight.any()) for name, weight in left.items() if ".lora_B." in name)
         train(model, batches(2))
+    assert eventually(lambda: run.state is State.DETACHED)
     monkeypatch.setattr(runs, "clock", lambda: time.monotonic() + 2000)  # its client is away for too long
     assert eventually(lambda: is_empty(server))
 
