@@ -136,7 +136,7 @@ def test_a_data_owner_keeps_the_adapter_of_its_model_and_no_other(tmp_path: Path
     assert all(np.array_equal(weights[name], whole[name]) for name in whole)
 
     name = min(whole)
-    with pytest.raises(ModelMismatchError, match="one side only"):
+    with pytest.raises(ModelMismatchError, match="is missing"):
         owner.finish(body, {key: value for key, value in whole.items() if key != name})
     with pytest.raises(ModelMismatchError, match="has shape"):
         owner.finish(body, whole | {name: whole[name][:1]})

@@ -190,7 +190,7 @@ def test_errors_are_typed_and_the_participant_lives_on(coordinator: Coordinator,
         (ProtocolError, "lr", {"recipe": SETTINGS.recipe() | {"lr": float("nan")}}),
         (ProtocolError, "local_steps", {"recipe": SETTINGS.recipe() | {"local_steps": 0}}),
         (UsageError, "with r=4 only", {"lora": SETTINGS.lora() | {"r": 8}}),
-        (ModelMismatchError, "on one side only", {"given": {}}),
+        (ModelMismatchError, "is missing", {"given": {}}),
         (ModelMismatchError, "does not train", {"given": whole}),
         (NonFiniteError, "not finite", {"given": {name: weight * np.nan for name, weight in local(whole).items()}}),
     ]

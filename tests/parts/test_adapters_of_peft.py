@@ -55,8 +55,8 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "more": (lambda them: them.update({"base_model.model.model.embed_tokens.weight": torch.zeros(2, 2)}), "embed"),
     "client's shape": (lambda them: them.update({CLIENTS: torch.zeros(2, 3)}), "layers.0.*shape"),
     "middle's shape": (lambda them: them.update({MIDDLES: torch.zeros(2, 3)}), "layers.1.*shape"),
-    "client's fewer": (lambda them: them.pop(CLIENTS), "layers.0.*not there in it"),
-    "middle's fewer": (lambda them: them.pop(MIDDLES), "layers.1.*not there in it"),
+    "client's fewer": (lambda them: them.pop(CLIENTS), "layers.0.*is missing"),
+    "middle's fewer": (lambda them: them.pop(MIDDLES), "layers.1.*is missing"),
     "client's values": (lambda them: them[CLIENTS].fill_(float("nan")), "not finite"),
     "middle's values": (lambda them: them[MIDDLES].fill_(float("inf")), "not finite"),
 }

@@ -18,9 +18,8 @@ from fedsea.client.run import MiddleRun
 from fedsea.client.state_dict import HANDLE, register_state_hooks
 from fedsea.errors import ModelMismatchError, UsageError
 from fedsea.partition import LIFT, PROJECT, Partition, in_middle
-from fedsea.parts import InputBlocks, OutputBlocks
+from fedsea.parts import AdapterSpec, InputBlocks, OutputBlocks, adapter_parameters, misfit
 from fedsea.parts.adapter_files import read_adapter, save_adapter, write_card
-from fedsea.parts.adapters import AdapterSpec, adapter_parameters
 from fedsea.parts.cut_files import CutRecord, read_cut
 from fedsea.parts.held import ANOTHER, NAME, NARROW_ON, Held, foreign_layers, hold, take_off
 from fedsea.wire.rounds import Ticket
@@ -414,9 +413,5 @@ def _check_fits(
     shapes: Mapping[str, tuple[int, ...]], weights: Mapping[str, Tensor], source: str = "the adapter"
 ) -> None:
     """Are the weights all there, of the right sizes, and no others?"""
-    for name in sorted(shapes.keys() ^ weights.keys()):
-        raise ModelMismatchError(f"{source} does not fit this model: {name} is on one side only")
-    for name, weight in weights.items():
-        if weight.shape != shapes[name]:
-            sizes = f"{name} has shape {list(weight.shape)}, here it has {list(shapes[name])}"
-            raise ModelMismatchError(f"{source} does not fit this model: {sizes}")
+    if wrong := misfit(weights, shapes):
+        raise ModelMismatchError(f"{source} does not fit this model: {wrong}")

@@ -66,13 +66,3 @@ def cut_to_reach(arrays: Arrays, start: Arrays, most: tuple[float, float]) -> tu
         outside = outside or not np.array_equal(cut, value)
         found[name] = cut
     return found, outside
-
-
-def misfit(weights: Mapping[str, Any], shapes: Shapes) -> str | None:
-    """Where an adapter (arrays or tensors) differs first from what a model needs, in words; None if it fits."""
-    for name in sorted(weights.keys() ^ shapes.keys()):
-        return f"{name} is on one side only"
-    for name, shape in shapes.items():
-        if tuple(weights[name].shape) != tuple(shape):
-            return f"{name} has shape {list(weights[name].shape)}, the model's {list(shape)}"
-    return None

@@ -164,3 +164,13 @@ def adapter_parameters(module: nn.Module, adapter: str = "default") -> dict[str,
         for name, parameter in module.named_parameters()
         if (".lora_" in name and infix in name) or name in (PROJECT, LIFT)
     }
+
+
+def misfit(weights: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """Where an adapter's weights (tensors or arrays) differ first from what a model needs; None if they fit."""
+    for name in sorted(weights.keys() ^ shapes.keys()):
+        return f"the model has no {name}" if name in weights else f"{name} is missing"
+    for name, shape in shapes.items():
+        if tuple(weights[name].shape) != tuple(shape):
+            return f"{name} has shape {list(weights[name].shape)}, the model's has {list(shape)}"
+    return None

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 from fedsea.checkpoints import Fingerprint, open_checkpoint
 from fedsea.checkpoints.fingerprint import config_digest
 from fedsea.errors import FedSEAError, ModelMismatchError, UsageError
-from fedsea.federation.arrays import Arrays, Shapes, misfit
+from fedsea.federation.arrays import Arrays, Shapes
 from fedsea.federation.coordinator.block_server_admin import BlockServerAdmin
 from fedsea.federation.coordinator.block_servers import BlockServers
 from fedsea.federation.coordinator.exchange import FederationContext
@@ -25,7 +25,7 @@ from fedsea.federation.owner.data import task_schema
 from fedsea.federation.recipe import lora_config
 from fedsea.federation.settings import Settings
 from fedsea.parts.adapter_files import read_adapter
-from fedsea.parts.adapters import AdapterSpec
+from fedsea.parts.adapters import AdapterSpec, misfit
 from fedsea.parts.cut_files import read_cut
 from fedsea.tasks import get_task
 

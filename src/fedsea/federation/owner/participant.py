@@ -18,7 +18,7 @@ from torch import Tensor
 from fedsea.checkpoints import Fingerprint, open_checkpoint
 from fedsea.client import SplitModelForCausalLM
 from fedsea.errors import FedSEAError, ModelMismatchError, NonFiniteError, ProtocolError, TermsError
-from fedsea.federation.arrays import Arrays, misfit
+from fedsea.federation.arrays import Arrays
 from fedsea.federation.owner.data import Texts, task_schema, tokenizer_of
 from fedsea.federation.owner.participant_options import ParticipantOptions
 from fedsea.federation.owner.prepared_models import NO_NOISE, PreparedModels
@@ -26,7 +26,7 @@ from fedsea.federation.owner.private_adapter import PrivateAdapter
 from fedsea.federation.owner.shards import Sharding
 from fedsea.federation.recipe import RECIPE_BOUNDS, LocalRecipe, lora_config
 from fedsea.parts.adapter_files import replace_adapter
-from fedsea.parts.adapters import AdapterSpec, adapter_parameters
+from fedsea.parts.adapters import AdapterSpec, adapter_parameters, misfit
 from fedsea.privacy import LookLedger, parse_mechanism
 from fedsea.tasks import evaluate, get_task
 from fedsea.training.batches import Batches
