@@ -18,6 +18,7 @@ ORDER = [
     "flags",
     "partition",
     "registry",
+    "lazy",
     "fields",
     "files",
     "text",

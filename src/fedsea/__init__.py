@@ -35,17 +35,7 @@ _HOMES = {
     "load_tokenizer": "fedsea.checkpoints",
     "parse_mechanism": "fedsea.privacy",
 }
-__all__ = [
-    "Conversation",
-    "FedSEAError",
-    "GaussianNoise",
-    "Partition",
-    "RelativeGaussianNoise",
-    "Sampling",
-    "SplitModelForCausalLM",
-    "load_tokenizer",
-    "parse_mechanism",
-]
+__all__ = [*_HOMES]
 
 
 def __getattr__(name: str) -> object:

@@ -1,26 +1,21 @@
 """From a model's name to its tensors."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from fedsea.lazy import lazy_face
 
 if TYPE_CHECKING:
-    from fedsea.checkpoints.base import Checkpoint
-    from fedsea.checkpoints.fingerprint import Fingerprint
-    from fedsea.checkpoints.resolve import load_tokenizer, load_whole_model, open_checkpoint
+    from fedsea.checkpoints.base import Checkpoint as Checkpoint
+    from fedsea.checkpoints.fingerprint import Fingerprint as Fingerprint
+    from fedsea.checkpoints.resolve import load_tokenizer as load_tokenizer
+    from fedsea.checkpoints.resolve import load_whole_model as load_whole_model
+    from fedsea.checkpoints.resolve import open_checkpoint as open_checkpoint
 
-_HOMES = {
-    "Checkpoint": "base",
-    "Fingerprint": "fingerprint",
-    "load_tokenizer": "resolve",
-    "load_whole_model": "resolve",
-    "open_checkpoint": "resolve",
-}
-__all__ = ["Checkpoint", "Fingerprint", "load_tokenizer", "load_whole_model", "open_checkpoint"]
-
-
-def __getattr__(name: str) -> Any:
-    """Import a name when it is first used: whether a model is there (`names`) is known without torch."""
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import importlib
-
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+__all__, __getattr__ = lazy_face(
+    __name__,
+    {
+        "base": ("Checkpoint",),
+        "fingerprint": ("Fingerprint",),
+        "resolve": ("load_tokenizer", "load_whole_model", "open_checkpoint"),
+    },
+)

@@ -10,8 +10,9 @@ In training, `MiddleRun` (run.py) takes the session's place: the middle as a nod
 `RunChannel` (channel.py); `TrainedAdapter` (adapter.py) has the adapter of all three parts.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from fedsea.lazy import lazy_face
 
 if TYPE_CHECKING:
     from fedsea.client.answer import Answer as Answer
@@ -35,26 +36,20 @@ if TYPE_CHECKING:
     from fedsea.client.sampling import Sampling as Sampling
     from fedsea.client.traffic import Traffic as Traffic
 
-_NAMES = {
-    "answer": ["Answer", "AnswerStats"],
-    "cache": ["SplitCache"],
-    "connection": ["Connection", "ConnectionLost", "Endpoint", "client_credentials"],
-    "conversation": ["Conversation"],
-    "decode": ["stream_tokens"],
-    "dtypes": ["wire_dtype_for"],
-    "lookup": ["GUESSES"],
-    "middle": ["MICRO_BATCHES"],
-    "model": ["SplitModelForCausalLM"],
-    "notice": ["IN_TRAINING", "LEARNT", "SEE", "leak_notice"],
-    "sampling": ["GREEDY", "Sampling"],
-    "traffic": ["Traffic"],
-}
-_HOMES = {name: module for module, names in _NAMES.items() for name in names}
-__all__ = [*_HOMES]
-
-
-def __getattr__(name: str) -> Any:
-    """Import a name when it is first used: how to sample is an option of commands, whose help needs no torch."""
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+__all__, __getattr__ = lazy_face(
+    __name__,
+    {
+        "answer": ("Answer", "AnswerStats"),
+        "cache": ("SplitCache",),
+        "connection": ("Connection", "ConnectionLost", "Endpoint", "client_credentials"),
+        "conversation": ("Conversation",),
+        "decode": ("stream_tokens",),
+        "dtypes": ("wire_dtype_for",),
+        "lookup": ("GUESSES",),
+        "middle": ("MICRO_BATCHES",),
+        "model": ("SplitModelForCausalLM",),
+        "notice": ("IN_TRAINING", "LEARNT", "SEE", "leak_notice"),
+        "sampling": ("GREEDY", "Sampling"),
+        "traffic": ("Traffic",),
+    },
+)

@@ -25,53 +25,37 @@ flower/       what Flower loads and starts: the app's two halves, the strategies
 `Federation` and `OwnerProcess` are what the commands run, with `Settings`, `UpOptions` and `ParticipantOptions`.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from fedsea.lazy import lazy_face
 
 if TYPE_CHECKING:
-    from fedsea.federation.coordinator.block_server_admin import BlockServerAdmin
-    from fedsea.federation.coordinator.deployment import Deployment
-    from fedsea.federation.coordinator.status import FederationStatus, read_status
-    from fedsea.federation.coordinator.up import Federation
-    from fedsea.federation.coordinator.up_options import UpOptions
-    from fedsea.federation.owner.join import OwnerProcess, kept_running
-    from fedsea.federation.owner.participant_options import ParticipantOptions
-    from fedsea.federation.owner.private_adapter import read_private_adapter
-    from fedsea.federation.owner.shards import Sharding, read_shard
-    from fedsea.federation.settings import Settings
+    from fedsea.federation.coordinator.block_server_admin import BlockServerAdmin as BlockServerAdmin
+    from fedsea.federation.coordinator.deployment import Deployment as Deployment
+    from fedsea.federation.coordinator.status import FederationStatus as FederationStatus
+    from fedsea.federation.coordinator.status import read_status as read_status
+    from fedsea.federation.coordinator.up import Federation as Federation
+    from fedsea.federation.coordinator.up_options import UpOptions as UpOptions
+    from fedsea.federation.owner.join import OwnerProcess as OwnerProcess
+    from fedsea.federation.owner.join import kept_running as kept_running
+    from fedsea.federation.owner.participant_options import ParticipantOptions as ParticipantOptions
+    from fedsea.federation.owner.private_adapter import read_private_adapter as read_private_adapter
+    from fedsea.federation.owner.shards import Sharding as Sharding
+    from fedsea.federation.owner.shards import read_shard as read_shard
+    from fedsea.federation.settings import Settings as Settings
 
-_HOMES = {
-    "coordinator.block_server_admin": ("BlockServerAdmin",),
-    "coordinator.deployment": ("Deployment",),
-    "coordinator.status": ("FederationStatus", "read_status"),
-    "coordinator.up": ("Federation",),
-    "coordinator.up_options": ("UpOptions",),
-    "owner.join": ("OwnerProcess", "kept_running"),
-    "owner.participant_options": ("ParticipantOptions",),
-    "owner.private_adapter": ("read_private_adapter",),
-    "owner.shards": ("Sharding", "read_shard"),
-    "settings": ("Settings",),
-}
-__all__ = [
-    "BlockServerAdmin",
-    "Deployment",
-    "Federation",
-    "FederationStatus",
-    "OwnerProcess",
-    "ParticipantOptions",
-    "Settings",
-    "Sharding",
-    "UpOptions",
-    "kept_running",
-    "read_private_adapter",
-    "read_shard",
-    "read_status",
-]
-
-
-def __getattr__(name: str) -> Any:
-    """Import a name when it is first used: a ClientApp is started for every message, and needs no torch."""
-    for home, names in _HOMES.items():
-        if name in names:
-            return getattr(import_module(f"{__name__}.{home}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__all__, __getattr__ = lazy_face(
+    __name__,
+    {
+        "coordinator.block_server_admin": ("BlockServerAdmin",),
+        "coordinator.deployment": ("Deployment",),
+        "coordinator.status": ("FederationStatus", "read_status"),
+        "coordinator.up": ("Federation",),
+        "coordinator.up_options": ("UpOptions",),
+        "owner.join": ("OwnerProcess", "kept_running"),
+        "owner.participant_options": ("ParticipantOptions",),
+        "owner.private_adapter": ("read_private_adapter",),
+        "owner.shards": ("Sharding", "read_shard"),
+        "settings": ("Settings",),
+    },
+)

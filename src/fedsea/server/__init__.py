@@ -6,28 +6,25 @@ adapters, federated rounds, one ledger of the memory that is kept for each clien
 `ServerProcess` (process.py) is `fedsea serve` as a child process.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from fedsea.server.limits import Limits
+from fedsea.lazy import lazy_face
+from fedsea.server.limits import Limits as Limits
 
 if TYPE_CHECKING:
-    from fedsea.server.background import BackgroundServer
-    from fedsea.server.process import ServerProcess
-    from fedsea.server.service import BlockServer
-    from fedsea.server.state import ServerOptions
+    from fedsea.server.background import BackgroundServer as BackgroundServer
+    from fedsea.server.process import ServerProcess as ServerProcess
+    from fedsea.server.service import BlockServer as BlockServer
+    from fedsea.server.state import ServerOptions as ServerOptions
 
-__all__ = ["BackgroundServer", "BlockServer", "Limits", "ServerOptions", "ServerProcess"]
-# Limits are options of `fedsea serve`, whose help needs neither torch nor grpc. The others do: they are imported late.
-_MODULES = {
-    "BackgroundServer": "background",
-    "BlockServer": "service",
-    "ServerOptions": "state",
-    "ServerProcess": "process",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+# Limits are options of `fedsea serve`, whose help needs neither torch nor grpc.
+__all__, __getattr__ = lazy_face(
+    __name__,
+    {
+        "background": ("BackgroundServer",),
+        "process": ("ServerProcess",),
+        "service": ("BlockServer",),
+        "state": ("ServerOptions",),
+    },
+    ready=("Limits",),
+)

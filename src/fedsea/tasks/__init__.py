@@ -3,29 +3,28 @@
 A task is a file in `datasets/`: which columns it reads, what it asks, which answers it takes, how they are scored.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from fedsea.lazy import lazy_face
 from fedsea.registry import Registry
-from fedsea.tasks.base import Example, LabelTask, LossTask, Split, Task, WrittenTask
-from fedsea.tasks.encoding import encode
+from fedsea.tasks.base import Example as Example
+from fedsea.tasks.base import LabelTask as LabelTask
+from fedsea.tasks.base import LossTask as LossTask
+from fedsea.tasks.base import Split as Split
+from fedsea.tasks.base import Task as Task
+from fedsea.tasks.base import WrittenTask as WrittenTask
+from fedsea.tasks.encoding import encode as encode
 
 if TYPE_CHECKING:
-    from fedsea.tasks.evaluation import Evaluation, Prediction, evaluate
+    from fedsea.tasks.evaluation import Evaluation as Evaluation
+    from fedsea.tasks.evaluation import Prediction as Prediction
+    from fedsea.tasks.evaluation import evaluate as evaluate
 
-__all__ = [
-    "Evaluation",
-    "Example",
-    "LabelTask",
-    "LossTask",
-    "Prediction",
-    "Split",
-    "Task",
-    "WrittenTask",
-    "encode",
-    "evaluate",
-    "get_task",
-    "task_names",
-]
+__all__, __getattr__ = lazy_face(
+    __name__,
+    {"evaluation": ("Evaluation", "Prediction", "evaluate")},
+    ready=("Example", "LabelTask", "LossTask", "Split", "Task", "WrittenTask", "encode", "get_task", "task_names"),
+)
 
 _TASKS: Registry[Task] = Registry("fedsea.tasks.datasets", "task")
 
@@ -44,12 +43,3 @@ def get_task(name: str) -> Task:
         If there is none; the message names those that there are.
     """
     return _TASKS.find(name.lower() if name.lower() in task_names() else name)()
-
-
-def __getattr__(name: str) -> Any:
-    """Import what evaluates when it is first used: a data set can be read, and found wrong, without torch."""
-    if name not in ("Evaluation", "Prediction", "evaluate"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from fedsea.tasks import evaluation
-
-    return getattr(evaluation, name)
