@@ -35,10 +35,12 @@ install-newest: $(VENV)-newest
 	@$</bin/python -m pip install --quiet --no-compile --constraint $</torch.txt --upgrade --upgrade-strategy eager \
 	    --editable '.[gguf,federation]' trl pytest pytest-timeout pytest-xdist
 	@$</bin/python -m pip install --quiet --no-compile --no-deps --upgrade typer rich cryptography
+	@$</bin/python -m pip install --quiet --no-compile --no-deps --editable ./bench  # its TCP link, for tests
 
 install-oldest: $(VENV)-oldest constraints-oldest.txt
 	@$</bin/python -m pip install --quiet --no-compile --constraint constraints-oldest.txt \
 	    --editable '.[gguf]' trl pytest pytest-timeout pytest-xdist
+	@$</bin/python -m pip install --quiet --no-compile --no-deps --editable ./bench
 
 $(VENV)-%:
 	@$(PYTHON) -m venv $@
