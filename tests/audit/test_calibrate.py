@@ -17,6 +17,7 @@ from fedsea.errors import UsageError
 from fedsea.partition import Partition
 from fedsea.privacy import (
     GaussianNoise,
+    NarrowCut,
     Unit,
     clipped_gaussian,
     parse_family,
@@ -24,6 +25,8 @@ from fedsea.privacy import (
     relative_clipped_gaussian,
 )
 from fedsea.tasks import evaluate, get_task
+from tests.conftest import StartServer, connect
+from tests.support.split_training import lora
 
 TEXTS = ("The clinic sends Mr. Adeyemi home on 14 May.", "His account at Norwick Bank holds $12,400.")
 
@@ -125,6 +128,29 @@ def test_the_cost_is_the_tasks_loss_behind_the_mechanism(
     else:
         assert "Decision: do not send." in printed.out
         assert "Of no use: " in printed.out
+
+
+def test_an_adapters_task_is_measured_behind_its_narrow_cut_and_the_noise_on_what_that_leaves(
+    small: str, start_server: StartServer, tmp_path: Path
+) -> None:
+    adapter, file = tmp_path / "adapter", tmp_path / "val.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    with connect(start_server(small), small, noise=NarrowCut(8)) as model:
+        model.add_adapter(lora())
+        model.save_adapter(adapter)
+    task = get_task("text")
+    data = TaskData(task, task.read(str(file), "validation"), load_tokenizer(small))
+    plan, family = Plan(TEXTS[:1], tokens=8, adapter=adapter), parse_family("narrow-cut:rank=8+gaussian")
+    (outcome,) = (found := calibrate(small, plan, Goal(0.99, "nearest", 3.0), [family], data)).outcomes
+    assert outcome.found is not None
+
+    def loss(mechanism: str, wire_dtype: torch.dtype) -> float:
+        whole = load_whole_model(small, dtype=torch.float32, device="cpu")
+        with protected_model(whole, Partition(1, 1), parse_mechanism(mechanism), wire_dtype, adapter) as model:
+            return evaluate(model, data.tokenizer, task, data.examples, answer_loss=True).metrics["answer_loss"]
+
+    assert outcome.cost == pytest.approx(loss(outcome.found.mechanism, torch.float16), rel=1e-6)
+    assert found.unprotected == pytest.approx(loss("narrow-cut:rank=8", torch.float32), rel=1e-6)
 
 
 def test_a_goal_must_be_within_reach() -> None:

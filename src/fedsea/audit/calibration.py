@@ -4,10 +4,9 @@ Of each family of mechanisms the strength is bisected by what the attack is meas
 interval has to be at most the target. Among the families that get there, the one with the least loss is the answer.
 """
 
-import contextlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -21,13 +20,11 @@ from fedsea.audit.run import Auditor
 from fedsea.audit.scores import Score
 from fedsea.audit.utility import protected_model
 from fedsea.checkpoints import Checkpoint
-from fedsea.checkpoints.whole import whole_model
 from fedsea.errors import UsageError
 from fedsea.parts import InputBlocks
-from fedsea.privacy import Magnitude, Noise, Unit
+from fedsea.privacy import Magnitude, Noise, Unit, parse_mechanism
 from fedsea.privacy.measure import measure_magnitude
 from fedsea.tasks import Example, Task, evaluate
-from fedsea.training.export import whole_with_adapter
 
 START, LEAST, MOST = 8.0, 2.0**-4, 512.0  # multiples of the mean |h_A|
 
@@ -144,6 +141,7 @@ class _Search:
     progress: Progress
     on_trial: Callable[[Trial], None]
     public_loss: float | None = None
+    calibrated: dict[str, str] = field(default_factory=dict)  # mechanisms as they were, by what was asked for
 
     def calibration(self, families: Sequence[Noise]) -> Calibration:
         outcomes = tuple(self._outcome(family) for family in families)
@@ -164,12 +162,12 @@ class _Search:
         if strength is None:
             return Outcome(str(family), made, None, None, {}, self._why_not(made[-1]))
         found = trials[strength]
-        cost, metrics = self._cost(family.with_strength(strength), found.loss)
+        cost, metrics = self._cost(found.mechanism, found.loss)
         return Outcome(str(family), made, found, cost, metrics, "", cost is not None and cost >= self._blind_loss)
 
     def _trial(self, noise: Noise) -> Trial:
         report = self.auditor.report(noise)
-        self.public_loss = report.public_loss
+        self.public_loss, self.calibrated[report.spec] = report.public_loss, report.mechanism
         (finding,) = report.findings
         scores = [score for score in (finding.tokens("prompt"), finding.tokens("answer")) if score is not None]
         if not scores:
@@ -203,25 +201,16 @@ class _Search:
         checkpoint, partition = self.auditor.checkpoint, self.auditor.plan.partition
         return measure_magnitude(InputBlocks.from_checkpoint(checkpoint, partition, dtype=torch.float32), checkpoint)
 
-    @cached_property
-    def _model(self) -> Any:
-        """The whole model with the client's adapter."""
-        adapter = self.auditor.plan.adapter
-        whole = whole_model(self.auditor.checkpoint, dtype=torch.float32, device="cpu")
-        return whole if adapter is None else whole_with_adapter(whole, adapter)
-
-    def _cost(self, noise: Noise | None, on_texts: float | None) -> tuple[float | None, dict[str, float]]:
+    def _cost(self, mechanism: str | None, on_texts: float | None) -> tuple[float | None, dict[str, float]]:
         """The task's cross entropy of right answers, nats a token, and all its metrics; without a task, `on_texts`."""
         data, plan = self.data, self.auditor.plan
         if data is None:
             return on_texts, {}
-        doing = "the task, unprotected"
-        behind: contextlib.AbstractContextManager[Any] = contextlib.nullcontext(self._model)
-        if noise is not None:
-            calibrated = noise.calibrated(lambda: self._magnitude)
-            doing = f"the task, with {noise}"
-            behind = protected_model(self._model, plan.partition, calibrated, self.auditor.wire_dtype)
-        with behind as model:
+        doing, noise, wire_dtype = "the task, unprotected", parse_mechanism("0"), torch.float32
+        if mechanism is not None:
+            doing, noise = f"the task, with {mechanism}", parse_mechanism(self.calibrated[mechanism])
+            wire_dtype = self.auditor.wire_dtype
+        with protected_model(self.auditor.shared.whole, plan.partition, noise, wire_dtype, plan.adapter) as model:
             result = evaluate(
                 model,
                 data.tokenizer,
