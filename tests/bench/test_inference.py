@@ -22,7 +22,7 @@ from fedsea_bench.exactness import exactness
 from fedsea_bench.memory import compare, gpu
 from fedsea_bench.peak import PeakCase
 from fedsea_bench.processes import process_memory, run_fresh
-from fedsea_bench.results import Line, Report, markdown_table, meets, number, write_json
+from fedsea_bench.results import SHARE, Line, Report, markdown_table, meets, number, write_json
 from fedsea_bench.traffic import link_bytes, row_entries
 from fedsea_bench.training_memory import training_gpu_memory
 from fedsea_bench.workbench import Workbench, endless
@@ -75,6 +75,11 @@ def test_report_prints_each_line_as_it_comes_and_counts_verdicts() -> None:
     assert report.failed
     assert report.summary() == "1 holds, 1 FAILS, 1 reported"
     assert "second [0]" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_a_share_is_shown_in_per_cent_and_compared_as_it_is() -> None:
+    line = Line.largest("a", [0.0174, 0.003], SHARE, target="<= 0.05", conditions="c")
+    assert (line.holds, line.figure, line.wanted, line.spread) == (True, "1.74 %", "<= 5 %", "0.3 … 1.74 (n = 2)")
 
 
 def test_markdown_table_has_a_row_a_line() -> None:

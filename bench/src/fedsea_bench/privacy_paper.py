@@ -17,7 +17,7 @@ from fedsea.partition import Partition
 from fedsea.privacy import RelativeGaussianNoise
 from fedsea_bench.plots import drawing
 from fedsea_bench.privacy_case import PAPER_LEVEL, Case, known
-from fedsea_bench.results import Line
+from fedsea_bench.results import SHARE, Line
 from fedsea_bench.workbench import Workbench
 
 LEVELS, QUICK_LEVELS = (0.0, 1.0, PAPER_LEVEL, 4.5, 10.0), (0.0, PAPER_LEVEL)
@@ -57,7 +57,7 @@ def paper_claim(bench: Workbench) -> Iterator[Line]:
             )
             for attack, found in (("decoder", point.ours), ("paper-decoder", point.paper)):
                 name = f"{attack} at p = {p}, noise level {level:g}: share of tokens read"
-                yield Line.of(name, found.mean, "", samples=known(found), conditions=conditions)
+                yield Line.of(name, found.mean, SHARE, samples=known(found), conditions=conditions)
     yield from _claim(curves)
     if bench.settings.plots is not None:
         draw(curves, bench.settings.plots / "privacy-paper.png", bench.settings.model)
@@ -68,15 +68,15 @@ def _claim(curves: dict[int, list[Point]]) -> Iterator[Line]:
     note = "its metrics are near zero under noise; over all p and levels above 0"
     name = "the paper's claim: share of tokens that its own attack reads under noise, largest"
     read = [point.paper.mean for point in noisy]
-    yield Line.largest(name, read, "", target=f"<= {NEAR_ZERO:g}", conditions=note)
+    yield Line.largest(name, read, SHARE, target=f"<= {NEAR_ZERO:g}", conditions=note)
     depths = f"p = {', '.join(map(str, curves))}"
     name = "the same attack without any noise: share of tokens read, largest"
     read = [points[0].paper.mean for points in curves.values()]
     note = f"{depths}; where this is near zero too, it is not the noise that does it"
-    yield Line.largest(name, read, "", conditions=note)
+    yield Line.largest(name, read, SHARE, conditions=note)
     read = [point.ours.mean for point in noisy if point.level == PAPER_LEVEL]
     name = f"a decoder trained for the state's own token, at noise level {PAPER_LEVEL:g}: smallest share read"
-    yield Line.of(name, min(read), "", samples=read, conditions=f"{depths}, in this order")
+    yield Line.of(name, min(read), SHARE, samples=read, conditions=f"{depths}, in this order")
 
 
 def draw(curves: dict[int, list[Point]], path: Path, model: str) -> None:

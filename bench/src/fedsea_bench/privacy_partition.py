@@ -7,7 +7,7 @@ from fedsea.partition import Partition
 from fedsea.privacy import RelativeGaussianNoise
 from fedsea_bench.plots import drawing
 from fedsea_bench.privacy_case import Case
-from fedsea_bench.results import Line
+from fedsea_bench.results import SHARE, Line
 from fedsea_bench.workbench import Workbench, described
 
 LEVEL = 10.0
@@ -42,12 +42,12 @@ def partition_study(bench: Workbench) -> Iterator[Line]:
                 losses[p] = report.public_loss, report.loss
         note = f"noise level {LEVEL:g}; {case.words(bench, Partition(p, depths[0]))}"
         name = f"p = {p}: share of the text's tokens that the better search reads"
-        yield Line.of(name, text[p, depths[0]], "", conditions=note)
+        yield Line.of(name, text[p, depths[0]], SHARE, conditions=note)
         note, name = f"{losses[p][0]:.3f} without noise; level {LEVEL:g}", "loss of the untrained model under noise"
         yield Line.of(f"p = {p}: {name}", losses[p][1], "nats a token", conditions=note)
         note = f"q = {', '.join(map(str, depths))}, in this order; 8 tokens, greedy; level {LEVEL:g}"
         name, read = "share of the answer that read-out reads, largest over q", [answer[p, q] for q in depths]
-        yield Line.largest(f"p = {p}: {name}", read, "", conditions=note)
+        yield Line.largest(f"p = {p}: {name}", read, SHARE, conditions=note)
     if bench.settings.plots is not None:
         draw(depths, text, answer, losses, bench.settings.plots / "partition.png", bench.settings.model)
 

@@ -7,7 +7,7 @@ from fedsea.audit.attacks.search import Search
 from fedsea.privacy import RelativeGaussianNoise
 from fedsea_bench.clock import seconds_of
 from fedsea_bench.privacy_case import PAPER_LEVEL, Case, first_tokens, known
-from fedsea_bench.results import Line
+from fedsea_bench.results import SHARE, Line
 from fedsea_bench.workbench import Workbench
 
 ATTACKS = ("prior", "nearest", "search", "search-map", "read-out")
@@ -31,7 +31,7 @@ def search_reads(bench: Workbench) -> Iterator[Line]:
             target = ">= 0.99" if finding.attack == "search" and level <= PAPER_LEVEL else ""
             name = f"{finding.attack} at noise level {level:g}: share of tokens read {what}"
             note = f"answers of 8 tokens, greedy; {case.words(bench)}"
-            yield Line.of(name, score.mean, "", target=target, samples=known(score), conditions=note)
+            yield Line.of(name, score.mean, SHARE, target=target, samples=known(score), conditions=note)
 
 
 def search_speed(bench: Workbench) -> Iterator[Line]:

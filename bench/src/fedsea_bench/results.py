@@ -21,6 +21,7 @@ from fedsea.errors import UsageError
 
 _COMPARISONS: dict[str, Callable[[float, float], bool]] = {">=": operator.ge, "<=": operator.le, "==": operator.eq}
 _TARGET = re.compile(r"(>=|<=|==) (\S+)")
+SHARE = "share"  # a unit: from 0 to 1, shown in per cent; its target is a number from 0 to 1
 _MARKS = {True: "[green]holds[/]", False: "[red]FAILS[/]"}
 
 
@@ -41,7 +42,7 @@ class Line:
 
     name: str  # what was measured, as "topic: figure"
     measured: float | None  # None if it was not measured here
-    unit: str  # "s", "bytes", "x" for a ratio
+    unit: str  # "s", "bytes", "x" for a ratio, SHARE
     target: str  # what it must reach, such as ">= 0.95"; empty for a figure that is only reported
     holds: bool | None  # whether it does; None if it was not measured, or has no target
     samples: tuple[float, ...]  # the single values behind the figure, in the order they were taken
@@ -75,14 +76,31 @@ class Line:
 
     @property
     def figure(self) -> str:
-        return "–" if self.measured is None else f"{number(self.measured)} {self.unit}".rstrip()
+        """What was measured, with its unit, for people."""
+        return "–" if self.measured is None else f"{self._number(self.measured)} {self._sign}".rstrip()
 
     @property
     def spread(self) -> str:
         """Lowest and highest sample, and how many there are; empty for a single one."""
         if len(self.samples) < 2:
             return ""
-        return f"{number(min(self.samples))} … {number(max(self.samples))} (n = {len(self.samples)})"
+        least, most = self._number(min(self.samples)), self._number(max(self.samples))
+        return f"{least} … {most} (n = {len(self.samples)})"
+
+    @property
+    def wanted(self) -> str:
+        """The target, for people."""
+        if self.unit != SHARE or not self.target:
+            return self.target or "–"
+        comparison, value = self.target.split()
+        return f"{comparison} {self._number(float(value))} %"
+
+    @property
+    def _sign(self) -> str:
+        return "%" if self.unit == SHARE else self.unit
+
+    def _number(self, value: float) -> str:
+        return f"{100 * value:.3g}" if self.unit == SHARE else number(value)
 
 
 def number(value: float) -> str:
@@ -107,9 +125,9 @@ class Report:
         table.add_column("", width=8)
         for title, ratio in (("figure", 8), ("measured", 3), ("target", 2)):
             table.add_column(title, ratio=ratio)
-        measured = "–" if line.measured is None else f"[bold]{number(line.measured)}[/] {escape(line.unit)}"
+        measured = "–" if line.measured is None else f"[bold]{escape(line.figure)}[/]"
         mark = _MARKS[line.holds] if line.holds is not None else f"[dim]{line.verdict}[/]"
-        table.add_row(mark, escape(line.name), measured, escape(line.target) or "–")
+        table.add_row(mark, escape(line.name), measured, escape(line.wanted))
         self.console.print(table)
         below = [line.spread, "" if self.lines and self.lines[-1].conditions == line.conditions else line.conditions]
         if any(below):
@@ -137,6 +155,6 @@ def write_json(lines: Iterable[Line], path: Path) -> None:
 def markdown_table(lines: Iterable[Line]) -> str:
     rows = ["| figure | measured | target | | spread | conditions |", "| --- | --- | --- | --- | --- | --- |"]
     for line in lines:
-        cells = (line.name, line.figure, line.target or "–", line.verdict, line.spread or "–", line.conditions)
+        cells = (line.name, line.figure, line.wanted, line.verdict, line.spread or "–", line.conditions)
         rows.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
     return "\n".join(rows) + "\n"
