@@ -50,9 +50,9 @@ class Shared:
         return RawRun(self.running.address, self._of[client])
 
 
-@pytest.fixture(scope="module")
-def shared(start_server: StartServer, made: Path) -> Shared:
-    return Shared(start_server, made)
+@pytest.fixture
+def shared(serve: StartServer, made: Path) -> Shared:
+    return Shared(serve, made)  # one for each test: what a run leaves unread counts for its client
 
 
 def export(number: int) -> Command:
