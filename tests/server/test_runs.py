@@ -1,6 +1,8 @@
 """The server's half of a run, without a network: what is done once, what is refused, what is left as it was."""
 
 import math
+import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -392,3 +394,16 @@ def test_runs_do_not_touch_each_other_or_the_base_model(table: RunTable) -> None
         do(table, alone, forward(number), backward(number + 1), update(number + 2, number // 3 + 1))
     assert same(weights(one), weights(alone))
     assert all(torch.equal(weight, before[name]) for name, weight in MIDDLE.state_dict().items())
+
+
+@pytest.mark.parametrize("gives_up", [lambda run: run.trainer.close(), lambda run: run.trainer.restore(0, clear=True)])
+def test_the_ledger_may_look_while_micro_batches_are_given_up(table: RunTable, gives_up: Callable[[Run], None]) -> None:
+    """Freeing a tensor lets other threads run: what they then find of the others must be whole."""
+    run = begin(table)
+    do(table, run, forward(1, micro=1), forward(2, micro=2), forward(3, micro=3))
+    seen: list[int] = []
+    for micro in run.trainer.waiting.values():
+        weakref.finalize(micro, lambda: seen.append(run.trainer.waiting_bytes))
+    del micro
+    gives_up(run)
+    assert seen == [0, 0, 0]

@@ -11,7 +11,6 @@ All of it belongs to the thread of the event loop, except `RunTable.do`, `do_all
 """
 
 import math
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -45,7 +44,7 @@ class Run(Lease):
     adapter: Kept  # in the ledger
     number: int = 0  # the last operation done
     # Frames of the answers that the client may not have yet, by number; None for one that it must have.
-    replies: OrderedDict[int, bytes | None] = field(default_factory=OrderedDict)
+    replies: dict[int, bytes | None] = field(default_factory=dict)
     page: int = 0  # the last operation that was answered with a page of an export
     on_end: Callable[[], None] = lambda: None
     bytes_up: int = 0  # of its frames
@@ -256,7 +255,7 @@ class RunTable(LeaseTable[Run]):
     def admit(self, run: Run, operation: Operation) -> None:
         """Check that an operation may be done now; forget the answers that the client has."""
         while run.replies and next(iter(run.replies)) <= operation.received:
-            run.replies.popitem(last=False)
+            del run.replies[next(iter(run.replies))]
         if operation.number != run.number + 1:
             raise ProtocolError(
                 f"operation {operation.number} came after operation {run.number}; {run.number + 1} was expected"

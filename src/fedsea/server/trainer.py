@@ -4,7 +4,6 @@ No network in here, and one thread at a time. The adapter (adapter.py) is all th
 it keeps between forward and backward: kept_graphs.py. The passes themselves, of one run or of several: joint.py.
 """
 
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -78,8 +77,10 @@ class Trainer:
         self.trouble: str | None = None  # where a gradient was last not finite, in words
         self.weight: float | None = None  # of its gradients beside others'; None for what each of them says
         self.max_norm = MAX_NORM
-        self.waiting: OrderedDict[int, MicroBatch] = OrderedDict()  # for their gradients, by number, the oldest first
-        self._evicted: OrderedDict[int, None] = OrderedDict()
+        # For their gradients, by number, the oldest first. Other threads count it, so it is a plain dict:
+        # an OrderedDict that is being cleared lists keys that are gone already.
+        self.waiting: dict[int, MicroBatch] = {}
+        self._evicted: dict[int, None] = {}
         self._closed = False
         self._contributor = object()  # what the adapter knows it by: itself, it would live on there
 
@@ -126,10 +127,11 @@ class Trainer:
         if not self.room(0):
             self._relieve()
         while len(self.waiting) > 1 and (len(self.waiting) > self._max_micros or not self.room(-SPARE)):
-            evicted, _ = self.waiting.popitem(last=False)
+            evicted = next(iter(self.waiting))
+            self.discard([evicted])
             self._evicted[evicted] = None
-            while len(self._evicted) > EVICTED:
-                self._evicted.popitem(last=False)
+            if len(self._evicted) > EVICTED:
+                del self._evicted[next(iter(self._evicted))]
         return answer
 
     @torch.no_grad()
@@ -190,7 +192,7 @@ class Trainer:
 
     def give_up_activations(self) -> bool:
         """Have the oldest micro-batch's activations computed again later; says whether there was one that has any."""
-        for micro in self.waiting.values():
+        for micro in list(self.waiting.values()):
             if micro.graph is not None:
                 micro.drop()
                 return True
