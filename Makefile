@@ -19,9 +19,10 @@ demo: $(READY)
 
 # One process more than there are cores, up to four: many tests wait for a deadline or another process.
 # make test ARGS='-p randomly' runs them in random order.
+PARALLEL = --numprocesses $$($(PYTHON) -c 'import os; print(min(4, 1 + os.cpu_count()))') \
+    --dist loadfile --no-loadscope-reorder
 test: $(READY)
-	@$(BIN)/python -m pytest --numprocesses $$($(BIN)/python -c 'import os; print(min(4, 1 + os.cpu_count()))') \
-	    --dist loadfile --no-loadscope-reorder $(ARGS)
+	@$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 # What depends on transformers, PEFT, TRL and the rest most: that every module imports, generate, chat, training.
 OTHERS := tests/test_public_names.py $(patsubst %,tests/client/test_%.py,generation generate_arguments conversation native \
@@ -48,7 +49,7 @@ $(VENV)-%:
 
 test-newest test-oldest: test-%: install-%
 	@$(OTHER) -m pip list --format freeze | grep -iE '^(torch|transformers|peft|trl|grpcio|numpy|typer)==' | xargs
-	@$(OTHER) -m pytest -q -p no:cacheprovider $(OTHERS)
+	@$(OTHER) -m pytest -q -p no:cacheprovider $(PARALLEL) $(OTHERS)
 
 check: $(READY)
 	@$(BIN)/ruff check .
