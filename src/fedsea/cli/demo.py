@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # --help needs no torch
     from fedsea.demo.inference import DemoReport
 
 WIDTH = 96
-SEEN_BY_THE_SERVER = "hidden states, from which\nthe text can be worked back"
+SEEN_BY_THE_SERVER = "hidden states, from which\nthe text can be recovered"
 
 
 @spread
