@@ -240,7 +240,7 @@ def test_a_training_that_blows_up_is_an_error_and_gives_its_seat_up(coordinator:
     large = {name: weight * np.float32(1e37) for name, weight in local(weights()).items()}
     with pytest.raises(NonFiniteError):
         coordinator.train(make(), given=large)
-    assert coordinator.admin.status(coordinator.label).members[0].state == "gone"
+    coordinator.wait_until_gone()
 
 
 def test_what_watches_the_steps_may_stop_the_training(coordinator: Coordinator, make: Make) -> None:
@@ -257,7 +257,7 @@ def test_what_watches_the_steps_may_stop_the_training(coordinator: Coordinator, 
     with pytest.raises(StopError):
         coordinator.train(participant)
     assert steps == [1, 2]
-    assert coordinator.admin.status(coordinator.label).members[0].state == "gone"
+    coordinator.wait_until_gone()
 
 
 def test_what_leaves_is_protected_as_its_owner_says(coordinator: Coordinator, make: Make) -> None:

@@ -167,7 +167,7 @@ def test_evaluations_are_looks(coordinator: Coordinator, data: str, tmp_path: Pa
     (ticket,) = coordinator.open("ann")
     with pytest.raises(LimitExceededError, match="--max-looks"):
         participant.evaluate(body(ticket), local(moved(whole, 2)))
-    assert coordinator.admin.status(coordinator.label).members[0].state == "gone"
+    coordinator.wait_until_gone()
     participant.close()
 
 

@@ -18,6 +18,7 @@ from fedsea.parts.adapters import AdapterSpec
 from fedsea.training.batches import Batch
 from fedsea.wire.rounds import Ticket
 from tests.conftest import RunningServer
+from tests.support.federation_commands import until
 from tests.support.rounds import invite
 
 SETTINGS = Settings(lora_rank=4, lora_targets="q_proj,v_proj", local_steps=3, batch_size=2, lr=1e-2)
@@ -72,6 +73,10 @@ class Coordinator:
         (ticket,) = self.open(participant.options.name, whole=whole)
         named = {key.replace("_", "-"): value for key, value in more.items()}
         return participant.train(body(ticket) | named, given)
+
+    def wait_until_gone(self) -> None:
+        """Until the round knows that its one member has left: the server hears of it after its client goes on."""
+        until(lambda: self.admin.status(self.label).members[0].state == "gone")
 
 
 def train_alone(
