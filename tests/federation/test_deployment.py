@@ -20,7 +20,7 @@ VICTIMS = {  # which of bob's or the coordinator's processes die, by words of th
     "block server": ("up", "fedsea.process fedsea serve"),
     "server app": ("up", "flwr-serverapp"),
 }
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(2400)
 
 
 def descendants(pids: set[int]) -> dict[int, str]:
@@ -85,15 +85,15 @@ def test_a_federation_outlives_every_death_and_leaves_nothing_running(
                     killed[victim] = status.round
             return ups[-1].process.poll() is not None
 
-        until(over, 300)
+        until(over, 1000)
         code, errors = ups[0].stop()
         assert code != 0, "the server app was killed"
         assert errors.strip().splitlines()[-1].endswith("died; the same command goes on after the last round"), errors
         last = killed["server app"] + 1
         # Both come back, and none is late; the rest is as before.
-        patient = ["--set", "join-seconds=100", "--set", "straggler-seconds=100"]
+        patient = ["--set", "join-seconds=900", "--set", "straggler-seconds=900"]
         ups.append(Command("up", folder, "--min-clients", 2, "--rounds", last, "--eval-every", last, *patient))
-        until(over, 200)
+        until(over, 1000)
         assert list(killed) == list(VICTIMS)
         assert len(started) >= 8  # block server, SuperLink, two workers, two SuperNodes, and what Flower starts
         status = read_status(folder)
@@ -111,7 +111,7 @@ def test_a_federation_outlives_every_death_and_leaves_nothing_running(
         _, weights = read_adapter(folder / "output" / "adapter")
         assert weights
         assert all(bool(weight.isfinite().all()) for weight in weights.values())
-        until(lambda: all(command.process.poll() is not None for command in joins))  # it is over for them too
+        until(lambda: all(command.process.poll() is not None for command in joins), 300)  # it is over for them too
         for name in CLIENTS:
             assert read_adapter(folder / "clients" / name / "adapter")[1].keys() == weights.keys()
     finally:
@@ -120,6 +120,6 @@ def test_a_federation_outlives_every_death_and_leaves_nothing_running(
     assert "train, round 1: loss" in ends[1][1]
     assert "starting it again" in ends[2][1]
     assert str(data) not in (folder / "logs" / "superlink.log").read_text()
-    until(lambda: all(map(gone, started)), 20)
+    until(lambda: all(map(gone, started)), 120)
     assert run(["federation", "status", str(folder)]) == 0
     assert f"round {last} of {last}  done" in capsys.readouterr().out
