@@ -16,6 +16,7 @@ from fedsea.errors import FedSEAError, ModelNotFoundError
 from fedsea.federation.process import flower_environment
 from fedsea.process import Child
 from fedsea.server import ServerProcess
+from fedsea.tasks.sandbox import require_sandbox
 
 SOURCE = Path(fedsea.__file__).parent
 BENCH = Path(__file__).parents[1] / "bench" / "src" / "fedsea_bench"
@@ -52,12 +53,16 @@ def serve() -> None:
         _ = server.address
 
 
+def run_untrusted() -> None:
+    require_sandbox()
+
+
 def command() -> None:
     ran = subprocess.run([sys.executable, "-m", "fedsea", "--version"], capture_output=True, text=True, check=False)
     assert ran.stdout == f"fedsea {fedsea.__version__}\n", ran.stderr
 
 
-@pytest.mark.parametrize("start", [convert, federate, work, serve, command])
+@pytest.mark.parametrize("start", [convert, federate, work, serve, run_untrusted, command])
 def test_no_code_of_the_current_folder_runs_in_a_child(
     start: Callable[[], None], hostile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -43,6 +43,11 @@ def module_command(module: str, *arguments: str) -> list[str]:
     return [sys.executable, "-P", "-m", module, *arguments]
 
 
+def script_command(script: Path) -> list[str]:
+    """The command that runs a script in a new process with the standard library, and no installed package."""
+    return [sys.executable, "-I", "-S", "-B", str(script)]
+
+
 def child_environment(changes: Mapping[str, str] | None = None) -> dict[str, str]:
     """This process's environment with the changes, for one that it starts.
 

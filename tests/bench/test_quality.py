@@ -207,6 +207,7 @@ def test_quality_says_which_file_is_missing_before_it_begins(tmp_path: Path) -> 
         ({"levels": "1,x"}, "noise levels are numbers"),
         ({"noise": ["gauss:std=1"]}, "no mechanism 'gauss'"),
         ({"tasks": "cbs"}, "no task"),
+        ({"tasks": "cb,humaneval"}, "humaneval is scored by running programs"),
         ({"steps": 0}, "steps"),
         ({"seeds": 0}, "0"),
         ({"cuts": "1,x"}, "cuts are numbers"),

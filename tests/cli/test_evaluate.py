@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from fedsea.checkpoints import load_whole_model
 from fedsea.cli import run
+from fedsea.tasks import get_task
 from tests.conftest import RunningServer
 
 ROWS = [
@@ -108,6 +109,23 @@ def test_an_error_is_one_line(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("fedsea: error: ")
     assert says in line
+
+
+def test_a_models_programs_are_run_only_when_that_is_allowed(
+    small: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(get_task("humaneval")), "max_new_tokens", 4)
+    problem = {"task_id": "0", "prompt": "def f():\n", "entry_point": "f", "canonical_solution": "    pass\n"}
+    file = tmp_path / "HumanEval.jsonl"
+    file.write_text(json.dumps(problem | {"test": "def check(candidate):\n    pass\n"}) + "\n")
+    words = ["evaluate", small, "--task", "humaneval", "--data", str(file), "--whole", "--threads", "1", "--json"]
+    assert run(words) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert "HumanEval is scored by running what the model writes" in line
+    assert "give --run-code to allow it, or --answer-loss" in line
+    for options, metrics in ((["--answer-loss"], ["perplexity", "answer_loss"]), (["--run-code"], ["pass@1"])):
+        assert run([*words, *options]) == 0
+        assert list(json.loads(capsys.readouterr().out)["metrics"]) == metrics
 
 
 @pytest.mark.parametrize("lacking", [False, True], ids=["of another model", "without a weight"])

@@ -122,6 +122,14 @@ def test_a_tasks_file_is_cut_by_a_column(tmp_path: Path) -> None:
         read_shard(CB, str(tmp_path), Sharding.parse("source=ward:0/2"))
 
 
+def test_a_table_of_sst2_is_cut_like_any_task(tmp_path: Path) -> None:
+    (tmp_path / "train.tsv").write_text("sentence\tlabel\n" + "".join(f"sentence {at}\t{at % 2}\n" for at in range(8)))
+    sst2, parts = get_task("sst2"), ("iid:{}/2", "dirichlet:{}/2", "source=label:{}/2")
+    for part in parts:
+        shards = [read_shard(sst2, str(tmp_path), Sharding.parse(part.format(index))) for index in range(2)]
+        assert sorted(int(one.id) for one in [*shards[0], *shards[1]]) == list(range(2, 10))
+
+
 def test_every_client_has_its_folder(tmp_path: Path) -> None:
     for name, count in (("a", 3), ("b", 5)):
         write_rows(tmp_path / name / "train.jsonl", [cb_row(at) for at in range(count)])
@@ -136,7 +144,7 @@ def test_every_client_has_its_folder(tmp_path: Path) -> None:
 
 def test_tasks_without_labels_are_not_cut_by_label(tmp_path: Path) -> None:
     write_rows(tmp_path / "train.jsonl", [{"text": "x"}, {"text": "y"}])
-    for name in sorted(set(task_names()) & {"text", "chat", "coqa", "xsum", "record"}):
+    for name in sorted(set(task_names()) & {"text", "chat", "coqa", "xsum", "record", "humaneval"}):
         with pytest.raises(UsageError, match="no labels"):
             read_shard(get_task(name), str(tmp_path), Sharding.parse("dirichlet:0/2"))
     for sharding, count in ((Sharding.parse("iid:0/2"), 1), (None, 2)):

@@ -128,7 +128,7 @@ def test_casing_and_space_of_answers_are_those_of_their_place(chatml: Any, plain
         assert [tokenizer.decode([token]) for token in answers.values()] == words
 
 
-@pytest.mark.parametrize("name", ["boolq", "cb", "copa", "rte", "wic", "wsc", "multirc"])
+@pytest.mark.parametrize("name", ["boolq", "cb", "copa", "rte", "wic", "wsc", "multirc", "sst2"])
 def test_every_tasks_answers_are_told_apart(name: str, tokenizer: Any) -> None:
     task = get_task(name)
     assert isinstance(task, LabelTask)

@@ -8,7 +8,7 @@ import pytest
 from rouge_score.rouge_scorer import RougeScorer
 from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_score
 
-from fedsea.tasks import Example, get_task
+from fedsea.tasks import Example, LabelTask, get_task
 from fedsea.tasks.base import Document
 from fedsea.tasks.metrics import (
     accuracy,
@@ -40,6 +40,15 @@ def test_accuracy_and_macro_f1_are_those_of_scikit_learn(seed: int) -> None:
     occurring = sorted({*golds, *predictions} - {"unreadable"}, key=str)
     wanted = f1_score(golds, predictions, labels=occurring, average="macro", zero_division=0)
     assert macro_f1(golds, shown) == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("name", ["boolq", "sst2"])
+def test_tasks_of_two_labels_have_the_accuracy_of_scikit_learn(name: str) -> None:
+    drawn, task = random.Random(0), get_task(name)
+    assert isinstance(task, LabelTask)
+    golds, predictions = (drawn.choices(list(task.verbalisers), k=50) for _ in range(2))
+    examples = [Example(str(place), Document(""), (gold,)) for place, gold in enumerate(golds)]
+    assert task.score(examples, predictions) == {"accuracy": pytest.approx(accuracy_score(golds, predictions))}
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -152,7 +161,7 @@ def test_rouge_is_the_mean_of_rouge_score() -> None:
         assert scores[name] == pytest.approx(sum(single) / 20)
 
 
-@pytest.mark.parametrize("name", ["cb", "multirc", "record", "coqa", "xsum", "boolq"])
+@pytest.mark.parametrize("name", ["cb", "multirc", "record", "coqa", "xsum", "boolq", "sst2"])
 def test_a_task_gives_the_metrics_that_it_names(name: str) -> None:
     task = get_task(name)
     examples = [Example("1", Document(""), ("true",), "q"), Example("2", Document(""), ("true", "yes"), "q")]

@@ -45,6 +45,14 @@ ROWS: dict[str, dict[str, Any]] = {
         ],
         "idx": 3,
     },
+    "sst2": {"sentence": "a stirring film", "label": 1, "idx": 3},
+    "humaneval": {
+        "task_id": "3",
+        "prompt": "def one():\n",
+        "entry_point": "one",
+        "canonical_solution": "    return 1\n",
+        "test": "def check(candidate):\n    assert candidate() == 1\n",
+    },
     "xsum": {"document": "A long article.", "summary": "A summary.", "id": 3},
     "text": {"text": "Some text."},
     "chat": {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]},
@@ -98,6 +106,8 @@ def message(example: Example) -> str:
         ("wsc", ("false",), "No"),
         ("multirc", ("true",), "Yes"),
         ("record", ("Anna", "Ann"), "Anna"),
+        ("sst2", ("positive",), "Yes"),
+        ("humaneval", ("\n    return 1\n",), "\n    return 1\n"),
         ("xsum", ("A summary.",), "A summary."),
         ("coqa", ("Cotton", "a kitten"), "Cotton"),
     ],
@@ -167,8 +177,41 @@ def test_a_folder_is_read_by_its_official_names(tmp_path: Path) -> None:
 
 
 def test_an_unknown_task_names_the_known_ones() -> None:
-    with pytest.raises(UsageError, match="no task 'squad'; there are boolq, cb, chat, copa, coqa, multirc, record"):
+    with pytest.raises(UsageError, match="no task 'squad'; there are boolq, cb, chat, copa, coqa, humaneval, multirc"):
         get_task("squad")
+
+
+@pytest.mark.parametrize("heading", ["sentence\tlabel\n", "", "label\tsentence\tindex\r\n"])
+def test_sst2_is_read_from_glues_tables(heading: str, tmp_path: Path) -> None:
+    rows = ['it \'s "dull"\t0\n', "\n", "a stirring film\t1\n"]
+    if "index" in heading:
+        rows = ['0\tit \'s "dull"\t7\r\n', "1\ta stirring film\t8"]
+    (tmp_path / "dev.tsv").write_text("\ufeff" + heading + "".join(rows), encoding="utf-8", newline="")
+    examples = get_task("sst2").read(str(tmp_path), "validation")
+    assert [example.golds for example in examples] == [("negative",), ("positive",)]
+    assert 'Sentence: "it \'s "dull""' in message(examples[0])
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"", " is empty; SST-2 needs sentence, label (1 for positive, 0 for negative)"),
+        (b"sentence\tlabel\n", " is empty; SST-2 needs"),
+        (b"sentence\tlabel\ngood\t1\nbad\n", " line 3: expected 2 columns apart by tabs, not 1; SST-2 needs"),
+        (b"good\t1\nbad\t0\t0\n", " line 2: expected 2 columns apart by tabs, not 3; SST-2 needs"),
+        (
+            b"good\t1\nbad\t-1\n",
+            " line 2: the column 'label' is \"-1\", which is not negative or positive; SST-2 needs",
+        ),
+        (b"sentence\tlabel\n\t1\n", " line 2: the column 'sentence' is blank; SST-2 needs"),
+        (b"index\tsentence\n0\tgood\n", " line 2: the column 'label' is missing; SST-2 needs"),
+        (b"good\t1\ncaf\xe9\t1\n", " line 2: this is no text in UTF-8; SST-2 needs"),
+    ],
+)
+def test_a_broken_table_is_told_with_its_line(content: bytes, says: str, tmp_path: Path) -> None:
+    file = tmp_path / "dev.tsv"
+    file.write_bytes(content)
+    assert refusal("sst2", file).startswith(f"{file}{says}")
 
 
 MESSAGE = '{"role": "assistant", "content": "a"}'
@@ -185,6 +228,8 @@ MESSAGE = '{"role": "assistant", "content": "a"}'
          " line 3: broken JSON at character 19 (Unterminated string starting at); expected a JSON object; BoolQ needs"),
         ("boolq", b'["question"]\n', " line 1: expected a JSON object, not list; BoolQ needs"),
         ("boolq", b'{"question": " ", "passage": "p", "label": true}\n', " line 1: the column 'question' is blank;"),
+        ("humaneval", b'{"prompt": "def f():\\n", "task_id": "0", "canonical_solution": " "}\n',
+         " line 1: the column 'canonical_solution' is blank; HumanEval needs task_id, prompt, entry_point"),
         ("text", b"[" * 100_000, " line 1: the JSON is nested too deep"),
         ("text", b'{"text": ' + b"1" * 5000 + b"}\n", " line 1: Exceeds the limit"),
         ("text", b'{"text": "one", "text": "two"}', " line 1: the key 'text' is there twice"),
@@ -304,6 +349,8 @@ HUB: dict[str, tuple[list[dict[str, Any]], dict[str, list[str]]]] = {
         {},
     ),
     "xsum": ([{**ROWS["xsum"], "id": "3"}], {}),
+    "sst2": ([ROWS["sst2"]], {"label": ["negative", "positive"]}),
+    "humaneval": ([ROWS["humaneval"]], {}),
 }
 
 
@@ -321,7 +368,7 @@ def test_a_hub_data_set_gives_the_same_examples(task: str, tmp_path: Path, monke
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     examples = get_task(task).read("hub:aps/super_glue:config", "validation")
-    assert asked == [("aps/super_glue", "config", "validation")]
+    assert asked == [("aps/super_glue", "config", "test" if task == "humaneval" else "validation")]
     official = read(task, tmp_path, ROWS[task])
     if task == "coqa":  # the hub has no additional answers
         official = [Example(one.id, one.content, one.golds[:1]) for one in official]
@@ -338,7 +385,7 @@ def test_a_hub_data_set_that_cannot_be_had_is_one_line(monkeypatch: pytest.Monke
     assert "there is no file or folder nowhere; a hub data set is written" in refusal("cb", "nowhere")
 
 
-OFFICIAL = {
+OFFICIAL: dict[str, tuple[str, int | None, int]] = {
     "boolq": ("BoolQ", 2321, 400),
     "cb": ("CB", 250, 56),
     "copa": ("COPA", 400, 100),
@@ -349,6 +396,8 @@ OFFICIAL = {
     "record": ("ReCoRD", 32, 11),
     "coqa": ("CoQA", 20, 12),
     "xsum": ("XSum", 600, 200),
+    "sst2": ("SST2", 6920, 872),
+    "humaneval": ("HumanEval", None, 120),
 }
 
 
@@ -356,5 +405,5 @@ OFFICIAL = {
 @pytest.mark.parametrize("task", OFFICIAL)
 def test_the_official_files_are_read_whole(task: str) -> None:
     folder, train, validation = OFFICIAL[task]
-    assert len(get_task(task).read(str(DATA / folder), "train")) == train
+    assert train is None or len(get_task(task).read(str(DATA / folder), "train")) == train
     assert len(get_task(task).read(str(DATA / folder), "validation")) == validation

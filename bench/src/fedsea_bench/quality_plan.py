@@ -79,7 +79,8 @@ class Plan:
         from fedsea.privacy import parse_mechanism
 
         for name in self.names:
-            get_task(name)
+            if get_task(name).runs_code:
+                raise UsageError(f"{name} is scored by running programs, which only fedsea evaluate --run-code does")
         for text in self.mechanisms:
             parse_mechanism(text)
         if self.seeds < 1:

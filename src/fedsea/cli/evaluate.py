@@ -21,6 +21,7 @@ from fedsea.errors import UsageError
 from fedsea.files import write_text
 from fedsea.flags import Flag
 from fedsea.tasks import Split, get_task
+from fedsea.tasks.sandbox import require_sandbox
 from fedsea.text import json_text
 
 if TYPE_CHECKING:  # --help needs no torch
@@ -78,6 +79,9 @@ def evaluate(
         int, Flag("Longest prompt with its answer, in tokens. Longer ones lose context.", min=1)
     ] = 1024,
     answer_loss: Annotated[bool, Flag("Measure loss and perplexity of the right answers as well.")] = False,
+    run_code: Annotated[
+        bool, Flag("Run the programs that the model writes on this machine, in a sandbox: humaneval asks for it.")
+    ] = False,
     predictions: Annotated[
         Path | None, Flag("Write each answer, and the right ones, to this file as JSON lines.", metavar="FILE")
     ] = None,
@@ -89,6 +93,13 @@ def evaluate(
     require_folders(predictions)
     chosen = get_task(task)
     chosen.check_packages()
+    if chosen.runs_code and run_code:
+        require_sandbox()
+    elif chosen.runs_code and not answer_loss:
+        raise UsageError(
+            f"{chosen.title} is scored by running what the model writes on this machine, in a sandbox (docs/tasks.md): "
+            "give --run-code to allow it, or --answer-loss to measure only the loss of the right answers"
+        )
     examples = chosen.read(data, split)[:limit]
     model.check()
     with working(f"loading {model.model}"):
@@ -108,6 +119,7 @@ def evaluate(
             batch_size=batch_size,
             max_tokens=max_tokens,
             answer_loss=answer_loss,
+            run_code=run_code,
             progress=lambda done, total: progress(f"evaluating on {chosen.title}", done, total),
         )
     if predictions is not None:

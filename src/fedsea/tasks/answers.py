@@ -41,9 +41,8 @@ def write_answers(
     model: Any, tokenizer: Any, task: WrittenTask, prompts: Sequence[Prompt], *, batch_size: int, done: Done
 ) -> list[str | None]:
     """Of each prompt the answer that the model writes, greedily, as the task reads it; None where there is none."""
-    template = Template(tokenizer, task.cue)
     # Without a chat template, a model goes on with a question of its own once it has answered.
-    first_line = task.one_line or not template.is_chat
+    first_line = task.cue is not None and (task.one_line or not Template(tokenizer, task.cue).is_chat)
     padding = padding_token(tokenizer)
     config = GenerationConfig(
         max_new_tokens=task.max_new_tokens,
@@ -55,10 +54,10 @@ def write_answers(
     )
     written: list[str | None] = [None] * len(prompts)
     for batch, ids, mask in padded([prompt.input_ids for prompt in prompts], batch_size, padding, model.device):
-        stop = StoppingCriteriaList([_LineEnd(tokenizer, ids.shape[1])] if first_line else [])
+        stop = StoppingCriteriaList([_End(tokenizer, ids.shape[1], task.stops, first_line)])
         found = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, stopping_criteria=stop)
         for index, row in zip(batch, found[:, ids.shape[1] :].tolist(), strict=True):
-            text = tokenizer.decode(row, skip_special_tokens=True)
+            text = _text(tokenizer, prompts[index].input_ids if task.cue is None else (), row)
             written[index] = task.parse(text.strip().split("\n", 1)[0] if first_line else text)
         done(len(batch))
     return written
@@ -94,13 +93,25 @@ def _learnt_columns(row: Encoded) -> int:
     return len(row.labels) - max(learnt[0], 1) if learnt else 0
 
 
-class _LineEnd(StoppingCriteria):
-    """Ends a row once a line of its answer is full."""
+def _text(tokenizer: Any, before: Sequence[int], row: Sequence[int]) -> str:
+    """The text of an answer; where it continues that of `before`, every space as the model wrote it."""
+    if not before:
+        return str(tokenizer.decode(row, skip_special_tokens=True))
+    exactly = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    # Some tokenizers leave out a text's first space, which matters to a program.
+    return str(tokenizer.decode([*before, *row], **exactly)[len(tokenizer.decode(before, **exactly)) :])
 
-    def __init__(self, tokenizer: Any, prompt_tokens: int) -> None:
+
+class _End(StoppingCriteria):
+    """Ends a row once its answer has one of the stops, or if so wished a full line."""
+
+    def __init__(self, tokenizer: Any, prompt_tokens: int, stops: Sequence[str], first_line: bool) -> None:
         self._tokenizer, self._prompt_tokens = tokenizer, prompt_tokens
+        self._stops, self._first_line = stops, first_line
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **_options: Any) -> Tensor:
         answers = self._tokenizer.batch_decode(input_ids[:, self._prompt_tokens :], skip_special_tokens=True)
-        ended = ["\n" in answer.lstrip() for answer in answers]
-        return torch.tensor(ended, dtype=torch.bool, device=input_ids.device)
+        return torch.tensor(list(map(self._ended, answers)), dtype=torch.bool, device=input_ids.device)
+
+    def _ended(self, answer: str) -> bool:
+        return (self._first_line and "\n" in answer.lstrip()) or any(stop in answer for stop in self._stops)

@@ -1,7 +1,7 @@
 """What a task is: how it reads a data set, what it asks, which answers it takes, and how it scores them."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -57,6 +57,7 @@ class Example:
     content: Content
     golds: tuple[str, ...] = ()  # every answer that counts as right: the label of a LabelTask, texts of a WrittenTask
     group: str = ""  # what belongs together in a metric: MultiRC's question
+    check: str = ""  # the program that an answer has to pass: HumanEval's tests
 
 
 class Task(ABC):
@@ -73,20 +74,27 @@ class Task(ABC):
     metrics
         The figures that `score` gives; the first is the main one.
     cue
-        Stands before an answer where a tokenizer has no chat template.
+        Stands before an answer where a tokenizer has no chat template. None if the answer continues the question's own
+        text, character by character: no chat template is used then.
     files
         The names under which a folder may hold each split, in the order in which they are looked for.
+    hub_splits
+        What the hub's data set calls each split.
+    runs_code
+        Whether `score` runs what the model has written.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
     needs: ClassVar[str]
     metrics: ClassVar[tuple[str, ...]]
-    cue: ClassVar[str] = "Answer:"
+    cue: ClassVar[str | None] = "Answer:"
     files: ClassVar[Mapping[Split, tuple[str, ...]]] = {
         "train": ("train.jsonl",),
         "validation": ("val.jsonl", "validation.jsonl", "dev.jsonl"),
     }
+    hub_splits: ClassVar[Mapping[Split, str]] = {"train": "train", "validation": "validation"}
+    runs_code: ClassVar[bool] = False
 
     def read(self, path: str, split: Split = "train") -> list[Example]:
         """The examples of one split.
@@ -104,12 +112,14 @@ class Task(ABC):
         """
         if split not in self.files:
             raise UsageError(f"the split must be train or validation; got {split!r}")
-        needs = f"{self.title} needs {self.needs}"
-        rows = read_rows(path, split, self.files[split], needs)
-        examples = [example for row in rows for example in self.examples(row)]
+        examples = [example for row in self.rows(path, split) for example in self.examples(row)]
         if not examples:
-            raise UsageError(f"{path} is empty; {needs}")
+            raise UsageError(f"{path} is empty; {self.title} needs {self.needs}")
         return examples
+
+    def rows(self, path: str, split: Split) -> Iterator[Row]:
+        """The rows of one split as they stand; path and errors are those of `read`."""
+        return read_rows(path, self.hub_splits[split], self.files[split], f"{self.title} needs {self.needs}")
 
     @abstractmethod
     def examples(self, row: Row) -> Iterable[Example]:
@@ -146,6 +156,7 @@ class WrittenTask(Task):
 
     max_new_tokens: ClassVar[int]  # of the longest answer
     one_line: ClassVar[bool] = True  # whether an answer ends with its first line
+    stops: ClassVar[tuple[str, ...]] = ()  # what ends an answer too, and is no part of it
 
     def parse(self, text: str) -> str | None:
         """The answer in what the model has written; None if there is none."""

@@ -13,6 +13,7 @@ from fedsea.errors import UsageError
 from fedsea.tasks.answers import choose_labels, mean_answer_loss, write_answers
 from fedsea.tasks.base import Example, LabelTask, Task, WrittenTask
 from fedsea.tasks.encoding import encode, encode_prompt
+from fedsea.tasks.sandbox import require_sandbox
 
 Progress = Callable[[int, int], None]  # called with examples done, and of how many; one that takes two passes is two
 
@@ -46,7 +47,7 @@ class Evaluation:
     majority
         The label that most examples have, and the metrics of always giving it; None for tasks without labels.
     predictions
-        In the order of the examples; empty for tasks that have no right answer (`text`, `chat`).
+        In the order of the examples; empty where nothing was scored (`text`, `chat`, programs that may not be run).
     """
 
     task: str
@@ -78,6 +79,7 @@ def evaluate(
     batch_size: int = 8,
     max_tokens: int = 1024,
     answer_loss: bool = False,
+    run_code: bool = False,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Ask a model every example and score its answers.
@@ -97,13 +99,17 @@ def evaluate(
         Of prompt and answer together; no more than the model takes, in any case.
     answer_loss
         Measure `answer_loss` and `perplexity` of the gold answers as well. `text` and `chat` always do, and only that.
+    run_code
+        Run the programs that the model writes, in a sandbox (docs/tasks.md). Without it, a task whose score needs that
+        (`humaneval`) is measured by its loss only.
     progress
         Called after every batch.
 
     Raises
     ------
     UsageError
-        If there are no examples, one does not fit into `max_tokens`, or the tokenizer cannot tell answers apart.
+        If there are no examples, one does not fit into `max_tokens`, the tokenizer cannot tell answers apart, or there
+        is no sandbox for programs here.
     """
     if not examples:
         raise UsageError("there are no examples to evaluate")
@@ -111,27 +117,29 @@ def evaluate(
     if batch_size < 1:
         raise UsageError(f"a batch needs at least one example; got {batch_size}")
     max_tokens = min(max_tokens, _model_tokens(model))
-    has_answers = isinstance(task, LabelTask | WrittenTask)
-    with_loss = answer_loss or not has_answers
+    scored = task if isinstance(task, LabelTask | WrittenTask) and (run_code or not task.runs_code) else None
+    if scored is not None and scored.runs_code:
+        require_sandbox()
+    with_loss = answer_loss or scored is None
     counted = 0
 
     def done(count: int) -> None:
         nonlocal counted
         counted += count
         if progress is not None:
-            progress(counted, len(examples) * (has_answers + with_loss))
+            progress(counted, len(examples) * ((scored is not None) + with_loss))
 
     scores: dict[str, float] = {}
     predictions: list[str | None] = []
     cut = 0
     with _evaluating(model):
-        if isinstance(task, LabelTask | WrittenTask):
-            prompts = [encode_prompt(task, example, tokenizer, max_tokens) for example in examples]
+        if scored is not None:
+            prompts = [encode_prompt(scored, example, tokenizer, max_tokens) for example in examples]
             cut = sum(prompt.cut > 0 for prompt in prompts)
-            if isinstance(task, LabelTask):
+            if isinstance(scored, LabelTask):
                 predictions = choose_labels(model, tokenizer, prompts, batch_size=batch_size, done=done)
             else:
-                predictions = write_answers(model, tokenizer, task, prompts, batch_size=batch_size, done=done)
+                predictions = write_answers(model, tokenizer, scored, prompts, batch_size=batch_size, done=done)
             scores = task.score(examples, predictions)
         if with_loss:
             rows = [encode(task, example, tokenizer, max_tokens) for example in examples]
@@ -147,7 +155,7 @@ def evaluate(
         majority=_majority(task, examples) if isinstance(task, LabelTask) else None,
         predictions=tuple(
             Prediction(example.id, prediction, example.golds)
-            for example, prediction in zip(examples, predictions, strict=has_answers)
+            for example, prediction in zip(examples, predictions, strict=scored is not None)
         ),
     )
 

@@ -1,6 +1,8 @@
 """Reads data sets row by row, and says exactly where one of them is not as it should be."""
 
+import gzip
 import json
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +14,7 @@ from fedsea.files import parse_json
 from fedsea.text import decode, first_line, require_whole
 
 HUB = "hub:"
+TSV_COLUMNS = ("sentence", "label")  # of a .tsv file whose first line does not name them, as of some copies of SST-2
 
 
 @dataclass(frozen=True)
@@ -110,8 +113,9 @@ class Row:
 def read_rows(path: str, split: str, names: tuple[str, ...], needs: str) -> Iterator[Row]:
     """The rows of a file, of a folder's file for the split, or of a hub data set.
 
-    A file that ends in `.json` is one JSON object whose `data` is the list of rows (CoQA's form); any other file has a
-    JSON object a line.
+    A file that ends in `.json` is one JSON object whose `data` is the list of rows (CoQA's form). One that ends in
+    `.tsv` has columns apart by tabs, which its first line names (GLUE's form). Any other file has a JSON object a line,
+    and may be packed (`.gz`).
     """
     if path.startswith(HUB):
         return _hub_rows(path, split, needs)
@@ -130,13 +134,16 @@ def _find(path: Path, split: str, names: tuple[str, ...]) -> Path:
 
 
 def _file_rows(file: Path, needs: str) -> Iterator[Row]:
+    readers = {".json": _data, ".tsv": _table}
     try:
-        for number, where, fields in _data(file) if file.suffix == ".json" else _lines(file):
+        for number, where, fields in readers.get(file.suffix, _lines)(file):
             if not isinstance(fields, dict):
                 raise UsageError(f"{where}: expected a JSON object, not {type(fields).__name__}")
             # JSON may escape half a character, which is no text to any tokenizer.
             require_whole(json.dumps(fields, ensure_ascii=False), where)
             yield Row(fields, number, where, needs)
+    except (EOFError, zlib.error, gzip.BadGzipFile):
+        raise UsageError(f"cannot read {file}: it is not packed by gzip, or not whole") from None
     except OSError as error:
         raise UsageError(f"cannot read {file}: {error.strerror}") from None
     except UsageError as error:
@@ -144,11 +151,31 @@ def _file_rows(file: Path, needs: str) -> Iterator[Row]:
 
 
 def _lines(file: Path) -> Iterator[tuple[int, str, Any]]:
-    with file.open("rb") as lines:
+    for number, line in _texts(file):
+        where = f"{file} line {number}"
+        yield number, where, _parse(line.rstrip(), where)
+
+
+def _table(file: Path) -> Iterator[tuple[int, str, Any]]:
+    columns: Sequence[str] = ()
+    for number, line in _texts(file):
+        where, cells = f"{file} line {number}", line.rstrip("\r\n").split("\t")
+        if not columns:
+            named = all(cell.isidentifier() for cell in cells)
+            columns = cells if named else TSV_COLUMNS
+            if named:
+                continue
+        if len(cells) != len(columns):
+            raise UsageError(f"{where}: expected {len(columns)} columns apart by tabs, not {len(cells)}")
+        yield number, where, dict(zip(columns, cells, strict=True))
+
+
+def _texts(file: Path) -> Iterator[tuple[int, str]]:
+    """The lines of a file that are not blank, each with its number."""
+    with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
-                where = f"{file} line {number}"
-                yield number, where, _parse(decode(line, str(file), number).rstrip(), where)
+                yield number, decode(line, str(file), number)
 
 
 def _data(file: Path) -> Iterator[tuple[int, str, Any]]:

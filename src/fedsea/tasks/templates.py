@@ -18,12 +18,13 @@ class Template:
     tokenizer
         A tokenizer of transformers.
     cue
-        Stands before each answer where there is no chat template ("Answer:").
+        Stands before each answer where there is no chat template ("Answer:"). None: answers continue the question's
+        text, and a chat template is not used.
     """
 
-    def __init__(self, tokenizer: Any, cue: str) -> None:
+    def __init__(self, tokenizer: Any, cue: str | None) -> None:
         self.tokenizer, self._cue = tokenizer, cue
-        self.is_chat = has_chat_template(tokenizer)
+        self.is_chat = cue is not None and has_chat_template(tokenizer)
 
     @property
     def end(self) -> str:
@@ -73,6 +74,8 @@ class Template:
 
     def _plain(self, messages: Messages) -> str:
         """`question`, cue, answer and so on, exchanges apart by an empty line; ends with a cue or an answer."""
+        if self._cue is None:
+            return "".join(content for _, content in messages)
         parts = [f" {content}\n\n" if role == "assistant" else f"{content}\n{self._cue}" for role, content in messages]
         return "".join(parts).rstrip()
 

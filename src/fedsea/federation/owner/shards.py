@@ -14,7 +14,6 @@ from typing import Any, Literal, cast, get_args
 
 from fedsea.errors import UsageError
 from fedsea.tasks import Example, LabelTask, Split, Task
-from fedsea.tasks.reading import read_rows
 
 Scheme = Literal["iid", "dirichlet", "source", "folders"]
 SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
@@ -132,7 +131,7 @@ def read_shard(
         return sharding.cut(task.read(path, split))
     examples: list[Example] = []
     sources: list[Hashable] = []
-    for row in read_rows(path, split, task.files[split], f"{task.title} needs {task.needs}"):
+    for row in task.rows(path, split):
         value = row.value(sharding.field)
         if not isinstance(value, str | int):
             raise row.wrong(f"the column '{sharding.field}' is no text or number to cut by")
