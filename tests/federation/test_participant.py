@@ -64,7 +64,7 @@ def make(data: str) -> Iterator[Make]:
     made: list[Participant] = []
 
     def participant(name: str = "ann", models: PreparedModels | None = None, **more: Any) -> Participant:
-        made.append(Participant(options(data, name, **more), models))
+        made.append(Participant(options(more.pop("data", data), name, **more), models))
         return made[-1]
 
     yield participant
@@ -130,6 +130,44 @@ def test_the_model_is_ready_in_the_next_round_and_shared_by_simulated_clients(
     for other in others:  # nothing of a round is left in the next one
         for name, weight in first.items():
             np.testing.assert_allclose(other[name], weight, rtol=1e-5, atol=1e-6)
+
+
+HUMANEVAL = {
+    "task_id": "0",
+    "prompt": "def f():\n",
+    "entry_point": "f",
+    "canonical_solution": "    pass\n",
+    "test": "1",
+}
+
+
+@pytest.mark.parametrize(
+    ("task", "train", "validation", "row", "measured"),
+    [
+        ("sst2", "train.tsv", "dev.tsv", "good\t1\n", {"accuracy"}),
+        ("humaneval", "train.jsonl", "HumanEval.jsonl", json.dumps(HUMANEVAL) + "\n", set()),
+    ],
+)
+def test_every_kind_of_task_is_learnt_and_no_program_of_a_shared_adapter_is_run(
+    task: str,
+    train: str,
+    validation: str,
+    row: str,
+    measured: set[str],
+    coordinator: Coordinator,
+    make: Make,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("fedsea.tasks.sandbox.CHILD", tmp_path / "none")
+    for name in (train, validation):
+        (tmp_path / name).write_text(row * 8)
+    participant = make(data=str(tmp_path), task=task)
+    assert coordinator.train(participant)[0]["num-examples"] == 8
+    (ticket,) = coordinator.open("ann")
+    assert participant.evaluate(body(ticket), local(weights())).keys() == {
+        "num-examples", "perplexity", "answer_loss", *measured
+    }  # fmt: skip
 
 
 def test_fedprox_pulls_towards_the_start(coordinator: Coordinator, make: Make) -> None:
