@@ -37,6 +37,15 @@ IMPORTED_BY_CHILDREN = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def own_threads() -> Iterator[None]:
+    """What a command has set for itself is not the next test's: on a busy machine threads that wait cost much."""
+    threads = torch.get_num_threads()
+    yield
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
+
+
 class RunningServer(BackgroundServer):
     """A real block server in a thread of its own, by the name of its model."""
 
