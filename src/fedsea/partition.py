@@ -1,5 +1,6 @@
 """Where the two cuts are, and which weights of the whole model live on which side of them."""
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated
@@ -7,6 +8,7 @@ from typing import Annotated
 from fedsea.errors import PartitionError
 from fedsea.flags import Flag
 
+_LAYER = re.compile(r"([a-z_]\w*(?:\.[a-z_]\w*)*)\.(\d{1,6})\.(.+)", re.ASCII)
 EMBEDDING = "model.embed_tokens."
 NORM = "model.norm."
 HEAD = "lm_head."
@@ -14,12 +16,20 @@ HEAD = "lm_head."
 PROJECT, LIFT = "narrow_cut.project.weight", "narrow_cut.lift.weight"
 
 
+def layer_path(name: str) -> tuple[str, int, str] | None:
+    """A weight's name as the path of the layers, the layer's number, and its name in there; None outside of layers.
+
+    `model.layers.3.mlp.up_proj.weight` -> `model.layers`, 3, `mlp.up_proj.weight`. A decoder-only model of transformers
+    has one list outside of its layers' own modules: the layers.
+    """
+    found = _LAYER.fullmatch(name)
+    return (found[1], int(found[2]), found[3]) if found is not None else None
+
+
 def layer_of(name: str) -> int | None:
     """The decoder layer that a weight of the whole model belongs to; None for embedding, final norm and head."""
-    parts = name.split(".")
-    if len(parts) > 3 and parts[:2] == ["model", "layers"] and parts[2].isdecimal():
-        return int(parts[2])
-    return None
+    found = layer_path(name)
+    return found[1] if found is not None else None
 
 
 def in_middle(name: str, middle: range) -> bool:

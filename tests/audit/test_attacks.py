@@ -33,8 +33,9 @@ def test_candidates_have_the_states_that_the_input_blocks_give_them(name: str, p
         for length in (0, 1, 40):  # 40 is more than the windows of mistral and qwen2
             prefix = knowledge.candidates.prefix(text[:length])
             assert prefix.length == length
-            rows = torch.tensor([[*text[:length], token] for token in tokens.tolist()])
-            expected = blocks(rows, Rows.uniform(len(rows), 0, length + 1), None)[:, -1]
+            texts = torch.tensor([[*text[:length], token] for token in tokens.tolist()])
+            states = blocks(texts.reshape(-1), Rows.uniform(len(texts), 0, length + 1), None)
+            expected = states.view(*texts.shape, -1)[:, -1]
             for _ in range(2):  # candidates leave nothing behind
                 torch.testing.assert_close(prefix.states(tokens), expected, atol=1e-4, rtol=1e-3)
 

@@ -41,7 +41,7 @@ def one(width: int) -> torch.Tensor:
 
 
 def assert_states_of(blocks: InputBlocks, tokens: list[int], sent: torch.Tensor) -> None:
-    expected = blocks(torch.tensor([tokens]), Rows.uniform(1, 0, len(tokens)), None)[0]
+    expected = blocks(torch.tensor(tokens), Rows.uniform(1, 0, len(tokens)), None)
     torch.testing.assert_close(sent, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -118,11 +118,11 @@ def test_training_is_seen_with_its_gradients(provider: CuriousProvider, blocks: 
         assert_states_of(blocks, ids[:length].tolist(), seen.sent)
         assert seen.returned is not None
         assert seen.gradient is not None
-        hidden = seen.returned.clone().unsqueeze(0).requires_grad_()
-        logits = output.logits(output(hidden, Rows.uniform(1, 0, length), None))[0, :-1]
+        hidden = seen.returned.clone().requires_grad_()
+        logits = output.logits(output(hidden, Rows.uniform(1, 0, length), None))[:-1]
         torch.nn.functional.cross_entropy(logits, labels[1:length], reduction="sum").div(learnt).backward()
         assert hidden.grad is not None
-        torch.testing.assert_close(seen.gradient, hidden.grad[0], atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(seen.gradient, hidden.grad, atol=1e-6, rtol=1e-4)
     later = {text.length: text for text in texts[len(lengths) :]}
     assert not torch.equal(later[12].sent, first[12].sent)  # the adapter has moved
 

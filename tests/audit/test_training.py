@@ -58,7 +58,7 @@ def test_gradients_go_back_through_the_output_layers_as_autograd_has_it(name: st
     returned, gradient = (torch.randn(40, 64, generator=generator) for _ in range(2))  # 40 is more than the windows
     layers = OutputLayers(blocks, returned)
     hidden = returned.clone().requires_grad_()
-    states = blocks(hidden.unsqueeze(0), Rows.uniform(1, 0, 40), None)[0]
+    states = blocks(hidden, Rows.uniform(1, 0, 40), None)
     torch.testing.assert_close(layers.states, states.detach())
     for place in (0, 25, 39):
         (expected,) = torch.autograd.grad(states[place], hidden, gradient[place], retain_graph=True)

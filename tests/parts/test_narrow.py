@@ -173,19 +173,19 @@ def test_the_gradients_at_what_came_and_at_the_lift_are_those_of_finite_differen
         return out[..., :4]
 
     # transformers' norms compute in float32, so steps are larger than for doubles.
-    states = drawn(1, 3, 1, dtype=torch.float64).requires_grad_()
+    states = drawn(3, 1, dtype=torch.float64).requires_grad_()
     torch.autograd.gradcheck(through, (states, weight), eps=1e-3, atol=1e-2, rtol=1e-2, fast_mode=True)
 
 
 def test_maps_are_float32_in_a_16_bit_model_and_round_once() -> None:
     blocks = InputBlocks.from_checkpoint(CHECKPOINT, Partition(1, 1), dtype=torch.bfloat16)
-    ids, rows = torch.arange(3, 12).unsqueeze(0), Rows.uniform(1, 0, 9)
+    ids, rows = torch.arange(3, 12), Rows((0,), (9,))
     hidden = blocks(ids, rows, None)
-    weight = principal_directions(hidden[0], RANK)
+    weight = principal_directions(hidden, RANK)
     blocks.narrow(weight)
     narrow = blocks(ids, rows, None)
     assert adapter_parameters(blocks)[PROJECT].dtype is torch.float32
-    assert (narrow.shape, narrow.dtype) == ((1, 9, RANK), torch.bfloat16)
+    assert (narrow.shape, narrow.dtype) == ((9, RANK), torch.bfloat16)
     assert torch.equal(narrow, (hidden.float() @ weight.T).bfloat16())
 
 

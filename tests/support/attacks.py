@@ -34,7 +34,7 @@ def draw(width: int, seed: int = 0) -> list[int]:
 def observe(knowledge: Knowledge, text: Sequence[int], seed: int = 0) -> Observation:
     """What the provider sees of a text, in 16 bits."""
     with torch.no_grad():
-        hidden = knowledge.input_blocks(torch.tensor([list(text)]), Rows.uniform(1, 0, len(text)), None)[0]
+        hidden = knowledge.input_blocks(torch.tensor(list(text)), Rows.uniform(1, 0, len(text)), None)
         draws = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(seed))
         return Observation(knowledge.noise.apply(hidden, lambda: draws).half().float())
 

@@ -11,7 +11,7 @@ import torch
 from fedsea.checkpoints import load_whole_model, open_checkpoint
 from fedsea.client import SplitModelForCausalLM
 from fedsea.partition import Partition
-from fedsea.parts.family import family_of
+from fedsea.parts.structure import skeleton
 from fedsea.server import ServerProcess
 from fedsea_bench.clock import decode_rate, times_of_generate
 from fedsea_bench.processes import process_memory, run_fresh
@@ -82,7 +82,7 @@ def without_gpu(bench: Workbench) -> str:
 def measure(*, case: dict[str, Any], connection: dict[str, Any] | None) -> dict[str, Any]:
     """The fresh process's side: the fields of a `Peak`."""
     here = PeakCase(**case)
-    family_of(open_checkpoint(here.model).config)  # imports the layers, as building a part does
+    skeleton(open_checkpoint(here.model).config)  # imports the layers, as building a part does
     idle = process_memory("VmRSS") if sys.platform == "linux" else 0
     with contextlib.ExitStack() as things:
         if connection is None:

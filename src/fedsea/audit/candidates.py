@@ -1,10 +1,9 @@
 """What A makes of each token that could come next: the tables and exact states that attackers search in.
 
-Candidates for one position are run as siblings: one row, all at the same position, each attending to the prefix and to
-itself only. So a layer runs hundreds of them at once, and the prefix's keys and values are not copied for each.
+Candidates for one position are run as siblings, each attending to the prefix and to itself only. So a layer runs
+hundreds of them at once, and the prefix's keys and values are not copied for each.
 """
 
-import copy
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -24,7 +23,7 @@ class Prefix:
     def __init__(self, blocks: InputBlocks) -> None:
         self._blocks = blocks
         self._cache = blocks.new_cache()
-        self._cache.lengths = [0]
+        self._cache.begin(Rows((0,), (0,)))
 
     @property
     def length(self) -> int:
@@ -34,16 +33,13 @@ class Prefix:
     def copy(self) -> "Prefix":
         """One that goes on by itself."""
         other = Prefix(self._blocks)
-        other._cache = copy.deepcopy(self._cache)
+        other._cache = self._cache.fork()
         return other
 
     @torch.no_grad()
     def extend(self, tokens: Sequence[int]) -> None:
         """Go on with tokens, at least one."""
-        if self._blocks.layers:
-            self._blocks(torch.tensor([list(tokens)]), Rows.uniform(1, self.length, len(tokens)), self._cache)
-        else:
-            self._cache.lengths = [self.length + len(tokens)]
+        self._blocks(torch.tensor(list(tokens)), Rows((self.length,), (len(tokens),)), self._cache)
 
     @torch.no_grad()
     def states(self, tokens: Tensor) -> Tensor:
@@ -51,22 +47,9 @@ class Prefix:
         return torch.cat([self._siblings(some) for some in tokens.split(SIBLINGS)])
 
     def _siblings(self, tokens: Tensor) -> Tensor:
-        blocks, place, count = self._blocks, self.length, len(tokens)
-        hidden = blocks.model.embed_tokens(tokens).unsqueeze(0)
-        # Begun and never finished: the next step writes over the candidates' keys and values.
-        self._cache.begin(Rows((place,), (count,)))
-        positions = torch.full((1, count), place)
-        rotary = self._cache.rotary(hidden, positions)
-        masks = {window: _sibling_mask(place, count, window) for window in blocks.windows.values()}
-        return blocks.narrowed(blocks.through_layers(hidden, blocks.layers, positions, rotary, masks, self._cache)[0])
-
-
-def _sibling_mask(place: int, count: int, window: int | None) -> Tensor:
-    """`[1, 1, candidates, prefix + candidates]`: each sees what its window holds of the prefix, and itself."""
-    mask = torch.zeros(count, place + count, dtype=torch.bool)
-    mask[:, 0 if window is None else max(0, place + 1 - window) : place] = True
-    mask[:, place:].fill_diagonal_(True)
-    return mask[None, None]
+        blocks, rows = self._blocks, Rows((self.length,), (len(tokens),), self.length + 1)
+        states = blocks.run_layers(blocks.embedding(tokens), rows, self._cache, blocks.layers, siblings=True)
+        return blocks.narrowed(states)
 
 
 class Candidates:

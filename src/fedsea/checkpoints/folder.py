@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from fedsea.checkpoints.base import Checkpoint
 from fedsea.checkpoints.files import ModelFiles
@@ -37,9 +37,8 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 
-_BASE = "model."
-_EMBEDDING_WEIGHT = "model.embed_tokens.weight"
-_HEAD_WEIGHT = "lm_head.weight"
+_TIED = {"lm_head.weight": "model.embed_tokens.weight"}
+_COMPUTED = r"rotary_emb\.inv_freq"  # what older files store, and models compute
 
 
 class FolderCheckpoint(Checkpoint):
@@ -49,6 +48,11 @@ class FolderCheckpoint(Checkpoint):
         self.name, self.where, self._files = name, files.where, files
         self._opened: dict[str, TensorFile] = {}
         self.config = self._read_config()
+        family: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(self.config)]
+        self._base = f"{family.base_model_prefix}."
+        self._ignored = [_COMPUTED, *(family._keys_to_ignore_on_load_unexpected or ())]
+        tied: dict[str, str] = family._tied_weights_keys or _TIED
+        self._head, self._embedding = next(iter(tied.items()))
         self.generation_config = self._read_generation_config()
         self._place = self._locate()
         self._settle_head()
@@ -149,11 +153,11 @@ class FolderCheckpoint(Checkpoint):
         else:
             raise self._without_safetensors()
         # A base model that was saved without its head has no prefix.
-        bare = not any(name.startswith(_BASE) for name in file_of)
+        bare = not any(name.startswith(self._base) for name in file_of)
         return {
-            _BASE + stored if bare and stored != _HEAD_WEIGHT else stored: (filename, stored)
+            self._base + stored if bare and stored != self._head else stored: (filename, stored)
             for stored, filename in file_of.items()
-            if not stored.endswith("rotary_emb.inv_freq")
+            if not any(re.search(pattern, stored) for pattern in self._ignored)
         }
 
     def _read_index(self) -> dict[str, str]:
@@ -181,17 +185,17 @@ class FolderCheckpoint(Checkpoint):
 
     def _settle_head(self) -> None:
         """Whether the head is the embedding: as the configuration says, or as the weights do if both are stored."""
-        embedding, head = _EMBEDDING_WEIGHT in self._place, _HEAD_WEIGHT in self._place
+        embedding, head = self._embedding in self._place, self._head in self._place
         if not self.config.tie_word_embeddings:
             if embedding and not head:
                 raise ModelNotFoundError(
-                    f"{self.where} has no weight {_HEAD_WEIGHT}, and its {CONFIG} does not say that the head is "
+                    f"{self.where} has no weight {self._head}, and its {CONFIG} does not say that the head is "
                     "the embedding (tie_word_embeddings); fetch or save the whole model again"
                 )
         elif head and not embedding:
-            self._place[_EMBEDDING_WEIGHT] = self._place.pop(_HEAD_WEIGHT)
-        elif head and self._is_same(_HEAD_WEIGHT, _EMBEDDING_WEIGHT):
-            del self._place[_HEAD_WEIGHT]
+            self._place[self._embedding] = self._place.pop(self._head)
+        elif head and self._is_same(self._head, self._embedding):
+            del self._place[self._head]
         elif head:
             self.config.tie_word_embeddings = False
 

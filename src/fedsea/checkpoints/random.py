@@ -32,8 +32,9 @@ CAST_VALUES = 2**15  # torch starts no threads of its own for a cast of this siz
 class RandomCheckpoint(Checkpoint):
     """A model whose weights are drawn, not read.
 
-    Norms are ones; every other weight is uniform with a standard deviation of the configuration's `initializer_range`.
-    There is no tokenizer, and no end-of-text token: a generation has the length that its caller sets.
+    Norms (weights of one dimension) are ones; every other weight is uniform, with a standard deviation of the
+    configuration's `initializer_range`. There is no tokenizer, and no end-of-text token: a
+    generation has the length that its caller sets.
     """
 
     def __init__(self, name: str) -> None:
@@ -72,7 +73,7 @@ class RandomCheckpoint(Checkpoint):
         self, name: str, dtype: torch.dtype, device: torch.device | str, pool: ThreadPoolExecutor
     ) -> torch.Tensor:
         target = torch.empty(self._shapes[name], dtype=dtype, device=device)
-        if name.endswith("norm.weight"):
+        if name.endswith(".weight") and target.dim() == 1:
             return target.fill_(1.0)
         half_width = math.sqrt(3.0) * self.config.initializer_range
         flat = target.view(-1)

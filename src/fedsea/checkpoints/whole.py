@@ -3,7 +3,8 @@
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from fedsea.checkpoints.base import Checkpoint
 from fedsea.checkpoints.folder import FolderCheckpoint
@@ -37,8 +38,7 @@ def whole_model(checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.dev
         return model.to(device).eval()
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(checkpoint.config, dtype=dtype)
-    # The rotary frequencies are computed, not stored: made again off the meta device.
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=checkpoint.config).to(device)
+    fill_computed(model, model, device)
     model.load_state_dict(
         dict(checkpoint.load(checkpoint.tensor_names(), dtype=dtype, device=device)), strict=False, assign=True
     )
@@ -47,6 +47,21 @@ def whole_model(checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.dev
     tensors = [*model.named_parameters(), *model.named_buffers()]
     _require_none_missing([name for name, tensor in tensors if tensor.is_meta], checkpoint.name)
     return model.eval()
+
+
+def fill_computed(model: PreTrainedModel, among: nn.Module, device: torch.device | str) -> None:
+    """Give the buffers of some of a model's modules that no checkpoint stores their values: rotary frequencies.
+
+    Weights that such a module has as well are set to a random start: they are loaded afterwards.
+    """
+    for module in among.modules():
+        held = ((name, module._buffers[name]) for name in module._non_persistent_buffers_set)
+        computed = {name: torch.zeros_like(one, device="cpu") for name, one in held if one is not None}
+        module._buffers.update(computed)
+        if computed:
+            model._init_weights(module)
+        filled = dict(module.named_buffers(recurse=False))
+        module._buffers.update({name: filled[name].to(device) for name in computed})
 
 
 def _require_none_missing(missing: list[str], name: str) -> None:

@@ -167,7 +167,7 @@ class TrainedAdapter:
             return
         run.handle.requires_grad_(True)
         module.narrow_cut.requires_grad_(True)
-        input_blocks, output_blocks = (part.follow(module.model) for part in self._parts)
+        input_blocks, output_blocks = (part.follow(module.backbone, module.base_model_prefix) for part in self._parts)
         run.local = {
             "output blocks": adapter_parameters(output_blocks),
             "input blocks": adapter_parameters(input_blocks),

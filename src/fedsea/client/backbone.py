@@ -24,6 +24,7 @@ from fedsea.client.train_forward import dropout_seed, leaving, split_batch
 from fedsea.errors import LimitExceededError, UsageError
 from fedsea.parts import InputBlocks, OutputBlocks, Rows
 from fedsea.parts.cache import CACHE
+from fedsea.parts.structure import Structure
 
 
 class SplitBackbone(nn.Module):
@@ -42,23 +43,43 @@ class SplitBackbone(nn.Module):
     ) -> None:
         super().__init__()
         first, last = parts
-        self.embed_tokens, self.norm = first.model.embed_tokens, last.model.norm
-        self.layers = nn.ModuleDict({**first.model.layers, **last.model.layers})
+        found = first.structure
+        self.structure, self.root = found, found.decoder.partition(".")[0]
+        layers = dict(first.get_submodule(found.layers).named_children())
+        layers.update(last.get_submodule(found.layers).named_children())
+        self._register(found.layers, nn.ModuleDict(layers))
+        for part, paths in ((first, [found.embedding, *found.before]), (last, found.after)):
+            for path in paths:
+                self._register(path, part.get_submodule(path))
         # Past nn.Module's registration, so that each weight has one name, the whole model's. The parts follow what is
         # registered: transformers replaces modules (`resize_token_embeddings`), and so may others.
         self._parts = parts
         self.protection, self.middle, self.adapter = protection, middle, adapter
         self.config, self.max_tokens, self.gradient_checkpointing = first.config, max_tokens, False
 
+    def _register(self, path: str, module: nn.Module) -> None:
+        """Under its path in the whole model, whose `root` this is."""
+        here: nn.Module = self
+        *steps, name = path.split(".")[1:]
+        for step in steps:
+            if step not in here._modules:
+                here.add_module(step, nn.Module())
+            here = here.get_submodule(step)
+        here.add_module(name, module)
+
     @property
     def input_blocks(self) -> InputBlocks:
         """A, of the modules that are registered now."""
-        return self._parts[0].follow(self)
+        return self._parts[0].follow(self, self.root)
 
     @property
     def output_blocks(self) -> OutputBlocks:
         """C, of the modules that are registered now."""
-        return self._parts[1].follow(self)
+        return self._parts[1].follow(self, self.root)
+
+    def logits(self, hidden: Tensor, head: nn.Module) -> Tensor:
+        """States before the final norm `[..., hidden]` -> logits, by the model's head."""
+        return self._parts[1].logits(hidden, head)
 
     def new_cache(self) -> SplitCache:
         """An empty cache, with a session of its own."""
@@ -71,7 +92,7 @@ class SplitBackbone(nn.Module):
         if self.adapter.run is not None:
             hidden = self.adapter.run.scaled(hidden)
         named: dict[str, Any] = {CACHE: cache}
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), **named)
+        return BaseModelOutputWithPast(last_hidden_state=self.output_blocks.finished(hidden), **named)
 
     def states(
         self,
@@ -109,13 +130,13 @@ class SplitBackbone(nn.Module):
         return hidden, now
 
     def _train_forward(self, tokens: Tensor, rows: Rows, weight: float) -> Tensor:
-        """Token ids `[rows, width]` through A, the middle and C in one graph: `[rows.total, hidden]`."""
+        """Token ids `[tokens]` through A, the middle and C in one graph: `[tokens, hidden]`."""
         if max(rows.ends) > self.max_tokens:
             raise self._too_long(rows)
         blocks, output_blocks = self.input_blocks, self.output_blocks
         run = self.adapter.run
         if self.middle is None or run is None:
-            return rows.pack(output_blocks(blocks(tokens, rows, None), rows, None))
+            return output_blocks(blocks(tokens, rows, None), rows, None)  # type: ignore[no-any-return]
         run.begin_sum()
         split = split_batch(run, rows, self.middle.micro_batches, self.config)
         drops = self.training and self.adapter.spec is not None and self.adapter.spec.dropout > 0
@@ -126,27 +147,26 @@ class SplitBackbone(nn.Module):
             seed=dropout_seed if drops else int,
             weight=weight,
         )
-        done = [piece.pack(output_blocks(piece.unpack(hidden), piece, None)) for piece, hidden in there_and_back]
+        done = [output_blocks(hidden, piece, None) for piece, hidden in there_and_back]
         return torch.cat(done) if len(done) > 1 else done[0]
 
     def step(self, ids: Tensor, layout: Layout, cache: SplitCache) -> Tensor:
         """Token ids `[rows, columns]` through A, the middle and C, from what the cache holds."""
         rows, plain = layout.rows, layout.mask is None and not layout.packed
-        tokens = ids if plain else layout.take(ids)
+        tokens = ids.reshape(-1) if plain else layout.take(ids)
         if max(rows.ends) > self.max_tokens:
             raise self._too_long(rows)
-        first, last = self._parts
+        first, last = self.input_blocks, self.output_blocks
         # Inference mode spares the many small operations of a decode step some of their cost.
         with torch.inference_mode():
             if self.middle is None:
-                hidden: Tensor = first.follow(self)(tokens, rows, cache.input_cache)
+                hidden: Tensor = first(tokens, rows, cache.input_cache)
             else:
-                packed = self.middle.step(first.follow(self), self.protection, tokens, rows, cache)
-                hidden = rows.unpack(packed.to(last.lm_head.weight))  # its device and dtype
-            hidden = last.follow(self)(hidden, rows, cache.output_cache)
-            if not plain:
-                # `generate` goes on from the last column, which may be padding: it goes on from the text then.
-                hidden = layout.carry_on(layout.place(rows.pack(hidden), ids.shape))
+                received = self.middle.step(first, self.protection, tokens, rows, cache)
+                hidden = received.to(last.head.weight)  # its device and dtype
+            hidden = last(hidden, rows, cache.output_cache)
+            # `generate` goes on from the last column, which may be padding: it goes on from the text then.
+            hidden = hidden.view(*ids.shape, -1) if plain else layout.carry_on(layout.place(hidden, ids.shape))
         cache.append(rows.ends, ids.shape[1], layout.mask)
         cache.offsets = list(layout.offsets)
         return hidden
@@ -179,7 +199,7 @@ def _kept(hidden: Tensor, logits_to_keep: int | Tensor) -> Tensor:
 
 
 @cache
-def known_as(kind: type, model_type: str) -> Any:
+def known_as(kind: type, model_type: str, found: Structure) -> Any:
     """A model class under the name, and in the module, of transformers' own class for the whole model.
 
     By it Trainer shifts the labels for label smoothing, `pipeline` knows what a model is for, and PEFT notes in an
@@ -187,4 +207,11 @@ def known_as(kind: type, model_type: str) -> Any:
     """
     name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
     module = f"transformers.models.{model_type}.modeling_{model_type}"
-    return type(kind)(name, (kind,), {"__module__": module, "__qualname__": name, "__doc__": kind.__doc__})
+    facts = {
+        "__module__": module,
+        "__qualname__": name,
+        "__doc__": kind.__doc__,
+        "base_model_prefix": found.decoder.partition(".")[0],
+        "_tied_weights_keys": {f"{found.head}.weight": f"{found.embedding}.weight"},
+    }
+    return type(kind)(name, (kind,), facts)

@@ -16,8 +16,8 @@ from torch import Tensor
 from fedsea.client.cache import SplitCache, mask_with
 from fedsea.errors import UsageError
 from fedsea.parts import Rows
-from fedsea.parts.family import narrowest_window, turning_point
 from fedsea.parts.rows import gather_rows
+from fedsea.parts.structure import narrowest_window, turning_point
 
 # What TRL's and transformers' collators say of packed texts beside their positions.
 PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
@@ -37,10 +37,8 @@ class Layout:
     packed: bool = False
 
     def take(self, ids: Tensor) -> Tensor:
-        """Token ids `[rows, columns]` of the batch -> those of the texts, `[texts, width]`."""
-        if self.mask is None and not self.packed:
-            return ids
-        return self.rows.unpack(ids[self.mask].unsqueeze(1) if self.mask is not None else ids.reshape(-1, 1)).squeeze(2)
+        """Token ids `[rows, columns]` of the batch -> those of the texts, one behind the other, `[tokens]`."""
+        return ids.reshape(-1) if self.mask is None else ids[self.mask]
 
     def place(self, states: Tensor, shape: torch.Size) -> Tensor:
         """States of the texts' tokens `[tokens, hidden]` -> `[rows, columns, hidden]`, zeros at padding."""

@@ -69,7 +69,7 @@ class RemoteMiddle:
     def step(
         self, blocks: InputBlocks, protection: Protection, tokens: Tensor, rows: Rows, cache: SplitCache
     ) -> Tensor:
-        """Token ids `[rows, width]` through the input blocks, their protection and the middle, chunk by chunk.
+        """Token ids `[tokens]` through the input blocks, their protection and the middle, chunk by chunk.
 
         Returns `h_B`, `[rows.total, hidden]`, in the wire dtype.
         """

@@ -13,7 +13,7 @@ from fedsea.client.layout import read_layout
 from fedsea.client.pretrained import SplitPreTrainedModel
 from fedsea.errors import UsageError
 from fedsea.parts.cache import CACHE
-from fedsea.parts.family import turning_point
+from fedsea.parts.structure import turning_point
 
 # How transformers would lay out files; an adapter is one small file.
 _LAYOUT = {"max_shard_size", "safe_serialization", "variant", "save_peft_format", "save_original_format", "token"}
@@ -80,7 +80,7 @@ class SplitModelForCausalLM(SplitPreTrainedModel, GenerationMixin):
         if labels is not None:
             learnt = (labels[:, 1:] != -100).sum() if num_items_in_batch is None else num_items_in_batch
             weight = float(max(1, int(learnt)))
-        hidden, cache = self.model.states(
+        hidden, cache = self.backbone.states(
             input_ids,
             attention_mask,
             past_key_values,
@@ -108,7 +108,7 @@ class SplitModelForCausalLM(SplitPreTrainedModel, GenerationMixin):
         return output if named_tuple else output.to_tuple()
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        return self.lm_head(self.model.norm(hidden))  # type: ignore[no-any-return]
+        return self.backbone.logits(hidden, self.get_output_embeddings())
 
     def next_logits(self, new: Tensor, cache: SplitCache) -> Tensor:
         """What `forward` gives for the last of some new tokens `[1, tokens]` of one text, without what surrounds it.
@@ -117,7 +117,7 @@ class SplitModelForCausalLM(SplitPreTrainedModel, GenerationMixin):
         """
         with torch.no_grad():
             layout = read_layout(new, None, None, {}, cache, self.config)
-            return self._logits(self.model.step(new, layout, cache)[:, -1:])[:, -1].float()
+            return self._logits(self.backbone.step(new, layout, cache)[:, -1:])[:, -1].float()
 
     def answer_loss(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, items: int) -> Tensor:
         """The loss of `forward`, computed from the logits of the learnt tokens only, summed and divided by `items`.
@@ -125,7 +125,7 @@ class SplitModelForCausalLM(SplitPreTrainedModel, GenerationMixin):
         Where the prompt is not learnt, that spares most of the head's work and memory. All are `[rows, columns]`.
         """
         learnt = labels[:, 1:] != -100
-        hidden = self.model.states(input_ids, attention_mask, weight=float(max(1, items)))[0][:, :-1][learnt]
+        hidden = self.backbone.states(input_ids, attention_mask, weight=float(max(1, items)))[0][:, :-1][learnt]
         run, logits = self.adapter.run, self._logits(hidden).float()
         logits = run.scaled(logits) if run is not None else logits
         loss = nn.functional.cross_entropy(logits, labels[:, 1:][learnt], reduction="sum") / items

@@ -29,10 +29,8 @@ from fedsea.wire.tensors import tensor_bytes
 
 PARTS = 16  # of a large weight, each with a sum of its own
 SMALL = 1 << 16  # bytes of a weight that is hashed as it is
-_EMBEDDING = "model.embed_tokens"
 _OF_ANY_MODULE = frozenset({*vars(nn.Module()), "gradient_checkpointing"})  # they change no state
 _PLAIN = (bool, int, float, str, bytes, type(None))
-_KEEPS_FACTORS = ("default", "linear", "yarn", "llama3", "proportional")
 
 
 class Origin:
@@ -70,8 +68,8 @@ class Watch:
         return [b""] * len(hidden) if self._is_known() else row_bytes(hidden)
 
     def _is_known(self) -> bool:
-        if getattr(self._blocks.rotary, "rope_type", "default") not in _KEEPS_FACTORS:
-            return False  # its factors change with the length of the text, or of its batch
+        if self._blocks.looks_at_length:
+            return False  # its rotary factors change with the length of the text, or of its batch
         if any(_may_do_anything(module) for _name, module in _modules(self._blocks)) or _global_hooks():
             return False
         after = _generators(self._blocks.device)
@@ -94,7 +92,8 @@ def row_bytes(states: Tensor) -> list[bytes]:
 
 def _modules(blocks: InputBlocks) -> Iterator[tuple[str, nn.Module]]:
     """All but the embedding, whose output is looked at as it is."""
-    return ((name, module) for name, module in blocks.named_modules() if not name.startswith(_EMBEDDING))
+    embedding = blocks.structure.embedding
+    return ((name, module) for name, module in blocks.named_modules() if not name.startswith(embedding))
 
 
 def _tensors(blocks: InputBlocks) -> Iterator[tuple[str, Tensor]]:

@@ -24,9 +24,9 @@ from fedsea.client.stream import StreamSettings
 from fedsea.client.traffic import Traffic
 from fedsea.errors import UsageError
 from fedsea.partition import Partition
-from fedsea.parts import InputBlocks, OutputBlocks
-from fedsea.parts.family import turning_point
+from fedsea.parts import InputBlocks, OutputBlocks, check_family
 from fedsea.parts.held import ANOTHER, NAME, TAKEN_OFF, OneConfig
+from fedsea.parts.structure import turning_point
 from fedsea.privacy import GaussianNoise, LookLedger, Noise, leak_warning
 from fedsea.text import one_line
 from fedsea.wire.credentials import Credentials
@@ -48,16 +48,16 @@ class SplitPreTrainedModel(PreTrainedModel):
     middle blocks (None if there are none), and the parameter `lora_middle` for their adapter (`fedsea.client.run`).
     """
 
+    backbone: SplitBackbone
     main_input_name = "input_ids"
-    base_model_prefix = "model"
     _supports_sdpa = True
     _no_split_modules: list[str] = []  # noqa: RUF012 - transformers' own attribute
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 - transformers' own attribute
     supports_gradient_checkpointing = True
 
     def __new__(cls, input_blocks: InputBlocks, *_args: Any, **_kwargs: Any) -> Self:
         """A model of a class that goes by the name of the whole model's: libraries tell by it what a model is."""
-        return super().__new__(known_as(cls, input_blocks.config.model_type))  # type: ignore[arg-type, no-any-return]
+        known = known_as(cls, input_blocks.config.model_type, input_blocks.structure)  # type: ignore[arg-type]
+        return super().__new__(known)  # type: ignore[no-any-return]
 
     def __init__(
         self,
@@ -73,8 +73,10 @@ class SplitPreTrainedModel(PreTrainedModel):
         self.partition, self.middle, self.protection, self.traffic = partition, middle, protection, traffic
         parts = (input_blocks, output_blocks)
         self.adapter = TrainedAdapter(self, parts, partition, middle, protection)
-        self.model = SplitBackbone(parts, protection, middle, self.adapter, max_tokens)
-        self.lm_head = output_blocks.lm_head
+        backbone = SplitBackbone(parts, protection, middle, self.adapter, max_tokens)
+        self.add_module(self.base_model_prefix, backbone)
+        self.__dict__["backbone"] = backbone  # the same under one name for every family
+        self.add_module(output_blocks.structure.head, output_blocks.head)
         self.narrow_cut = input_blocks.narrow_cut
         self.vocab_size: int = self.config.vocab_size  # resize_token_embeddings sets it
         if middle is not None:
@@ -149,9 +151,10 @@ class SplitPreTrainedModel(PreTrainedModel):
             middle = RemoteMiddle(Endpoint(server, known), settings, traffic)
             # Before any weight is loaded: a wrong address, certificate, model or partition shows at once.
             max_tokens = min(max_tokens, middle.meet())
+        check_family(config)
         input_blocks = InputBlocks.from_checkpoint(checkpoint, partition, dtype=computed, device=device)
         output_blocks = OutputBlocks.from_checkpoint(
-            checkpoint, partition, dtype=computed, device=device, embedding=input_blocks.model.embed_tokens.weight
+            checkpoint, partition, dtype=computed, device=device, embedding=input_blocks.embedding.weight
         )
         protection = Protection(noise, input_blocks, checkpoint)
         model = cls(input_blocks, output_blocks, partition, protection, middle, traffic, max_tokens)
@@ -173,17 +176,33 @@ class SplitPreTrainedModel(PreTrainedModel):
     @property
     def input_blocks(self) -> InputBlocks:
         """A, of the modules that are registered in this model now."""
-        return self.model.input_blocks  # type: ignore[no-any-return]
+        return self.backbone.input_blocks
 
     @property
     def output_blocks(self) -> OutputBlocks:
         """C, of the modules that are registered in this model now."""
-        return self.model.output_blocks  # type: ignore[no-any-return]
+        return self.backbone.output_blocks
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The embedding of tokens."""
+        return self.get_submodule(self.backbone.structure.embedding)
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Embed tokens by another module from now on."""
+        self.set_submodule(self.backbone.structure.embedding, value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The head."""
+        return self.get_submodule(self.backbone.structure.head)
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Make logits by another module from now on."""
+        self.set_submodule(self.backbone.structure.head, new_embeddings)
 
     @property
     def max_tokens(self) -> int:
         """The longest text that the model and the server allow."""
-        return int(self.model.max_tokens)
+        return self.backbone.max_tokens
 
     @property
     def micro_batches(self) -> int:
@@ -225,7 +244,7 @@ class SplitPreTrainedModel(PreTrainedModel):
 
     def new_cache(self) -> SplitCache:
         """An empty cache, with a session of its own; pass it to `generate` or `forward` as `past_key_values`."""
-        return self.model.new_cache()  # type: ignore[no-any-return]
+        return self.backbone.new_cache()
 
     def extra_repr(self) -> str:
         at = f" at {self.middle.endpoint.address}" if self.middle is not None else ""
@@ -239,7 +258,7 @@ class SplitPreTrainedModel(PreTrainedModel):
     @property
     def dtype(self) -> torch.dtype:
         """Compute dtype; that of the parameters begins with the handle's."""
-        return self.lm_head.weight.dtype  # type: ignore[no-any-return]
+        return self.get_output_embeddings().weight.dtype  # type: ignore[return-value]
 
     def close(self) -> None:
         """Close all sessions, and wait a moment until the server knows."""

@@ -70,19 +70,16 @@ class Protection:
     ) -> Tensor:
         """Run the input blocks on some of a step's places; returns what may leave for these, `[chunk.total, width]`.
 
-        `tokens` `[rows, width]` and `rows` are of the whole step. `digests` has the keys of each row's draws up to
+        `tokens` `[tokens]` and `rows` are of the whole step. `digests` has the keys of each row's draws up to
         where the chunk starts; those of the chunk are added. `base` says whether base weights may be others than when
         they were read last, `training` whether the loss may be backpropagated.
         """
         noise = (self.in_training or self.noise) if training else self.noise
-        ids = tokens
-        if chunk is not rows:
-            first = max(start - begin for start, begin in zip(chunk.starts, rows.starts, strict=True))
-            ids = tokens[:, first : first + chunk.width]
+        ids = tokens if chunk is rows else rows.of(tokens, chunk)
         alters = noise.alters
         watch = Watch(blocks) if alters else None
-        embedded = blocks.model.embed_tokens(ids)
-        hidden = chunk.pack(blocks.run_embedded(embedded, chunk, cache))
+        embedded = blocks.embedding(ids)
+        hidden = blocks.run_embedded(embedded, chunk, cache)
         if hidden.dtype is torch.float64:  # for measuring, and not put on the grid of what leaves
             hidden = hidden.float()
         if watch is None:
@@ -91,8 +88,8 @@ class Protection:
 
         def normals() -> Tensor:
             here = self._origin.digest(blocks, base=base)
-            places = chunk.pack(chunk.positions(torch.device("cpu")).expand(len(chunk), -1).unsqueeze(2))
-            parts = (row_bytes(places), row_bytes(chunk.pack(embedded)), watch.of_states(hidden))
+            places = chunk.positions(torch.device("cpu")).unsqueeze(1)
+            parts = (row_bytes(places), row_bytes(embedded), watch.of_states(hidden))
             made = [here + place + token + state for place, token, state in zip(*parts, strict=True)]
             drawn = _extend(digests, source, ids, chunk, made)
             self._charge(tokens, rows, chunk.starts, drawn)
@@ -104,8 +101,8 @@ class Protection:
     def _charge(self, tokens: Tensor, rows: Rows, starts: Sequence[int], drawn: list[list[bytes]]) -> None:
         """A text is counted where it begins to leave, as what it is in this step."""
         if self.ledger is not None:
-            texts = zip(tokens.tolist(), rows.counts, starts, drawn, strict=True)
-            self.ledger.charge([(row[:count], keys[-1]) for row, count, start, keys in texts if keys and not start])
+            texts = zip(tokens.split(rows.counts), starts, drawn, strict=True)
+            self.ledger.charge([(row.tolist(), keys[-1]) for row, start, keys in texts if keys and not start])
 
     # A narrow cut
 
@@ -143,13 +140,13 @@ def check_rank(noise: Noise, hidden_size: int, middle: range) -> None:
 def _extend(
     digests: list[list[bytes]], source: NoiseSource, tokens: Tensor, rows: Rows, made: list[bytes]
 ) -> list[list[bytes]]:
-    """The keys of draws for tokens `[rows, width]`, row by row, which are added to what is known of each row."""
+    """The keys of draws for `[tokens]`, row by row, which are added to what is known of each row."""
     drawn, done = [], 0
-    for known, start, count, row in zip(digests, rows.starts, rows.counts, tokens.tolist(), strict=True):
+    for known, start, count, row in zip(digests, rows.starts, rows.counts, tokens.split(rows.counts), strict=True):
         # What left before there was noise is not known here: no other text may have the keys of this one then.
         known.extend(secrets.token_bytes(DIGEST_BYTES) for _ in range(start - len(known)))
         before = known[start - 1] if start else b""
-        known[start:] = source.extend(before, row[:count], made[done : done + count])
+        known[start:] = source.extend(before, row.tolist(), made[done : done + count])
         drawn.append(known[start:])
         done += count
     return drawn

@@ -12,7 +12,7 @@ from fedsea.client.run import MiddleRun
 from fedsea.errors import LimitExceededError, NonFiniteError, UsageError
 from fedsea.parts import InputBlocks, Rows
 from fedsea.parts.blocks import Part
-from fedsea.parts.family import turning_point
+from fedsea.parts.structure import turning_point
 from fedsea.wire.codec import MAX_PLACES
 from fedsea.wire.frames import Kind
 
@@ -25,16 +25,17 @@ def leaving(
     rows: Rows,
     split: list[tuple[int, int]],
 ) -> Iterator[tuple[Rows, Tensor]]:
-    """Token ids `[rows, width]` of each micro-batch through the input blocks: its rows, and what may leave of them.
+    """Token ids `[tokens]` of each micro-batch through the input blocks: its rows, and what may leave of them.
 
     NonFiniteError says after which layer something is not finite first.
     """
     for first, last in split:
         piece = Rows(rows.starts[first:last], rows.counts[first:last])
-        ids, digests = tokens[first:last, : piece.width], list[list[bytes]]([] for _ in range(first, last))
+        ids = tokens[sum(rows.counts[:first]) : sum(rows.counts[:last])]
+        digests = list[list[bytes]]([] for _ in range(first, last))
         hidden = protection.states(blocks, ids, piece, piece, None, digests, training=True, base=first == 0)
         if not bool(torch.isfinite(hidden).all()):
-            where = first_not_finite(blocks, blocks.model.embed_tokens(ids), piece) or "with the noise"
+            where = first_not_finite(blocks, blocks.embedding(ids), piece) or "with the noise"
             run.trouble = f"the hidden states are not finite: first {where}, in the input blocks"
             raise NonFiniteError(run.explanation())
         yield piece, hidden
@@ -89,7 +90,7 @@ def dropout_seed() -> int:
 def first_not_finite(part: Part, hidden: Tensor, rows: Rows) -> str | None:
     """After which layer of a part the states are not finite first, in words; None if all are."""
     for layer in part.layers:
-        if not bool(torch.isfinite(rows.pack(hidden)).all()):
+        if not bool(torch.isfinite(hidden).all()):
             return f"before layer {layer}"
         hidden = part.run_layers(hidden, rows, None, range(layer, layer + 1))
     return f"after layer {part.layers[-1]}" if part.layers and not bool(torch.isfinite(hidden).all()) else None

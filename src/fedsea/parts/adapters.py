@@ -17,16 +17,18 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers.pytorch_utils import Conv1D
 
 from fedsea.errors import ProtocolError, UsageError
 from fedsea.fields import Fields
-from fedsea.partition import LIFT, PROJECT, layer_of
+from fedsea.partition import LIFT, PROJECT, layer_of, layer_path
 from fedsea.parts.lora_layers import Targets, find_targets, inject
 
 MAX_RANK = 4096
 MAX_NARROW = 1 << 16
 MAX_TARGETS = 1 << 16
-SUFFIXES = re.compile(r"[a-z_]+\.[a-z_]+")
+LAYERS = "model.layers"  # path of the layers in most families
+SUFFIXES = re.compile(r"[a-z_][a-z0-9_]*(\.[a-z_][a-z0-9_]*){0,4}")
 
 
 @dataclass(frozen=True)
@@ -57,19 +59,22 @@ class AdapterSpec:
     def to_body(self) -> dict[str, Any]:
         """As a JSON object, modules of one kind together: `[["self_attn.q_proj", 8, 16.0, [0, 1, 2]], ...]`."""
         groups: dict[tuple[str, int, float], list[int]] = {}
+        path = LAYERS
         for name, (rank, alpha) in self.targets.items():
-            _, _, layer, suffix = name.split(".", 3)
-            groups.setdefault((suffix, rank, alpha), []).append(int(layer))
-        return vars(self) | {"targets": [[*key, sorted(layers)] for key, layers in sorted(groups.items())]}
+            path, layer, suffix = layer_path(name) or (path, 0, "")
+            groups.setdefault((suffix, rank, alpha), []).append(layer)
+        body = vars(self) | {"targets": [[*key, sorted(layers)] for key, layers in sorted(groups.items())]}
+        return body if path == LAYERS else body | {"path": path}
 
     @classmethod
     def from_body(cls, body: Any) -> "AdapterSpec":
         """Check and read what `to_body` made: a ProtocolError if anything is wrong, as it may come from any peer."""
         read, targets = Fields(body, "an adapter"), dict[str, tuple[int, float]]()
+        path = read.text("path", like=SUFFIXES) if "path" in read.body else LAYERS
         for row in read.rows("targets", ("module", "rank", "alpha", "layers")):
             suffix, alpha = row.text("module", like=SUFFIXES), row.number("alpha", above=0, high=1e6)
             rank = row.count("rank", 1, MAX_RANK)
-            targets |= {f"model.layers.{layer}.{suffix}": (rank, alpha) for layer in row.counts("layers")}
+            targets |= {f"{path}.{layer}.{suffix}": (rank, alpha) for layer in row.counts("layers")}
         if not 0 < len(targets) <= MAX_TARGETS:
             raise read.wrong("targets", f"1 to {MAX_TARGETS} modules")
         switches = {name: read.switch(name) for name in ("use_rslora", "use_dora", "gaussian")}
@@ -103,18 +108,16 @@ class AdapterSpec:
         """Shapes of the adapter's weights in some layers of a model of which only the configuration is there."""
         with torch.device("meta"):
             whole = AutoModelForCausalLM.from_config(config)
-        modules = {name: part for name, part in whole.named_modules() if isinstance(part, nn.Linear)}
-        sizes = {name: (part.out_features, part.in_features) for name, part in modules.items()}
-        return self.weight_shapes(sizes, layers)
+        return self.weight_shapes(linear_sizes(whole), layers)
 
     def put_on(self, module: nn.Module, layers: Iterable[int], adapter: str = "default") -> None:
         """Put PEFT's modules on those of a part's layers that are targets, at their start; only they are trainable.
 
         A ProtocolError if a target is not a linear module of the part.
         """
-        targets, modules = self.within(layers), dict(module.named_modules())
+        targets, modules = self.within(layers), linear_sizes(module)
         for name in targets:
-            if not isinstance(modules.get(name), nn.Linear):
+            if name not in modules:
                 raise ProtocolError(f"{name} is not a linear module of the model")
         if not targets:
             return
@@ -151,6 +154,17 @@ class AdapterSpec:
             cuts = (f"a narrow cut of rank {one}" if one else "no narrow cut" for one in (self.narrow, other.narrow))
             return " beside ".join(cuts)
         return None
+
+
+def linear_sizes(module: nn.Module) -> dict[str, tuple[int, int]]:
+    """Numbers out and in of each linear module, by its name; `Conv1D` is what GPT-2 calls one."""
+    sizes = {}
+    for name, one in module.named_modules():
+        if isinstance(one, nn.Linear):
+            sizes[name] = one.out_features, one.in_features
+        elif isinstance(one, Conv1D):
+            sizes[name] = one.nf, one.nx
+    return sizes
 
 
 def adapter_parameters(module: nn.Module, adapter: str = "default") -> dict[str, nn.Parameter]:

@@ -1,11 +1,13 @@
 """The three parts of a split model: input blocks (A), middle blocks (B) and output blocks (C).
 
-Each is built from transformers' own modules, holds only its own weights, and calls every weight by its name in the
-whole model, so that `state_dict()` of a part is a slice of the whole model's.
+Each is the family's own base model, cut: it has some of the layers, the input blocks also what comes before them, the
+output blocks what comes after; and its own forward pass runs them. Each part holds its own weights only, and calls
+every weight by its name in the whole model, so that `state_dict()` of a part is a slice of the whole model's.
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from inspect import signature
 from typing import Any, Self, cast
 
 import torch
@@ -13,15 +15,77 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from fedsea.checkpoints import Checkpoint
+from fedsea.checkpoints.whole import fill_computed
 from fedsea.errors import ModelNotFoundError
 from fedsea.partition import Partition, require_layers
-from fedsea.parts.cache import RowCache, cache_argument
-from fedsea.parts.family import Family, family_of
+from fedsea.parts.attention import NOW, Step, joined_mask
+from fedsea.parts.cache import CachedRow, JoinedRows, Pool, RowCache, cache_argument
 from fedsea.parts.narrow import LinearMap
-from fedsea.parts.rows import Rows, attention_mask
+from fedsea.parts.rows import Rows
+from fedsea.parts.structure import Structure, input_factors, kept_layers, skeleton, structure_of
 from fedsea.text import one_line
 
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_CHANGING = {"dynamic", "longrope"}  # kinds of rotary embeddings that change with the length of the text
+
+
+class Absent(nn.Module):
+    """Takes the place of what another part does before the layers: states pass, positions add nothing."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self._hidden_size = hidden_size
+
+    def forward(self, given: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
+        states = given.is_floating_point() and given.dim() == 3 and given.shape[-1] == self._hidden_size
+        return given if states else torch.zeros((), device=given.device)
+
+
+class _Given(nn.Module):
+    """Takes the place of the decoder below a head: its output is what it is given."""
+
+    def forward(self, *_args: Any, inputs_embeds: Tensor, **_kwargs: Any) -> Any:
+        return _Output(inputs_embeds)
+
+
+class _Output:
+    """An output of a decoder that has its states and nothing else."""
+
+    def __init__(self, states: Tensor) -> None:
+        self.last_hidden_state = states
+
+    def __getitem__(self, index: int) -> Tensor | None:
+        return self.last_hidden_state if index == 0 else None
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
+class _OfText(nn.Module):
+    """A rotary embedding that looks at how long the text is: it is as long as the step of which these are a piece."""
+
+    def __init__(self, embedding: nn.Module, tokens: int) -> None:
+        super().__init__()
+        self._embedding, self._last = embedding, tokens - 1
+
+    def forward(self, states: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        last = position_ids.new_full((len(position_ids), 1), self._last)
+        cos, sin = self._embedding(states, torch.cat([position_ids, last], dim=1), *args, **kwargs)
+        return cos[:, :-1], sin[:, :-1]
+
+
+class _SeenError(Exception):
+    def __init__(self, numbers: int) -> None:
+        self.numbers = numbers
+
+
+class _Probe(RowCache):
+    """Ends a layer where it has keys and values."""
+
+    def __init__(self) -> None:
+        super().__init__(Pool())
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_args: Any, **_kwargs: Any) -> Any:
+        raise _SeenError(key_states.numel() + value_states.numel())
 
 
 class Part(nn.Module):
@@ -30,125 +94,166 @@ class Part(nn.Module):
     Built by `from_checkpoint`, with real weights; the constructor alone gives modules on the meta device.
     """
 
-    model: Any
-    lm_head: nn.Linear
-
-    def __init__(self, config: PreTrainedConfig, layers: range, *, embedding: bool = False, head: bool = False) -> None:
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        layers: range,
+        *,
+        embedding: bool = False,
+        head: bool = False,
+        structure: Structure | None = None,
+    ) -> None:
         super().__init__()
-        self.config = copy.deepcopy(config)
-        self.config._attn_implementation = "sdpa"
-        self.layers = layers
-        family = family_of(config)
+        self.config, self.layers = copy.deepcopy(config), layers
+        self.has_embedding, self.has_head = embedding, head
+        self._followed: tuple[nn.Module, list[tuple[dict[str, Any], dict[str, Any], str]]] | None = None
         try:
-            self.windows = {layer: family.window(config, layer) for layer in layers}
-            self._build(family, embedding=embedding, head=head)
-            self.rotary = family.rotary(self.config)
+            self.structure = structure_of(config) if structure is None else structure
+            whole = skeleton(config)
+            self._cut(whole, embedding=embedding, head=head)
+        except ModelNotFoundError:
+            raise
         except Exception as error:  # of any kind: the configuration may come from a stranger
             why = one_line(f"{type(error).__name__}: {error}")
             raise ModelNotFoundError(f"the model's configuration cannot be used ({why})") from error
+        decoder = self.get_submodule(self.structure.decoder)
+        # Whether tokens are computed in another way in a longer text: by rotary embeddings that change with it.
+        self.looks_at_length = bool(_lengthening(decoder))
+        self._takes_more = any(
+            one.kind is one.VAR_KEYWORD for one in signature(type(decoder).forward).parameters.values()
+        )
+        self._whole = (whole,)  # in a tuple, so that no module is registered twice
+        self._views: dict[range, Any] = {}
+        self._pool = Pool()
+        self._plain_head: bool | None = None  # whether logits are the head's output as it is; None if not known yet
         self.narrow_cut = nn.ModuleDict()  # the part's half of a narrow cut, if there is one
         self.eval()
 
-    def _build(self, family: Family, *, embedding: bool, head: bool) -> None:
-        """The modules, on the meta device."""
-        config: Any = self.config
-        with torch.device("meta"):
-            self.model = nn.Module()
-            if embedding:
-                self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-            self.model.layers = nn.ModuleDict({str(layer): family.layer(config, layer) for layer in self.layers})
-            if head:
-                self.model.norm = family.norm(config.hidden_size, eps=config.rms_norm_eps)
-                self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+    def _cut(self, whole: nn.Module, *, embedding: bool, head: bool) -> None:
+        """Take away what other parts have, and register the rest under its own names."""
+        found = self.structure
+        every: Any = whole.get_submodule(found.layers)
+        _put(whole, found.layers, nn.ModuleDict({str(number): every[number] for number in self.layers}))
+        for path in found.before if not embedding else ():
+            # One that is used before and after the layers cannot be told apart; such a model is refused.
+            _put(whole, path, Absent(self.config.hidden_size))
+        for path in found.after if not head else ():
+            _put(whole, path, nn.Identity())
+        for path, kept in ((found.embedding, embedding), (found.head, head)):
+            if not kept:
+                _put(whole, path, None)
+        for name, child in whole.named_children():
+            self.add_module(name, child)
 
-    def follow(self, decoder: Any) -> Self:
-        """Compute with the modules that a decoder has now under the names of this part's own."""
-        # For every token, and hardly ever another: registering a module takes longer than asking for it.
-        for name in ("embed_tokens", "norm"):
-            if name in self.model._modules and getattr(self.model, name) is not (module := getattr(decoder, name)):
-                setattr(self.model, name, module)
-        own, other = self.model.layers, decoder.layers
-        for layer in own:
-            if own[layer] is not (module := other[layer]):
-                own[layer] = module
+    def follow(self, model: nn.Module, root: str) -> Self:
+        """Compute with the modules that a model's `root` has now under the names of this part's own."""
+        # For every token, and hardly ever another: so it is known by now where to look.
+        if self._followed is None or self._followed[0] is not model:
+            found = self.structure
+            paths = [f"{found.layers}.{layer}" for layer in self.layers]
+            paths += [found.embedding, *found.before] if self.has_embedding else []
+            paths += found.after if self.has_head else []
+            self._followed = model, [_twins(self, model, root, path) for path in paths]
+        for own, others, name in self._followed[1]:
+            if own[name] is not others[name]:
+                own[name] = others[name]
+                self._views.clear()
         return self
+
+    def _view(self, layers: range) -> Any:
+        """The base model with some of the part's layers, as a module that shares all that it runs."""
+        found, decoder = self.structure, self.get_submodule(self.structure.decoder)
+        held: Any = self.get_submodule(found.layers)
+        view = copy.copy(decoder)
+        view._modules = dict(decoder._modules)
+        view.__dict__["config"] = kept_layers(self.config, layers)
+        view._modules[_own(found.layers)] = nn.ModuleList([held[str(number)] for number in layers])
+        for path in found.after:
+            view._modules[_own(path)] = nn.Identity()  # `finished` does it
+        if layers.start or not self.has_embedding:
+            for path in found.before:
+                view._modules[_own(path)] = Absent(self.config.hidden_size)
+            for name in input_factors(decoder):
+                setattr(view, name, 1.0)
+        self._views[layers] = view
+        return view
 
     def new_cache(self) -> RowCache:
         """An empty KV cache for this part's layers."""
-        return RowCache(self.rotary)
+        decoder = self.get_submodule(self.structure.decoder)
+        return RowCache(self._pool, {name: decoder.get_submodule(name) for name in _lengthening(decoder)})
 
     @property
     def device(self) -> torch.device:
         """Where the part computes."""
-        return cast(Tensor, self.rotary.inv_freq).device
+        return next(self.parameters()).device
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of the part's weights."""
         return sum(weight.numel() * weight.element_size() for weight in self.parameters())
 
-    def cache_bytes_per_token(self, dtype: torch.dtype) -> int:
-        """Bytes that one cached token of one row takes in one layer."""
-        config: Any = self.config
-        head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        heads: int = config.num_key_value_heads
-        return 2 * heads * head_dim * dtype.itemsize
-
-    def run_layers(self, hidden: Tensor, rows: Rows, cache: RowCache | None, layers: range) -> Tensor:
-        """Run layers, by their numbers in the whole model, on new tokens: `[rows, width, hidden]` -> the same shape.
-
-        Rows that differ in length are padded at the right; what comes out at padded places means nothing. The cache
-        holds what came before and gets the new tokens' keys and values; None for whole texts of which nothing is kept,
-        as in training, whose rows start at 0.
-        """
-        if not layers:
-            return hidden
-        if cache is not None:
-            cache.begin(rows)
-        # A rotary embedding that changes with the length of the text belongs to that text.
-        embedding = cache.rotary if cache is not None else copy.deepcopy(self.rotary)
-        positions = rows.positions(hidden.device)
-        if rows.reach == rows.furthest:
-            rotary = embedding(hidden, positions)
-        else:
-            rotary = _rotate_within(rows.furthest, embedding, hidden, positions)
-        masks = {window: attention_mask(rows, window, hidden.device) for window in {self.windows[at] for at in layers}}
-        hidden = self.through_layers(hidden, layers, positions, rotary, masks, cache)
-        if cache is not None:
-            cache.finish()
-        return hidden
-
-    def through_layers(
-        self,
-        hidden: Tensor,
-        layers: range,
-        positions: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        masks: Mapping[int | None, Tensor | None],
-        cache: Any,
+    def run_layers(
+        self, states: Tensor, rows: Rows, cache: RowCache | None, layers: range, *, siblings: bool = False
     ) -> Tensor:
-        """`run_layers` on `positions` `[rows, width]` with masks, by window, that are given, and whatever cache."""
-        for layer in layers:
-            block = self.model.layers[str(layer)]
-            hidden = block(
-                hidden,
-                attention_mask=masks[self.windows[layer]],
-                position_embeddings=rotary,
-                position_ids=positions,
-                use_cache=cache is not None,
-                **{cache_argument(type(block).forward): cache},
-            )
-        return hidden
+        """Run layers, by their numbers in the whole model, on new tokens: `[tokens, hidden]` -> the same shape.
+
+        The cache holds what came before and gets the new tokens' keys and values; None for whole texts of which nothing
+        is kept, as in training, whose rows start at 0. `siblings` are tokens that could come next in the one row of a
+        cache: each attends to what that holds and to itself, and the cache does not change.
+        """
+        if cache is not None and not siblings:
+            cache.begin(rows)
+        if layers or self.has_embedding:
+            view = self._views.get(layers) or self._view(layers)
+            view.__dict__["training"] = self.training
+            if self.looks_at_length:
+                view = _of_text(view, rows, cache)
+            cached = cache.rows if cache is not None else None
+            step = Step(rows.counts, cached, siblings=siblings)
+            given: dict[str, Any] = {"fedsea_step": step} if self._takes_more else {}
+            if self.structure.masked:
+                given |= _masked(view, rows, states, cached)
+            positions = rows.positions(states.device)
+            before, NOW.step = NOW.step, step
+            try:
+                done = view(
+                    inputs_embeds=states.unsqueeze(0),
+                    position_ids=(positions[:1].expand(len(states)) if siblings else positions).unsqueeze(0),
+                    use_cache=self.structure.masked and cached is not None,
+                    **given,
+                )
+            finally:
+                NOW.step = before
+            states = done[0][0]
+        if cache is not None and not siblings:
+            for row, end in zip(cache.rows, rows.ends, strict=True):
+                row.length = end
+        return states
+
+    def numbers_per_token(self) -> dict[int, int]:
+        """How many numbers a token's keys and values are in each layer: asked of the layers themselves."""
+        probe, found = Part(self.config, self.layers, structure=self.structure), dict[int, int]()
+        states = torch.empty(1, 1, self.config.hidden_size, device="meta")
+        places = torch.zeros(1, 1, dtype=torch.int64, device="meta")
+        for layer in self.layers:
+            view = probe._view(range(layer, layer + 1))
+            try:
+                view(**{"inputs_embeds": states, "position_ids": places, "use_cache": True, _cache_of(view): _Probe()})
+            except _SeenError as seen:
+                found[layer] = seen.numbers
+        return found
 
     def _load(
         self, checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device | str, head: Tensor | None = None
     ) -> Self:
         """Give every module its weights from the checkpoint, and the head those of `head` if given; read no others."""
         # By the name under which it is stored: a tied head is the embedding.
+        in_head, in_embedding = f"{self.structure.head}.weight", f"{self.structure.embedding}.weight"
         tied = self.config.tie_word_embeddings
-        stored_as = {name: _EMBEDDING if tied and name == _HEAD else name for name in self.state_dict()}
+        stored_as = {name: in_embedding if tied and name == in_head else name for name in self.state_dict()}
         shapes = {stored_as[name]: list(weight.shape) for name, weight in self.state_dict().items()}
-        weights = {} if head is None else {_HEAD: head}
+        weights = {} if head is None else {in_head: head}
         wanted = sorted({stored for name, stored in stored_as.items() if name not in weights})
         lacking = [name for name in wanted if name not in checkpoint.tensor_names()]
         if lacking:
@@ -164,22 +269,19 @@ class Part(nn.Module):
                 raise ModelNotFoundError(f"{which} is stored as {kind}; use the original checkpoint instead")
             loaded[name] = tensor
         weights |= {name: loaded[stored] for name, stored in stored_as.items() if name not in weights}
+        return self.fill(weights, device)
+
+    def fill(self, weights: Mapping[str, Tensor], device: torch.device | str) -> Self:
+        """Take all of the part's weights, which are not copied, and compute what is not stored (rotary frequencies)."""
+        (whole,) = self._whole
+        fill_computed(whole, self, device)  # before: it sets weights as well, where a module has both
         self.load_state_dict(weights, strict=True, assign=True)
         self.requires_grad_(False)
-        self.rotary.to(device)
         return self
 
 
-def _rotate_within(tokens: int, embedding: Any, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotary cosines and sines of an embedding that may look at how long the text is: the whole step's `tokens`."""
-    # Padded places must not make it believe in a longer text, nor a piece of a step in a shorter one.
-    last = positions.new_full((len(positions), 1), tokens - 1)
-    cos, sin = embedding(hidden, torch.cat([positions.clamp(max=tokens - 1), last], dim=1))
-    return cos[:, :-1], sin[:, :-1]
-
-
 class InputBlocks(Part):
-    """A: the embedding and the first `p` decoder layers. Runs at the client."""
+    """A: the embedding, what the model does before its layers, and the first `p` of these. Runs at the client."""
 
     @classmethod
     def from_checkpoint(
@@ -193,18 +295,23 @@ class InputBlocks(Part):
         """Cut `h_A` narrow from now on: project it by a weight `[rank, hidden]`, of which a copy is kept."""
         self.narrow_cut["project"] = LinearMap(weight).to(self.device)
 
-    def forward(self, input_ids: Tensor, rows: Rows, cache: RowCache | None) -> Tensor:
-        """Token ids `[rows, width]` -> `h_A` without noise, `[rows, width, hidden]`, or `rank` with a narrow cut."""
-        return self.run_embedded(self.model.embed_tokens(input_ids), rows, cache)
+    @property
+    def embedding(self) -> Any:
+        """The embedding of tokens, as it is registered now."""
+        return self.get_submodule(self.structure.embedding)
+
+    def forward(self, tokens: Tensor, rows: Rows, cache: RowCache | None) -> Tensor:
+        """Token ids `[tokens]` -> `h_A` without noise, `[tokens, hidden]`, or `[tokens, rank]` with a narrow cut."""
+        return self.run_embedded(self.embedding(tokens), rows, cache)
 
     def run_embedded(self, embedded: Tensor, rows: Rows, cache: RowCache | None) -> Tensor:
-        """The same of what the embedding gave, `[rows, width, hidden]`."""
-        return self.narrowed(self.run_layers(embedded, rows, cache, self.layers))
+        """The same of what the embedding gave, `[tokens, hidden]`."""
+        hidden = self.run_layers(embedded, rows, cache, self.layers)
+        return self.narrowed(hidden) if self.narrow_cut else hidden
 
     def narrowed(self, hidden: Tensor) -> Tensor:
         """What leaves of states `[..., hidden]`: all, or `[..., rank]` with a narrow cut."""
-        narrow: Tensor = self.narrow_cut["project"](hidden) if self.narrow_cut else hidden
-        return narrow
+        return self.narrow_cut["project"](hidden) if self.narrow_cut else hidden
 
 
 class MiddleBlocks(Part):
@@ -220,11 +327,8 @@ class MiddleBlocks(Part):
 
     def second_adapter_copy(self) -> "MiddleBlocks":
         """Other modules on the same weights, which are not copied: for a run's adapters to be put on."""
-        other = MiddleBlocks(self.config, self.layers)
-        other.load_state_dict(self.state_dict(), strict=True, assign=True)
-        other.requires_grad_(False)
-        other.rotary = self.rotary
-        return other
+        other = MiddleBlocks(self.config, self.layers, structure=self.structure)
+        return other.fill(self.state_dict(), self.device)
 
     def add_narrow_cut(self, weight: Tensor) -> None:
         """Take what a narrow cut leaves of `h_A` from now on, and lift it by a copy of a weight `[hidden, rank]`."""
@@ -236,12 +340,12 @@ class MiddleBlocks(Part):
         return lifted
 
     def forward(self, hidden: Tensor, rows: Rows, cache: RowCache | None, layers: range) -> Tensor:
-        """What came over the cut, `[rows, width, hidden or rank]` -> `h_B` `[rows, width, hidden]`."""
-        return self.run_layers(self.lifted(hidden), rows, cache, layers)
+        """What came over the cut, `[tokens, hidden or rank]` -> `h_B`, `[tokens, hidden]`."""
+        return self.run_layers(self.lifted(hidden) if self.narrow_cut else hidden, rows, cache, layers)
 
 
 class OutputBlocks(Part):
-    """C: the last `q` decoder layers, the final norm and the head. Runs at the client."""
+    """C: the last `q` decoder layers, what the model does after its layers, and the head. Runs at the client."""
 
     @classmethod
     def from_checkpoint(
@@ -259,11 +363,90 @@ class OutputBlocks(Part):
         head = embedding if checkpoint.config.tie_word_embeddings else None
         return part._load(checkpoint, dtype=dtype, device=device, head=head)
 
+    @property
+    def head(self) -> Any:
+        """The head, as it is registered now."""
+        return self.get_submodule(self.structure.head)
+
     def forward(self, hidden: Tensor, rows: Rows, cache: RowCache | None) -> Tensor:
-        """Hidden states `h_B` `[rows, width, hidden]` -> hidden states before the final norm, the same shape."""
+        """Hidden states `h_B` `[tokens, hidden]` -> states before the final norm, the same shape."""
         return self.run_layers(hidden, rows, cache, self.layers)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Final norm and head: `[..., hidden]` -> logits `[..., vocabulary]`."""
-        logits: Tensor = self.lm_head(self.model.norm(hidden))
-        return logits
+    def finished(self, hidden: Tensor) -> Tensor:
+        """States before the final norm -> what the head takes, the same shape."""
+        for path in self.structure.after:
+            hidden = self.get_submodule(path)(hidden)
+        return hidden
+
+    def logits(self, hidden: Tensor, head: nn.Module | None = None) -> Tensor:
+        """States before the final norm `[..., hidden]` -> logits `[..., vocabulary]`, scaled as the family does it.
+
+        By another `head`, if a model has replaced it.
+        """
+        finished, head = self.finished(hidden), self.head if head is None else head
+        if self._plain_head is None:
+            with torch.no_grad():
+                probe = torch.linspace(-1, 1, finished.shape[-1]).to(finished).view(1, 1, -1)
+                self._plain_head = torch.equal(self._above_decoder(head)(inputs_embeds=probe).logits, head(probe))
+        if self._plain_head:
+            return cast(Tensor, head(finished))
+        logits = self._above_decoder(head)(inputs_embeds=finished.reshape(1, -1, finished.shape[-1])).logits
+        return cast(Tensor, logits.view(*finished.shape[:-1], -1))
+
+    def _above_decoder(self, head: nn.Module) -> Any:
+        """The whole model above its decoder: what it makes of a decoder's output."""
+        (whole,) = self._whole
+        *path, name = self.structure.decoder.split(".")
+        top = here = copy.copy(whole)
+        top._modules = dict(self._modules)
+        for step in path:
+            inner: Any = copy.copy(here._modules[step])
+            inner._modules = dict(inner._modules)
+            here._modules[step] = here = inner
+        here._modules[name] = _Given()
+        _put(top, self.structure.head, head)
+        return top
+
+
+def _of_text(view: nn.Module, rows: Rows, cache: RowCache | None) -> nn.Module:
+    """The same base model with rotary embeddings of the text's own, which know how long it is."""
+    own = copy.copy(view)
+    own._modules = dict(view._modules)
+    for name in _lengthening(view):
+        embedding = cache.rotaries[name] if cache is not None else copy.deepcopy(view.get_submodule(name))
+        own._modules[name] = _OfText(embedding, rows.furthest)
+    return own
+
+
+def _masked(view: nn.Module, rows: Rows, states: Tensor, cached: Sequence[CachedRow] | None) -> dict[str, Any]:
+    """What layers take that attend by themselves."""
+    mask = joined_mask(rows, states.dtype, states.device, cached is not None)
+    joined = {} if cached is None else {_cache_of(view): JoinedRows(cached, rows.counts)}
+    return {"attention_mask": mask, **joined}
+
+
+def _cache_of(view: nn.Module) -> str:
+    return cache_argument(type(view).forward)
+
+
+def _lengthening(decoder: nn.Module) -> list[str]:
+    """Names of the rotary embeddings that change with the length of the text."""
+    kinds = {name: getattr(child, "rope_type", None) for name, child in decoder._modules.items()}
+    return [
+        name for name, kind in kinds.items() if _CHANGING & set(kind.values() if isinstance(kind, dict) else [kind])
+    ]
+
+
+def _twins(part: nn.Module, model: nn.Module, root: str, path: str) -> tuple[dict[str, Any], dict[str, Any], str]:
+    """Where a part has a module, where a model has it whose `root` is given, and how it is called there."""
+    parent, _, name = path.rpartition(".")
+    return part.get_submodule(parent)._modules, model.get_submodule(parent[len(root) + 1 :])._modules, name
+
+
+def _own(path: str) -> str:
+    return path.rpartition(".")[2]
+
+
+def _put(whole: nn.Module, path: str, module: nn.Module | None) -> None:
+    parent, _, name = path.rpartition(".")
+    whole.get_submodule(parent)._modules[name] = module

@@ -62,30 +62,18 @@ class Rows:
         return len(self.starts)
 
     def positions(self, device: torch.device) -> Tensor:
-        """Position of every token, `[rows or 1, width]`, int64; a padded place continues its row's count."""
-        if self.same_start:
-            return torch.arange(self.starts[0], self.starts[0] + self.width, device=device).unsqueeze(0)
-        steps = torch.arange(self.width, device=device)
-        return torch.tensor(self.starts, device=device).unsqueeze(1) + steps
+        """Position of every token, int64 `[total]`."""
+        if len(self.starts) == 1:
+            return torch.arange(self.starts[0], self.ends[0], device=device)
+        return torch.cat([torch.arange(*row) for row in zip(self.starts, self.ends, strict=True)]).to(device)
 
-    def places(self, device: torch.device) -> Tensor:
-        """Where the real tokens are in a padded `[rows, width]`: bool, `[rows, width]`."""
-        counts = torch.tensor(self.counts, device=device).unsqueeze(1)
-        return torch.arange(self.width, device=device) < counts
-
-    def pack(self, padded: Tensor) -> Tensor:
-        """`[rows, width, hidden]` with padding at the right -> `[total, hidden]` without."""
-        if self.same_count:
-            return padded.reshape(-1, padded.shape[-1])
-        return padded[self.places(padded.device)]
-
-    def unpack(self, packed: Tensor) -> Tensor:
-        """`[total, hidden]` -> `[rows, width, hidden]`, zeros at the right of the shorter rows."""
-        if self.same_count:
-            return packed.view(len(self.starts), self.width, packed.shape[-1])
-        padded = packed.new_zeros(len(self), self.width, packed.shape[-1])
-        padded[self.places(packed.device)] = packed
-        return padded
+    def of(self, packed: Tensor, chunk: "Rows") -> Tensor:
+        """Those of `[total, ...]` that belong to a chunk of these rows."""
+        pieces, begin = [], 0
+        for start, count, at, size in zip(self.starts, self.counts, chunk.starts, chunk.counts, strict=True):
+            pieces.append(packed[begin + at - start : begin + at - start + size])
+            begin += count
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def chunks(self, tokens: int, places: int | None = None) -> list["Rows"]:
         """Split into steps of at most `tokens` tokens in all (at least one a row), each continuing the one before.
@@ -107,25 +95,6 @@ class Rows:
             )
             for done in range(0, self.width, size)
         ]
-
-
-def attention_mask(rows: Rows, window: int | None, device: torch.device) -> Tensor | None:
-    """The mask where caches keep position `i` of a row at column `i`: bool, `[rows or 1, 1, width, columns]`.
-
-    True where a token may attend: to positions before it and its own, no more than `window` of them. None where
-    scaled-dot-product attention does that by itself, which is its fastest form.
-    """
-    columns = rows.reach
-    if window is not None and columns <= window:
-        window = None
-    if window is None and rows.same_start and (rows.width == 1 or rows.starts[0] == 0):
-        return None
-    positions = rows.positions(device).unsqueeze(-1)
-    column = torch.arange(columns, device=device)
-    mask = column <= positions
-    if window is not None:
-        mask &= column > positions - window
-    return mask.unsqueeze(1)
 
 
 def gather_rows(items: Sequence[int], chosen: Sequence[int]) -> list[int]:

@@ -35,8 +35,8 @@ def measure_magnitude(input_blocks: InputBlocks, checkpoint: Checkpoint) -> Magn
 def public_states(input_blocks: InputBlocks, checkpoint: Checkpoint) -> Tensor:
     """What a model's input blocks make of a fixed public text, `[tokens, hidden]`, float32."""
     ids = public_tokens(checkpoint)[: checkpoint.config.max_position_embeddings].to(input_blocks.device)
-    hidden: Tensor = input_blocks(ids.unsqueeze(0), Rows.uniform(1, 0, len(ids)), input_blocks.new_cache())
-    return hidden[0].float()
+    hidden: Tensor = input_blocks(ids, Rows((0,), (len(ids),)), input_blocks.new_cache())
+    return hidden.float()
 
 
 def public_tokens(checkpoint: Checkpoint) -> Tensor:

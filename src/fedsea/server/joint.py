@@ -79,8 +79,8 @@ def _alike(items: Iterable[T], of: Callable[[T], tuple[Trainer, bool]]) -> Itera
     groups: dict[tuple[object, ...], list[T]] = {}
     for number, item in enumerate(items):
         trainer, training = of(item)
-        rotary, spec = str(getattr(trainer.base.rotary, "rope_type", "default")), trainer.spec
-        alone = spec.use_dora or spec.narrow or not trainer.layers or "dynamic" in rotary or rotary == "longrope"
+        spec = trainer.spec
+        alone = spec.use_dora or spec.narrow or not trainer.layers or trainer.base.looks_at_length
         kind = (number,) if alone else (id(trainer.base), trainer.dtype, training)
         groups.setdefault(kind, []).append(item)
     return groups.values()
@@ -88,13 +88,12 @@ def _alike(items: Iterable[T], of: Callable[[T], tuple[Trainer, bool]]) -> Itera
 
 def _by_room(group: Sequence[int], jobs: Sequence[tuple[Trainer, Forward]]) -> list[tuple[list[int], bool]]:
     """Those whose activations are kept, and those that are computed again later."""
-    width = max(jobs[index][1].rows.width for index in group)
     kept: list[int] = []
     light: list[int] = []
     needed = 0
     for index in group:
         trainer, operation = jobs[index]
-        more = trainer.estimate(len(operation.rows) * width)
+        more = trainer.estimate(operation.rows.total)
         if not operation.recompute and trainer.room(needed + more):
             needed += more
             kept.append(index)
@@ -158,17 +157,16 @@ def _cheaper_again(graph: KeptGraph, members: Sequence[Gradient]) -> bool:
     here = sum(one.micro.cost for one in members)
     if here >= graph.cost - here:
         return False
-    needed = sum(one.trainer.estimate(len(one.micro.rows) * one.micro.rows.width) for one in members)
+    needed = sum(one.trainer.estimate(one.micro.rows.total) for one in members)
     return members[0].trainer.room(needed)
 
 
 def _chunks(group: Sequence[Gradient]) -> list[list[Gradient]]:
     """Such as there is room for at a time; one is computed without asking."""
-    width = max(one.micro.rows.width for one in group)
     chunks: list[list[Gradient]] = []
     needed = 0
     for one in group:
-        more = one.trainer.estimate(len(one.micro.rows) * width)
+        more = one.trainer.estimate(one.micro.rows.total)
         if chunks and one.trainer.room(needed + more):
             chunks[-1].append(one)
             needed += more

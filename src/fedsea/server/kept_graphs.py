@@ -54,13 +54,13 @@ class MicroBatch:
     """A micro-batch that waits for its gradient."""
 
     rows: Rows
-    hidden: Tensor  # `h_A`, `[rows, width, hidden]`
+    hidden: Tensor  # `h_A`, `[tokens, hidden]`
     training: bool
     seed: int  # of dropout's draws
     output: Tensor | None = None  # `h_B`, with the graph behind it; None if its activations are not kept
     leaves: dict[str, Tensor] = field(default_factory=dict)  # the adapter's weights in that graph
     graph: KeptGraph | None = None
-    cost: float = 1.0  # what its pass computed for it, in padded tokens times layers
+    cost: float = 1.0  # what its pass computed for it, in tokens times layers
 
     @property
     def graph_bytes(self) -> int:

@@ -1,8 +1,8 @@
 """One pass over the base weights, in which every micro-batch has its own adapter on its own rows: lanes.
 
-Rows are put one behind the other, padded to the longest. Every linear module computes its base once for all of them,
-and each lane's LoRA for its rows alone; nothing else in a decoder layer goes from row to row. Runs of different
-partitions enter and leave where their own middle begins and ends.
+Tokens stand one behind the other. Every linear module computes its base once for all of them, and each lane's LoRA for
+its tokens alone; attention goes row by row, and nothing else in a decoder layer goes from token to token. Runs of
+different partitions enter and leave where their own middle begins and ends.
 
 A pass of one run alone is computed by its own modules: they know DoRA and narrow cuts as well.
 """
@@ -16,9 +16,10 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, pad
+from torch.nn.functional import linear
 
 from fedsea.parts import MiddleBlocks, Rows
+from fedsea.parts.adapters import linear_sizes
 from fedsea.server.kept_graphs import KeptGraph, MicroBatch, count_kept_bytes
 from fedsea.server.trainer import Trainer, draw
 
@@ -26,7 +27,7 @@ Pair = tuple[Trainer, MicroBatch]
 
 
 def compute(batch: Sequence[Pair], *, keep: bool) -> list[Tensor]:
-    """Each micro-batch's `h_B`, `[its rows, its width, hidden]`; with `keep`, the activations of all in one graph."""
+    """Each micro-batch's `h_B`, `[its tokens, hidden]`; with `keep`, the activations of all in one graph."""
     leaves: list[dict[str, Tensor]] = [dict(trainer.parameters) for trainer, _micro in batch]
     if len(batch) == 1:
         run = partial(_run_alone, *batch[0])
@@ -40,16 +41,14 @@ def compute(batch: Sequence[Pair], *, keep: bool) -> list[Tensor]:
     if not keep:
         with torch.no_grad():
             return run()
-    width = max(micro.rows.width for _trainer, micro in batch)
-    places = [len(micro.rows) * width for _trainer, micro in batch]
-    costs = [count * max(1, len(trainer.layers)) for count, (trainer, _micro) in zip(places, batch, strict=True)]
+    costs = [micro.rows.total * max(1, len(trainer.layers)) for trainer, micro in batch]
     graph = KeptGraph({trainer.adapter for trainer, _micro in batch})
-    unknown = [trainer for trainer, _micro in batch if trainer.bytes_per_place is None]
+    unknown = [trainer for trainer, _micro in batch if trainer.bytes_per_token is None]
     with count_kept_bytes(known=not unknown) as counted:
         outputs = run()
     for trainer in unknown:
-        trainer.bytes_per_place = counted[0] * max(1, len(trainer.layers)) / sum(costs)
-    graph.bytes = sum(trainer.estimate(count) for count, (trainer, _micro) in zip(places, batch, strict=True))
+        trainer.bytes_per_token = counted[0] * max(1, len(trainer.layers)) / sum(costs)
+    graph.bytes = sum(trainer.estimate(micro.rows.total) for trainer, micro in batch)
     for (_trainer, micro), output, own, cost in zip(batch, outputs, leaves, costs, strict=True):
         micro.keep(output, own, graph, cost)
     return outputs
@@ -87,23 +86,25 @@ class Lane:
         """Probability that a value is not dropped."""
         return 1.0 if self.draws is None else 1 - self.trainer.spec.dropout
 
-    def kept(self, width: int, features: int) -> Tensor:
-        """What is not dropped: bool, `[rows, width, features]`, drawn in the shape that the run has by itself."""
+    def kept(self, features: int) -> Tensor:
+        """What is not dropped: bool, `[tokens, features]`, drawn as the run draws by itself."""
         assert self.draws is not None
-        own = self.micro.rows.width
-        drawn = draw((len(self.micro.rows), own, features), self.keeps, self.draws)
-        return pad(drawn, (0, 0, 0, width - own)) if width > own else drawn
+        return draw((self.micro.rows.total, features), self.keeps, self.draws)
 
 
 class _JoinedLinear(nn.Module):
     """A linear module of the base, with every lane's LoRA on that lane's rows; `active` are those of the pass."""
 
-    def __init__(self, base: nn.Linear, name: str, active: list[Lane]) -> None:
+    def __init__(self, base: nn.Module, name: str, active: list[Lane]) -> None:
         super().__init__()
         self.base, self.name, self._active = base, name, active
 
     def forward(self, states: Tensor) -> Tensor:
-        """`[rows, width, in]` -> `[rows, width, out]`."""
+        """`[..., in]` -> `[..., out]`, of all lanes' tokens in turn."""
+        shape, states = states.shape, states.reshape(-1, states.shape[-1])
+        return self._joined(states).view(*shape[:-1], -1)
+
+    def _joined(self, states: Tensor) -> Tensor:
         result: Tensor = self.base(states)
         lanes = self._active
         loras = [lane.loras.get(self.name) for lane in lanes]
@@ -114,30 +115,30 @@ class _JoinedLinear(nn.Module):
         if len(lanes) > 1 and len(found) == len(lanes) and _alike(lanes, found):
             return (result + _stacked(lanes, found, states)).to(result.dtype)
         pieces = []
-        sizes = [len(lane.micro.rows) for lane in lanes]
+        sizes = [lane.micro.rows.total for lane in lanes]
         for lane, lora, own, piece in zip(lanes, loras, states.split(sizes), result.split(sizes), strict=True):
             if lora is None:
                 pieces.append(piece)
                 continue
             if lane.draws is not None:
-                own = own * lane.kept(own.shape[1], own.shape[2]) / lane.keeps
+                own = own * lane.kept(own.shape[1]) / lane.keeps
             pieces.append((piece + linear(linear(own, lora.a), lora.b) * lora.scaling).to(result.dtype))
         return torch.cat(pieces)
 
 
 def _alike(lanes: Sequence[Lane], loras: Sequence[_Lora]) -> bool:
     return (
-        len({len(lane.micro.rows) for lane in lanes}) == 1
+        len({lane.micro.rows.total for lane in lanes}) == 1
         and len({lane.keeps for lane in lanes}) == 1
         and len({lora.a.shape for lora in loras}) == 1
     )
 
 
 def _stacked(lanes: Sequence[Lane], loras: Sequence[_Lora], states: Tensor) -> Tensor:
-    """What LoRAs of one rank add for lanes of as many rows: one product for all."""
-    rows, width, features = states.shape
+    """What LoRAs of one rank add for lanes of as many tokens: one product for all."""
+    tokens, features = states.shape
     if lanes[0].draws is not None:
-        states = states * torch.cat([lane.kept(width, features) for lane in lanes]) / lanes[0].keeps
+        states = states * torch.cat([lane.kept(features) for lane in lanes]) / lanes[0].keeps
     a, b = torch.stack([lora.a for lora in loras]), torch.stack([lora.b for lora in loras])
     inner = torch.bmm(states.reshape(len(lanes), -1, features), a.mT)
     scalings = [lora.scaling for lora in loras]
@@ -146,7 +147,7 @@ def _stacked(lanes: Sequence[Lane], loras: Sequence[_Lora], states: Tensor) -> T
         added = added * scalings[0]
     else:
         added = added * torch.tensor(scalings, device=added.device).view(-1, 1, 1)
-    return added.view(rows, width, -1)
+    return added.view(tokens, -1)
 
 
 _TWINS: WeakKeyDictionary[MiddleBlocks, tuple[MiddleBlocks, list[Lane]]] = WeakKeyDictionary()
@@ -156,10 +157,10 @@ def twin_of(base: MiddleBlocks) -> tuple[MiddleBlocks, list[Lane]]:
     """Modules of the joint passes on the base's weights, made once, and the lanes of their pass, in its rows' order."""
     if base not in _TWINS:
         twin, active = base.second_adapter_copy(), list[Lane]()
-        for name, module in list(twin.model.layers.named_modules(prefix="model.layers")):
-            if isinstance(module, nn.Linear):
-                parent, _, last = name.rpartition(".")
-                setattr(twin.get_submodule(parent), last, _JoinedLinear(module, name, active))
+        for name in linear_sizes(twin):
+            parent, _, last = name.rpartition(".")
+            module = twin.get_submodule(name)
+            setattr(twin.get_submodule(parent), last, _JoinedLinear(module, name, active))
         _TWINS[base] = twin, active
     return _TWINS[base]
 
@@ -185,18 +186,11 @@ def _run_lanes(lanes: Sequence[Lane]) -> list[Tensor]:
                 continue
             active[:] = [lanes[index] for index in inside]
             counts = tuple(count for lane in active for count in lane.micro.rows.counts)
-            rows = Rows((0,) * len(counts), counts)
-            joined = torch.cat([_fit(hidden[index], rows.width) for index in inside])
-            done = twin(joined, rows, None, range(start, stop))
-            pieces = done.split([len(lane.micro.rows) for lane in active])
+            joined = torch.cat([hidden[index] for index in inside])
+            done = twin(joined, Rows((0,) * len(counts), counts), None, range(start, stop))
+            pieces = done.split([lane.micro.rows.total for lane in active])
             for index, piece in zip(inside, pieces, strict=True):
                 hidden[index] = piece
     finally:
         active.clear()
-    return [_fit(one, lane.micro.rows.width) for one, lane in zip(hidden, lanes, strict=True)]
-
-
-def _fit(states: Tensor, width: int) -> Tensor:
-    """`[rows, any width, hidden]` -> `[rows, width, hidden]`; what is cut off or added is padding."""
-    more = width - states.shape[1]
-    return pad(states, (0, 0, 0, more)) if more > 0 else states[:, :width]
+    return hidden

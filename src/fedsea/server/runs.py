@@ -16,11 +16,10 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 
 import torch
-from torch import nn
 
 from fedsea.errors import FedSEAError, LimitExceededError, ProtocolError, RunLostError, UsageError
 from fedsea.fields import Fields
-from fedsea.parts.adapters import AdapterSpec
+from fedsea.parts.adapters import AdapterSpec, linear_sizes
 from fedsea.server.joint import attempt, backward_together, forward_together
 from fedsea.server.leases import Lease, LeaseTable, State
 from fedsea.server.ledger import Kept, Pool
@@ -119,8 +118,7 @@ class RunTable(LeaseTable[Run]):
     @cached_property
     def modules(self) -> dict[str, tuple[int, int]]:
         """The model's linear modules by name: features out and in."""
-        modules = ((name, module) for name, module in self.middle.named_modules() if isinstance(module, nn.Linear))
-        return {name: (module.out_features, module.in_features) for name, module in modules}
+        return linear_sizes(self.middle)
 
     def _trainers(self, client: str | None = None) -> list[Trainer]:
         """Those that are built, of one client or of all."""

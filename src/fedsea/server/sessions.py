@@ -15,7 +15,7 @@ from functools import cached_property
 import torch
 
 from fedsea.errors import FedSEAError, LimitExceededError, ProtocolError
-from fedsea.parts import MiddleBlocks, RowCache
+from fedsea.parts import BLOCK, MiddleBlocks, RowCache
 from fedsea.server.leases import Lease, LeaseTable, State
 from fedsea.server.ledger import Kept, Pool
 from fedsea.server.scheduler import Owner
@@ -60,9 +60,9 @@ class SessionTable(LeaseTable[Session]):
         return self.limits.sessions, self.limits.client_sessions, self.limits.resume_seconds
 
     @cached_property
-    def _token_bytes(self) -> int:
-        """Of a token's keys and values in one layer."""
-        return self.middle.cache_bytes_per_token(self.dtype)
+    def _block_bytes(self) -> dict[int, int]:
+        """Of a block of the cache, in each layer."""
+        return {layer: BLOCK * count * self.dtype.itemsize for layer, count in self.middle.numbers_per_token().items()}
 
     def open(
         self,
@@ -132,7 +132,7 @@ class SessionTable(LeaseTable[Session]):
         if sum(rows.ends) > self.limits.session_tokens:
             most = f"the server's limit of {self.limits.session_tokens} tokens a session"
             raise LimitExceededError(f"the session would hold {sum(rows.ends)} tokens, more than {most}")
-        wanted = self._token_bytes * len(session.layers) * len(rows.starts) * cache.capacity_for(rows)
+        wanted = cache.blocks_for(rows, step.row_map) * sum(self._block_bytes[layer] for layer in session.layers)
         if wanted > session.cache_bytes:
             self.ledger.require(Pool.CACHES, session.client, wanted - session.cache_bytes, "the session")
         session.cache_bytes = wanted
@@ -151,10 +151,9 @@ class SessionTable(LeaseTable[Session]):
         if step.row_map is not None:
             cache.select(step.row_map)
         blocks = self.middle if session.trainer is None else _unchanged(session, session.trainer, step)
-        hidden = step.rows.unpack(step.states.to(device=self.device, dtype=self.dtype))
-        hidden = step.rows.pack(blocks(hidden, step.rows, cache, session.layers))
-        if not session.layers:
-            cache.lengths = list(step.rows.ends)
+        hidden = blocks(
+            step.states.to(device=self.device, dtype=self.dtype, copy=True), step.rows, cache, session.layers
+        )
         session.step, session.changed, session.computing = step.number, self.clock(), False
         return encode(Result(step.number, to_wire(hidden, session.wire_dtype) if step.want_result else None))
 

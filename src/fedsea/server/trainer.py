@@ -73,7 +73,7 @@ class Trainer:
         # What the output of each LoRA is multiplied by, by the names of the modules it is on.
         adapted: dict[str, Any] = {name: self.blocks.get_submodule(name) for name in spec.within(layers)}
         self.scalings: dict[str, float] = {name: module.scaling["default"] for name, module in adapted.items()}
-        self.bytes_per_place: float | None = None  # that a padded token's activations take; None until a first pass
+        self.bytes_per_token: float | None = None  # that a token's activations take; None until a first pass
         self.trouble: str | None = None  # where a gradient was last not finite, in words
         self.weight: float | None = None  # of its gradients beside others'; None for what each of them says
         self.max_norm = MAX_NORM
@@ -94,20 +94,20 @@ class Trainer:
         """Of the micro-batches that wait, inputs and activations."""
         return self.graph_bytes + sum(micro.hidden.nbytes for micro in list(self.waiting.values()))
 
-    def estimate(self, places: int) -> int:
-        """Memory that the activations of padded tokens take, in bytes; 0 before a first pass."""
-        return int((self.bytes_per_place or 0) * places)
+    def estimate(self, tokens: int) -> int:
+        """Memory that the activations of some tokens take, in bytes; 0 before a first pass."""
+        return int((self.bytes_per_token or 0) * tokens)
 
     # Forward
 
     def take(self, operation: Forward) -> MicroBatch:
         """The micro-batch of an operation, on the device."""
-        hidden = operation.rows.unpack(operation.states.to(device=self.blocks.device, dtype=self.dtype))
+        hidden = operation.states.to(device=self.blocks.device, dtype=self.dtype, copy=True)
         hidden.requires_grad_(operation.want_gradient)
         return MicroBatch(operation.rows, hidden, operation.training, operation.seed)
 
     def run(self, micro: MicroBatch) -> Tensor:
-        """A micro-batch through the run's own modules: its `h_B`, `[rows, width, hidden]`."""
+        """A micro-batch through the run's own modules: its `h_B`, `[tokens, hidden]`."""
         if self.blocks.training != micro.training:
             self.blocks.train(micro.training)
         self._draws.manual_seed(micro.seed)
@@ -115,10 +115,10 @@ class Trainer:
 
     def answer_forward(self, operation: Forward, micro: MicroBatch, output: Tensor) -> States:
         """Have a micro-batch wait for its gradient; gives its answer. NonFiniteError if its output is not finite."""
-        packed = micro.rows.pack(output.detach())
-        if not bool(torch.isfinite(packed).all()):
+        output = output.detach()
+        if not bool(torch.isfinite(output).all()):
             raise NonFiniteError(self._explain_forward(micro))
-        answer = States(operation.number, to_wire(packed, operation.states.dtype))
+        answer = States(operation.number, to_wire(output, operation.states.dtype))
         self.discard([operation.micro])  # a client that is back after its death counts from 1 again
         self._evicted.pop(operation.micro, None)
         if self._closed:
@@ -139,7 +139,7 @@ class Trainer:
         hidden = self.blocks.lifted(micro.hidden)
         for layer in self.layers:
             hidden = self.blocks.run_layers(hidden, micro.rows, None, range(layer, layer + 1))
-            if not bool(torch.isfinite(micro.rows.pack(hidden)).all()):
+            if not bool(torch.isfinite(hidden).all()):
                 return f"the hidden states are not finite: first after layer {layer}, in the middle blocks"
         return "the hidden states are not finite in the middle blocks"
 
@@ -161,14 +161,13 @@ class Trainer:
         if self.dtype is torch.float16:
             # On the wire the largest is near float16's own: leave room for the layers to make it larger.
             gradient, exponent = gradient.float() * 2.0**-FLOAT16_ROOM, exponent - FLOAT16_ROOM
-        return Gradient(self, operation, micro, micro.rows.unpack(gradient.to(self.dtype)), exponent)
+        return Gradient(self, operation, micro, gradient.to(self.dtype), exponent)
 
     def add(self, gradient: "Gradient") -> None:
         """Add up what a micro-batch does to the adapter; it waits no longer."""
         self.discard([gradient.operation.micro])
         if gradient.at_input is not None:
-            gradient.packed = gradient.micro.rows.pack(gradient.at_input)
-            gradient.nonfinite = not bool(torch.isfinite(gradient.packed).all())
+            gradient.nonfinite = not bool(torch.isfinite(gradient.at_input).all())
         if gradient.nonfinite and self.adapter.shared:
             return  # its client begins again, and it could not be removed
         # The exponent's part is taken off here, in float32: in between, float16 needs it.
@@ -183,9 +182,9 @@ class Trainer:
         if gradient.nonfinite or norm == float("inf"):
             self.trouble = explain(gradient.at_weights if self.adapter.shared else self.adapter.gradients or {})
             return States(number, None, norm=float("inf"))
-        if gradient.packed is None:
+        if gradient.at_input is None:
             return States(number, None, norm=norm)
-        scaled, shift = gradient_to_wire(gradient.packed, gradient.operation.gradient.dtype)
+        scaled, shift = gradient_to_wire(gradient.at_input, gradient.operation.gradient.dtype)
         return States(number, scaled, gradient.exponent + shift, norm)
 
     # Beside the passes
@@ -229,11 +228,10 @@ class Gradient:
     trainer: Trainer
     operation: Backward
     micro: MicroBatch
-    gradient: Tensor  # `2**exponent` times that at `h_B`, `[rows, width, hidden]`, in the compute dtype
+    gradient: Tensor  # `2**exponent` times that at `h_B`, `[tokens, hidden]`, in the compute dtype
     exponent: int
     at_input: Tensor | None = None  # what came of it at `h_A`; None if the client does not want it
     at_weights: dict[str, Tensor] = field(default_factory=dict)  # and at the adapter's weights, by name
-    packed: Tensor | None = None  # that at `h_A`, `[tokens, hidden]`
     nonfinite: bool = False  # the answer says so
 
 

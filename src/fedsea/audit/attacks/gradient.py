@@ -55,7 +55,7 @@ class Gradient(Attack):
 
 def _learnt(blocks: OutputBlocks, returned: Tensor, gradient: Tensor) -> list[int | None]:
     """What each position was to predict; None for nothing."""
-    layers, lengths = OutputLayers(blocks, returned), blocks.lm_head.weight.norm(dim=1)
+    layers, lengths = OutputLayers(blocks, returned), blocks.head.weight.norm(dim=1)
     left, least = gradient.clone(), NOTHING * float(gradient.norm(dim=1).max())
     found: list[int | None] = [None] * len(returned)
     scale = _Scale()
@@ -100,7 +100,7 @@ def _labels(blocks: OutputBlocks, state: Tensor, gradient: Tensor, lengths: Tens
 
     `lengths` are those of the head's rows.
     """
-    norm, head = blocks.model.norm, blocks.lm_head.weight
+    norm, head = blocks.finished, blocks.head.weight
     normed, moved = cast(tuple[Tensor, Tensor], torch.func.jvp(norm, (state,), (gradient,)))
     likely = (head @ normed).softmax(0)
     against = -(head @ moved)  # the product with a label's own term

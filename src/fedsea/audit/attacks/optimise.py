@@ -49,9 +49,9 @@ class Optimise(Attack):
     @torch.enable_grad()
     def _invert(self, observed: Tensor, tokens: list[int], knowledge: Knowledge) -> list[int]:
         blocks = knowledge.input_blocks
-        table = blocks.model.embed_tokens.weight
+        table = blocks.embedding.weight
         embeddings = table[torch.tensor(tokens)].clone().requires_grad_()
-        shape = Rows.uniform(1, 0, len(tokens))
+        shape = Rows((0,), (len(tokens),))
         weights = observed.shape[1] / observed.square().sum(1, keepdim=True).clamp(min=1e-12)
         optimizer = torch.optim.LBFGS(
             [embeddings], max_iter=self._iterations, history_size=HISTORY, line_search_fn="strong_wolfe"
@@ -59,7 +59,7 @@ class Optimise(Attack):
 
         def loss() -> Tensor:
             optimizer.zero_grad()
-            states = protected(blocks.run_embedded(embeddings.unsqueeze(0), shape, None)[0], knowledge.noise)
+            states = protected(blocks.run_embedded(embeddings, shape, None), knowledge.noise)
             apart: Tensor = ((states - observed).square() * weights).sum()
             apart.backward()
             return apart

@@ -27,5 +27,5 @@ class ReadOut(Attack):
         blocks, returned = knowledge.output_blocks, observations[0].returned
         if returned is None:
             raise UsageError("read-out needs what the provider sent back (h_B), which is not there")
-        hidden = blocks(returned.unsqueeze(0), Rows.uniform(1, 0, len(returned)), None)
-        return Recovery((None, *blocks.logits(hidden)[0, :-1].argmax(-1).tolist()))
+        hidden = blocks(returned, Rows((0,), (len(returned),)), None)
+        return Recovery((None, *blocks.logits(hidden)[:-1].argmax(-1).tolist()))
