@@ -66,3 +66,8 @@ class Checkpoint(ABC):
     @abstractmethod
     def tokenizer(self) -> Any:
         """The model's tokenizer, as transformers loads it; a ModelNotFoundError if the checkpoint has none."""
+
+
+def longest_text(config: PreTrainedConfig) -> int:
+    """Tokens that a text may have, as the configuration says; as many as one likes if it does not."""
+    return int(getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None) or 1 << 20)

@@ -48,6 +48,8 @@ _CONFIG_FIELDS = (
     "attn_logit_softcapping",
     "final_logit_softcapping",
 )
+_FIELDS_KNOWN = ("llama", "mistral", "qwen2", "qwen3")  # types of which these fields say all
+_NOT_COMPUTED = re.compile(r"dtype|version|_token_id|drop|initializer|init_std|use_cache|architectures|label|path")
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,9 @@ def config_digest(config: PreTrainedConfig) -> str:
     fields = {name: _canonical(getattr(config, name, None)) for name in _CONFIG_FIELDS}
     if fields["head_dim"] is None:  # some families leave it to be worked out
         fields["head_dim"] = config.hidden_size // config.num_attention_heads
+    if config.model_type not in _FIELDS_KNOWN:  # all that is not as the family has it by itself
+        own = {name: value for name, value in config.to_diff_dict().items() if not _NOT_COMPUTED.search(name)}
+        fields |= {name: _canonical(value) for name, value in own.items()}
     # Families and versions differ in whether they spell out what is absent, so what is off is left out.
     present = {name: value for name, value in fields.items() if value is not None and value is not False}
     return _digest(json.dumps(present, sort_keys=True, separators=(",", ":")).encode())

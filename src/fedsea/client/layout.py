@@ -1,7 +1,7 @@
 """Where the tokens of a batch stand: its padding, positions and packed texts, read as rows.
 
 What transformers' `forward` makes of a mask and of positions is done as it does it, or refused before anything is sent.
-Only differences of positions count in the families that are supported, so a row may begin at any position; within it
+In most families only differences of positions count, so a row may begin at any position; within it
 the tokens have to be one after the other, as no more than lengths crosses the wire.
 """
 
@@ -17,7 +17,7 @@ from fedsea.client.cache import SplitCache, mask_with
 from fedsea.errors import UsageError
 from fedsea.parts import Rows
 from fedsea.parts.rows import gather_rows
-from fedsea.parts.structure import narrowest_window, turning_point
+from fedsea.parts.structure import narrowest_window, structure_of, turning_point
 
 # What TRL's and transformers' collators say of packed texts beside their positions.
 PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
@@ -125,6 +125,11 @@ def read_layout(
     if layout is None:
         layout = _counting_on(ids, mask, given, before, cache, explicit=positions is not None)
         _check_windows(mask_with(cache, ids.shape[1], mask), config)
+    if any(layout.offsets) and structure_of(config).absolute:
+        raise UsageError(
+            "this model counts positions from a text's first token: leave out the padding before it, or give position_ids "
+            "that begin at 0 (attention_mask.cumsum(-1) - 1), as generate does"
+        )
     turn = turning_point(config)
     if turn is not None and (int(given.max()) >= turn) != (layout.rows.furthest > turn):
         raise UsageError(

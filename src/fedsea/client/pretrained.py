@@ -10,7 +10,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fedsea.checkpoints import Checkpoint, open_checkpoint
+from fedsea.checkpoints import Checkpoint, longest_text, open_checkpoint
 from fedsea.client.adapter import TrainedAdapter
 from fedsea.client.backbone import SplitBackbone, known_as
 from fedsea.client.cache import SplitCache
@@ -143,7 +143,7 @@ class SplitPreTrainedModel(PreTrainedModel):
             turn=turning_point(config),
         )
         check_rank(noise, config.hidden_size, layers)
-        middle, max_tokens = None, config.max_position_embeddings
+        middle, max_tokens = None, longest_text(config)
         if layers:
             known = client_credentials(server, credentials, insecure)
             if known is not None and (warning := known.ends_soon()) is not None:

@@ -39,6 +39,7 @@ SMALL = {  # of a tiny model: its sizes, by what transformers' configurations ca
     "first_k_dense_replace": 1,
     "sliding_window": 8,
 }
+SHIFT = 7  # positions by which a text is moved, to see whether that changes it
 MOST_WIDE = 512  # of a tiny model's states, where its heads may be of any size
 _WIDTHS = re.compile(r"intermediate_size|ffn_dim|ffn_hidden_size|n_inner|mlp_hidden_size")
 _DROPOUTS = re.compile(r"dropout|pdrop|layerdrop|drop_rate")
@@ -63,6 +64,8 @@ class Structure:
         What the decoder does before its layers, beside the embedding, and after them, in order.
     windowed
         Whether some layers look back on a window only.
+    absolute
+        Whether a text depends on the position that it begins at.
     masked
         Whether its layers attend by themselves, and take a mask: not by transformers' attention interface.
     """
@@ -74,6 +77,7 @@ class Structure:
     before: tuple[str, ...] = ()
     after: tuple[str, ...] = ()
     windowed: bool = False
+    absolute: bool = False
     masked: bool = False
 
 
@@ -163,16 +167,27 @@ def trace(model: PreTrainedModel, found: Structure) -> Structure:
     NOW.step = step = Step((tokens.numel(),))
     try:
         with torch.no_grad():
-            model(input_ids=tokens, use_cache=False)
+            begun = [
+                model(input_ids=tokens, position_ids=tokens + later, use_cache=False).logits for later in (SHIFT, 0)
+            ]
     finally:
         NOW.step = None
         for hook in hooks:
             hook.remove()
+    order = order[len(order) // 2 :]
     first, last = order.index(""), len(order) - 1 - order[::-1].index("")
     if first + 1 != last:
         raise ModelNotFoundError("its layers share modules")
     before, after = tuple(order[:first]), tuple(order[last + 1 :])
-    return replace(found, before=before, after=after, masked=not step.calls, windowed=bool(step.windows))
+    absolute = float((begun[0] - begun[1]).abs().max()) > 0.01 * float(begun[1].abs().max())
+    return replace(
+        found,
+        before=before,
+        after=after,
+        windowed=bool(step.windows),
+        absolute=absolute,
+        masked=not step.calls,
+    )
 
 
 def kept_layers(config: PreTrainedConfig, layers: range) -> PreTrainedConfig:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fedsea.checkpoints import Checkpoint
+from fedsea.checkpoints import Checkpoint, longest_text
 from fedsea.errors import ModelNotFoundError
 from fedsea.parts import InputBlocks, Rows
 from fedsea.privacy.mechanism import Magnitude
@@ -34,7 +34,7 @@ def measure_magnitude(input_blocks: InputBlocks, checkpoint: Checkpoint) -> Magn
 @torch.no_grad()
 def public_states(input_blocks: InputBlocks, checkpoint: Checkpoint) -> Tensor:
     """What a model's input blocks make of a fixed public text, `[tokens, hidden]`, float32."""
-    ids = public_tokens(checkpoint)[: checkpoint.config.max_position_embeddings].to(input_blocks.device)
+    ids = public_tokens(checkpoint)[: longest_text(checkpoint.config)].to(input_blocks.device)
     hidden: Tensor = input_blocks(ids, Rows((0,), (len(ids),)), input_blocks.new_cache())
     return hidden.float()
 

@@ -23,6 +23,7 @@ from typing import Generic, TypeVar
 
 import torch
 
+from fedsea.checkpoints import longest_text
 from fedsea.errors import FedSEAError, LimitExceededError, PartitionError, ProtocolError
 from fedsea.parts import MiddleBlocks
 from fedsea.server.ledger import Kept, Ledger
@@ -80,7 +81,7 @@ class LeaseTable(Generic[L]):
     ) -> None:
         self.middle, self.limits, self.dtype, self.clock = middle, limits, dtype, clock
         self.ledger, self._on_end = ledger or Ledger(limits), on_end
-        self.max_tokens: int = middle.config.max_position_embeddings
+        self.max_tokens = longest_text(middle.config)
         self.num_layers: int = middle.config.num_hidden_layers
         self.hidden_size: int = middle.config.hidden_size
         self.device = middle.device

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from fedsea.checkpoints import longest_text
 from fedsea.errors import UsageError
 from fedsea.tasks.answers import choose_labels, mean_answer_loss, write_answers
 from fedsea.tasks.base import Example, LabelTask, Task, WrittenTask
@@ -168,7 +169,7 @@ def _majority(task: LabelTask, examples: Sequence[Example]) -> tuple[str, dict[s
 def _model_tokens(model: Any) -> int:
     """How many tokens a model takes: a split one says so itself, as its server may allow fewer than its weights."""
     own = getattr(model, "max_tokens", None)
-    return int(own if own is not None else model.config.max_position_embeddings)
+    return int(own if own is not None else longest_text(model.config))
 
 
 @contextmanager

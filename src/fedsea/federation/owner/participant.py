@@ -15,7 +15,7 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 
-from fedsea.checkpoints import Fingerprint, open_checkpoint
+from fedsea.checkpoints import Fingerprint, longest_text, open_checkpoint
 from fedsea.client import SplitModelForCausalLM
 from fedsea.errors import FedSEAError, ModelMismatchError, NonFiniteError, ProtocolError, TermsError
 from fedsea.federation.arrays import Arrays
@@ -56,7 +56,7 @@ class Participant:
         options.partition.middle(config.num_hidden_layers)
         self._task = get_task(options.task)
         sharding = Sharding.parse(options.shard, options.shard_seed) if options.shard else None
-        tokens = min(options.max_tokens, config.max_position_embeddings)
+        tokens = min(options.max_tokens, longest_text(config))
         self._texts = Texts(self._task, options.data, sharding, options.name, options.model, tokens)
         Batches(self._texts.train, 1, 0)  # something to learn is there
 
