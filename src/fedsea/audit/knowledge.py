@@ -185,8 +185,8 @@ class Knowledge:
         Measured by running the mechanism, with draws of the attacker's own, on the states of a public text.
         """
         with torch.no_grad():
-            tokens = public_tokens(self.shared.checkpoint)[:64].unsqueeze(0)
-            hidden = self.input_blocks(tokens, Rows.uniform(1, 0, tokens.shape[1]), None)[0]
+            tokens = public_tokens(self.shared.checkpoint)[:64]
+            hidden = self.input_blocks(tokens, Rows((0,), (len(tokens),)), None)
             clean = protected(hidden, self.noise)
             normals = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0))
             drawn = self.noise.apply(hidden, lambda: normals)

@@ -45,7 +45,9 @@ class RandomCheckpoint(Checkpoint):
             model = AutoModelForCausalLM.from_config(self.config)
         self.config.architectures = [type(model).__name__]
         self.generation_config = GenerationConfig.from_model_config(self.config)
-        self._shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        stored = model.state_dict().keys()
+        tensors = [*model.named_parameters(), *(pair for pair in model.named_buffers() if pair[0] in stored)]
+        self._shapes = {name: tuple(tensor.shape) for name, tensor in tensors}
 
     def tensor_names(self) -> frozenset[str]:
         return frozenset(self._shapes)

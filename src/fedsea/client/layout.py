@@ -127,8 +127,8 @@ def read_layout(
         _check_windows(mask_with(cache, ids.shape[1], mask), config)
     if any(layout.offsets) and structure_of(config).absolute:
         raise UsageError(
-            "this model counts positions from a text's first token: leave out the padding before it, or give position_ids "
-            "that begin at 0 (attention_mask.cumsum(-1) - 1), as generate does"
+            "this model counts positions from a text's first token: leave out the padding before it, or give "
+            "position_ids that begin at 0 (attention_mask.cumsum(-1) - 1), as generate does"
         )
     turn = turning_point(config)
     if turn is not None and (int(given.max()) >= turn) != (layout.rows.furthest > turn):

@@ -117,6 +117,7 @@ class Part(nn.Module):
             why = one_line(f"{type(error).__name__}: {error}")
             raise ModelNotFoundError(f"the model's configuration cannot be used ({why})") from error
         decoder = self.get_submodule(self.structure.decoder)
+        self.base_model_prefix = self.structure.decoder.partition(".")[0]  # PEFT asks for it
         # Whether tokens are computed in another way in a longer text: by rotary embeddings that change with it.
         self.looks_at_length = bool(_lengthening(decoder))
         self._takes_more = any(

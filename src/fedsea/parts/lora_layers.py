@@ -21,6 +21,7 @@ _FIELDS |= {"layers_pattern", "rank_pattern", "alpha_pattern", "use_rslora", "us
 # Say nothing about the weights: bookkeeping, and how a given target runs.
 _FIELDS |= {"task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"}
 _FIELDS |= {"inference_mode", "megatron_core", "runtime_config", "ensure_weight_tying", "qalora_group_size"}
+_FIELDS |= {"fan_in_fan_out"}  # PEFT sets it by the kind of the module
 
 
 def find_targets(lora: LoraConfig, config: PreTrainedConfig, *, fresh: bool) -> Targets:
@@ -70,7 +71,7 @@ def inject(module: nn.Module, targets: Targets, adapter: str, **options: float) 
 def _refuse_unsupported(lora: LoraConfig, *, fresh: bool) -> None:
     default = LoraConfig()
     for name, value in vars(lora).items():
-        if name not in _FIELDS and value != getattr(default, name, None):
+        if name not in _FIELDS and (value or None) != (getattr(default, name, None) or None):
             raise UsageError(f"{name}={value!r} is not supported by a split model; leave it out of the LoraConfig")
     # Other starts than these change the base weights, and the adapter means nothing without that.
     if lora.init_lora_weights not in (True, "gaussian") and (fresh or lora.init_lora_weights is not False):

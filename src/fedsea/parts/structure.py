@@ -162,7 +162,8 @@ def trace(model: PreTrainedModel, found: Structure) -> Structure:
     for name, child in decoder.named_children():
         path = f"{found.decoder}.{name}"
         # A rotary embedding serves every layer: each part has its own.
-        if name != own and path != found.embedding and not hasattr(child, "inv_freq"):
+        rotary = any("inv_freq" in buffer for buffer, _ in child.named_buffers())
+        if name != own and path != found.embedding and not rotary:
             hooks.append(child.register_forward_pre_hook(note(path)))
     NOW.step = step = Step((tokens.numel(),))
     try:

@@ -19,6 +19,7 @@ import torch
 
 from fedsea.errors import FedSEAError, LimitExceededError, ProtocolError, RunLostError, UsageError
 from fedsea.fields import Fields
+from fedsea.partition import layer_of
 from fedsea.parts.adapters import AdapterSpec, linear_sizes
 from fedsea.server.joint import attempt, backward_together, forward_together
 from fedsea.server.leases import Lease, LeaseTable, State
@@ -177,7 +178,7 @@ class RunTable(LeaseTable[Run]):
         """The layers of a run; PartitionError or ProtocolError if this server's model cannot have it."""
         layers, adapter = request.partition.middle(self.num_layers), request.adapter
         self.check_layers(layers)
-        if any(int(name.split(".")[2]) >= self.num_layers for name in adapter.targets):
+        if any((layer_of(name) or 0) >= self.num_layers for name in adapter.targets):
             raise ProtocolError(f"the adapter names layers that the model does not have; it has {self.num_layers}")
         if adapter.narrow >= self.hidden_size:
             size = self.hidden_size
