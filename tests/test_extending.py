@@ -15,7 +15,6 @@ import fedsea
 
 ROOT = Path(__file__).parents[1]
 KINDS = {
-    "family": "parts/families",
     "mechanism": "privacy/mechanisms",
     "attack": "audit/attacks",
     "task": "tasks/datasets",
@@ -24,23 +23,6 @@ KINDS = {
 
 # One process runs all, each in a namespace of its own; FOLDER is an empty folder.
 PROGRAMS = {
-    "family": """
-        import torch
-        from transformers import Olmo2Config, Olmo2ForCausalLM
-        from tests.conftest import RunningServer, connect
-        from tests.support.ports import held_address
-        from fedsea.server import ServerOptions
-        torch.manual_seed(0)
-        config = Olmo2Config(vocab_size=256, hidden_size=64, intermediate_size=96, num_hidden_layers=4,
-                             num_attention_heads=4, num_key_value_heads=2, pad_token_id=0)
-        whole = Olmo2ForCausalLM(config).eval()
-        whole.save_pretrained(FOLDER)
-        server = RunningServer(FOLDER, ServerOptions(listen=held_address()))
-        ids = torch.arange(3, 15)[None]
-        with torch.no_grad(), connect(server, FOLDER) as model:
-            torch.testing.assert_close(model(ids).logits, whole(ids).logits, atol=1e-4, rtol=1e-4)
-        server.stop()
-    """,
     "mechanism": """
         import torch
         from fedsea.privacy import parse_mechanism

@@ -1,6 +1,7 @@
 """Every family through the split: what transformers' whole model, and PEFT's training of it, give."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,8 +10,9 @@ from peft import LoraConfig, get_peft_model
 
 from fedsea import Partition, SplitModelForCausalLM
 from fedsea.audit.attacks import get_attack
-from fedsea.checkpoints import load_whole_model
+from fedsea.checkpoints import load_whole_model, open_checkpoint
 from fedsea.errors import UsageError
+from fedsea.parts import InputBlocks, MiddleBlocks, OutputBlocks, Rows
 from fedsea.parts.adapters import AdapterSpec, adapter_parameters
 from tests.client.test_generation import PAD, left_padded, random_ids
 from tests.conftest import RunningServer, StartServer, connect
@@ -113,6 +115,21 @@ def test_it_is_trained_as_peft_trains_the_whole_model(family: str, server: Runni
     torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), atol=1e-4, rtol=1e-4)
     theirs = {key: weight.detach() for key, weight in adapter_parameters(inner).items()}
     torch.testing.assert_close({key: ours[key] for key in theirs}, theirs, atol=1e-4, rtol=1e-3)
+
+
+def test_a_stored_model_is_read_part_by_part(family: str, whole: Any, tmp_path: Path) -> None:
+    """As transformers writes it: experts one by one, modules under older names."""
+    whole.save_pretrained(tmp_path)
+    checkpoint, partition, layers = open_checkpoint(str(tmp_path)), Partition(1, 1), range(1, 5)
+    first = InputBlocks.from_checkpoint(checkpoint, partition, dtype=torch.float32)
+    middle = MiddleBlocks.from_checkpoint(checkpoint, layers, dtype=torch.float32)
+    last = OutputBlocks.from_checkpoint(checkpoint, partition, dtype=torch.float32)
+    ids, rows = random_ids(1, 20), Rows((0,), (20,))
+    with torch.no_grad():
+        logits = last.logits(last(middle(first(ids[0], rows, None), rows, None, layers), rows, None))
+    torch.testing.assert_close(logits, whole(ids).logits[0], atol=1e-4, rtol=1e-4)
+    groups = checkpoint.fingerprint().groups
+    assert {"embedding", "norm", *map(str, range(6))} <= groups.keys()
 
 
 def test_without_noise_an_attacker_reads_the_text(family: str) -> None:

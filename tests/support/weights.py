@@ -33,7 +33,8 @@ def load_all(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> Weig
 
 def reference_weights(model: PreTrainedModel) -> Weights:
     """The weights of transformers' model, without the second name of a tied head."""
-    return dict(model.named_parameters())
+    stored = model.state_dict().keys()
+    return dict(model.named_parameters()) | {name: one for name, one in model.named_buffers() if name in stored}
 
 
 def assert_same_weights(found: Weights, expected: Weights) -> None:

@@ -146,6 +146,32 @@ def quality(
     _end(report, json_file, strict)
 
 
+@app.command("families")
+def which_families(
+    names: Annotated[list[str] | None, typer.Argument(metavar="TYPE", help="Types of models; all by default.")] = None,
+    output: Annotated[Path | None, Flag("Write the page docs/models.md.", metavar="FILE")] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Compare a tiny random model of each of transformers' families split and whole. Takes two minutes for all."""
+    require_folders(output, json_file)
+    prepare_torch("cpu", None)
+    import json
+
+    from fedsea.cli.terminal import working
+    from fedsea_bench.families import families, page
+
+    found = []
+    with working("comparing families"):
+        for one in families(names or ()):
+            found.append(one)
+            print(one.row, flush=True)
+    print(f"{sum(not one.why_not for one in found)} of {len(found)} types are equal, split and whole")
+    if output is not None:
+        output.write_text(page(found), encoding="utf-8")
+    if json_file is not None:
+        json_file.write_text(json.dumps([dataclasses.asdict(one) for one in found], indent=1), encoding="utf-8")
+
+
 @app.command()
 def figures(
     docs: Annotated[Path, typer.Argument(metavar="DIR", help="The pages, with what --save wrote in results/.")] = Path(

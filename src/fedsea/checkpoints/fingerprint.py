@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 from fedsea.errors import ProtocolError
 from fedsea.fields import Fields
 from fedsea.files import parse_json
-from fedsea.partition import EMBEDDING, HEAD, NORM, layer_of
+from fedsea.partition import layer_of
 
 DIGEST_CHARACTERS = 32
 MAX_LAYERS = 4096
@@ -22,7 +22,8 @@ MAX_JSON_BYTES = 64 * (MAX_LAYERS + 8)
 
 _DIGEST = re.compile(rf"[0-9a-f]{{{DIGEST_CHARACTERS}}}")
 _LAYER = re.compile(r"0|[1-9][0-9]{0,3}")
-_ENDS = {"embedding": EMBEDDING, "norm": NORM, "head": HEAD}
+# What the ends are called in one family or another; the norm of an embedding is of the embedding.
+_ENDS = {"embedding": re.compile(r"emb|wte|wpe|project"), "norm": re.compile(r"norm|ln_f"), "head": re.compile("head")}
 
 # What the numbers of a forward pass depend on. Picked by hand: a library's `to_dict` changes with its version.
 _CONFIG_FIELDS = (
@@ -141,7 +142,7 @@ def group_of(name: str) -> str | None:
     layer = layer_of(name)
     if layer is not None:
         return str(layer)
-    return next((group for group, prefix in _ENDS.items() if name.startswith(prefix)), None)
+    return next((group for group, pattern in _ENDS.items() if pattern.search(name)), None)
 
 
 def sample_bytes(rows: Iterable[torch.Tensor]) -> bytes:

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrained
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from fedsea.checkpoints.base import Checkpoint
+from fedsea.checkpoints.conversions import Conversions
 from fedsea.checkpoints.files import ModelFiles
 from fedsea.checkpoints.fingerprint import Fingerprint, config_digest, group_digests, group_of, sample_bytes
 from fedsea.checkpoints.packaged import PACKAGED
@@ -50,22 +51,29 @@ class FolderCheckpoint(Checkpoint):
         self.config = self._read_config()
         family: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(self.config)]
         self._base = f"{family.base_model_prefix}."
-        self._ignored = [_COMPUTED, *(family._keys_to_ignore_on_load_unexpected or ())]
+        ignored = [_COMPUTED, *(family._keys_to_ignore_on_load_unexpected or ())]
+        self._ignored = re.compile("|".join(rf"(?:^|\.)(?:{pattern})$" for pattern in ignored))
+        self._conversions = Conversions(family.__name__, self.config)
         tied: dict[str, str] = family._tied_weights_keys or _TIED
         self._head, self._embedding = next(iter(tied.items()))
         self.generation_config = self._read_generation_config()
         self._place = self._locate()
         self._settle_head()
+        self._joined = self._conversions.joined(self._place)
 
     def tensor_names(self) -> frozenset[str]:
-        return frozenset(self._place)
+        return frozenset({*self._place, *self._joined}.difference(*(sources for _, sources in self._joined.values())))
 
     def _read(
         self, names: list[str], dtype: torch.dtype, device: torch.device | str
     ) -> Iterator[tuple[str, torch.Tensor]]:
         for name in names:
-            file, stored = self._stored(name)
-            yield name, file.read(stored, dtype=dtype, device=device)
+            converter, sources = self._joined.get(name, (None, {name: ""}))
+            tensors = {}
+            for source in sources:
+                file, stored = self._stored(source)
+                tensors[source] = file.read(stored, dtype=dtype, device=device)
+            yield name, self._conversions.join(name, converter, sources, tensors) if converter else tensors[name]
 
     def fingerprint(self, layers: Iterable[int] | None = None) -> Fingerprint:
         wanted = None if layers is None else {str(layer) for layer in layers}
@@ -154,11 +162,12 @@ class FolderCheckpoint(Checkpoint):
             raise self._without_safetensors()
         # A base model that was saved without its head has no prefix.
         bare = not any(name.startswith(self._base) for name in file_of)
-        return {
-            self._base + stored if bare and stored != self._head else stored: (filename, stored)
-            for stored, filename in file_of.items()
-            if not any(re.search(pattern, stored) for pattern in self._ignored)
-        }
+        place = {}
+        for stored, filename in file_of.items():
+            name = self._conversions.renamed(stored)
+            if not self._ignored.search(name):
+                place[self._base + name if bare and name != self._head else name] = filename, stored
+        return place
 
     def _read_index(self) -> dict[str, str]:
         try:

@@ -17,6 +17,7 @@ from fedsea.text import one_line
 
 LENGTHS = (13, 5, 21)  # of the texts that are compared, in tokens
 TOLERANCE = 1e-4  # of the largest logit
+ATTENDS = {"full_attention", "sliding_attention", "chunked_attention"}  # kinds of layers that keep keys and values
 STEPS = 3  # tokens that come one by one
 
 
@@ -74,10 +75,26 @@ def _compared(split: _Split, texts: list[Tensor], right: list[Tensor]) -> float:
 
 def check_family(config: PreTrainedConfig) -> None:
     """ModelNotFoundError, with the reason, if models of this kind are not the same split as whole."""
-    tiny = shrunk(config)
-    why = _reason(tiny.model_type, tiny.to_json_string(use_diff=False))
+    why = _shape_of_another(config)
+    if why is None:
+        tiny = shrunk(config)
+        why = _reason(tiny.model_type, tiny.to_json_string(use_diff=False))
     if why is not None:
         raise ModelNotFoundError(f"models of the type {config.model_type!r} cannot be split: {why}")
+
+
+def _shape_of_another(config: PreTrainedConfig) -> str | None:
+    """What a configuration says by itself of why its model cannot be split."""
+    if config.is_encoder_decoder:
+        return "it has an encoder beside its decoder"
+    if any(getattr(config, name, None) is not None for name in ("text_config", "thinker_config")):
+        return "it has parts for other than text; its text model may have a type of its own"
+    if getattr(config, "is_decoder", True) is False and not hasattr(config, "rope_parameters"):
+        return "it is an encoder"
+    if not hasattr(config, "num_attention_heads") or not hasattr(config, "num_hidden_layers"):
+        return "it is not made of decoder layers with attention"
+    others = {str(kind) for kind in getattr(config, "layer_types", None) or ()} - ATTENDS
+    return f"it has layers that keep a state of another kind ({', '.join(sorted(others))})" if others else None
 
 
 @lru_cache(maxsize=64)

@@ -37,6 +37,8 @@ SMALL = {  # of a tiny model: its sizes, by what transformers' configurations ca
     "n_group": 2,
     "topk_group": 1,
     "first_k_dense_replace": 1,
+    "attention_chunk_size": 8,
+    "index_topk": 4,
     "sliding_window": 8,
 }
 SHIFT = 7  # positions by which a text is moved, to see whether that changes it
@@ -219,7 +221,7 @@ def shrunk(config: PreTrainedConfig) -> PreTrainedConfig:
 
     for name, most in SMALL.items():
         value = getattr(config, name, None)
-        if value is None and name in fields and name != "sliding_window":
+        if value is None and name in fields and name not in ("sliding_window", "attention_chunk_size"):
             value = most  # a number that has no default, and that every real model has
         if isinstance(value, int) and not isinstance(value, bool):
             put(name, min(value, most))

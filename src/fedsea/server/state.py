@@ -7,7 +7,7 @@ import torch
 
 from fedsea.checkpoints import Checkpoint
 from fedsea.errors import RunLostError
-from fedsea.parts import MiddleBlocks
+from fedsea.parts import MiddleBlocks, check_family
 from fedsea.server.leases import State
 from fedsea.server.ledger import Ledger
 from fedsea.server.limits import Limits
@@ -54,6 +54,7 @@ class ServerState:
 
     def __init__(self, checkpoint: Checkpoint, options: ServerOptions) -> None:
         layers = options.layers if options.layers is not None else range(checkpoint.config.num_hidden_layers)
+        check_family(checkpoint.config)
         self.middle = MiddleBlocks.from_checkpoint(checkpoint, layers, dtype=options.dtype, device=options.device)
         self.fingerprint = checkpoint.fingerprint()
         secure = options.credentials is not None
