@@ -252,8 +252,8 @@ def test_activations_are_counted_as_for_runs_by_themselves() -> None:
     assert 0.8 < together / separate < 1.2
     assert kept(ones) == [pytest.approx(together / 3, abs=3)] * 3
     large, small = members([{"counts": (9, 9, 9)}, {"counts": (1,), "layers": range(2, 4)}])
-    forward_together([large.forward(), small.forward()])  # three rows of four layers, one row, as wide, of two
-    assert large.trainer.graph_bytes == pytest.approx(6 * small.trainer.graph_bytes, rel=1e-3)
+    forward_together([large.forward(), small.forward()])  # 27 tokens through four layers, one token through two
+    assert large.trainer.graph_bytes == pytest.approx(54 * small.trainer.graph_bytes, rel=1e-3)
 
 
 # One bad among good ones

@@ -168,7 +168,7 @@ def test_client_batch_equals_one_client_with_all_rows(arena: Arena) -> None:
         loss = sum(share * losses[step] for share, (losses, _) in zip(shares, results, strict=True)) / sum(shares)
         assert loss == pytest.approx(expected[step], rel=1e-5)
     for name, weight in whole_adapter(whole).items():
-        torch.testing.assert_close(middle[name], weight.detach(), rtol=0, atol=1e-5)
+        torch.testing.assert_close(middle[name], weight.detach(), rtol=0, atol=1e-4)
 
 
 def test_client_batch_with_a_round_a_step_equals_one_client_on_all_three_parts(arena: Arena) -> None:

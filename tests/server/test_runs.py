@@ -64,13 +64,13 @@ def gradients(run: Run) -> list[torch.Tensor]:
 def test_forward_backward_and_step_are_those_of_the_layers_themselves(table: RunTable) -> None:
     run = begin(table)
     blocks = Trainer(MIDDLE, SPEC, range(1, 5), torch.float32).blocks
-    hidden = ROWS.unpack(states(1)).requires_grad_()
-    output = ROWS.pack(blocks(hidden, ROWS, None, range(1, 5)))
+    hidden = states(1).clone().requires_grad_()
+    output = blocks(hidden, ROWS, None, range(1, 5))
     output.backward(states(101) / 100)
     there, back = do(table, run, forward(1), backward(2))
     torch.testing.assert_close(there.states, output.detach())
     assert hidden.grad is not None
-    torch.testing.assert_close(back.states * 2.0**-back.exponent, ROWS.pack(hidden.grad))
+    torch.testing.assert_close(back.states * 2.0**-back.exponent, hidden.grad)
     trained = [weight for weight in blocks.parameters() if weight.requires_grad]
     assert back.norm == pytest.approx(float(torch.nn.utils.get_total_norm([weight.grad for weight in trained])))
     optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.1)

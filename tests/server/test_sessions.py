@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fedsea.errors import FedSEAError, LimitExceededError, PartitionError, ProtocolError
-from fedsea.parts import MiddleBlocks
+from fedsea.parts import BLOCK, MiddleBlocks
 from fedsea.server import Limits
 from fedsea.server.leases import State
 from fedsea.server.ledger import Pool
@@ -177,8 +177,7 @@ def test_tokens_of_a_session_and_of_a_row_are_limited(desk: Desk) -> None:
 
 
 def test_memory_for_caches_is_limited_over_all_sessions_and_given_back() -> None:
-    # Buffers grow by 256 tokens at least: 256 tokens x 4 layers x (keys, values) x 2 heads x 16 numbers x 4 bytes.
-    one_session = 256 * 4 * 2 * 2 * 16 * 4
+    one_session = BLOCK * 4 * 2 * 2 * 16 * 4  # a block's tokens x layers x (keys, values) x heads x numbers x bytes
     desk = Desk(replace(LIMITS, cache_bytes=2 * one_session - 1))
     first, second = desk.open("a"), desk.open("b")
     desk.do(first, step(1))

@@ -15,7 +15,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 import fedsea.server.pipeline
 import fedsea.server.stream
 from fedsea.errors import FedSEAError, LimitExceededError, ProtocolError, RunLostError
-from fedsea.parts import MiddleBlocks, Rows
+from fedsea.parts import BLOCK, MiddleBlocks, Rows
 from fedsea.parts.adapters import AdapterSpec
 from fedsea.server import Limits
 from fedsea.server.ledger import Pool
@@ -32,7 +32,7 @@ from tests.support.raw_stream import RawStream, eventually, open_body, step
 from tests.support.server_runs import RawRun, attach, backward, begin, do, forward, table_of
 
 MIB = 1 << 20
-CACHE = 256 * 4 * 2 * 2 * 16 * 4  # bytes of one session's: 256 tokens, 4 layers, keys and values, 2 heads, 16 numbers
+CACHE = BLOCK * 4 * 2 * 2 * 16 * 4  # bytes of one session's: a block, 4 layers, keys and values, 2 heads, 16 numbers
 
 
 class Shared:
@@ -68,7 +68,7 @@ def test_idle_sessions_of_one_client_leave_room_for_others(shared: Shared) -> No
         one.send(step(1))
         assert isinstance(one.receive(), Result)
         two.open()
-        two.refuses(step(1), LimitExceededError, "one client may have 0.4 MiB")
+        two.refuses(step(1), LimitExceededError, "one client may have 0.0 MiB")
         with shared.session("b") as other:
             other.open()
             other.send(step(1))

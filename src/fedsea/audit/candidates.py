@@ -48,7 +48,7 @@ class Prefix:
 
     def _siblings(self, tokens: Tensor) -> Tensor:
         blocks, rows = self._blocks, Rows((self.length,), (len(tokens),), self.length + 1)
-        states = blocks.run_layers(blocks.embedding(tokens), rows, self._cache, blocks.layers, siblings=True)
+        states = blocks.run_layers(blocks.embed(tokens, rows), rows, self._cache, blocks.layers, siblings=True)
         return blocks.narrowed(states)
 
 

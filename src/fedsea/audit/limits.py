@@ -115,6 +115,6 @@ def _sources(knowledge: Knowledge, texts: Sequence[tuple[int, ...]], known: int)
 @torch.no_grad()
 def _states(knowledge: Knowledge, text: Sequence[int]) -> Tensor:
     """`h_A` before the mechanism, without the first position, which is an outlier: `[tokens - 1, hidden]`."""
-    ids = torch.tensor([list(text)])
-    states: Tensor = knowledge.input_blocks(ids, Rows.uniform(1, 0, len(text)), None)[0, 1:]
+    ids = torch.tensor(list(text))
+    states: Tensor = knowledge.input_blocks(ids, Rows((0,), (len(text),)), None)[1:]
     return states

@@ -11,6 +11,7 @@ from torch import Tensor
 from fedsea.partition import LIFT, PROJECT, Partition
 from fedsea.parts.cut_files import read_cut
 from fedsea.parts.narrow import project
+from fedsea.parts.structure import structure_of
 from fedsea.privacy import Noise
 from fedsea.training.export import whole_with_adapter
 
@@ -35,7 +36,7 @@ def protected_model(
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     adapted = model if adapter is None else whole_with_adapter(model, adapter, through_cut=False)
-    layers = base.model.layers
+    layers: Any = base.get_submodule(structure_of(base.config).layers)
     middle = partition.middle(len(layers))
     cut = read_cut(adapter) if adapter is not None else None
     down, up = (cut[1][name] for name in (PROJECT, LIFT)) if cut is not None else (None, None)

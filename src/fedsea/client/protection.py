@@ -78,7 +78,7 @@ class Protection:
         ids = tokens if chunk is rows else rows.of(tokens, chunk)
         alters = noise.alters
         watch = Watch(blocks) if alters else None
-        embedded = blocks.embedding(ids)
+        embedded = blocks.embed(ids, chunk)
         hidden = blocks.run_embedded(embedded, chunk, cache)
         if hidden.dtype is torch.float64:  # for measuring, and not put on the grid of what leaves
             hidden = hidden.float()

@@ -35,7 +35,7 @@ def leaving(
         digests = list[list[bytes]]([] for _ in range(first, last))
         hidden = protection.states(blocks, ids, piece, piece, None, digests, training=True, base=first == 0)
         if not bool(torch.isfinite(hidden).all()):
-            where = first_not_finite(blocks, blocks.embedding(ids), piece) or "with the noise"
+            where = first_not_finite(blocks, blocks.embed(ids, piece), piece) or "with the noise"
             run.trouble = f"the hidden states are not finite: first {where}, in the input blocks"
             raise NonFiniteError(run.explanation())
         yield piece, hidden

@@ -303,7 +303,21 @@ class InputBlocks(Part):
 
     def forward(self, tokens: Tensor, rows: Rows, cache: RowCache | None) -> Tensor:
         """Token ids `[tokens]` -> `h_A` without noise, `[tokens, hidden]`, or `[tokens, rank]` with a narrow cut."""
-        return self.run_embedded(self.embedding(tokens), rows, cache)
+        return self.run_embedded(self.embed(tokens, rows), rows, cache)
+
+    def embed(self, tokens: Tensor, rows: Rows) -> Tensor:
+        """What the embedding gives for token ids `[tokens]`, `[tokens, hidden]`.
+
+        It is called as transformers calls it, with ids `[rows, columns]`: hooks on it count on that (NEFTune).
+        """
+        if len(rows.counts) == 1:
+            embedded: Tensor = self.embedding(tokens.unsqueeze(0))[0]
+            return embedded
+        columns = torch.arange(rows.width, device=tokens.device)
+        real = columns < torch.tensor(rows.counts, device=tokens.device).unsqueeze(1)
+        ids = tokens.new_zeros(real.shape)
+        ids[real] = tokens
+        return cast(Tensor, self.embedding(ids)[real])
 
     def run_embedded(self, embedded: Tensor, rows: Rows, cache: RowCache | None) -> Tensor:
         """The same of what the embedding gave, `[tokens, hidden]`."""

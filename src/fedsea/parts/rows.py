@@ -36,8 +36,6 @@ class Rows:
     ends: tuple[int, ...] = field(init=False, repr=False, compare=False)  # each row's tokens after this step
     furthest: int = field(init=False, repr=False, compare=False)  # tokens of the longest row after the whole step
     reach: int = field(init=False, repr=False, compare=False)  # columns of a padded step: furthest start and width
-    same_start: bool = field(init=False, repr=False, compare=False)
-    same_count: bool = field(init=False, repr=False, compare=False)  # then nothing is padded
 
     def __post_init__(self) -> None:
         # At once: each step asks for all of them, and a property that is kept costs more than its number.
@@ -49,8 +47,6 @@ class Rows:
             ends=ends,
             furthest=max(self.text, *ends) if ends else self.text,
             reach=max(starts, default=0) + width,
-            same_start=len(set(starts)) == 1,
-            same_count=len(set(counts)) == 1,
         )
 
     @classmethod

@@ -21,6 +21,7 @@ from fedsea.partition import LIFT, PROJECT
 from fedsea.parts.adapter_files import CONFIG, WEIGHTS, read_adapter, save_adapter, write_card
 from fedsea.parts.cut_files import CUT, CUT_WEIGHTS, read_cut
 from fedsea.parts.narrow import project
+from fedsea.parts.structure import structure_of
 from fedsea.text import one_line
 from fedsea.training.folder import RUN, RunFolder
 
@@ -137,7 +138,8 @@ def with_cut(whole: Any, adapter: Path) -> None:
         down, up = (weights[name].to(inputs[0].device) for name in (PROJECT, LIFT))
         return project(project(inputs[0], down), up), *inputs[1:]
 
-    whole.model.layers[cut.input_layers].register_forward_pre_hook(narrowed)
+    layers: Any = whole.get_submodule(structure_of(whole.config).layers)
+    layers[cut.input_layers].register_forward_pre_hook(narrowed)
 
 
 def _make(out: Path) -> Path:

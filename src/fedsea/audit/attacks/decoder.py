@@ -154,7 +154,7 @@ def _made(knowledge: Knowledge, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
 def _seen(knowledge: Knowledge, tokens: Tensor) -> Tensor:
     """What would be observed of texts `[rows, tokens]` under draws of the attacker's own, `[rows, tokens, hidden]`."""
     rows = Rows.uniform(len(tokens), 0, tokens.shape[1])
-    packed = knowledge.input_blocks(tokens, rows, None).flatten(0, 1)
+    packed = knowledge.input_blocks(tokens.reshape(-1), rows, None)
     sent = knowledge.noise.apply(packed, lambda: torch.randn(packed.shape)).to(knowledge.wire_dtype)
     return sent.float().view(*tokens.shape, -1)
 
