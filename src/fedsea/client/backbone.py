@@ -112,7 +112,7 @@ class SplitBackbone(nn.Module):
         `weight` is what the loss counts beside those of other clients, where they train one adapter.
         """
         given = the_cache(past_key_values, cache)
-        ids, layout = read_batch(input_ids, attention_mask, position_ids, given, self.config, kwargs)
+        ids, layout = read_batch(input_ids, attention_mask, position_ids, given, self.config, self.structure, kwargs)
         if labels is not None:
             layout.check_learnt(labels)
         if layout.packed and use_cache:

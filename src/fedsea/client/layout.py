@@ -17,7 +17,7 @@ from fedsea.client.cache import SplitCache, mask_with
 from fedsea.errors import UsageError
 from fedsea.parts import Rows
 from fedsea.parts.rows import gather_rows
-from fedsea.parts.structure import narrowest_window, structure_of, turning_point
+from fedsea.parts.structure import Structure, turning_point
 
 # What TRL's and transformers' collators say of packed texts beside their positions.
 PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
@@ -77,6 +77,7 @@ def read_batch(
     position_ids: Tensor | None,
     cache: Any,
     config: Any,
+    structure: Structure,
     others: Mapping[str, Any],
 ) -> tuple[Tensor, Layout]:
     """The arguments of `forward`, checked: its token ids `[rows, columns]`, and their layout."""
@@ -93,7 +94,7 @@ def read_batch(
         raise UsageError(f"input_ids must be [rows, tokens]; got the shape {list(input_ids.shape)}")
     if cache is not None and not isinstance(cache, SplitCache):
         raise UsageError("the cache of a split model comes from its own new_cache()")
-    return input_ids, read_layout(input_ids, attention_mask, position_ids, packing, cache, config)
+    return input_ids, read_layout(input_ids, attention_mask, position_ids, packing, cache, config, structure)
 
 
 def read_layout(
@@ -103,6 +104,7 @@ def read_layout(
     packing: Mapping[str, Any],
     cache: SplitCache | None,
     config: Any,
+    structure: Structure,
 ) -> Layout:
     """How transformers' `forward` reads a batch `[rows, columns]`; UsageError if it is none of what is supported.
 
@@ -124,8 +126,8 @@ def read_layout(
     _check_packing(packing, layout, ids)
     if layout is None:
         layout = _counting_on(ids, mask, given, before, cache, explicit=positions is not None)
-        _check_windows(mask_with(cache, ids.shape[1], mask), config)
-    if any(layout.offsets) and structure_of(config).absolute:
+        _check_windows(mask_with(cache, ids.shape[1], mask), config.sliding_window if structure.windowed else None)
+    if structure.absolute and any(layout.offsets):
         raise UsageError(
             "this model counts positions from a text's first token: leave out the padding before it, or give "
             "position_ids that begin at 0 (attention_mask.cumsum(-1) - 1), as generate does"
@@ -224,9 +226,8 @@ def _hole(row: int, *, explicit: bool) -> str:
     )
 
 
-def _check_windows(whole: Tensor | None, config: Any) -> None:
+def _check_windows(whole: Tensor | None, window: int | None) -> None:
     """Sliding windows count columns; that is as counting tokens where no padding is between them."""
-    window = narrowest_window(config)
     if whole is None or window is None or whole.shape[1] <= window:
         return
     begun, ended = whole.cumsum(1) > 0, whole.flip(1).cumsum(1).flip(1) > 0

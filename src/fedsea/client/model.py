@@ -116,7 +116,7 @@ class SplitModelForCausalLM(SplitPreTrainedModel, GenerationMixin):
         Returns float32 `[1, vocabulary]`. The cache holds the text before them.
         """
         with torch.no_grad():
-            layout = read_layout(new, None, None, {}, cache, self.config)
+            layout = read_layout(new, None, None, {}, cache, self.config, self.backbone.structure)
             return self._logits(self.backbone.step(new, layout, cache)[:, -1:])[:, -1].float()
 
     def answer_loss(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, items: int) -> Tensor:

@@ -83,11 +83,16 @@ def attention(
         own = key[0, :, new], value[0, :, new]
         pieces = [own] if step.cached is None else step.cached[number].extended(layer, *own, sliding_window)
         if count == 1 == len(pieces) and plain:
-            # All there is can be looked at, and heads that share keys and values are rows of one product.
-            keys, values = pieces[0]
-            grouped = query[0, :, at].view(len(keys), -1, query.shape[3])
-            out = scaled_dot_product_attention(grouped, keys, values, dropout_p=dropout, scale=scaling)
-            done.append(out.reshape(1, query.shape[1], -1))
+            keys, values = pieces[0]  # all there is can be looked at
+            out = scaled_dot_product_attention(
+                query[:, :, new],
+                keys.unsqueeze(0),
+                values.unsqueeze(0),
+                dropout_p=dropout,
+                scale=scaling,
+                enable_gqa=query.shape[1] != len(keys),
+            )
+            done.append(out.view(1, query.shape[1], -1))
         elif count:
             done.append(_row(query[0, :, new], pieces, sliding_window, options))
         at += count

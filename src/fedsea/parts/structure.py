@@ -272,8 +272,3 @@ def turning_point(config: PreTrainedConfig) -> int | None:
         return None
     turn: int = rope["original_max_position_embeddings"]
     return turn
-
-
-def narrowest_window(config: PreTrainedConfig) -> int | None:
-    """Tokens that the layer that looks back least looks back on; None if all layers look back on all tokens."""
-    return config.sliding_window if structure_of(config).windowed else None
