@@ -1,6 +1,8 @@
 """Attention over rows, and the memory of their keys and values, against their definitions."""
 
 import gc
+import sys
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -132,3 +134,34 @@ def test_a_pool_is_filled_to_the_last_block_before_it_grows() -> None:
     tokens = sum(cache.get_seq_length() for cache in caches)
     assert tokens <= pool.taken * BLOCK < tokens + len(caches) * BLOCK
     assert pool.held - pool.taken < 256
+
+
+def test_threads_that_share_a_pool_never_get_one_block_twice() -> None:
+    pool, wrong = Pool(), list[str]()
+
+    def use(number: int) -> None:
+        for _ in range(60):
+            caches = [RowCache(pool) for _ in range(3)]
+            for cache in caches:
+                cache.begin(Rows((0,), (number + 3 * BLOCK,)))
+            held = [block for cache in caches for row in cache.rows for block in row.blocks]
+            if any(slab.holders[at] != 1 for slab, at in held) or len({(id(slab), at) for slab, at in held}) < len(
+                held
+            ):
+                wrong.append("a block of two rows")
+            caches[0].select([0, 0])
+            del caches, cache, held
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=use, args=(number,)) for number in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    gc.collect()
+    assert not wrong
+    assert pool.taken == 0

@@ -8,7 +8,9 @@ until one of them writes. A cache's rows belong to one client, and so do the blo
 import copy
 import inspect
 import re
+import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache as remembered
 from typing import Any
@@ -52,7 +54,7 @@ class _Slab:
                     keys.new_empty(keys.shape[0], tokens, keys.shape[2]),
                     values.new_empty(values.shape[0], tokens, values.shape[2]),
                 )
-            self.layers[number] = found
+            found = self.layers.setdefault(number, found)  # another thread may have made it meanwhile
         return found
 
 
@@ -60,10 +62,15 @@ Block = tuple[_Slab, int]
 
 
 class Pool:
-    """The blocks of all caches of a part. Slabs are made when no block is free, and dropped when all are."""
+    """The blocks of all caches of a part. Slabs are made when no block is free, and dropped when all are.
+
+    Threads may use it at the same time. Rows come back from wherever they are collected, also from within a call here.
+    """
 
     def __init__(self) -> None:
         self._slabs: list[_Slab] = []
+        self._lock = threading.Lock()
+        self._back: deque[list[Block]] = deque()  # of rows that are gone
 
     @property
     def taken(self) -> int:
@@ -78,12 +85,21 @@ class Pool:
     def take(self, count: int, after: Block | None) -> list[Block]:
         """Blocks, as many of them as can be one behind the other, and behind `after`."""
         taken: list[Block] = []
-        while len(taken) < count:
-            slab, first, room = self._room(count - len(taken), taken[-1] if taken else after)
-            for number in range(first, first + min(room, count - len(taken))):
-                slab.taken[number] = slab.holders[number] = 1
-                taken.append((slab, number))
+        with self._lock:
+            while len(taken) < count:
+                slab, first, room = self._room(count - len(taken), taken[-1] if taken else after)
+                for number in range(first, first + min(room, count - len(taken))):
+                    slab.taken[number] = slab.holders[number] = 1
+                    taken.append((slab, number))
+        self._take_back()
         return taken
+
+    def share(self, blocks: Sequence[Block]) -> None:
+        """One more row holds these."""
+        with self._lock:
+            for slab, number in blocks:
+                slab.holders[number] += 1
+        self._take_back()
 
     def _room(self, count: int, after: Block | None) -> tuple[_Slab, int, int]:
         """Where the next blocks begin, and how many are free there."""
@@ -101,12 +117,22 @@ class Pool:
         skipped = (room - count) // 2 if first and room > count else 0
         return slab, first + skipped, room - skipped
 
-    def give(self, blocks: Sequence[Block]) -> None:
+    def give(self, blocks: list[Block]) -> None:
         """A row holds these no more."""
-        for slab, number in blocks:
-            slab.holders[number] -= 1
-            slab.taken[number] = bool(slab.holders[number])
-        self._slabs = [slab for slab in self._slabs if any(slab.taken)]
+        self._back.append(blocks)
+        self._take_back()
+
+    def _take_back(self) -> None:
+        # Whoever has the lock looks again when it has let it go, so nothing that is in line stays there.
+        while self._back and self._lock.acquire(blocking=False):
+            try:
+                while self._back:
+                    for slab, number in self._back.popleft():
+                        slab.holders[number] -= 1
+                        slab.taken[number] = bool(slab.holders[number])
+                self._slabs = [slab for slab in self._slabs if any(slab.taken)]
+            finally:
+                self._lock.release()
 
 
 class CachedRow:
@@ -186,8 +212,7 @@ class CachedRow:
     def copy(self) -> "CachedRow":
         """Another row that holds the same, in the same memory as long as neither writes there."""
         other = CachedRow(self._pool)
-        for slab, number in self.blocks:
-            slab.holders[number] += 1
+        self._pool.share(self.blocks)
         other.blocks += self.blocks
         other.length, other._runs, self.room = self.length, self._runs, 0
         return other
