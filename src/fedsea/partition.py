@@ -1,7 +1,6 @@
 """Where the two cuts are, and which weights of the whole model live on which side of them."""
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -9,9 +8,6 @@ from fedsea.errors import PartitionError
 from fedsea.flags import Flag
 
 _LAYER = re.compile(r"([a-z_]\w*(?:\.[a-z_]\w*)*)\.(\d{1,6})\.(.+)", re.ASCII)
-EMBEDDING = "model.embed_tokens."
-NORM = "model.norm."
-HEAD = "lm_head."
 # A narrow cut's two halves: at the client, after the input blocks; at the block server, before the middle blocks.
 PROJECT, LIFT = "narrow_cut.project.weight", "narrow_cut.lift.weight"
 
@@ -84,11 +80,3 @@ class Partition:
     def output(self, num_layers: int) -> range:
         """The decoder layers of the output blocks."""
         return range(self.middle(num_layers).stop, num_layers)
-
-
-def weight_names(
-    names: Iterable[str], layers: range, *, embedding: bool = False, norm: bool = False, head: bool = False
-) -> list[str]:
-    """Those of a whole model's weight `names` that belong to the given layers and ends, in sorted order."""
-    ends = tuple(prefix for prefix, wanted in ((EMBEDDING, embedding), (NORM, norm), (HEAD, head)) if wanted)
-    return sorted(name for name in names if name.startswith(ends) or layer_of(name) in layers)

@@ -7,7 +7,7 @@ import torch
 
 from fedsea.checkpoints import load_whole_model, open_checkpoint
 from fedsea.errors import PartitionError
-from fedsea.partition import Partition, layer_of, weight_names
+from fedsea.partition import Partition, layer_of
 from fedsea.parts import MiddleBlocks, Rows
 from tests.parts.conftest import parts
 from tests.support.refused import refused
@@ -48,17 +48,10 @@ def test_layers_outside_the_model_are_refused() -> None:
         Partition(-1, 0)
 
 
-def test_weight_names_are_found_by_layer_and_end() -> None:
-    names = [
-        "model.embed_tokens.weight",
-        "model.layers.1.mlp.up_proj.weight",
-        "model.layers.11.mlp.up_proj.weight",
-        "model.norm.weight",
-        "lm_head.weight",
-    ]
-    assert weight_names(names, range(1, 3)) == [names[1]]
-    assert weight_names(names, range(11, 12), norm=True, head=True) == [names[4], names[2], names[3]]
-    assert [layer_of(name) for name in names] == [None, 1, 11, None, None]
+def test_a_weights_layer_is_the_first_number_in_its_name() -> None:
+    names = ["model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight", "transformer.h.11.attn.c_attn.bias"]
+    names += ["model.decoder.layers.3.fc1.weight", "model.layers.2.mlp.experts.7.up_proj.weight", "lm_head.weight"]
+    assert [layer_of(name) for name in names] == [None, 1, 11, 3, 2, None]
 
 
 def test_chunks_cover_each_place_once_in_order() -> None:
