@@ -147,12 +147,13 @@ def quality(
 
 
 @app.command("families")
+@spread
 def which_families(
     names: Annotated[list[str] | None, typer.Argument(metavar="TYPE", help="Types of models; all by default.")] = None,
     output: Annotated[Path | None, Flag("Write the page docs/models.md.", metavar="FILE")] = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Compare a tiny random model of each of transformers' families split and whole. Takes two minutes for all."""
+    """Compare a tiny random model of each of transformers' families split and whole. Takes three minutes for all."""
     require_folders(output, json_file)
     prepare_torch("cpu", None)
     import json
@@ -169,7 +170,7 @@ def which_families(
     if output is not None:
         output.write_text(page(found), encoding="utf-8")
     if json_file is not None:
-        json_file.write_text(json.dumps([dataclasses.asdict(one) for one in found], indent=1), encoding="utf-8")
+        json_file.write_text(json.dumps([dataclasses.asdict(one) for one in found], indent=1) + "\n", encoding="utf-8")
 
 
 @app.command()

@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 
 import torch
 import transformers
 from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from fedsea.errors import ModelNotFoundError
+from fedsea.errors import ModelNotFoundError, UsageError
 from fedsea.parts import check_family
 from fedsea.text import one_line
 
@@ -45,6 +46,11 @@ class Family:
 def families(names: Sequence[str] = ()) -> Iterator[Family]:
     """The result of each type, or of all that transformers has a causal language model of, one after the other."""
     torch.manual_seed(0)
+    for name in names:
+        if name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+            near = get_close_matches(name, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, 3)
+            known = f"; near to it are: {', '.join(near)}" if near else ""
+            raise UsageError(f"transformers has no causal language model of the type {name!r}{known}")
     for model_type in names or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
         try:
             check_family(CONFIG_MAPPING[model_type]())

@@ -94,7 +94,7 @@ def _show(report: "DemoReport", console: Console) -> None:
     )
     console.print(
         "What crosses is not the text, but it is not encryption either: without noise, as here, the provider "
-        "can work every token back. docs/trust.md says what each party can learn, and what noise changes."
+        "can recover every token. docs/trust.md says what each party can learn, and what noise changes."
     )
     active = shutil.which("fedsea") is not None
     show_commands(
